@@ -1,0 +1,273 @@
+"""api: `fused_linear_cross_entropy`, its checks and defaults, and one jit around it all."""
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jliger import checks, gradients
+from jliger.chunks import accumulator_dtype
+from jliger.config import HeadConfig, KernelLayout
+from jliger.cross_entropy import CrossEntropy, LossWeights, label_weights
+from jliger.gradients import Context, Inputs
+from jliger.platform import fitting_implementation, target_compute_capability
+from jliger.rows import Implementation, RowStats
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class CrossEntropyMetrics(NamedTuple):
+    """What a training loop logs beside the loss. None of it carries a gradient.
+
+    Attributes:
+      weight: `[]`, the weights of the tokens that count, summed; their number, without `weights`.
+      cross_entropy: the loss without its z-loss, reduced like the loss.
+      z_loss: the z-loss, reduced like the loss.
+      accuracy: `[]`, the share of `weight` that is on tokens predicted right; 0 when nothing counts.
+      predictions: int32 `[*B]`, the first column with the largest logit; −1 for a token that doesn't count.
+    """
+
+    weight: Float[Array, ""]
+    cross_entropy: Float[Array, ""] | Float[Array, "*B"]
+    z_loss: Float[Array, ""] | Float[Array, "*B"]
+    accuracy: Float[Array, ""]
+    predictions: Int[Array, "*B"]
+
+
+Loss = Float[Array, ""] | Float[Array, "*B"]
+
+
+def fused_linear_cross_entropy(
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    labels: Int[Array, "*B"],
+    *,
+    bias: Float[Array, " V"] | None = None,
+    where: Bool[Array, "*B"] | None = None,
+    weights: Float[Array, "*B"] | None = None,
+    ignore_index: int = -100,
+    kernel_layout: KernelLayout = "hv",
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    class_weights: Float[Array, " V"] | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Float[Array, ""] | float | None = None,
+    return_metrics: bool = False,
+    logits_dtype: jax.typing.DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    chunk_size: int | None = None,
+    vocab_axis_name: str | tuple[str, ...] | None = None,
+    implementation: Implementation | None = None,
+) -> Loss | tuple[Loss, CrossEntropyMetrics]:
+    r"""Cross entropy of a linear head, without the logits `[tokens, V]` ever existing whole.
+
+    For each token, with logits $z = \mathrm{softcap}(s \cdot (\mathrm{hidden} \cdot \mathrm{kernel} + \mathrm{bias}))$,
+    $\mathrm{softcap}(z) = c \tanh(z / c)$, $\mathrm{lse} = \log \sum_v e^{z_v}$ and label $y$,
+
+    $$(1 - \alpha)\, w_y (\mathrm{lse} - z_y) + \frac{\alpha}{V} \sum_v w_v (\mathrm{lse} - z_v)
+      + \lambda\, \mathrm{lse}^2$$
+
+    with `logit_scale` $s$, `logit_softcap` $c$, `label_smoothing` $\alpha$ (Szegedy et al., 2016, arXiv:1512.00567),
+    `class_weights` $w$ and `z_loss` $\lambda$ (Chowdhery et al., 2022, arXiv:2204.02311). Differentiable once, in
+    reverse mode, in `hidden`, `kernel` and `bias`; nothing is computed for those that are not differentiated, and no
+    gradient at all where none is asked for. Gradients have their argument's dtype and are summed in float32.
+
+    A token counts if `where` is true and its label is not `ignore_index`. Those that don't cost no time, give loss 0,
+    gradient 0 and prediction −1, and what their hidden states hold does not matter. A label outside `[0, V)` that
+    counts makes the loss and the gradients NaN.
+
+    With `"mean"` and `"sum"` gradients are computed together with the loss, over chunks of tokens: three matrix products
+    in all (Hsu et al., 2024, arXiv:2410.10989). With `"none"` logits are computed again in the backward pass, over
+    blocks of the vocabulary: four products, any cotangent.
+
+    Memory beside arguments, results and their gradients, with `b` bytes a value of `hidden`, `C` tokens a chunk:
+      * `"mean"`, `"sum"`: `2·b·C·V` for logits and their gradients, `b·H·V` for the kernel in hidden's dtype if it has
+        another, `4·H·V` for a float32 sum of kernel gradients if the kernel is not float32.
+      * `"none"`, and every loss that is not differentiated: independent of `V`, up to about 0.5 GiB on a GPU;
+        `4·H·V` for that sum, if the kernel is not float32 and there is more than one chunk.
+
+    Args:
+      hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only). Products are
+        taken in this dtype.
+      kernel: the head's weights, `[H, V]`, or `[V, H]` with `kernel_layout="vh"` (a tied embedding): hidden's dtype or
+        float32.
+      labels: the label of each token, `[*B]`, integers. They are not shifted here.
+      bias: `[V]`, added to the logits in float32.
+      where: bools `[*B]`, the tokens that count.
+      weights: a weight for each token, `[*B]`. It carries no gradient.
+      ignore_index: a label equal to it doesn't count.
+      kernel_layout: `"hv"` or `"vh"`.
+      logit_scale: `s`, a Python number.
+      logit_softcap: `c`, a Python number, or None for no cap.
+      label_smoothing: `α` in [0, 1].
+      z_loss: `λ`, at least 0.
+      class_weights: `w`, `[V]`. It carries no gradient.
+      reduction: `"mean"` divides the weighted sum by the weights of the tokens that count (with `class_weights`, its
+        cross-entropy part by the sum of weight times `w_y`, as PyTorch does), and gives 0 where that is 0; `"sum"`
+        doesn't divide; `"none"` gives each token's weighted loss.
+      normalizer: with `"mean"`, what to divide by instead, such as the token count of a batch that is gone through in
+        parts. It carries no gradient.
+      return_metrics: also return `CrossEntropyMetrics`.
+      logits_dtype: what logits are rounded to before the loss reads them, in both passes; None for hidden's dtype.
+      precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.
+      chunk_size: tokens a chunk. None is a rule that measured best on an H200: as many as make `2²⁸ / V`, rounded down
+        to a power of two, at least 2048 and at most 8192 (`"none"`: 8192), in chunks of one size; on other devices
+        `2²² / V`, between 128 and 1024 (`"none"`: 1024).
+      vocab_axis_name: not supported yet.
+      implementation: `"triton"` for NVIDIA GPUs, `"xla"` for any device, None for what fits the default device.
+
+    Returns:
+      The loss, float32 (float64 for float64 hidden states): `[]`, or `[*B]` with `"none"`. With `return_metrics`, that
+      and the metrics.
+
+    Raises:
+      ValueError: a shape that doesn't fit, or an option out of its range.
+      TypeError: a dtype that isn't supported, or an option that is not a Python number.
+      NotImplementedError: a combination that isn't supported.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jliger
+      >>> hidden = jax.random.normal(jax.random.key(0), (2, 5, 8))
+      >>> kernel = jax.random.normal(jax.random.key(1), (8, 32))
+      >>> labels = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, -100, -100]])
+      >>> loss, grad = jax.value_and_grad(jliger.fused_linear_cross_entropy)(hidden, kernel, labels)
+      >>> print(loss.shape, grad.shape, bool(jnp.all(grad[1, 3:] == 0)))
+      () (2, 5, 8) True
+      >>> loss, metrics = jliger.fused_linear_cross_entropy(hidden, kernel, labels, z_loss=1e-4, return_metrics=True)
+      >>> print(metrics.weight, bool(jnp.allclose(loss, metrics.cross_entropy + metrics.z_loss)))
+      8.0 True
+    """
+    checks.check_logit_options(
+        kernel_layout=kernel_layout,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        ignore_index=ignore_index,
+        chunk_size=chunk_size,
+        implementation=implementation,
+    )
+    checks.check_number("label_smoothing", label_smoothing, least=0, most=1)
+    checks.check_number("z_loss", z_loss, least=0)
+    checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
+    if vocab_axis_name is not None:
+        raise NotImplementedError(
+            f"vocab_axis_name got {vocab_axis_name!r}; a vocabulary sharded over devices is not supported yet."
+        )
+    implementation = implementation or fitting_implementation()
+
+    hidden, kernel, labels = jnp.asarray(hidden), jnp.asarray(kernel), jnp.asarray(labels)
+    bias, where, weights, class_weights = (
+        None if array is None else jnp.asarray(array) for array in (bias, where, weights, class_weights)
+    )
+    checks.check_operands(hidden, kernel, labels, bias, kernel_layout=kernel_layout, implementation=implementation)
+    vocab_dim = 1 if kernel_layout == "hv" else 0
+    if where is not None:
+        checks.check_where(where, labels)
+    if weights is not None:
+        checks.check_weights(weights, labels)
+    if class_weights is not None:
+        checks.check_vocab_vector("class_weights", class_weights, kernel, vocab_dim)
+    if normalizer is not None:
+        normalizer = jnp.asarray(normalizer)
+        checks.check_shape("normalizer", normalizer, (), "a scalar")
+    logits_dtype = jnp.dtype(hidden.dtype if logits_dtype is None else logits_dtype)
+    checks.check_logits_dtype(logits_dtype, hidden, implementation)
+
+    call = _Call(
+        config=HeadConfig(
+            kernel_layout=kernel_layout,
+            logit_scale=float(logit_scale),
+            logit_softcap=None if logit_softcap is None else float(logit_softcap),
+            logits_dtype=logits_dtype,
+            precision=jax.config.jax_default_matmul_precision if precision is None else precision,
+            chunk_size=None if chunk_size is None else int(chunk_size),
+            implementation=implementation,
+            compute_capability=target_compute_capability(),
+            with_weighted_sum=label_smoothing > 0,
+        ),
+        loss=CrossEntropy(float(label_smoothing), float(z_loss), kernel.shape[vocab_dim]),
+        reduction=reduction,
+        ignore_index=int(ignore_index),
+    )
+    loss, metrics = _fused_linear_cross_entropy(
+        call, Inputs(hidden, kernel, bias), labels, where, weights, class_weights, normalizer
+    )
+    return (loss, metrics) if return_metrics else loss
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Everything about a call that is not an array."""
+
+    config: HeadConfig
+    loss: CrossEntropy
+    reduction: Reduction
+    ignore_index: int
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fused_linear_cross_entropy(
+    call: _Call,
+    inputs: Inputs,
+    labels: Int[Array, "*B"],
+    where: Bool[Array, "*B"] | None,
+    weights: Float[Array, "*B"] | None,
+    class_weights: Float[Array, " V"] | None,
+    normalizer: Float[Array, ""] | None,
+) -> tuple[Loss, CrossEntropyMetrics]:
+    dtype = accumulator_dtype(inputs.hidden.dtype)
+    weights, class_weights, normalizer = jax.lax.stop_gradient((weights, class_weights, normalizer))
+    counted = _counted(labels, where, call.ignore_index)
+    labels = _columns(labels, counted, call.loss.vocab_size)
+    token_weights = jnp.where(counted, 1 if weights is None else weights, 0).astype(dtype)
+    context = Context(labels, counted, class_weights)
+    weight = token_weights.sum()
+
+    if call.reduction == "none":
+        stats = gradients.token_stats(call.config, inputs, context)
+        cross_entropy, z_loss = call.loss.token_losses(stats, labels, class_weights)
+        cross_entropy, z_loss = cross_entropy * token_weights, z_loss * token_weights
+        loss = cross_entropy + z_loss
+    else:
+        loss_weights = LossWeights(token_weights, token_weights)
+        if call.reduction == "mean":
+            by_label = token_weights
+            if class_weights is not None:
+                by_label = by_label * label_weights(class_weights, labels).astype(dtype)
+            divisors = (by_label.sum(), weight) if normalizer is None else (normalizer.astype(dtype),) * 2
+            loss_weights = LossWeights(*(token_weights * _inverse(divisor) for divisor in divisors))
+        loss, stats = gradients.weighted_loss(call.config, call.loss, inputs, context, loss_weights)
+        cross_entropy, z_loss = call.loss.weighted_sums(jax.lax.stop_gradient(stats), labels, class_weights, loss_weights)
+    return loss, jax.lax.stop_gradient(
+        CrossEntropyMetrics(
+            weight=weight,
+            cross_entropy=cross_entropy,
+            z_loss=z_loss,
+            accuracy=_inverse(weight) * jnp.sum(token_weights * (stats.prediction == labels)),
+            predictions=stats.prediction,
+        )
+    )
+
+
+def _counted(labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int) -> Bool[Array, "*B"]:
+    limits = jnp.iinfo(labels.dtype)
+    # A dtype that cannot hold ignore_index has no label equal to it; a comparison would wrap it around.
+    counted = labels != ignore_index if limits.min <= ignore_index <= limits.max else jnp.full(labels.shape, True)
+    return counted if where is None else counted & where
+
+
+def _columns(labels: Int[Array, "*B"], counted: Bool[Array, "*B"], vocab_size: int) -> Int[Array, "*B"]:
+    """Labels as int32 columns: −1 where a label that counts is none, 0 where a token doesn't count."""
+    inside = (labels >= 0) & (labels <= min(vocab_size - 1, jnp.iinfo(labels.dtype).max))
+    return jnp.where(counted, jnp.where(inside, labels, 0).astype(jnp.int32) - ~inside, 0)
+
+
+def _inverse(divisor: Float[Array, ""]) -> Float[Array, ""]:
+    """`1 / divisor`, and 0 for 0."""
+    return jnp.where(divisor == 0, 0, 1 / jnp.where(divisor == 0, 1, divisor))

@@ -1,0 +1,132 @@
+"""Errors at trace time: each names the argument, what it got, and what to do."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jliger.config import KernelLayout
+from jliger.platform import has_triton
+
+_LAYOUTS = {"hv": "[H, V]", "vh": "[V, H]"}
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} got {value!r}; pass one of {', '.join(map(repr, choices))}.")
+
+
+def check_number(name: str, value: Any, *, least: float | None = None, most: float | None = None) -> None:
+    """A finite Python number in `[least, most]`: it becomes part of the compiled program."""
+    if isinstance(value, jax.core.Tracer) or not isinstance(value, int | float | np.number):
+        raise TypeError(
+            f"{name} got {type(value).__name__}; pass a Python number, since it becomes part of the compiled kernel."
+        )
+    if not np.isfinite(value) or (least is not None and value < least) or (most is not None and value > most):
+        bounds = f"in [{least}, {most}]" if most is not None else f"of at least {least}" if least is not None else ""
+        raise ValueError(f"{name} got {value!r}; pass a finite number {bounds}".rstrip() + ".")
+
+
+def check_logit_options(
+    *,
+    kernel_layout: str,
+    logit_scale: Any,
+    logit_softcap: Any,
+    ignore_index: Any,
+    chunk_size: Any,
+    implementation: Any,
+) -> None:
+    """What `HeadConfig` is made of."""
+    check_choice("kernel_layout", kernel_layout, tuple(_LAYOUTS))
+    check_number("logit_scale", logit_scale)
+    if logit_softcap is not None:
+        check_number("logit_softcap", logit_softcap)
+        if logit_softcap <= 0:
+            raise ValueError(f"logit_softcap got {logit_softcap!r}; pass a number above 0, or None for no cap.")
+    _check_integer("ignore_index", ignore_index)
+    if chunk_size is not None:
+        _check_integer("chunk_size", chunk_size)
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size got {chunk_size}; pass a number of tokens of at least 1, or None for the rule.")
+    check_choice("implementation", implementation, ("triton", "xla", None))
+    if implementation == "triton" and not has_triton():
+        raise ValueError(
+            "implementation got 'triton', but triton and jax-triton are not installed; install them, or pass 'xla'."
+        )
+
+
+def check_operands(
+    hidden: Any, kernel: Any, labels: Any, bias: Any, *, kernel_layout: KernelLayout, implementation: str
+) -> None:
+    """The arrays that make logits, and the labels."""
+    _check_floating("hidden", hidden)
+    _check_floating("kernel", kernel)
+    if hidden.ndim < 1:
+        raise ValueError("hidden got a scalar; pass an array [*B, H].")
+    if kernel.ndim != 2:
+        raise ValueError(
+            f"kernel got shape {kernel.shape}; pass {_LAYOUTS[kernel_layout]}, as kernel_layout={kernel_layout!r} says."
+        )
+    vocab_dim = 1 if kernel_layout == "hv" else 0
+    if kernel.shape[1 - vocab_dim] != hidden.shape[-1]:
+        other = "vh" if kernel_layout == "hv" else "hv"
+        hint = f" Is its layout {other!r}?" if kernel.shape[vocab_dim] == hidden.shape[-1] else ""
+        raise ValueError(
+            f"kernel got shape {kernel.shape}, which as {_LAYOUTS[kernel_layout]} does not fit hidden of shape "
+            f"{hidden.shape}; H must agree.{hint}"
+        )
+    if kernel.shape[vocab_dim] == 0:
+        raise ValueError(f"kernel got shape {kernel.shape}; the vocabulary needs at least one column.")
+    if kernel.dtype not in (hidden.dtype, np.dtype("float32")):
+        raise TypeError(
+            f"kernel got dtype {kernel.dtype} with hidden of {hidden.dtype}; pass a kernel of hidden's dtype or float32 "
+            "(products are taken in hidden's dtype)."
+        )
+    if hidden.dtype == np.dtype("float64") and implementation == "triton":
+        raise TypeError("hidden got dtype float64, which the Triton kernels do not take; pass implementation='xla'.")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels got dtype {labels.dtype}; pass integers.")
+    check_shape("labels", labels, hidden.shape[:-1], "hidden's leading dimensions")
+    if bias is not None:
+        check_vocab_vector("bias", bias, kernel, vocab_dim)
+
+
+def check_shape(name: str, array: Any, shape: tuple[int, ...], what: str) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} got shape {array.shape}; pass {what}, {shape}.")
+
+
+def check_vocab_vector(name: str, array: Any, kernel: Any, vocab_dim: int) -> None:
+    _check_floating(name, array)
+    check_shape(name, array, (kernel.shape[vocab_dim],), "one value a column of the vocabulary")
+
+
+def check_where(where: Any, labels: Any) -> None:
+    if where.dtype != np.dtype("bool"):
+        raise TypeError(f"where got dtype {where.dtype}; pass bools (`where != 0`), or numbers as `weights`.")
+    check_shape("where", where, labels.shape, "one bool a token")
+
+
+def check_weights(weights: Any, labels: Any) -> None:
+    if not (jnp.issubdtype(weights.dtype, jnp.floating) or jnp.issubdtype(weights.dtype, jnp.integer)):
+        raise TypeError(f"weights got dtype {weights.dtype}; pass real numbers, or bools as `where`.")
+    check_shape("weights", weights, labels.shape, "one weight a token")
+
+
+def check_logits_dtype(dtype: Any, hidden: Any, implementation: str) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"logits_dtype got {dtype}; pass a floating-point dtype, or None for hidden's.")
+    if implementation == "triton" and dtype not in (np.dtype("float32"), np.dtype("float16"), jnp.dtype("bfloat16")):
+        raise TypeError(f"logits_dtype got {dtype}; the Triton kernels take float32, bfloat16 and float16.")
+
+
+def _check_floating(name: str, array: Any) -> None:
+    if array.dtype not in (np.dtype("float16"), jnp.dtype("bfloat16"), np.dtype("float32"), np.dtype("float64")):
+        raise TypeError(f"{name} got dtype {array.dtype}; pass float32, bfloat16, float16 or (XLA only) float64.")
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} got {value!r}; pass a Python integer.")

@@ -1,0 +1,46 @@
+"""What is known when the operation is traced, in one hashable place."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import numpy as np
+
+from jliger.rows import Implementation, LogitMap
+
+KernelLayout = Literal["hv", "vh"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+    """How hidden states and a kernel become logits, and how that is computed.
+
+    Attributes:
+      kernel_layout: `"hv"` for a kernel `[H, V]`, `"vh"` for `[V, H]`.
+      logit_scale: multiplies the logits.
+      logit_softcap: `c` in `c · tanh(z / c)`, or None.
+      logits_dtype: what products are rounded to before the row functions read them.
+      precision: of every product, resolved: the backward pass may be traced where the user's default is another.
+      chunk_size: tokens a chunk, or None for the rule in `jliger.chunks`.
+      implementation: the backend of the row functions.
+      compute_capability: the GPU to compile for, or None for the one present.
+      with_weighted_sum: whether the loss needs `RowStats.weighted_sum`.
+    """
+
+    kernel_layout: KernelLayout
+    logit_scale: float
+    logit_softcap: float | None
+    logits_dtype: np.dtype
+    precision: jax.lax.PrecisionLike
+    chunk_size: int | None
+    implementation: Implementation
+    compute_capability: int | None
+    with_weighted_sum: bool
+
+    @property
+    def vocab_dim(self) -> int:
+        """Which dimension of the kernel is the vocabulary."""
+        return 1 if self.kernel_layout == "hv" else 0
+
+    def logit_map(self, width: int) -> LogitMap:
+        return LogitMap(self.logit_scale, self.logit_softcap, width)

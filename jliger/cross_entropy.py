@@ -1,0 +1,104 @@
+"""The formula of the loss, as a function of row stats. Its derivatives by them are all that the kernels need of it."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jliger.rows import Coefficients, RowStats
+
+
+class LossWeights(NamedTuple):
+    """What multiplies the two parts of each token's loss in a reduced one; 0 for a token that doesn't count."""
+
+    cross_entropy: Float[Array, "*B"]
+    z_loss: Float[Array, "*B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """Cross entropy with label smoothing `α`, class weights `w`, and a z-loss.
+
+    Attributes:
+      label_smoothing: `α`.
+      z_loss: the factor of `lse²`.
+      vocab_size: `V`.
+    """
+
+    label_smoothing: float
+    z_loss: float
+    vocab_size: int
+
+    def token_losses(
+        self, stats: RowStats, labels: Int[Array, "*B"], class_weights: Float[Array, " V"] | None
+    ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+        """Cross entropy and z-loss of each token; NaN, and a gradient of NaN, where the label is no column.
+
+        `(1 − α) · w_y · (lse − z_y) + (α / V) · Σ_v w_v · (lse − z_v)`, and `z_loss · lse²`.
+        """
+        # The label's logit and the maximum may be large and close: their difference comes first.
+        cross_entropy = stats.log_sum + (stats.max - stats.label_logit)
+        if class_weights is not None:
+            cross_entropy *= label_weights(class_weights, labels).astype(cross_entropy.dtype)
+        if self.label_smoothing:
+            total = self.vocab_size if class_weights is None else class_weights.sum(dtype=stats.log_sum.dtype)
+            spread = total * (stats.max + stats.log_sum) - stats.weighted_sum
+            cross_entropy = (1 - self.label_smoothing) * cross_entropy + self.label_smoothing / self.vocab_size * spread
+        inside = (labels >= 0) & (labels < self.vocab_size)
+        return cross_entropy * jnp.where(inside, 1, jnp.nan), self.z_loss * jnp.square(stats.max + stats.log_sum)
+
+    def weighted_sums(
+        self,
+        stats: RowStats,
+        labels: Int[Array, "*B"],
+        class_weights: Float[Array, " V"] | None,
+        weights: LossWeights,
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """`Σ_t weights.cross_entropy_t · cross entropy_t` and `Σ_t weights.z_loss_t · z-loss_t`."""
+        cross_entropy, z_loss = self.token_losses(stats, labels, class_weights)
+        return jnp.sum(cross_entropy * weights.cross_entropy), jnp.sum(z_loss * weights.z_loss)
+
+    def total(
+        self,
+        stats: RowStats,
+        labels: Int[Array, "*B"],
+        class_weights: Float[Array, " V"] | None,
+        weights: LossWeights,
+    ) -> Float[Array, ""]:
+        """Both together: the reduced loss."""
+        cross_entropy, z_loss = self.weighted_sums(stats, labels, class_weights, weights)
+        return cross_entropy + z_loss
+
+    def coefficients(
+        self, labels: Int[Array, "*B"], class_weights: Float[Array, " V"] | None, weights: LossWeights
+    ) -> Coefficients:
+        """Those of `total`, which is linear in every stat but the log-sum-exp, in which it is quadratic."""
+        zeros = jnp.zeros_like(weights.cross_entropy)
+        empty_row = RowStats(zeros, zeros, zeros, None, zeros if self.label_smoothing else None)
+
+        def derivatives(log_sum: Float[Array, "*B"]) -> RowStats:
+            return jax.grad(self.total)(empty_row._replace(log_sum=log_sum), labels, class_weights, weights)
+
+        if not self.z_loss:
+            return coefficients_of(derivatives(zeros))
+        at_zero, by_log_sum = jax.jvp(derivatives, (zeros,), (zeros + 1,))
+        return coefficients_of(at_zero)._replace(probability_lse=by_log_sum.log_sum)
+
+
+def coefficients_of(cotangents: RowStats) -> Coefficients:
+    """The coefficients of logit gradients, from cotangents of the stats.
+
+    The maximum is a mere shift between `log_sum` and the log-sum-exp, whose derivative is `p`; its own is left out.
+    """
+    return Coefficients(
+        probability=cotangents.log_sum,
+        label=-cotangents.label_logit,
+        smoothing=None if cotangents.weighted_sum is None else -cotangents.weighted_sum,
+    )
+
+
+def label_weights(class_weights: Float[Array, " V"], labels: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """`w_y` of each token."""
+    return class_weights.at[labels].get(mode="clip")

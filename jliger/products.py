@@ -1,0 +1,46 @@
+"""The three matrix products of a linear head, for a kernel in either layout, none of which transposes anything."""
+
+import jax
+from jaxtyping import Array, Float
+
+from jliger.config import HeadConfig
+
+
+def logits_product(
+    config: HeadConfig, hidden: Float[Array, "T H"], kernel: Float[Array, "H V"] | Float[Array, "V H"]
+) -> Float[Array, "T V"]:
+    """`hidden · kernel`, rounded to `config.logits_dtype`."""
+    return _dot(config, hidden, kernel, 1, 1 - config.vocab_dim, config.logits_dtype)
+
+
+def hidden_grad_product(
+    config: HeadConfig,
+    logit_grads: Float[Array, "T V"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    dtype: jax.typing.DTypeLike,
+) -> Float[Array, "T H"]:
+    """`logit_grads · kernelᵀ`."""
+    return _dot(config, logit_grads, kernel, 1, config.vocab_dim, dtype)
+
+
+def kernel_grad_product(
+    config: HeadConfig,
+    hidden: Float[Array, "T H"],
+    logit_grads: Float[Array, "T V"],
+    dtype: jax.typing.DTypeLike,
+) -> Float[Array, "H V"] | Float[Array, "V H"]:
+    """`hiddenᵀ · logit_grads`, in the kernel's layout."""
+    left, right = (hidden, logit_grads) if config.kernel_layout == "hv" else (logit_grads, hidden)
+    return _dot(config, left, right, 0, 0, dtype)
+
+
+def _dot(
+    config: HeadConfig, left: Array, right: Array, left_dim: int, right_dim: int, dtype: jax.typing.DTypeLike
+) -> Array:
+    return jax.lax.dot_general(
+        left,
+        right,
+        (((left_dim,), (right_dim,)), ((), ())),
+        precision=config.precision,
+        preferred_element_type=dtype,
+    )

@@ -1,0 +1,89 @@
+"""The operation in plain JAX over full logits: what the rest is held to, in float64, and measured against.
+
+Nothing here is shared with the fused operation, and nothing here is fast.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jliger.api import CrossEntropyMetrics
+
+
+def fused_linear_cross_entropy(
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    labels: Int[Array, "*B"],
+    *,
+    bias: Float[Array, " V"] | None = None,
+    where: Bool[Array, "*B"] | None = None,
+    weights: Float[Array, "*B"] | None = None,
+    ignore_index: int = -100,
+    kernel_layout: str = "hv",
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    class_weights: Float[Array, " V"] | None = None,
+    reduction: str = "mean",
+    normalizer: Float[Array, ""] | float | None = None,
+    return_metrics: bool = False,
+    logits_dtype: jax.typing.DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    **unused: Any,
+) -> Any:
+    """`jliger.fused_linear_cross_entropy`, with the same arguments and results, over full logits.
+
+    Products are taken in hidden's dtype and the rest in float32, as an unfused framework would; in float64 for float64.
+    `chunk_size`, `vocab_axis_name` and `implementation` are taken and mean nothing. Labels out of range give NaN losses.
+    """
+    del unused
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    product = jnp.einsum(
+        "...h,hv->...v" if kernel_layout == "hv" else "...h,vh->...v",
+        hidden,
+        kernel.astype(hidden.dtype),
+        precision=precision,
+        preferred_element_type=logits_dtype or hidden.dtype,
+    )
+    logits = product.astype(dtype)
+    if bias is not None:
+        logits = logits + bias.astype(dtype)
+    logits = logits * logit_scale
+    if logit_softcap is not None:
+        logits = logit_softcap * jnp.tanh(logits / logit_softcap)
+
+    vocab_size = logits.shape[-1]
+    counted = labels != ignore_index
+    if where is not None:
+        counted &= where
+    inside = (labels >= 0) & (labels < vocab_size)
+    safe = jnp.where(counted & inside, labels, 0)
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    w = jnp.ones((vocab_size,), dtype) if class_weights is None else jax.lax.stop_gradient(class_weights).astype(dtype)
+    nll = -jnp.take_along_axis(log_probs, safe[..., None], axis=-1)[..., 0]
+    cross_entropy = (1 - label_smoothing) * w[safe] * nll - label_smoothing * jnp.mean(w * log_probs, axis=-1)
+    cross_entropy = jnp.where(inside, cross_entropy, jnp.nan)
+    token_weights = 1.0 if weights is None else jax.lax.stop_gradient(weights).astype(dtype)
+    token_weights = jnp.where(counted, token_weights, 0)
+    cross_entropy = jnp.where(counted, cross_entropy, 0) * token_weights
+    z_losses = jnp.where(counted, z_loss * lse**2, 0) * token_weights
+
+    weight = token_weights.sum()
+    if reduction != "none":
+        by_label, by_weight = (token_weights * w[safe]).sum(), weight
+        if normalizer is not None:
+            by_label = by_weight = jnp.asarray(normalizer, dtype)
+        if reduction == "sum":
+            by_label = by_weight = jnp.ones((), dtype)
+        cross_entropy = jnp.where(by_label == 0, 0, cross_entropy.sum() / jnp.where(by_label == 0, 1, by_label))
+        z_losses = jnp.where(by_weight == 0, 0, z_losses.sum() / jnp.where(by_weight == 0, 1, by_weight))
+    loss = cross_entropy + z_losses
+    predictions = jnp.where(counted, jnp.argmax(logits, axis=-1).astype(jnp.int32), -1)
+    correct = (token_weights * (predictions == labels)).sum()
+    accuracy = jnp.where(weight == 0, 0, correct / jnp.where(weight == 0, 1, weight))
+    metrics = CrossEntropyMetrics(weight, cross_entropy, z_losses, accuracy, predictions)
+    return (loss, jax.lax.stop_gradient(metrics)) if return_metrics else loss

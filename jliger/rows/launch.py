@@ -1,0 +1,119 @@
+"""One way to call a Triton kernel: through jax-triton on a GPU, through Triton's interpreter where that is switched on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax_triton
+import numpy as np
+from triton.runtime.interpreter import InterpretedFunction
+
+_INTERPRETER_DTYPES = {
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "int32": "i32",
+}
+
+
+def call_kernel(
+    kernel: Any,
+    operands: Sequence[jax.Array],
+    out_type: Sequence[jax.ShapeDtypeStruct],
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    num_warps: int,
+    num_stages: int,
+    compute_capability: int | None,
+    flops: int,
+    bytes_accessed: int,
+    **constexprs: Any,
+) -> tuple[jax.Array, ...]:
+    """Runs `kernel` over `grid`; returns its outputs, the only memory that it writes.
+
+    Args:
+      kernel: a `triton.jit` function; its parameters are the operands, the outputs, then constexprs.
+      operands: the arrays that it reads.
+      out_type: shapes and dtypes of the arrays that it returns. None is an alias of an operand.
+      name: as profilers show it.
+      grid: programs to launch.
+      num_warps: warps per program.
+      num_stages: depth of Triton's software pipelines.
+      compute_capability: the GPU to compile for, or None for the one present.
+      flops: arithmetic operations done, for profilers.
+      bytes_accessed: bytes moved, for profilers.
+      **constexprs: the kernel's compile-time parameters.
+    """
+    if isinstance(kernel, InterpretedFunction):
+        return _interpret(kernel, operands, out_type, grid, constexprs)
+    return jax_triton.triton_call(
+        *operands,
+        kernel=kernel,
+        out_type=tuple(out_type),
+        grid=grid,
+        name=name,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        compute_capability=compute_capability,
+        # Stated, because Triton's default for it changes from one release to the next.
+        backend_options={"enable_fp_fusion": True},
+        cost_estimate={"flops": flops, "bytes_accessed": bytes_accessed},
+        **constexprs,
+    )
+
+
+def _interpret(
+    kernel: Any,
+    operands: Sequence[jax.Array],
+    out_type: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    constexprs: dict[str, Any],
+) -> tuple[jax.Array, ...]:
+    def run(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        # Copies, so that a kernel that writes to an operand cannot pass for one that does not.
+        inputs = [np.array(a, order="C") for a in arrays]
+        outputs = [np.empty(o.shape, o.dtype) for o in out_type]
+        kernel[grid](*map(_Pointer, [*inputs, *outputs]), **constexprs)
+        for given, now in zip(arrays, inputs, strict=True):
+            if not np.array_equal(given.view(np.uint8), now.view(np.uint8)):
+                raise AssertionError("a kernel wrote to one of its operands")
+        return tuple(outputs)
+
+    return jax.pure_callback(run, tuple(out_type), *operands, vmap_method="sequential")
+
+
+class _Pointer:
+    """What Triton's interpreter asks of a tensor, over a numpy array; its copies to and from a device do nothing."""
+
+    def __init__(self, array: np.ndarray):
+        self._array = array
+        self.dtype = _INTERPRETER_DTYPES[array.dtype.name]
+        self.shape = array.shape
+
+    def data_ptr(self) -> int:
+        return self._array.ctypes.data
+
+    def untyped_storage(self) -> "_Pointer":
+        return self
+
+    def cpu(self) -> "_Pointer":
+        return self
+
+    def copy_(self, other: "_Pointer") -> None:
+        del other
+
+    def new_empty(self, *_: Any, **__: Any) -> "_Pointer":
+        return self
+
+    def set_(self, *_: Any) -> "_Pointer":
+        return self
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return self.shape
+
+    def stride(self) -> tuple[int, ...]:
+        return tuple(step // self._array.itemsize for step in self._array.strides)

@@ -1,0 +1,84 @@
+"""The row functions in plain JAX: every device, every dtype, and the words the Triton kernels are held to."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jliger.rows.types import Block, Coefficients, LogitMap, RowStats
+
+
+def row_stats(
+    product: Float[Array, "T V"], block: Block, logit_map: LogitMap, *, with_weighted_sum: bool
+) -> RowStats:
+    logits, _, inside = _logits(product, block, logit_map)
+    # Finite also where a block holds nothing but −inf, so that its sum is 0 and not NaN.
+    row_max = jnp.maximum(logits.max(axis=1), jnp.finfo(logits.dtype).min)
+    is_label = _is_label(product, block) & inside
+    if with_weighted_sum:
+        terms = logits if block.class_weights is None else logits * block.class_weights
+        weighted_sum = jnp.where(inside, terms, 0).sum(axis=1)
+    return RowStats(
+        max=row_max,
+        log_sum=jnp.log(jnp.exp(logits - row_max[:, None]).sum(axis=1)),
+        label_logit=jnp.where(is_label, logits, 0).sum(axis=1),
+        prediction=jnp.argmax(logits, axis=1).astype(jnp.int32),
+        weighted_sum=weighted_sum if with_weighted_sum else None,
+    )
+
+
+def row_grads(
+    product: Float[Array, "T V"],
+    block: Block,
+    logit_map: LogitMap,
+    row_max: Float[Array, " T"],
+    log_sum: Float[Array, " T"],
+    coefficients: Coefficients,
+    *,
+    dtype: jax.typing.DTypeLike,
+) -> Float[Array, "T V"]:
+    logits, slope, inside = _logits(product, block, logit_map)
+    probability, label, probability_lse, smoothing = coefficients
+    if probability_lse is not None:
+        probability = probability + probability_lse * (row_max + log_sum)
+    grads = jnp.exp(logits - row_max[:, None]) * (probability * jnp.exp(-log_sum))[:, None]
+    grads = grads - jnp.where(_is_label(product, block), label[:, None], 0)
+    if smoothing is not None:
+        u = 1 if block.class_weights is None else block.class_weights
+        grads = grads - smoothing[:, None] * u
+    return jnp.where(inside, grads * slope, 0).astype(dtype)
+
+
+def row_stats_and_grads(
+    product: Float[Array, "T V"],
+    block: Block,
+    logit_map: LogitMap,
+    coefficients: Coefficients,
+    *,
+    with_weighted_sum: bool,
+    dtype: jax.typing.DTypeLike,
+) -> tuple[RowStats, Float[Array, "T V"]]:
+    stats = row_stats(product, block, logit_map, with_weighted_sum=with_weighted_sum)
+    return stats, row_grads(product, block, logit_map, stats.max, stats.log_sum, coefficients, dtype=dtype)
+
+
+def _logits(
+    product: Float[Array, "T V"], block: Block, logit_map: LogitMap
+) -> tuple[Float[Array, "T V"], Float[Array, "T V"] | float, Bool[Array, "T V"]]:
+    """The logits (−inf outside the block), their derivative by the product, and which columns are inside."""
+    logits = product.astype(jnp.promote_types(product.dtype, jnp.float32))
+    if block.bias is not None:
+        logits = logits + block.bias
+    logits = logits * logit_map.scale
+    slope = logit_map.scale
+    if logit_map.softcap is not None:
+        tanh = jnp.tanh(logits / logit_map.softcap)
+        logits, slope = logit_map.softcap * tanh, slope * (1 - tanh * tanh)
+    columns = jax.lax.broadcasted_iota(jnp.int32, product.shape, 1)
+    inside = columns < logit_map.width
+    if block.first is not None:
+        inside &= columns >= block.first
+    return jnp.where(inside, logits, -jnp.inf), slope, inside
+
+
+def _is_label(product: Float[Array, "T V"], block: Block) -> Bool[Array, "T V"]:
+    return jax.lax.broadcasted_iota(jnp.int32, product.shape, 1) == block.labels[:, None]
