@@ -1,0 +1,92 @@
+"""Checkpoints of a training run by Orbax: read back as they were saved, or clearly refused."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Self
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from reporting import write_json
+
+
+class CheckpointError(Exception):
+    """The checkpoint can't be read; the message says which one and what to do."""
+
+
+# Lies in a checkpoint's folder, so that it is moved and removed with it.
+MANIFEST = "sha256.json"
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file under a folder but the manifest, by relative path."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST)
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
+
+
+def verify(folder: Path) -> None:
+    """Raises ValueError where a file isn't as it was saved.
+
+    Orbax doesn't notice every changed byte, and from a truncated file it raises from several threads at once.
+    Without a manifest nothing is compared: the checkpoint was whole when the program was killed beside it.
+    """
+    if not (folder / MANIFEST).exists():
+        return
+    saved = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    found = hashes_of(folder)
+    for name in saved:
+        if found.get(name) != saved[name]:
+            raise ValueError(f"file {name} {'has changed' if name in found else 'is missing'}")
+
+
+class Checkpoints:
+    """Orbax checkpoints of step, training state and data position, each with a manifest of its files."""
+
+    def __init__(self, directory: Path, keep: int) -> None:
+        self.directory = directory.absolute()
+        policy = ocp.checkpoint_managers.LatestN(keep)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    def save(self, step: int, state: nnx.State, position: int) -> None:
+        """Writes a checkpoint; it counts only once it is whole, so a kill meanwhile leaves the one before."""
+        tree = nnx.to_pure_dict(state)
+        data = {"step": step, "position": position}
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(tree), data=ocp.args.JsonSave(data))
+        self._manager.save(step, args=arguments, force=True)
+        folder = self.directory / str(step)
+        write_json(folder / MANIFEST, hashes_of(folder))
+
+    def restore_latest(self, abstract_state: nnx.State) -> tuple[int, nnx.State, int] | None:
+        """Step, state and data position of the latest checkpoint, or None where there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        tree = nnx.to_pure_dict(abstract_state)
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(tree), data=ocp.args.JsonRestore())
+        try:
+            verify(self.directory / str(step))
+            restored = self._manager.restore(step, args=arguments)
+            position = int(restored["data"]["position"])
+        # Whatever a damaged file makes Orbax or TensorStore raise, it is the same to the user.
+        except Exception as error:
+            earlier = max((other for other in self._manager.all_steps() if other < step), default=None)
+            instead = "start from the beginning" if earlier is None else f"continue from step {earlier}"
+            reason = (str(error).strip() or "no detail").splitlines()[0]
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self.directory / str(step)} can't be read "
+                f"({type(error).__name__}: {reason}). Nothing was changed. Move that folder away and run "
+                f"again with --resume to {instead}, or name another --out"
+            ) from error
+        state = jax.tree.map(lambda leaf: leaf, abstract_state)
+        nnx.replace_by_pure_dict(state, restored["state"])
+        return step, state, position
