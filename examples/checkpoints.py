@@ -22,9 +22,7 @@ MANIFEST = "sha256.json"
 def hashes_of(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file under a folder but the manifest, by relative path."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST)
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-    }
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def verify(folder: Path) -> None:

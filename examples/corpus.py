@@ -108,9 +108,7 @@ def read_documents(paths: Sequence[Path] | None, max_bytes: int) -> list[Documen
             if not text.strip():
                 continue
             name = path.name if path == root else path.relative_to(root).as_posix()
-            by_content.setdefault(
-                hashlib.sha256(text.encode()).hexdigest(), Document(f"{number}/{name}", text)
-            )
+            by_content.setdefault(hashlib.sha256(text.encode()).hexdigest(), Document(f"{number}/{name}", text))
     documents: list[Document] = []
     left = max_bytes
     for _, document in sorted(by_content.items()):
@@ -188,9 +186,7 @@ def _read_cache(tokenizer_path: Path, tokens_path: Path) -> tuple[Tokenizer, np.
         return None
 
 
-def _write_cache(
-    tokenizer: Tokenizer, train: np.ndarray, heldout: np.ndarray, paths: tuple[Path, Path]
-) -> None:
+def _write_cache(tokenizer: Tokenizer, train: np.ndarray, heldout: np.ndarray, paths: tuple[Path, Path]) -> None:
     """Writes each file beside its place and moves it there, so that a killed run leaves no half file."""
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,14 +238,10 @@ class Batches:
     has its own order, made from the seed and the epoch's number, so a position can be returned to at once.
     """
 
-    def __init__(
-        self, tokens: np.ndarray, batch_size: int, length: int, seed: int, position: int = 0
-    ) -> None:
+    def __init__(self, tokens: np.ndarray, batch_size: int, length: int, seed: int, position: int = 0) -> None:
         self.windows = (len(tokens) - 1) // length
         if self.windows < 1:
-            raise CorpusError(
-                f"the corpus has {len(tokens)} tokens to train on, fewer than one window of {length + 1}"
-            )
+            raise CorpusError(f"the corpus has {len(tokens)} tokens to train on, fewer than one window of {length + 1}")
         self.tokens = tokens
         self.batch_size = batch_size
         self.length = length

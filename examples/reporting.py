@@ -79,9 +79,7 @@ def memory_of(statistics_of_step: Any) -> dict[str, int]:
         "outputs": statistics_of_step.output_size_in_bytes,
         "aliased": statistics_of_step.alias_size_in_bytes,
     }
-    return memory | {
-        "total": memory["temporary"] + memory["arguments"] + memory["outputs"] - memory["aliased"]
-    }
+    return memory | {"total": memory["temporary"] + memory["arguments"] + memory["outputs"] - memory["aliased"]}
 
 
 def summarize(runs: Mapping[str, Events]) -> dict[str, Any]:
@@ -96,9 +94,7 @@ def summarize(runs: Mapping[str, Events]) -> dict[str, Any]:
             "train_loss": train[last]["loss"] if train else None,
             "heldout": evaluation[max(evaluation)] if evaluation else None,
             # The median leaves out the steps that the first calls or another process slowed down.
-            "step_seconds": statistics.median(record["seconds"] for record in train.values())
-            if train
-            else None,
+            "step_seconds": statistics.median(record["seconds"] for record in train.values()) if train else None,
             "tokens_per_step": train[last]["tokens"] if train else None,
             "rows_by": events["compiled"][0]["rows_by"],
             "compile_seconds": events["compiled"][0]["seconds"],
@@ -112,9 +108,7 @@ def summarize(runs: Mapping[str, Events]) -> dict[str, Any]:
         summary["comparison"] = {
             "steps": len(common),
             "largest_difference": max(differences.values(), default=0.0),
-            "largest_relative_difference": max(
-                (differences[s] / abs(full[s]["loss"]) for s in common), default=0.0
-            ),
+            "largest_relative_difference": max((differences[s] / abs(full[s]["loss"]) for s in common), default=0.0),
             "temporary_memory_saving_percent": 100 * (1 - memory[1]["temporary"] / memory[0]["temporary"]),
             "total_memory_saving_percent": 100 * (1 - memory[1]["total"] / memory[0]["total"]),
         }
@@ -138,11 +132,7 @@ def curve_table(runs: Mapping[str, Events], lines: int = 10) -> str:
     heads = list(runs)
     curves = [runs[head].get("train", {}) for head in heads]
     common = sorted(set.intersection(*(set(curve) for curve in curves)))
-    shown = (
-        sorted({common[round(i * (len(common) - 1) / max(1, lines - 1))] for i in range(lines)})
-        if common
-        else []
-    )
+    shown = sorted({common[round(i * (len(common) - 1) / max(1, lines - 1))] for i in range(lines)}) if common else []
     rows = [["step", *(TITLES[head] for head in heads), *(["difference"] if len(heads) == 2 else [])]]
     for step in shown:
         losses = [curve[step]["loss"] for curve in curves]
@@ -225,18 +215,14 @@ def plot(runs: Mapping[str, Events], summary: Mapping[str, Any], path: Path) -> 
     if len(runs) == 2:
         full, fused = (runs[head].get("train", {}) for head in ("full", "jliger"))
         common = sorted(full.keys() & fused.keys())
-        relative = [
-            abs(full[step]["loss"] - fused[step]["loss"]) / abs(full[step]["loss"]) for step in common
-        ]
+        relative = [abs(full[step]["loss"] - fused[step]["loss"]) / abs(full[step]["loss"]) for step in common]
         # Equal losses have no place on a logarithmic axis: they are left out.
         difference.plot(common, [value or math.nan for value in relative], ".-", color="black", linewidth=0.8)
         difference.axhline(2.0**-23, color="gray", linestyle=":", label="float32 spacing, $2^{-23}$")
         difference.set_yscale("log")
         difference.legend()
     else:
-        difference.text(
-            0.5, 0.5, "needs both heads", ha="center", va="center", transform=difference.transAxes
-        )
+        difference.text(0.5, 0.5, "needs both heads", ha="center", va="center", transform=difference.transAxes)
     difference.set(title="Difference of the training losses", xlabel="step", ylabel="relative to the loss")
     for head, figures in summary["heads"].items():
         for kind in ("temporary", "total"):

@@ -81,20 +81,16 @@ def full_loss(model: LanguageModel, tokens: jax.Array, end_of_text: int) -> jax.
     return jnp.sum(losses, where=where) / jnp.maximum(jnp.sum(where), 1)
 
 
-def jliger_loss(
-    model: LanguageModel, tokens: jax.Array, end_of_text: int, implementation: str | None
-) -> jax.Array:
+def jliger_loss(model: LanguageModel, tokens: jax.Array, end_of_text: int, **options: Any) -> jax.Array:
     """The same mean through jliger: the logits exist a chunk at a time."""
     inputs, labels, where = inputs_and_labels(tokens, end_of_text)
     hidden = model(inputs)
     kernel, layout = model.last_layer()
-    return jliger.fused_linear_cross_entropy(
-        hidden, kernel, labels, where=where, kernel_layout=layout, implementation=implementation
-    )
+    return jliger.fused_linear_cross_entropy(hidden, kernel, labels, where=where, kernel_layout=layout, **options)
 
 
 def heldout_sums(
-    model: LanguageModel, tokens: jax.Array, end_of_text: int, implementation: str | None
+    model: LanguageModel, tokens: jax.Array, end_of_text: int, **options: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Summed cross entropy, right predictions and counted tokens of a held-out batch."""
     inputs, labels, where = inputs_and_labels(tokens, end_of_text)
@@ -108,7 +104,7 @@ def heldout_sums(
         kernel_layout=layout,
         reduction="sum",
         return_metrics=True,
-        implementation=implementation,
+        **options,
     )
     return loss, metrics.accuracy * metrics.weight, metrics.weight
 
@@ -120,7 +116,7 @@ def heldout_sums(
 class Program:
     """One head's training step and what belongs to it; the state is model and optimizer in one."""
 
-    lowered: jax.stages.Lowered
+    step: jax.stages.Traced
     abstract_state: nnx.State
     initial_state: Callable[[], nnx.State]
     heldout_sums: Callable[[nnx.State, np.ndarray], tuple[jax.Array, jax.Array, jax.Array]]
@@ -128,7 +124,7 @@ class Program:
 
 
 def build_program(head: str, args: argparse.Namespace, config: ModelConfig, end_of_text: int) -> Program:
-    """Traces and lowers one head's training step; nothing is compiled, run or written yet."""
+    """Traces one head's training step; nothing is compiled, run or written yet."""
     schedule = optax.warmup_cosine_decay_schedule(
         init_value=args.learning_rate / 10,
         peak_value=args.learning_rate,
@@ -144,10 +140,11 @@ def build_program(head: str, args: argparse.Namespace, config: ModelConfig, end_
         mask=partial(jax.tree.map, lambda leaf: leaf.ndim > 1),
     )
     transformation = optax.chain(optax.clip_by_global_norm(1.0), adamw)
+    options = {"implementation": args.implementation, "chunk_size": args.chunk_size}
     if head == "full":
         loss = partial(full_loss, end_of_text=end_of_text)
     else:
-        loss = partial(jliger_loss, end_of_text=end_of_text, implementation=args.implementation)
+        loss = partial(jliger_loss, end_of_text=end_of_text, **options)
 
     def create() -> tuple[LanguageModel, nnx.Optimizer]:
         model = LanguageModel(config, nnx.Rngs(args.seed))
@@ -163,19 +160,17 @@ def build_program(head: str, args: argparse.Namespace, config: ModelConfig, end_
 
     def heldout(state: nnx.State, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         model, _ = nnx.merge(graphdef, state)
-        return heldout_sums(model, tokens, end_of_text, args.implementation)
+        return heldout_sums(model, tokens, end_of_text, **options)
 
     batch = jax.ShapeDtypeStruct((args.batch_size, args.length + 1), jnp.int32)
     # The step's result takes over the memory of the state that it replaces.
-    lowered = jax.jit(step, donate_argnums=0).lower(abstract_state, batch)
-    return Program(lowered, abstract_state, jax.jit(lambda: nnx.state(create())), jax.jit(heldout), schedule)
+    traced = jax.jit(step, donate_argnums=0).trace(abstract_state, batch)
+    return Program(traced, abstract_state, jax.jit(lambda: nnx.state(create())), jax.jit(heldout), schedule)
 
 
 def evaluate(program: Program, state: nnx.State, batches: Sequence[np.ndarray]) -> dict[str, float]:
     """Mean loss, perplexity and accuracy over the counted tokens of all batches."""
-    sums = np.sum(
-        [[float(value) for value in program.heldout_sums(state, batch)] for batch in batches], axis=0
-    )
+    sums = np.sum([[float(value) for value in program.heldout_sums(state, batch)] for batch in batches], axis=0)
     loss, right, tokens = (float(value) for value in sums)
     mean = loss / max(tokens, 1.0)
     # A perplexity beyond float64 would be no JSON number.
@@ -198,7 +193,8 @@ def train_head(head: str, program: Program, corpus: Corpus, args: argparse.Names
             return
         began = time.perf_counter()
         # One compilation serves the memory figures and the training.
-        step_function = program.lowered.compile()
+        lowered = program.step.lower()
+        step_function = lowered.compile()
         with (
             MetricsFile(folder / METRICS) as metrics,
             tqdm(total=last, initial=start, desc=head, unit="step", disable=args.no_progress) as bar,
@@ -209,7 +205,7 @@ def train_head(head: str, program: Program, corpus: Corpus, args: argparse.Names
                 seconds=time.perf_counter() - began,
                 memory=memory_of(step_function.memory_analysis()),
                 # Read off the program itself, not off what was asked for.
-                rows_by="triton" if "triton" in program.lowered.as_text() else "xla",
+                rows_by="triton" if "triton_kernel_call" in lowered.as_text() else "xla",
             )
             for step in range(start + 1, last + 1):
                 began = time.perf_counter()
@@ -250,9 +246,7 @@ def positive(convert: Callable[[str], Any], zero: bool = False) -> Callable[[str
             value = math.nan
         if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
             kind = "a whole number" if convert is int else "a number"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {kind} {'of 0 or more' if zero else 'above 0'}"
-            )
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {'of 0 or more' if zero else 'above 0'}")
         return value
 
     return parse
@@ -277,25 +271,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--max-bytes", type=count, default=16_000_000, help="use at most this much text")
     group.add_argument("--vocab-size", type=count, default=32768, help="tokens of the byte-level BPE")
     group.add_argument("--heldout-fraction", type=number, default=0.05, help="share of the text held out")
-    group.add_argument(
-        "--cache-dir", type=Path, default=Path("runs/cache"), help="keeps tokenizer and tokens"
-    )
+    group.add_argument("--cache-dir", type=Path, default=Path("runs/cache"), help="keeps tokenizer and tokens")
     group = parser.add_argument_group("model")
     group.add_argument("--hidden-size", type=count, default=128)
     group.add_argument("--layers", type=count, default=2)
     group.add_argument("--heads", type=count, default=4, help="attention heads")
-    group.add_argument(
-        "--tie-embeddings", action="store_true", help="the last layer's kernel is the embedding"
-    )
+    group.add_argument("--tie-embeddings", action="store_true", help="the last layer's kernel is the embedding")
     group.add_argument(
         "--dtype", choices=list(DTYPES), default="float32", help="of the arithmetic; parameters: float32"
     )
     group = parser.add_argument_group("training")
-    group.add_argument(
-        "--head", choices=["both", *HEADS], default="both", help="last layer and loss to train with"
-    )
+    group.add_argument("--head", choices=["both", *HEADS], default="both", help="last layer and loss to train with")
     group.add_argument(
         "--implementation", choices=["triton", "xla"], help="jliger's backend (default: what fits the device)"
+    )
+    group.add_argument(
+        "--chunk-size", type=count, metavar="TOKENS", help="jliger's chunk (default: what fits the device)"
     )
     group.add_argument("--steps", type=count, default=100)
     group.add_argument("--batch-size", type=count, default=8, help="sequences per step")
@@ -303,23 +294,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--learning-rate", type=number, default=3e-3, help="highest, after the warmup")
     group.add_argument("--warmup-steps", type=positive(int, zero=True), default=10)
     group.add_argument("--weight-decay", type=number_or_zero, default=0.1)
-    group.add_argument(
-        "--seed", type=positive(int, zero=True), default=0, help="of parameters and data order"
-    )
+    group.add_argument("--seed", type=positive(int, zero=True), default=0, help="of parameters and data order")
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, default=Path("runs/train_lm"), help="the run's folder")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="go on with the run in --out")
     either.add_argument("--overwrite", action="store_true", help="remove the run in --out first")
-    group.add_argument(
-        "--stop-at", type=count, metavar="STEP", help="stop here; the schedule is still for --steps"
-    )
+    group.add_argument("--stop-at", type=count, metavar="STEP", help="stop here; the schedule is still for --steps")
     group.add_argument("--checkpoint-every", type=count, default=50, metavar="STEPS")
     group.add_argument("--keep-checkpoints", type=count, default=2, metavar="N", help="keep the latest N")
     group.add_argument("--eval-every", type=count, default=25, metavar="STEPS")
-    group.add_argument(
-        "--eval-batches", type=count, default=8, help="held-out batches per evaluation, at most"
-    )
+    group.add_argument("--eval-batches", type=count, default=8, help="held-out batches per evaluation, at most")
     group.add_argument("--no-progress", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     if args.vocab_size < SMALLEST_VOCAB:
@@ -333,9 +318,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.stop_at is not None and args.stop_at > args.steps:
         parser.error(f"--stop-at {args.stop_at} is beyond --steps {args.steps}")
     if args.implementation == "triton" and jax.default_backend() != "gpu":
-        parser.error(
-            f"--implementation triton needs a GPU; JAX's default backend here is {jax.default_backend()}"
-        )
+        parser.error(f"--implementation triton needs a GPU; JAX's default backend here is {jax.default_backend()}")
     return args
 
 
@@ -354,9 +337,7 @@ def prepare_folder(args: argparse.Namespace, settings: dict[str, Any]) -> None:
         except (ValueError, AttributeError) as error:
             raise RunError(f"{out / CONFIG} can't be read ({error}); nothing was changed") from error
         if differing:
-            changes = ", ".join(
-                f"{key} was {value} and is {settings[key]}" for key, value in differing.items()
-            )
+            changes = ", ".join(f"{key} was {value} and is {settings[key]}" for key, value in differing.items())
             raise RunError(f"--resume: the run in {out} has other settings: {changes}. Nothing was changed")
         return
     if is_run and not args.overwrite:
@@ -391,16 +372,18 @@ def run(args: argparse.Namespace) -> None:
     )
     if corpus.vocab_size < args.vocab_size:
         print(f"the corpus has too few distinct pairs for --vocab-size {args.vocab_size}")
-    config = ModelConfig(
-        corpus.vocab_size, args.hidden_size, args.layers, args.heads, args.tie_embeddings, args.dtype
-    )
+    config = ModelConfig(corpus.vocab_size, args.hidden_size, args.layers, args.heads, args.tie_embeddings, args.dtype)
     # What shapes the curve: a run is only ever resumed under the same values.
     names = ("steps", "batch_size", "length", "learning_rate", "warmup_steps", "weight_decay", "seed")
     settings = {"corpus": corpus.digest, **asdict(config), **{name: getattr(args, name) for name in names}}
     # Everything that can be refused is refused before the folder is touched.
     Batches(corpus.train, args.batch_size, args.length, args.seed)
     heads = HEADS if args.head == "both" else (args.head,)
-    programs = {head: build_program(head, args, config, corpus.end_of_text) for head in heads}
+    try:
+        programs = {head: build_program(head, args, config, corpus.end_of_text) for head in heads}
+    # What jliger refuses, it names with the argument and what to do instead.
+    except (ValueError, NotImplementedError) as error:
+        raise RunError(str(error)) from error
     prepare_folder(args, settings)
     corpus.tokenizer.save(str(args.out / TOKENIZER))
     device = jax.devices()[0]
@@ -409,9 +392,7 @@ def run(args: argparse.Namespace) -> None:
         train_head(head, programs[head], corpus, args)
     runs = {head: read_metrics(args.out / head / METRICS) for head in heads}
     summary = summarize(runs)
-    write_json(
-        args.out / SUMMARY, {"device": device.device_kind, "jax": jax.__version__, **settings, **summary}
-    )
+    write_json(args.out / SUMMARY, {"device": device.device_kind, "jax": jax.__version__, **settings, **summary})
     plot(runs, summary, args.out / PLOT)
     print(f"\n{curve_table(runs)}\n\n{summary_table(summary)}\n")
     if "comparison" in summary:

@@ -66,7 +66,7 @@ def token_stats(config: HeadConfig, tokens: Tokens, head: Head) -> RowStats:
     plan = _BlockPlan.make(config, num_tokens, head)
     queue = _Queue.make(tokens.counted, plan.chunk)
 
-    def step(start: Int[Array, ""], size: int, stats: RowStats) -> RowStats:
+    def step(size: int, start: Int[Array, ""], stats: RowStats) -> RowStats:
         chunk = _Chunk.make(queue.slots(start, size), tokens, rows.alignment)
 
         def block_step(index: Int[Array, ""], chunk_stats: RowStats | None) -> RowStats:
@@ -95,7 +95,7 @@ def forward_form(
     kernel = _pad(head.kernel.astype(dtype), (0, 1), rows.alignment)
     head = _with_float_vectors(head, dtype, rows.alignment)
 
-    def step(start: Int[Array, ""], size: int, carry: tuple[RowStats, Grads]) -> tuple[RowStats, Grads]:
+    def step(size: int, start: Int[Array, ""], carry: tuple[RowStats, Grads]) -> tuple[RowStats, Grads]:
         stats, grads = carry
         chunk = _Chunk.make(queue.slots(start, size), tokens, rows.alignment)
         product = logits_product(config, chunk.hidden, kernel)
@@ -120,7 +120,7 @@ def forward_form(
 
     grads = Grads(_zeros_if_wanted(tokens.hidden.shape, wanted.hidden), None, None)
     # The first chunk stands outside the loop: what it finds starts the sums, and nothing is set to zero to add to.
-    carry = step(jnp.int32(0), queue.chunk, (queue.empty_stats(config, dtype), grads))
+    carry = step(queue.chunk, jnp.int32(0), (queue.empty_stats(config, dtype), grads))
     stats, grads = queue.for_each_chunk(step, carry, (queue.chunk,), first=1)
     hidden_size = tokens.hidden.shape[1]
     sides = (hidden_size, width) if config.kernel_layout == "hv" else (width, hidden_size)
@@ -148,7 +148,7 @@ def recompute_form(
     # With several chunks the kernel's gradient is a sum over them; with one, each block of it is written once.
     sums = queue.num_chunks > 1
 
-    def step(start: Int[Array, ""], size: int, grads: Grads) -> Grads:
+    def step(size: int, start: Int[Array, ""], grads: Grads) -> Grads:
         chunk = _Chunk.make(queue.slots(start, size), tokens, rows.alignment)
         row_max, log_sum = chunk.take((stats.max, stats.log_sum), 0)
         chunk_coefficients = chunk.take(coefficients, 0)
@@ -252,21 +252,19 @@ class _Queue(NamedTuple):
 
     def for_each_chunk(
         self,
-        step: Callable[[Int[Array, ""], int, Any], Any],
+        step: Callable[[int, Int[Array, ""], Any], Any],
         carry: Any,
         sizes: tuple[int, ...],
         first: int = 0,
     ) -> Any:
-        """`carry = step(start, size, carry)` for every chunk that holds tokens, in the least of `sizes` that holds them."""
+        """`carry = step(size, start, carry)` for every chunk that holds tokens, in the least of `sizes` that holds them."""
 
         def sized_step(index: Int[Array, ""], carry: Any) -> Any:
             start = index * self.chunk
             if len(sizes) == 1:
-                return step(start, sizes[0], carry)
+                return step(sizes[0], start, carry)
             fitting = sum((self.count - start > size).astype(jnp.int32) for size in sizes[:-1])
-            branches = [functools.partial(step, size=size) for size in sizes]
-            branches = [lambda start, carry, branch=branch: branch(start, carry=carry) for branch in branches]
-            return jax.lax.switch(fitting, branches, start, carry)
+            return jax.lax.switch(fitting, [functools.partial(step, size) for size in sizes], start, carry)
 
         if self.num_chunks <= first:
             return carry

@@ -10,6 +10,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+import jliger
+
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
@@ -45,8 +47,10 @@ def options(corpus_folder, tmp_path_factory) -> list[str]:
     """A tiny run; options given after these count instead."""
     cache = tmp_path_factory.mktemp("cache")
     text = f"--corpus {corpus_folder} --cache-dir {cache} --vocab-size 512 --heldout-fraction 0.2"
-    text += " --hidden-size 16 --layers 1 --heads 2 --batch-size 8 --length 64 --no-progress"
-    text += f" --steps {STEPS} --warmup-steps 2 --learning-rate 0.03 --checkpoint-every 4 --eval-every 6 --eval-batches 2"
+    text += " --hidden-size 16 --layers 1 --heads 2 --batch-size 8 --length 64 --chunk-size 64 --no-progress"
+    text += (
+        f" --steps {STEPS} --warmup-steps 2 --learning-rate 0.03 --checkpoint-every 4 --eval-every 6 --eval-batches 2"
+    )
     return text.split()
 
 
@@ -98,7 +102,9 @@ def test_the_report_shows_both_heads_side_by_side(train_lm, options, finished, c
     before = content(finished / "jliger")
     train_lm.main([*options, "--out", str(finished), "--resume"])
     report = capsys.readouterr().out
-    assert "full logits" in report and "% saved" in report and "the same curve to float32 rounding" in report
+    assert "full logits" in report
+    assert "% saved" in report
+    assert "the same curve to float32 rounding" in report
     assert content(finished / "jliger") == before
 
 
@@ -111,9 +117,16 @@ def test_tied_embeddings_in_bfloat16(train_lm, options, tmp_path, capsys):
     np.testing.assert_allclose(list(fused.values()), list(full.values()), rtol=2e-2)
 
 
-def test_resuming_a_killed_run_gives_the_uninterrupted_curve(
-    train_lm, options, finished, tmp_path, monkeypatch
-):
+def test_a_gpu_gets_triton_by_itself(train_lm, options):
+    pytest.importorskip("jax_triton")
+    pytest.importorskip("jax_cuda13_plugin")
+    config = train_lm.ModelConfig(512, 16, 1, 2, False, "float32")
+    with jliger.compute_capability(90):
+        program = train_lm.build_program("jliger", train_lm.parse_args(options), config, 0)
+        assert "triton_kernel_call" in program.step.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_resuming_a_killed_run_gives_the_uninterrupted_curve(train_lm, options, finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
     killed_at = 7
     write = train_lm.MetricsFile.write
@@ -180,7 +193,9 @@ def test_a_corrupt_checkpoint_is_named_and_left_alone(train_lm, options, finishe
     damage(checkpoint)
     before = content(out)
     message = refusal(train_lm, [*options, "--out", str(out), "--head", "jliger", "--resume"])
-    assert f"step {STEPS}" in message and str(checkpoint) in message and "continue from step 8" in message
+    assert f"step {STEPS}" in message
+    assert str(checkpoint) in message
+    assert "continue from step 8" in message
     assert content(out) == before
 
 
@@ -196,7 +211,8 @@ def test_going_on_from_the_checkpoint_before_a_corrupt_one(train_lm, options, fi
 def test_an_existing_run_is_not_overwritten(train_lm, options, finished):
     before = content(finished)
     message = refusal(train_lm, [*options, "--out", str(finished)])
-    assert "--resume" in message and "--overwrite" in message
+    assert "--resume" in message
+    assert "--overwrite" in message
     assert content(finished) == before
 
 
@@ -210,10 +226,9 @@ def test_files_that_are_no_run_are_not_overwritten(train_lm, options, tmp_path):
 
 def test_resume_needs_a_run_with_the_same_settings(train_lm, options, finished, tmp_path):
     before = content(finished)
-    message = refusal(
-        train_lm, [*options, "--out", str(finished), "--resume", "--seed", "1", "--hidden-size", "32"]
-    )
-    assert "seed was 0 and is 1" in message and "hidden_size was 16 and is 32" in message
+    message = refusal(train_lm, [*options, "--out", str(finished), "--resume", "--seed", "1", "--hidden-size", "32"])
+    assert "seed was 0 and is 1" in message
+    assert "hidden_size was 16 and is 32" in message
     assert content(finished) == before
     assert "no run" in refusal(train_lm, [*options, "--out", str(tmp_path / "absent"), "--resume"])
     assert not (tmp_path / "absent").exists()
@@ -288,7 +303,8 @@ def test_the_corpus_is_split_by_file_and_cached(train_lm, corpus_folder, tmp_pat
     assert 0.2 <= share < 0.3
     loads = {"vocab_size": 400, "max_bytes": 20_000, "heldout_fraction": 0.2, "cache_dir": tmp_path}
     first = corpus.load_corpus([corpus_folder], **loads)
-    assert first.vocab_size == 400 and first.size == 20_000
+    assert first.vocab_size == 400
+    assert first.size == 20_000
     text = f"a document may spell {corpus.END_OF_TEXT} out: \N{SNOWMAN}"
     tokens = corpus.encode(first.tokenizer, [text])
     assert list(tokens).index(first.end_of_text) == len(tokens) - 1
@@ -315,4 +331,6 @@ def test_batches_go_on_from_a_position(train_lm):
     again = corpus.Batches(tokens, batch_size=4, length=8, seed=3, position=12)
     np.testing.assert_array_equal(next(again), taken[3])
     padded = corpus.heldout_batches(tokens[:20], batch_size=4, length=8, count=9)
-    assert len(padded) == 1 and (padded[0][2:] == -1).all() and (padded[0][:2] >= 0).all()
+    assert len(padded) == 1
+    assert (padded[0][2:] == -1).all()
+    assert (padded[0][:2] >= 0).all()

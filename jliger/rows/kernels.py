@@ -39,21 +39,81 @@ def _to_logits(product, bias, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _load_bias(bias_ptr, columns, inside, HAS_BIAS: tl.constexpr):
+def _load_logits(
+    row_ptr,  # [V]
+    bias_ptr,  # [V]
+    columns,
+    inside,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    product = tl.load(row_ptr + columns, mask=inside, other=0.0, eviction_policy=EVICTION)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)
     else:
         bias = 0.0
-    return bias
+    return _to_logits(product, bias, SCALE, SOFTCAP)
 
 
 @triton.jit
-def _load_first(first_ptr, HAS_FIRST: tl.constexpr):
-    if HAS_FIRST:
-        first = tl.load(first_ptr)
+def _inside(columns, first, WIDTH: tl.constexpr, HAS_FIRST: tl.constexpr, WHOLE: tl.constexpr):
+    """Which columns are the block's; None for all of them, and then nothing is masked."""
+    if WHOLE and not HAS_FIRST:
+        inside = None
+    elif HAS_FIRST:
+        inside = (columns < WIDTH) & (columns >= first)
     else:
-        first = 0
-    return first
+        inside = columns < WIDTH
+    return inside
+
+
+@triton.jit
+def _tile(LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Offsets `[LANES, VECTOR]`: a lane's vector is contiguous, so that it is loaded, and reduced, within a thread."""
+    return tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+
+
+@triton.jit
+def _add_tile(
+    lane_max,  # [LANES]
+    lane_sum,  # [LANES]
+    lane_start,  # [LANES]
+    lane_weighted,  # [LANES]
+    start,
+    row_ptr,  # [V]
+    bias_ptr,  # [V]
+    class_weights_ptr,  # [V]
+    first,
+    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CLASS_WEIGHTS: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    WITH_WEIGHTED_SUM: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    columns = start + _tile(LANES, VECTOR)
+    inside = _inside(columns, first, WIDTH, HAS_FIRST, WHOLE)
+    logits, _ = _load_logits(row_ptr, bias_ptr, columns, inside, SCALE, SOFTCAP, HAS_BIAS, "evict_last")
+    if WITH_WEIGHTED_SUM:
+        terms = logits
+        if HAS_CLASS_WEIGHTS:
+            terms *= tl.load(class_weights_ptr + columns, mask=inside, other=0.0)
+        if inside is not None:
+            terms = tl.where(inside, terms, 0.0)
+        lane_weighted += tl.sum(terms, axis=1)
+    if inside is not None:
+        logits = tl.where(inside, logits, float("-inf"))
+    tile_max = tl.max(logits, axis=1)  # [LANES]
+    new_max = tl.maximum(lane_max, tile_max)
+    lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.sum(tl.exp(logits - new_max[:, None]), axis=1)
+    lane_start = tl.where(tile_max > lane_max, start, lane_start)
+    return new_max, lane_sum, lane_start, lane_weighted
 
 
 @triton.jit
@@ -68,43 +128,105 @@ def _stats_of_row(
     SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CLASS_WEIGHTS: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
     WITH_WEIGHTED_SUM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    # Each lane keeps a maximum and a sum of its own, so that no block waits for a reduction across the program.
-    lanes = tl.arange(0, BLOCK)
-    lane_max = tl.full([BLOCK], _LOWEST, tl.float32)
-    lane_sum = tl.zeros([BLOCK], tl.float32)
-    lane_start = tl.zeros([BLOCK], tl.int32)
-    lane_weighted = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, WIDTH, BLOCK):
-        columns = start + lanes
-        inside = (columns < WIDTH) & (columns >= first)
-        product = tl.load(row_ptr + columns, mask=inside, other=0.0)  # [BLOCK]
-        bias = _load_bias(bias_ptr, columns, inside, HAS_BIAS)
-        logits, _ = _to_logits(product, bias, SCALE, SOFTCAP)
-        if WITH_WEIGHTED_SUM:
-            terms = tl.where(inside, logits, 0.0)
-            if HAS_CLASS_WEIGHTS:
-                terms *= tl.load(class_weights_ptr + columns, mask=inside, other=0.0)
-            lane_weighted += terms
-        logits = tl.where(inside, logits, float("-inf"))
-        # One exponential: of exp(old max − new max) and exp(logit − new max) one is always 1.
-        larger = logits > lane_max
-        decay = tl.exp(-tl.abs(logits - lane_max))
-        lane_sum = tl.where(larger, lane_sum * decay + 1, lane_sum + decay)
-        lane_max = tl.where(larger, logits, lane_max)
-        lane_start = tl.where(larger, start, lane_start)
+    # Each lane keeps a maximum and a sum of its own: no tile waits for a reduction across threads.
+    lane_max = tl.full([LANES], _LOWEST, tl.float32)
+    lane_sum = tl.zeros([LANES], tl.float32)
+    lane_start = tl.zeros([LANES], tl.int32)
+    lane_weighted = tl.zeros([LANES], tl.float32)
+    TILE: tl.constexpr = LANES * VECTOR
+    WHOLE_TILES: tl.constexpr = WIDTH // TILE * TILE
+    for start in tl.range(0, WHOLE_TILES, TILE, loop_unroll_factor=UNROLL):
+        lane_max, lane_sum, lane_start, lane_weighted = _add_tile(
+            lane_max,
+            lane_sum,
+            lane_start,
+            lane_weighted,
+            start,
+            row_ptr,
+            bias_ptr,
+            class_weights_ptr,
+            first,
+            WIDTH,
+            SCALE,
+            SOFTCAP,
+            HAS_BIAS,
+            HAS_CLASS_WEIGHTS,
+            HAS_FIRST,
+            WITH_WEIGHTED_SUM,
+            LANES,
+            VECTOR,
+            WHOLE=True,
+        )
+    if WHOLE_TILES < WIDTH:
+        lane_max, lane_sum, lane_start, lane_weighted = _add_tile(
+            lane_max,
+            lane_sum,
+            lane_start,
+            lane_weighted,
+            WHOLE_TILES,
+            row_ptr,
+            bias_ptr,
+            class_weights_ptr,
+            first,
+            WIDTH,
+            SCALE,
+            SOFTCAP,
+            HAS_BIAS,
+            HAS_CLASS_WEIGHTS,
+            HAS_FIRST,
+            WITH_WEIGHTED_SUM,
+            LANES,
+            VECTOR,
+            WHOLE=False,
+        )
     row_max = tl.max(lane_max, axis=0)
     sum_exp = tl.sum(lane_sum * tl.exp(lane_max - row_max), axis=0)
-    prediction = tl.min(tl.where(lane_max == row_max, lane_start + lanes, WIDTH), axis=0)
     weighted_sum = tl.sum(lane_weighted, axis=0)
 
-    has_label = (label >= first) & (label < WIDTH)
-    label_product = tl.load(row_ptr + label, mask=has_label, other=0.0)
-    label_bias = _load_bias(bias_ptr, label, has_label, HAS_BIAS)
-    label_logit, _ = _to_logits(label_product, label_bias, SCALE, SOFTCAP)
+    # Lanes remember the tile of their maximum; which column of it that was is read again.
+    columns = lane_start[:, None] + _tile(LANES, VECTOR)
+    inside = _inside(columns, first, WIDTH, HAS_FIRST, WHOLE=False)
+    logits, _ = _load_logits(row_ptr, bias_ptr, columns, inside, SCALE, SOFTCAP, HAS_BIAS, "evict_last")
+    prediction = tl.min(tl.min(tl.where(inside & (logits == row_max), columns, WIDTH - 1), axis=1), axis=0)
+
+    has_label = _inside(label, first, WIDTH, HAS_FIRST, WHOLE=False) & (label >= 0)
+    label_logit, _ = _load_logits(row_ptr, bias_ptr, label, has_label, SCALE, SOFTCAP, HAS_BIAS, "")
     return row_max, tl.log(sum_exp), tl.where(has_label, label_logit, 0.0), weighted_sum, prediction
+
+
+@triton.jit
+def _logit_grads(
+    row_ptr,  # [V]
+    bias_ptr,  # [V]
+    class_weights_ptr,  # [V]
+    columns,
+    inside,
+    row_max,
+    per_exp,
+    label_coefficient,
+    smoothing,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CLASS_WEIGHTS: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    """Gradients by the products in some columns, all of which are the label's, or none."""
+    logits, slope = _load_logits(row_ptr, bias_ptr, columns, inside, SCALE, SOFTCAP, HAS_BIAS, EVICTION)
+    grads = tl.exp(logits - row_max) * per_exp - label_coefficient
+    if HAS_SMOOTHING:
+        if HAS_CLASS_WEIGHTS:
+            grads -= smoothing * tl.load(class_weights_ptr + columns, mask=inside, other=0.0)
+        else:
+            grads -= smoothing
+    return grads * slope
 
 
 @triton.jit
@@ -125,30 +247,90 @@ def _store_grads_of_row(
     SOFTCAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_CLASS_WEIGHTS: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    lanes = tl.arange(0, BLOCK)
-    last: tl.constexpr = (STRIDE - 1) // BLOCK * BLOCK
-    for back in range(0, STRIDE, BLOCK):
-        columns = last - back + lanes
-        inside = (columns < WIDTH) & (columns >= first)
-        product = tl.load(row_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_first")  # [BLOCK]
-        bias = _load_bias(bias_ptr, columns, inside, HAS_BIAS)
-        logits, slope = _to_logits(product, bias, SCALE, SOFTCAP)
-        grads = tl.exp(logits - row_max) * per_exp - tl.where(columns == label, label_coefficient, 0.0)
-        if HAS_SMOOTHING:
-            if HAS_CLASS_WEIGHTS:
-                grads -= smoothing * tl.load(class_weights_ptr + columns, mask=inside, other=0.0)
-            else:
-                grads -= smoothing
-        grads = tl.where(inside, grads * slope, 0.0)
-        tl.store(
-            grads_ptr + columns,
-            grads.to(grads_ptr.dtype.element_ty),
-            mask=columns < STRIDE,
-            cache_modifier=".cs",
+    TILE: tl.constexpr = LANES * VECTOR
+    WHOLE_TILES: tl.constexpr = WIDTH // TILE * TILE
+    dtype = grads_ptr.dtype.element_ty
+    for start in tl.static_range(WHOLE_TILES, STRIDE, TILE):
+        columns = start + _tile(LANES, VECTOR)
+        inside = _inside(columns, first, WIDTH, HAS_FIRST, WHOLE=False)
+        grads = _logit_grads(
+            row_ptr,
+            bias_ptr,
+            class_weights_ptr,
+            columns,
+            inside,
+            row_max,
+            per_exp,
+            0.0,
+            smoothing,
+            SCALE,
+            SOFTCAP,
+            HAS_BIAS,
+            HAS_CLASS_WEIGHTS,
+            HAS_SMOOTHING,
+            "evict_first",
         )
+        grads = tl.where(inside, grads, 0.0).to(dtype)
+        tl.store(grads_ptr + columns, grads, mask=columns < STRIDE, cache_modifier=".cs")
+    for back in tl.range(TILE, WHOLE_TILES + 1, TILE, loop_unroll_factor=UNROLL):
+        columns = WHOLE_TILES - back + _tile(LANES, VECTOR)
+        inside = _inside(columns, first, WIDTH, HAS_FIRST, WHOLE=True)
+        grads = _logit_grads(
+            row_ptr,
+            bias_ptr,
+            class_weights_ptr,
+            columns,
+            inside,
+            row_max,
+            per_exp,
+            0.0,
+            smoothing,
+            SCALE,
+            SOFTCAP,
+            HAS_BIAS,
+            HAS_CLASS_WEIGHTS,
+            HAS_SMOOTHING,
+            "evict_first",
+        )
+        if inside is not None:
+            grads = tl.where(inside, grads, 0.0)
+        tl.store(grads_ptr + columns, grads.to(dtype), cache_modifier=".cs")
+    # The label's column again, now as one. The barrier puts this store behind that of whichever thread wrote it before.
+    has_label = _inside(label, first, WIDTH, HAS_FIRST, WHOLE=False) & (label >= 0)
+    label_grad = _logit_grads(
+        row_ptr,
+        bias_ptr,
+        class_weights_ptr,
+        label,
+        has_label,
+        row_max,
+        per_exp,
+        label_coefficient,
+        smoothing,
+        SCALE,
+        SOFTCAP,
+        HAS_BIAS,
+        HAS_CLASS_WEIGHTS,
+        HAS_SMOOTHING,
+        "",
+    )
+    tl.debug_barrier()
+    tl.store(grads_ptr + label, label_grad.to(dtype), mask=has_label)
+
+
+@triton.jit
+def _load_first(first_ptr, HAS_FIRST: tl.constexpr):
+    if HAS_FIRST:
+        first = tl.load(first_ptr)
+    else:
+        first = 0
+    return first
 
 
 @triton.jit
@@ -194,7 +376,9 @@ def row_stats_kernel(
     HAS_CLASS_WEIGHTS: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     WITH_WEIGHTED_SUM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     row_max, log_sum, label_logit, weighted_sum, prediction = _stats_of_row(
@@ -208,8 +392,11 @@ def row_stats_kernel(
         SOFTCAP,
         HAS_BIAS,
         HAS_CLASS_WEIGHTS,
+        HAS_FIRST,
         WITH_WEIGHTED_SUM,
-        BLOCK,
+        LANES,
+        VECTOR,
+        UNROLL,
     )
     tl.store(max_ptr + row, row_max)
     tl.store(log_sum_ptr + row, log_sum)
@@ -241,7 +428,9 @@ def row_grads_kernel(
     HAS_FIRST: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     row_max = tl.load(max_ptr + row)
@@ -273,8 +462,11 @@ def row_grads_kernel(
         SOFTCAP,
         HAS_BIAS,
         HAS_CLASS_WEIGHTS,
+        HAS_FIRST,
         HAS_SMOOTHING,
-        BLOCK,
+        LANES,
+        VECTOR,
+        UNROLL,
     )
 
 
@@ -305,7 +497,9 @@ def row_stats_and_grads_kernel(
     HAS_LSE: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     WITH_WEIGHTED_SUM: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = product_ptr + row * STRIDE
@@ -322,8 +516,11 @@ def row_stats_and_grads_kernel(
         SOFTCAP,
         HAS_BIAS,
         HAS_CLASS_WEIGHTS,
+        HAS_FIRST,
         WITH_WEIGHTED_SUM,
-        BLOCK,
+        LANES,
+        VECTOR,
+        UNROLL,
     )
     tl.store(max_ptr + row, row_max)
     tl.store(log_sum_ptr + row, log_sum)
@@ -358,6 +555,9 @@ def row_stats_and_grads_kernel(
         SOFTCAP,
         HAS_BIAS,
         HAS_CLASS_WEIGHTS,
+        HAS_FIRST,
         HAS_SMOOTHING,
-        BLOCK,
+        LANES,
+        VECTOR,
+        UNROLL,
     )

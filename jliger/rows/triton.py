@@ -90,8 +90,9 @@ def row_stats_and_grads(
 def _launch(product: Float[Array, "T V"], *, passes: int) -> dict[str, Any]:
     """One program a row. Measured on an H200; see docs/tuning.md."""
     rows, width = product.shape
-    block = min(triton.next_power_of_2(width), 8192 if passes == 2 else 4096)
-    return {"grid": (rows,), "BLOCK": block, "num_warps": max(1, min(16, block // 256)), "num_stages": 1}
+    vector = 8
+    lanes = min(max(32, triton.next_power_of_2(width) // vector), 256)
+    return {"grid": (rows,), "LANES": lanes, "VECTOR": vector, "UNROLL": 1, "num_warps": lanes // 32, "num_stages": 1}
 
 
 def _or_unused(operand: Array | None, unused: Array) -> Array:
