@@ -39,6 +39,16 @@ def _to_logits(product, bias, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _load(pointers, inside, EVICTION: tl.constexpr):
+    """A load, of zeros where `inside` is false; None is true everywhere."""
+    if inside is None:
+        values = tl.load(pointers, eviction_policy=EVICTION)
+    else:
+        values = tl.load(pointers, mask=inside, other=0.0, eviction_policy=EVICTION)
+    return values
+
+
+@triton.jit
 def _load_logits(
     row_ptr,  # [V]
     bias_ptr,  # [V]
@@ -49,9 +59,9 @@ def _load_logits(
     HAS_BIAS: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
-    product = tl.load(row_ptr + columns, mask=inside, other=0.0, eviction_policy=EVICTION)
+    product = _load(row_ptr + columns, inside, EVICTION)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)
+        bias = _load(bias_ptr + columns, inside, "")
     else:
         bias = 0.0
     return _to_logits(product, bias, SCALE, SOFTCAP)
@@ -103,7 +113,7 @@ def _add_tile(
     if WITH_WEIGHTED_SUM:
         terms = logits
         if HAS_CLASS_WEIGHTS:
-            terms *= tl.load(class_weights_ptr + columns, mask=inside, other=0.0)
+            terms *= _load(class_weights_ptr + columns, inside, "")
         if inside is not None:
             terms = tl.where(inside, terms, 0.0)
         lane_weighted += tl.sum(terms, axis=1)
@@ -223,10 +233,66 @@ def _logit_grads(
     grads = tl.exp(logits - row_max) * per_exp - label_coefficient
     if HAS_SMOOTHING:
         if HAS_CLASS_WEIGHTS:
-            grads -= smoothing * tl.load(class_weights_ptr + columns, mask=inside, other=0.0)
+            grads -= smoothing * _load(class_weights_ptr + columns, inside, "")
         else:
             grads -= smoothing
     return grads * slope
+
+
+@triton.jit
+def _store_tile(
+    grads_ptr,  # [V]
+    start,
+    row_ptr,  # [V]
+    bias_ptr,  # [V]
+    class_weights_ptr,  # [V]
+    first,
+    row_max,
+    per_exp,
+    smoothing,
+    STRIDE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_CLASS_WEIGHTS: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    columns = start + _tile(LANES, VECTOR)
+    inside = _inside(columns, first, WIDTH, HAS_FIRST, WHOLE)
+    grads = _logit_grads(
+        row_ptr,
+        bias_ptr,
+        class_weights_ptr,
+        columns,
+        inside,
+        row_max,
+        per_exp,
+        0.0,
+        smoothing,
+        SCALE,
+        SOFTCAP,
+        HAS_BIAS,
+        HAS_CLASS_WEIGHTS,
+        HAS_SMOOTHING,
+        "evict_first",
+    )
+    if inside is not None:
+        grads = tl.where(inside, grads, 0.0)
+    # Streamed: nobody reads them before the next product does, and the cache has better things to hold.
+    if WHOLE:
+        tl.store(grads_ptr + columns, grads.to(grads_ptr.dtype.element_ty), cache_modifier=".cs")
+    else:
+        tl.store(
+            grads_ptr + columns,
+            grads.to(grads_ptr.dtype.element_ty),
+            mask=columns < STRIDE,
+            cache_modifier=".cs",
+        )
 
 
 @triton.jit
@@ -255,52 +321,52 @@ def _store_grads_of_row(
 ):
     TILE: tl.constexpr = LANES * VECTOR
     WHOLE_TILES: tl.constexpr = WIDTH // TILE * TILE
-    dtype = grads_ptr.dtype.element_ty
     for start in tl.static_range(WHOLE_TILES, STRIDE, TILE):
-        columns = start + _tile(LANES, VECTOR)
-        inside = _inside(columns, first, WIDTH, HAS_FIRST, WHOLE=False)
-        grads = _logit_grads(
+        _store_tile(
+            grads_ptr,
+            start,
             row_ptr,
             bias_ptr,
             class_weights_ptr,
-            columns,
-            inside,
+            first,
             row_max,
             per_exp,
-            0.0,
             smoothing,
+            STRIDE,
+            WIDTH,
             SCALE,
             SOFTCAP,
             HAS_BIAS,
             HAS_CLASS_WEIGHTS,
+            HAS_FIRST,
             HAS_SMOOTHING,
-            "evict_first",
+            LANES,
+            VECTOR,
+            WHOLE=False,
         )
-        grads = tl.where(inside, grads, 0.0).to(dtype)
-        tl.store(grads_ptr + columns, grads, mask=columns < STRIDE, cache_modifier=".cs")
     for back in tl.range(TILE, WHOLE_TILES + 1, TILE, loop_unroll_factor=UNROLL):
-        columns = WHOLE_TILES - back + _tile(LANES, VECTOR)
-        inside = _inside(columns, first, WIDTH, HAS_FIRST, WHOLE=True)
-        grads = _logit_grads(
+        _store_tile(
+            grads_ptr,
+            WHOLE_TILES - back,
             row_ptr,
             bias_ptr,
             class_weights_ptr,
-            columns,
-            inside,
+            first,
             row_max,
             per_exp,
-            0.0,
             smoothing,
+            STRIDE,
+            WIDTH,
             SCALE,
             SOFTCAP,
             HAS_BIAS,
             HAS_CLASS_WEIGHTS,
+            HAS_FIRST,
             HAS_SMOOTHING,
-            "evict_first",
+            LANES,
+            VECTOR,
+            WHOLE=True,
         )
-        if inside is not None:
-            grads = tl.where(inside, grads, 0.0)
-        tl.store(grads_ptr + columns, grads.to(dtype), cache_modifier=".cs")
     # The label's column again, now as one. The barrier puts this store behind that of whichever thread wrote it before.
     has_label = _inside(label, first, WIDTH, HAS_FIRST, WHOLE=False) & (label >= 0)
     label_grad = _logit_grads(
@@ -321,7 +387,7 @@ def _store_grads_of_row(
         "",
     )
     tl.debug_barrier()
-    tl.store(grads_ptr + label, label_grad.to(dtype), mask=has_label)
+    tl.store(grads_ptr + label, label_grad.to(grads_ptr.dtype.element_ty), mask=has_label)
 
 
 @triton.jit
