@@ -224,8 +224,8 @@ def plot(runs: Mapping[str, Events], summary: Mapping[str, Any], path: Path) -> 
     else:
         difference.text(0.5, 0.5, "needs both heads", ha="center", va="center", transform=difference.transAxes)
     difference.set(title="Difference of the training losses", xlabel="step", ylabel="relative to the loss")
-    for head, figures in summary["heads"].items():
-        for kind in ("temporary", "total"):
+    for kind in ("temporary", "total"):
+        for head, figures in summary["heads"].items():
             amount = figures["memory_bytes"][kind] / MIB
             bar = memory.bar(f"{kind}\n{TITLES[head]}", amount, color=COLORS[head])
             memory.bar_label(bar, fmt="%.0f")

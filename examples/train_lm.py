@@ -254,58 +254,52 @@ def positive(convert: Callable[[str], Any], zero: bool = False) -> Callable[[str
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads and checks the command line; a bad argument ends the program with a message."""
-    parser = argparse.ArgumentParser(
-        prog="train_lm",
-        description=(__doc__ or "").partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    count, number, number_or_zero = positive(int), positive(float), positive(float, zero=True)
+    parser = argparse.ArgumentParser(prog="train_lm", description=(__doc__ or "").partition("\n")[0])
+    count, count_or_zero = positive(int), positive(int, zero=True)
+    number, number_or_zero = positive(float), positive(float, zero=True)
+
     group = parser.add_argument_group("corpus")
-    group.add_argument(
-        "--corpus",
-        type=Path,
-        nargs="+",
-        metavar="PATH",
-        help="files and folders of text (default: Python's library)",
-    )
-    group.add_argument("--max-bytes", type=count, default=16_000_000, help="use at most this much text")
-    group.add_argument("--vocab-size", type=count, default=32768, help="tokens of the byte-level BPE")
-    group.add_argument("--heldout-fraction", type=number, default=0.05, help="share of the text held out")
-    group.add_argument("--cache-dir", type=Path, default=Path("runs/cache"), help="keeps tokenizer and tokens")
+    add = group.add_argument
+    add("--corpus", type=Path, nargs="+", metavar="PATH", help="files and folders of text (default: Python's library)")
+    add("--max-bytes", type=count, default=16_000_000, metavar="N", help="read this much text at most (%(default)s)")
+    add("--vocab-size", type=count, default=32768, metavar="N", help="tokens of the byte-level BPE (%(default)s)")
+    add("--heldout-fraction", type=number, default=0.05, metavar="X", help="share of the text held out (%(default)s)")
+    add("--cache-dir", type=Path, default=Path("runs/cache"), help="keeps tokenizers and tokens (%(default)s)")
+
     group = parser.add_argument_group("model")
-    group.add_argument("--hidden-size", type=count, default=128)
-    group.add_argument("--layers", type=count, default=2)
-    group.add_argument("--heads", type=count, default=4, help="attention heads")
-    group.add_argument("--tie-embeddings", action="store_true", help="the last layer's kernel is the embedding")
-    group.add_argument(
-        "--dtype", choices=list(DTYPES), default="float32", help="of the arithmetic; parameters: float32"
-    )
+    add = group.add_argument
+    add("--hidden-size", type=count, default=128, metavar="N", help="size of a hidden state (%(default)s)")
+    add("--layers", type=count, default=2, metavar="N", help="transformer blocks (%(default)s)")
+    add("--heads", type=count, default=4, metavar="N", help="attention heads per block (%(default)s)")
+    add("--tie-embeddings", action="store_true", help="the embedding is the last layer's kernel, too")
+    add("--dtype", choices=list(DTYPES), default="float32", help="of the arithmetic (%(default)s); parameters: float32")
+
     group = parser.add_argument_group("training")
-    group.add_argument("--head", choices=["both", *HEADS], default="both", help="last layer and loss to train with")
-    group.add_argument(
-        "--implementation", choices=["triton", "xla"], help="jliger's backend (default: what fits the device)"
-    )
-    group.add_argument(
-        "--chunk-size", type=count, metavar="TOKENS", help="jliger's chunk (default: what fits the device)"
-    )
-    group.add_argument("--steps", type=count, default=100)
-    group.add_argument("--batch-size", type=count, default=8, help="sequences per step")
-    group.add_argument("--length", type=count, default=128, help="tokens per sequence")
-    group.add_argument("--learning-rate", type=number, default=3e-3, help="highest, after the warmup")
-    group.add_argument("--warmup-steps", type=positive(int, zero=True), default=10)
-    group.add_argument("--weight-decay", type=number_or_zero, default=0.1)
-    group.add_argument("--seed", type=positive(int, zero=True), default=0, help="of parameters and data order")
+    add = group.add_argument
+    add("--head", choices=["both", *HEADS], default="both", help="last layer and loss to train with (%(default)s)")
+    add("--implementation", choices=["triton", "xla"], help="jliger's backend (default: what fits the device)")
+    add("--chunk-size", type=count, metavar="N", help="tokens per chunk of jliger (default: what fits the device)")
+    add("--steps", type=count, default=100, metavar="N", help="optimizer steps (%(default)s)")
+    add("--batch-size", type=count, default=8, metavar="N", help="sequences per step (%(default)s)")
+    add("--length", type=count, default=128, metavar="N", help="tokens per sequence (%(default)s)")
+    add("--learning-rate", type=number, default=3e-3, metavar="X", help="the highest, after warmup (%(default)s)")
+    add("--warmup-steps", type=count_or_zero, default=10, metavar="N", help="steps up to it (%(default)s)")
+    add("--weight-decay", type=number_or_zero, default=0.1, metavar="X", help="of AdamW (%(default)s)")
+    add("--seed", type=count_or_zero, default=0, metavar="N", help="of parameters and data order (%(default)s)")
+
     group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, default=Path("runs/train_lm"), help="the run's folder")
+    group.add_argument("--out", type=Path, default=Path("runs/train_lm"), help="the run's folder (%(default)s)")
     either = group.add_mutually_exclusive_group()
     either.add_argument("--resume", action="store_true", help="go on with the run in --out")
     either.add_argument("--overwrite", action="store_true", help="remove the run in --out first")
-    group.add_argument("--stop-at", type=count, metavar="STEP", help="stop here; the schedule is still for --steps")
-    group.add_argument("--checkpoint-every", type=count, default=50, metavar="STEPS")
-    group.add_argument("--keep-checkpoints", type=count, default=2, metavar="N", help="keep the latest N")
-    group.add_argument("--eval-every", type=count, default=25, metavar="STEPS")
-    group.add_argument("--eval-batches", type=count, default=8, help="held-out batches per evaluation, at most")
-    group.add_argument("--no-progress", action="store_true", help="no progress bar")
+    add = group.add_argument
+    add("--stop-at", type=count, metavar="STEP", help="stop here, with the schedule of all --steps")
+    add("--checkpoint-every", type=count, default=50, metavar="N", help="steps between checkpoints (%(default)s)")
+    add("--keep-checkpoints", type=count, default=2, metavar="N", help="how many, the latest (%(default)s)")
+    add("--eval-every", type=count, default=25, metavar="N", help="steps between evaluations (%(default)s)")
+    add("--eval-batches", type=count, default=8, metavar="N", help="held-out batches each, at most (%(default)s)")
+    add("--no-progress", action="store_true", help="draw no progress bar")
+
     args = parser.parse_args(argv)
     if args.vocab_size < SMALLEST_VOCAB:
         parser.error(f"--vocab-size {args.vocab_size}: a byte-level BPE needs {SMALLEST_VOCAB} or more")
@@ -317,6 +311,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--warmup-steps {args.warmup_steps} must be below --steps {args.steps}")
     if args.stop_at is not None and args.stop_at > args.steps:
         parser.error(f"--stop-at {args.stop_at} is beyond --steps {args.steps}")
+    if args.seed >= 2**31:
+        parser.error(f"--seed {args.seed}: must be below 2**31")
     if args.implementation == "triton" and jax.default_backend() != "gpu":
         parser.error(f"--implementation triton needs a GPU; JAX's default backend here is {jax.default_backend()}")
     return args
@@ -390,7 +386,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"device: {device.platform} ({device.device_kind}), JAX {jax.__version__}")
     for head in heads:
         train_head(head, programs[head], corpus, args)
-    runs = {head: read_metrics(args.out / head / METRICS) for head in heads}
+    # A head that an earlier call trained in this folder is part of the report.
+    found = {head: read_metrics(args.out / head / METRICS) for head in HEADS}
+    runs = {head: events for head, events in found.items() if "compiled" in events}
     summary = summarize(runs)
     write_json(args.out / SUMMARY, {"device": device.device_kind, "jax": jax.__version__, **settings, **summary})
     plot(runs, summary, args.out / PLOT)
@@ -415,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (RunError, CheckpointError, CorpusError, OSError) as error:
         sys.exit(f"train_lm: error: {error}")
     except KeyboardInterrupt:
-        sys.exit("train_lm: interrupted; --resume goes on from the latest checkpoint")
+        sys.exit("train_lm: interrupted; --resume goes on from the latest checkpoint, where there is one")
 
 
 if __name__ == "__main__":
