@@ -14,7 +14,7 @@ from jliger.config import HeadConfig, KernelLayout
 from jliger.cross_entropy import CrossEntropy, LossWeights, label_weights
 from jliger.gradients import Context, Inputs
 from jliger.platform import fitting_implementation, target_compute_capability
-from jliger.rows import Implementation, RowStats
+from jliger.rows import Implementation
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -81,8 +81,8 @@ def fused_linear_cross_entropy(
     gradient 0 and prediction −1, and what their hidden states hold does not matter. A label outside `[0, V)` that
     counts makes the loss and the gradients NaN.
 
-    With `"mean"` and `"sum"` gradients are computed together with the loss, over chunks of tokens: three matrix products
-    in all (Hsu et al., 2024, arXiv:2410.10989). With `"none"` logits are computed again in the backward pass, over
+    With `"mean"` and `"sum"` gradients are computed together with the loss, over chunks of tokens: three matrix
+    products in all (Hsu et al., 2024, arXiv:2410.10989). With `"none"` logits are computed again in the backward pass, over
     blocks of the vocabulary: four products, any cotangent.
 
     Memory beside arguments, results and their gradients, with `b` bytes a value of `hidden`, `C` tokens a chunk:
@@ -117,7 +117,7 @@ def fused_linear_cross_entropy(
       precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.
       chunk_size: tokens a chunk. None is a rule that measured best on an H200: as many as make `2²⁸ / V`, rounded down
         to a power of two, at least 2048 and at most 8192 (`"none"`: 8192), in chunks of one size; on other devices
-        `2²² / V`, between 128 and 1024 (`"none"`: 1024).
+        `2²⁴ / V`, between 128 and 1024 (`"none"`: 1024).
       vocab_axis_name: not supported yet.
       implementation: `"triton"` for NVIDIA GPUs, `"xla"` for any device, None for what fits the default device.
 
@@ -243,7 +243,9 @@ def _fused_linear_cross_entropy(
             divisors = (by_label.sum(), weight) if normalizer is None else (normalizer.astype(dtype),) * 2
             loss_weights = LossWeights(*(token_weights * _inverse(divisor) for divisor in divisors))
         loss, stats = gradients.weighted_loss(call.config, call.loss, inputs, context, loss_weights)
-        cross_entropy, z_loss = call.loss.weighted_sums(jax.lax.stop_gradient(stats), labels, class_weights, loss_weights)
+        cross_entropy, z_loss = call.loss.weighted_sums(
+            jax.lax.stop_gradient(stats), labels, class_weights, loss_weights
+        )
     return loss, jax.lax.stop_gradient(
         CrossEntropyMetrics(
             weight=weight,

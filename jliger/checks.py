@@ -49,7 +49,9 @@ def check_logit_options(
     if chunk_size is not None:
         _check_integer("chunk_size", chunk_size)
         if chunk_size < 1:
-            raise ValueError(f"chunk_size got {chunk_size}; pass a number of tokens of at least 1, or None for the rule.")
+            raise ValueError(
+                f"chunk_size got {chunk_size}; pass a number of tokens of at least 1, or None for the rule."
+            )
     check_choice("implementation", implementation, ("triton", "xla", None))
     if implementation == "triton" and not has_triton():
         raise ValueError(
@@ -81,8 +83,8 @@ def check_operands(
         raise ValueError(f"kernel got shape {kernel.shape}; the vocabulary needs at least one column.")
     if kernel.dtype not in (hidden.dtype, np.dtype("float32")):
         raise TypeError(
-            f"kernel got dtype {kernel.dtype} with hidden of {hidden.dtype}; pass a kernel of hidden's dtype or float32 "
-            "(products are taken in hidden's dtype)."
+            f"kernel got dtype {kernel.dtype} with hidden of {hidden.dtype}; pass a kernel of hidden's dtype or of "
+            "float32 (products are taken in hidden's dtype)."
         )
     if hidden.dtype == np.dtype("float64") and implementation == "triton":
         raise TypeError("hidden got dtype float64, which the Triton kernels do not take; pass implementation='xla'.")

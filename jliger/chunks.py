@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jliger.config import HeadConfig
 from jliger.products import hidden_grad_product, kernel_grad_product, logits_product
-from jliger.rows import Block, Coefficients, Rows, RowStats, get_rows
+from jliger.rows import Block, Coefficients, RowStats, get_rows
 
 Kernel = Float[Array, "H V"] | Float[Array, "V H"]
 
@@ -92,7 +92,7 @@ def forward_form(
     num_tokens, width = tokens.labels.shape[0], head.kernel.shape[config.vocab_dim]
     dtype = tokens.hidden.dtype
     queue = _Queue.make(tokens.counted, token_chunk_size(config, num_tokens, width))
-    kernel = _pad(head.kernel.astype(dtype), (0, 1), rows.alignment)
+    kernel = _whole(_pad(head.kernel.astype(dtype), (0, 1), rows.alignment))
     head = _with_float_vectors(head, dtype, rows.alignment)
 
     def step(size: int, start: Int[Array, ""], carry: tuple[RowStats, Grads]) -> tuple[RowStats, Grads]:
@@ -190,9 +190,7 @@ def merge_stats(left: RowStats, right: RowStats) -> RowStats:
     row_max = jnp.maximum(left.max, right.max)
     return RowStats(
         max=row_max,
-        log_sum=jnp.log(
-            jnp.exp(left.log_sum + (left.max - row_max)) + jnp.exp(right.log_sum + (right.max - row_max))
-        ),
+        log_sum=jnp.log(jnp.exp(left.log_sum + (left.max - row_max)) + jnp.exp(right.log_sum + (right.max - row_max))),
         label_logit=left.label_logit + right.label_logit,
         prediction=jnp.where(right.max > left.max, right.prediction, left.prediction),
         weighted_sum=None if left.weighted_sum is None else left.weighted_sum + right.weighted_sum,
@@ -211,7 +209,7 @@ def token_chunk_size(config: HeadConfig, num_tokens: int, width: int) -> int:
     elif config.implementation == "triton":
         target = min(8192, max(2048, _floor_power_of_two(2**28 // width)))
     else:
-        target = min(1024, max(128, _floor_power_of_two(2**22 // width)))
+        target = min(1024, max(128, _floor_power_of_two(2**24 // width)))
     return _even_chunk(num_tokens, target)
 
 
@@ -257,7 +255,7 @@ class _Queue(NamedTuple):
         sizes: tuple[int, ...],
         first: int = 0,
     ) -> Any:
-        """`carry = step(size, start, carry)` for every chunk that holds tokens, in the least of `sizes` that holds them."""
+        """`carry = step(size, start, carry)` for every chunk with tokens, in the least of `sizes` that holds them."""
 
         def sized_step(index: Int[Array, ""], carry: Any) -> Any:
             start = index * self.chunk
@@ -309,7 +307,7 @@ class _Chunk(NamedTuple):
     @classmethod
     def make(cls, slots: Int[Array, " C"], tokens: Tokens, alignment: int) -> "_Chunk":
         hidden = _pad(_take(tokens.hidden, slots, 0), (1,), alignment)
-        return cls(slots, hidden, _take(tokens.labels, slots, -1))
+        return cls(slots, _whole(hidden), _take(tokens.labels, slots, -1))
 
     def take(self, tree: Any, fill: int) -> Any:
         return jax.tree.map(lambda array: _take(array, self.slots, fill), tree)
@@ -349,7 +347,7 @@ class _BlockPlan(NamedTuple):
         """The sizes that a chunk can be computed in, so that one that is not full costs less than one that is."""
         if self.chunk < 1024:
             return (self.chunk,)
-        return tuple(_round_up(self.chunk * quarter // 4, 128) for quarter in (1, 2, 3)) + (self.chunk,)
+        return (*(_round_up(self.chunk * quarter // 4, 128) for quarter in (1, 2, 3)), self.chunk)
 
     def sweep(self, block_step: Callable[[Int[Array, ""], Any], Any], carry: Any = None) -> Any:
         carry = block_step(jnp.int32(self.num_blocks - 1), carry)
@@ -370,7 +368,7 @@ class _BlockPlan(NamedTuple):
             return jax.lax.dynamic_slice_in_dim(array, start, self.width, dim)
 
         dtype = chunk.hidden.dtype
-        kernel = _pad(part(head.kernel, self.config.vocab_dim).astype(dtype), (0, 1), alignment)
+        kernel = _whole(_pad(part(head.kernel, self.config.vocab_dim).astype(dtype), (0, 1), alignment))
         vectors = head._replace(
             bias=None if head.bias is None else part(head.bias, 0),
             class_weights=None if head.class_weights is None else part(head.class_weights, 0),
@@ -389,6 +387,11 @@ class _BlockPlan(NamedTuple):
 
 def _take(array: Array, slots: Int[Array, " C"], fill: int) -> Array:
     return array.at[slots].get(mode="fill", fill_value=fill, unique_indices=True, indices_are_sorted=True)
+
+
+def _whole(operand: Array) -> Array:
+    """Keeps XLA from computing an operand of several products again inside each of them."""
+    return jax.lax.optimization_barrier(operand)
 
 
 def _write(stats: RowStats, part: RowStats, start: Int[Array, ""]) -> RowStats:

@@ -3,8 +3,8 @@
 Two differentiable functions. `weighted_loss` is the forward form: a scalar whose gradients are computed along with it,
 so that its cotangent only scales them. `token_stats` is the recompute form: per-token stats with any cotangents.
 
-Both learn from `symbolic_zeros` which inputs are being differentiated. In place of what is not needed stands an array of
-size zero: a residual tree that changed its structure would not survive a cached trace under `jax.checkpoint`.
+Both learn from `symbolic_zeros` which inputs are being differentiated. In place of what is not needed stands an array
+of size zero: a residual tree that changed its structure would not survive a cached trace under `jax.checkpoint`.
 """
 
 import functools
@@ -112,7 +112,9 @@ token_stats.defvjp(_token_stats_fwd, _token_stats_bwd, symbolic_zeros=True)
 
 
 def _stats(config: HeadConfig, inputs: Inputs, context: Context) -> RowStats:
-    return vmappable(functools.partial(sharding.token_stats, config), sums_tokens=False)(*_sides(config, inputs, context))
+    return vmappable(functools.partial(sharding.token_stats, config), sums_tokens=False)(
+        *_sides(config, inputs, context)
+    )
 
 
 def _on_tokens(form: Callable[..., Any], config: HeadConfig, wanted: GradTypes) -> Callable[..., Any]:
@@ -126,13 +128,13 @@ def _sides(config: HeadConfig, inputs: Inputs, context: Context) -> tuple[Tokens
     return Tokens(inputs.hidden, context.labels, context.counted), Head(inputs.kernel, inputs.bias, class_weights)
 
 
-def _in_units(
-    coefficients: Coefficients, hidden: Float[Array, "*B H"]
-) -> tuple[Coefficients, Float[Array, ""] | None]:
-    """Float16 holds nothing below 6e-8, which 1/tokens soon is: its logit gradients are kept in units of the largest."""
+def _in_units(coefficients: Coefficients, hidden: Array) -> tuple[Coefficients, Float[Array, ""] | None]:
+    """Float16 holds nothing below 6e-8, which 1 / tokens soon is: its gradients are kept in units of the largest."""
     if hidden.dtype != jnp.float16:
         return coefficients, None
-    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(field), initial=0) for field in jax.tree.leaves(coefficients)])
+    largest = functools.reduce(
+        jnp.maximum, [jnp.max(jnp.abs(field), initial=0) for field in jax.tree.leaves(coefficients)]
+    )
     unit = jnp.where(largest == 0, 1, largest)
     return jax.tree.map(lambda field: field / unit, coefficients), unit
 

@@ -37,7 +37,7 @@ def fused_linear_cross_entropy(
     """`jliger.fused_linear_cross_entropy`, with the same arguments and results, over full logits.
 
     Products are taken in hidden's dtype and the rest in float32, as an unfused framework would; in float64 for float64.
-    `chunk_size`, `vocab_axis_name` and `implementation` are taken and mean nothing. Labels out of range give NaN losses.
+    `chunk_size`, `vocab_axis_name` and `implementation` are taken and mean nothing. A label out of range gives NaN.
     """
     del unused
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)

@@ -1,4 +1,4 @@
-"""One way to call a Triton kernel: through jax-triton on a GPU, through Triton's interpreter where that is switched on."""
+"""One way to call a Triton kernel: by jax-triton on a GPU, by Triton's interpreter where that is switched on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def call_kernel(
     out_type: Sequence[jax.ShapeDtypeStruct],
     *,
     name: str,
-    grid: tuple[int, ...],
+    grid: tuple[int],
     num_warps: int,
     num_stages: int,
     compute_capability: int | None,
@@ -67,7 +67,7 @@ def _interpret(
     kernel: Any,
     operands: Sequence[jax.Array],
     out_type: Sequence[jax.ShapeDtypeStruct],
-    grid: tuple[int, ...],
+    grid: tuple[int],
     constexprs: dict[str, Any],
 ) -> tuple[jax.Array, ...]:
     def run(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:

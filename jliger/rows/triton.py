@@ -11,6 +11,8 @@ from jliger.rows import kernels
 from jliger.rows.launch import call_kernel
 from jliger.rows.types import Block, Coefficients, LogitMap, RowStats
 
+_VECTOR = 8  # logits a thread takes at once: 16 bytes of bfloat16
+
 
 def row_stats(
     product: Float[Array, "T V"],
@@ -88,11 +90,21 @@ def row_stats_and_grads(
 
 
 def _launch(product: Float[Array, "T V"], *, passes: int) -> dict[str, Any]:
-    """One program a row. Measured on an H200; see docs/tuning.md."""
+    """One program a row, of as many warps as measured best on an H200 (docs/tuning.md).
+
+    With two passes few large programs are best: rows in flight then fit the cache that the second pass reads from.
+    """
     rows, width = product.shape
-    vector = 8
-    lanes = min(max(32, triton.next_power_of_2(width) // vector), 256)
-    return {"grid": (rows,), "LANES": lanes, "VECTOR": vector, "UNROLL": 1, "num_warps": lanes // 32, "num_stages": 1}
+    warps = 4 if passes == 1 else 32 if width <= 160_000 else 16
+    lanes = max(32, min(32 * warps, triton.next_power_of_2(width) // _VECTOR))
+    return {
+        "grid": (rows,),
+        "LANES": lanes,
+        "VECTOR": _VECTOR,
+        "UNROLL": 4,
+        "num_warps": lanes // 32,
+        "num_stages": 1,
+    }
 
 
 def _or_unused(operand: Array | None, unused: Array) -> Array:

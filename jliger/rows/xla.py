@@ -7,13 +7,12 @@ from jaxtyping import Array, Bool, Float
 from jliger.rows.types import Block, Coefficients, LogitMap, RowStats
 
 
-def row_stats(
-    product: Float[Array, "T V"], block: Block, logit_map: LogitMap, *, with_weighted_sum: bool
-) -> RowStats:
+def row_stats(product: Float[Array, "T V"], block: Block, logit_map: LogitMap, *, with_weighted_sum: bool) -> RowStats:
     logits, _, inside = _logits(product, block, logit_map)
     # Finite also where a block holds nothing but −inf, so that its sum is 0 and not NaN.
     row_max = jnp.maximum(logits.max(axis=1), jnp.finfo(logits.dtype).min)
     is_label = _is_label(product, block) & inside
+    weighted_sum = None
     if with_weighted_sum:
         terms = logits if block.class_weights is None else logits * block.class_weights
         weighted_sum = jnp.where(inside, terms, 0).sum(axis=1)
@@ -22,7 +21,7 @@ def row_stats(
         log_sum=jnp.log(jnp.exp(logits - row_max[:, None]).sum(axis=1)),
         label_logit=jnp.where(is_label, logits, 0).sum(axis=1),
         prediction=jnp.argmax(logits, axis=1).astype(jnp.int32),
-        weighted_sum=weighted_sum if with_weighted_sum else None,
+        weighted_sum=weighted_sum,
     )
 
 

@@ -1,0 +1,43 @@
+"""Plots of benchmark results, from the JSON files that the benchmarks wrote."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def head_plot(path: Path) -> Path:
+    """Speed and extra memory of each way, a group a shape; written beside `path`."""
+    found = json.loads(path.read_text())
+    records = [r for r in found["records"] if not r["name"].startswith("floor") and r["floor"] == "three products"]
+    shapes = list(dict.fromkeys(r["shape"] for r in records))
+    common = [n for n in dict.fromkeys(r["name"] for r in records) if _is_shown(n)]
+    figure, axes = plt.subplots(2, 1, figsize=(11, 7.5), sharex=True, layout="constrained")
+    width = 0.85 / max(1, len(common))
+    for place, name in enumerate(common):
+        here = {r["shape"]: r for r in records if r["name"] == name}
+        at = [i + (place - (len(common) - 1) / 2) * width for i, shape in enumerate(shapes) if shape in here]
+        chosen = [here[shape] for shape in shapes if shape in here]
+        axes[0].bar(at, [100 * r["of_floor"] for r in chosen], width, label=name)
+        axes[1].bar(at, [max(1.0, r["extra_mib"]) for r in chosen], width)
+    axes[0].axhline(100, color="black", linewidth=0.8)
+    axes[0].set_ylabel("speed, % of the products alone")
+    axes[1].set_ylabel("extra memory, MiB")
+    axes[1].set_yscale("log")
+    axes[1].set_xticks(range(len(shapes)), shapes, rotation=20, ha="right")
+    axes[1].set_xlabel("tokens, hidden size, vocabulary")
+    environment = found["environment"]
+    figure.suptitle(f"Loss and gradients on {environment['device']}, jax {environment['versions']['jax']}")
+    axes[0].legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    target = path.with_suffix(".png")
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+    return target
+
+
+def _is_shown(name: str) -> bool:
+    """The ways that are measured at every shape, and other libraries'."""
+    return not name.startswith("jliger, ") or name.removeprefix("jliger, ").split(" ")[0] in ("float32", "bfloat16")

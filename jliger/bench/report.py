@@ -1,0 +1,78 @@
+"""A benchmark's results: a table to read, JSON to keep, a plot to look at."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+Record = dict[str, Any]
+
+
+def environment() -> Record:
+    """What the figures were measured with."""
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    devices = jax.devices()
+    packages = (
+        "jliger",
+        "jax",
+        "jaxlib",
+        "jax-triton",
+        "triton",
+        "torch",
+        "liger-kernel",
+        "cut-cross-entropy",
+        "tokamax",
+    )
+    return {
+        "command": " ".join(["python", "-m", "jliger.bench", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "versions": {name: found for name in packages if (found := version(name))},
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "driver": _driver() if devices[0].platform == "gpu" else None,
+    }
+
+
+def _driver() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def write_json(path: Path, records: Sequence[Record]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), "records": list(records)}, indent=1) + "\n")
+
+
+def table(records: Sequence[Record], columns: dict[str, str]) -> str:
+    """A Markdown table of the records' `columns`, which map headings to keys."""
+    rows = [[_shown(record.get(key)) for key in columns.values()] for record in records]
+    widths = [max(map(len, [heading, *[row[i] for row in rows]])) for i, heading in enumerate(columns)]
+    lines = [list(columns), ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 100
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
