@@ -82,8 +82,8 @@ def fused_linear_cross_entropy(
     counts makes the loss and the gradients NaN.
 
     With `"mean"` and `"sum"` gradients are computed together with the loss, over chunks of tokens: three matrix
-    products in all (Hsu et al., 2024, arXiv:2410.10989). With `"none"` logits are computed again in the backward pass, over
-    blocks of the vocabulary: four products, any cotangent.
+    products in all (Hsu et al., 2024, arXiv:2410.10989). With `"none"` logits are computed again in the backward pass,
+    over blocks of the vocabulary: four products, any cotangent.
 
     Memory beside arguments, results and their gradients, with `b` bytes a value of `hidden`, `C` tokens a chunk:
       * `"mean"`, `"sum"`: `2·b·C·V` for logits and their gradients, `b·H·V` for the kernel in hidden's dtype if it has

@@ -1,0 +1,211 @@
+"""What the tests are held to: `jliger.reference` in float64, by the rule of two. Not part of the wheel."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jliger
+
+ON_GPU = jax.default_backend() == "gpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if ON_GPU:
+    IMPLEMENTATIONS = ["xla", "triton"]
+elif INTERPRETED:
+    IMPLEMENTATIONS = ["triton"]
+else:
+    IMPLEMENTATIONS = ["xla"]
+
+# Which dtypes hidden states and kernel may have together.
+DTYPES = [
+    ("float32", "float32"),
+    ("bfloat16", "float32"),
+    ("bfloat16", "bfloat16"),
+    ("float16", "float32"),
+    ("float16", "float16"),
+]
+
+_OF_THE_FUSED_ONE = ("implementation", "chunk_size")
+_OF_LOW_PRECISION = ("logits_dtype", "precision")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Arguments of the operation, and a cotangent of its loss.
+
+    Attributes:
+      inputs: what carries gradients, by name.
+      labels: `[*B]`.
+      options: every other argument.
+      cotangent: of the loss's shape.
+    """
+
+    inputs: dict[str, Any]
+    labels: Any
+    options: dict[str, Any]
+    cotangent: Any
+
+    def replace(self, **changes: Any) -> "Problem":
+        """The same problem with other options; `cotangent`, `labels` and `inputs` may be among them."""
+        fields = {name: changes.pop(name) for name in ("inputs", "labels", "cotangent") if name in changes}
+        return dataclasses.replace(self, options={**self.options, **changes}, **fields)
+
+
+def make_problem(
+    seed: int = 0,
+    *,
+    batch: tuple[int, ...] = (3, 5),
+    hidden_size: int = 6,
+    vocab: int = 11,
+    dtype: str = "float32",
+    kernel_dtype: str = "float32",
+    scale: float = 1.0,
+    bias: str | None = None,
+    where: str | None = None,
+    weights: bool = False,
+    ignored: float = 0.0,
+    class_weights: bool = False,
+    normalizer: bool = False,
+    kernel_layout: str = "hv",
+    **options: Any,
+) -> Problem:
+    """Random hidden states of deviation `scale`, a kernel that keeps it, labels, and what else is asked for.
+
+    `where` is "all", "some" or "none": which tokens count. `ignored` is the share of labels set to `ignore_index`.
+    """
+    random = np.random.default_rng(seed)
+    kernel = random.normal(size=(hidden_size, vocab)) / np.sqrt(hidden_size)
+    inputs = {
+        "hidden": jnp.asarray(random.normal(size=(*batch, hidden_size)) * scale, dtype),
+        "kernel": jnp.asarray(kernel if kernel_layout == "hv" else kernel.T, kernel_dtype),
+    }
+    if bias is not None:
+        inputs["bias"] = jnp.asarray(random.normal(size=vocab), bias)
+    labels = random.integers(0, vocab, batch)
+    if ignored:
+        labels = np.where(random.random(batch) < ignored, options.get("ignore_index", -100), labels)
+    if where is not None:
+        options["where"] = jnp.asarray({"all": 1.0, "some": 0.5, "none": 0.0}[where] > random.random(batch))
+    if weights:
+        options["weights"] = jnp.asarray(random.uniform(0.1, 2, batch), jnp.float32)
+    if class_weights:
+        options["class_weights"] = jnp.asarray(random.uniform(0.1, 2, vocab), jnp.float32)
+    if normalizer:
+        options["normalizer"] = jnp.float32(random.uniform(3, 9))
+    cotangent = random.normal(size=batch if options.get("reduction") == "none" else ()) + 0.1
+    return Problem(
+        inputs,
+        jnp.asarray(labels, jnp.int32),
+        {"kernel_layout": kernel_layout, **options},
+        jnp.asarray(cotangent, jnp.float32),
+    )
+
+
+def loss_and_grads(function: Any, inputs: Any, labels: Any, cotangent: Any, options: Any) -> dict[str, Any]:
+    """Loss, metrics if there are any, and the gradient of every input, by name."""
+
+    def loss(inputs: Any) -> Any:
+        out = function(inputs["hidden"], inputs["kernel"], labels, bias=inputs.get("bias"), **options)
+        return out if options.get("return_metrics") else (out, None)
+
+    value, pull_back, metrics = jax.vjp(loss, inputs, has_aux=True)
+    found = {"loss": value, **pull_back(cotangent.astype(value.dtype))[0]}
+    return found if metrics is None else {**found, **metrics._asdict()}
+
+
+def fused(problem: Problem, implementation: str | None = None) -> dict[str, Any]:
+    """What jliger finds, under one jit."""
+    static = {name: value for name, value in problem.options.items() if not isinstance(value, jax.Array)}
+    arrays = {name: value for name, value in problem.options.items() if isinstance(value, jax.Array)}
+
+    @jax.jit
+    def run(inputs: Any, labels: Any, cotangent: Any, arrays: Any) -> dict[str, Any]:
+        options = {"implementation": implementation, **static, **arrays}
+        return loss_and_grads(jliger.fused_linear_cross_entropy, inputs, labels, cotangent, options)
+
+    return run(problem.inputs, problem.labels, problem.cotangent, arrays)
+
+
+def unfused(problem: Problem) -> dict[str, Any]:
+    """What plain JAX finds in the same dtypes."""
+    options = {name: value for name, value in problem.options.items() if name not in _OF_THE_FUSED_ONE}
+    return loss_and_grads(
+        jliger.reference.fused_linear_cross_entropy, problem.inputs, problem.labels, problem.cotangent, options
+    )
+
+
+def exact(problem: Problem) -> dict[str, Any]:
+    """What plain JAX finds in float64."""
+    dropped = (*_OF_THE_FUSED_ONE, *_OF_LOW_PRECISION)
+    options = {name: value for name, value in problem.options.items() if name not in dropped}
+    with jax.enable_x64(True):
+        inputs, cotangent, options = jax.tree.map(_as_float64, (problem.inputs, problem.cotangent, options))
+        found = loss_and_grads(jliger.reference.fused_linear_cross_entropy, inputs, problem.labels, cotangent, options)
+        return {name: np.asarray(value) for name, value in found.items()}
+
+
+def _as_float64(value: Any) -> Any:
+    is_floating = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)
+    return jnp.asarray(np.asarray(value), jnp.float64) if is_floating else value
+
+
+def assert_rule_of_two(ours: dict[str, Any], theirs: dict[str, Any], oracle: dict[str, Any], what: str = "") -> None:
+    """`error(ours) ≤ 2 · error(theirs)` and a little, for all that is found; NaN just where the oracle has it.
+
+    Errors are root mean squares. The little is a few float32 roundings of the largest value there is: what is exact in
+    one order of summation by luck need not be so in another.
+    """
+    assert ours.keys() == oracle.keys()
+    for name, truth in oracle.items():
+        here = f"{name} {what}"
+        mine, other = np.asarray(ours[name], np.float64), np.asarray(theirs[name], np.float64)
+        assert mine.shape == truth.shape, here
+        if name == "predictions":
+            continue  # equal up to ties, which `assert_predictions` knows of
+        np.testing.assert_array_equal(np.isnan(mine), np.isnan(truth), here)
+        finite = ~np.isnan(truth)
+        if not finite.any():
+            continue
+        little = 4 * np.finfo(np.float32).eps * np.abs(truth[finite]).max()
+        allowed = 2 * _root_mean_square((other - truth)[finite]) + little
+        error = _root_mean_square((mine - truth)[finite])
+        assert error <= allowed, f"{here}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def _root_mean_square(values: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+def assert_predictions(problem: Problem, predictions: Any) -> None:
+    """Each prediction's logit is the largest, up to the rounding of logits; −1 just where a token doesn't count."""
+    hidden, kernel = (np.asarray(problem.inputs[name], np.float64) for name in ("hidden", "kernel"))
+    logits = hidden @ (kernel if problem.options["kernel_layout"] == "hv" else kernel.T)
+    size = np.abs(logits).max()
+    if "bias" in problem.inputs:
+        logits = logits + np.asarray(problem.inputs["bias"], np.float64)
+    logits = logits * np.sign(problem.options.get("logit_scale", 1.0))
+    counted = np.asarray(problem.labels != problem.options.get("ignore_index", -100))
+    if "where" in problem.options:
+        counted &= np.asarray(problem.options["where"])
+    predictions = np.asarray(predictions)
+    assert predictions.dtype == np.int32
+    np.testing.assert_array_equal(predictions >= 0, counted)
+    chosen = np.take_along_axis(logits, np.maximum(predictions, 0)[..., None], -1)[..., 0]
+    rounding = 4 * float(jnp.finfo(problem.inputs["hidden"].dtype).eps) * size
+    assert np.all((logits.max(-1) - chosen)[counted] <= rounding)
+
+
+def check(problem: Problem, implementation: str, what: str = "") -> dict[str, Any]:
+    """Holds jliger to the rule of two on a problem; returns what it found."""
+    ours, theirs, oracle = fused(problem, implementation), unfused(problem), exact(problem)
+    assert_rule_of_two(ours, theirs, oracle, what)
+    for name, value in problem.inputs.items():
+        assert ours[name].dtype == value.dtype, name
+    assert ours["loss"].dtype == jnp.float32
+    if "predictions" in ours:
+        assert_predictions(problem, ours["predictions"])
+    return ours
