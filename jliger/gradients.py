@@ -47,7 +47,7 @@ def weighted_loss(
     config: HeadConfig, loss: CrossEntropy, inputs: Inputs, context: Context, weights: LossWeights
 ) -> tuple[Float[Array, ""], RowStats]:
     """The weighted sum of token losses, and the tokens' stats, through which no gradient flows."""
-    stats = _stats(config, inputs, context)
+    stats = _stats(config, inputs, context, lean=False)
     return loss.total(stats, context.labels, context.class_weights, weights), stats
 
 
@@ -83,13 +83,13 @@ weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd, symbolic_zeros=True
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def token_stats(config: HeadConfig, inputs: Inputs, context: Context) -> RowStats:
     """The tokens' stats, differentiable in all but `max`, a mere shift of `log_sum`, and `prediction`."""
-    return _stats(config, inputs, context)
+    return _stats(config, inputs, context, lean=True)
 
 
 def _token_stats_fwd(config: HeadConfig, inputs: Any, context: Any) -> tuple[RowStats, Any]:
     perturbed = _perturbed(inputs)
     inputs, context = _values((inputs, context))
-    stats = _stats(config, inputs, context)
+    stats = _stats(config, inputs, context, lean=True)
     flags = Inputs(*(jnp.zeros((int(flag),), jnp.bool) for flag in perturbed))
     # The row functions recompute probabilities from these two alone.
     kept = RowStats(stats.max, stats.log_sum, None, None, None)
@@ -111,10 +111,9 @@ token_stats.defvjp(_token_stats_fwd, _token_stats_bwd, symbolic_zeros=True)
 # ---- what both need ------------------------------------------------------------------------------------------
 
 
-def _stats(config: HeadConfig, inputs: Inputs, context: Context) -> RowStats:
-    return vmappable(functools.partial(sharding.token_stats, config), sums_tokens=False)(
-        *_sides(config, inputs, context)
-    )
+def _stats(config: HeadConfig, inputs: Inputs, context: Context, *, lean: bool) -> RowStats:
+    operation = vmappable(functools.partial(sharding.token_stats, config, lean), sums_tokens=False)
+    return operation(*_sides(config, inputs, context))
 
 
 def _on_tokens(form: Callable[..., Any], config: HeadConfig, wanted: GradTypes) -> Callable[..., Any]:

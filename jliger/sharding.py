@@ -14,9 +14,9 @@ from jliger.config import HeadConfig
 from jliger.rows import Coefficients, RowStats
 
 
-def token_stats(config: HeadConfig, tokens: Tokens, head: Head) -> RowStats:
+def token_stats(config: HeadConfig, lean: bool, tokens: Tokens, head: Head) -> RowStats:
     """`chunks.token_stats` for tokens `[*B]`."""
-    return _unflatten(chunks.token_stats(config, _flatten(tokens), head), tokens)
+    return _unflatten(chunks.token_stats(config, _flatten(tokens), head, lean=lean), tokens)
 
 
 def forward_form(

@@ -144,6 +144,10 @@ def _stats_of_row(
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
+    # First, for nothing waits for it.
+    has_label = _inside(label, first, WIDTH, HAS_FIRST, WHOLE=False) & (label >= 0)
+    label_logit, _ = _load_logits(row_ptr, bias_ptr, label, has_label, SCALE, SOFTCAP, HAS_BIAS, "")
+
     # Each lane keeps a maximum and a sum of its own: no tile waits for a reduction across threads.
     lane_max = tl.full([LANES], _LOWEST, tl.float32)
     lane_sum = tl.zeros([LANES], tl.float32)
@@ -204,9 +208,6 @@ def _stats_of_row(
     inside = _inside(columns, first, WIDTH, HAS_FIRST, WHOLE=False)
     logits, _ = _load_logits(row_ptr, bias_ptr, columns, inside, SCALE, SOFTCAP, HAS_BIAS, "evict_last")
     prediction = tl.min(tl.min(tl.where(inside & (logits == row_max), columns, WIDTH - 1), axis=1), axis=0)
-
-    has_label = _inside(label, first, WIDTH, HAS_FIRST, WHOLE=False) & (label >= 0)
-    label_logit, _ = _load_logits(row_ptr, bias_ptr, label, has_label, SCALE, SOFTCAP, HAS_BIAS, "")
     return row_max, tl.log(sum_exp), tl.where(has_label, label_logit, 0.0), weighted_sum, prediction
 
 

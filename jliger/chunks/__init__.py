@@ -1,0 +1,19 @@
+"""chunks: the loops that keep logits small. Products by XLA, rows by a backend.
+
+Two forms compute gradients. The *forward form* takes chunks of tokens over the whole vocabulary, and computes the
+gradients of a loss whose coefficients are known beforehand: three products. The *recompute form* takes larger chunks of
+tokens over blocks of the vocabulary, given what a first sweep (`token_stats`) found: four products, the least memory.
+
+Tokens that don't count are not computed: those that do are gathered, chunk by chunk, and the loops are as long as
+their number asks for.
+"""
+
+from jliger.chunks.forward import forward_form as forward_form
+from jliger.chunks.recompute import recompute_form as recompute_form
+from jliger.chunks.stats import merge_stats as merge_stats
+from jliger.chunks.stats import token_stats as token_stats
+from jliger.chunks.types import Grads as Grads
+from jliger.chunks.types import GradTypes as GradTypes
+from jliger.chunks.types import Head as Head
+from jliger.chunks.types import Tokens as Tokens
+from jliger.chunks.types import accumulator_dtype as accumulator_dtype

@@ -1,0 +1,35 @@
+"""Small things done to arrays in every chunk."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+
+def pad(array: Array, dims: tuple[int, ...], alignment: int) -> Array:
+    """Zeros after `dims`, so that their sizes are multiples of `alignment`."""
+    after = [-size % alignment if dim in dims else 0 for dim, size in enumerate(array.shape)]
+    return jnp.pad(array, [(0, amount) for amount in after]) if any(after) else array
+
+
+def whole(operand: Array) -> Array:
+    """Keeps XLA from computing an operand of several products again inside each of them."""
+    return jax.lax.optimization_barrier(operand)
+
+
+def plus(total: Array | None, part: Array) -> Array:
+    """A sum that starts with its first part: nothing is set to zero to be added to."""
+    return part if total is None else total + part
+
+
+def write_block(full: Array, part: Array, offsets: tuple[Any, ...], *, add: bool) -> Array:
+    """`full` with `part` written, or added, at `offsets`."""
+    if add:
+        part = part + jax.lax.dynamic_slice(full, offsets, part.shape)
+    return jax.lax.dynamic_update_slice(full, part.astype(full.dtype), offsets)
+
+
+def zeros_if_wanted(shape: tuple[int, ...], dtype: np.dtype | None) -> Array | None:
+    return None if dtype is None else jnp.zeros(shape, dtype)

@@ -1,0 +1,70 @@
+"""The forward form: gradients together with the loss, three products."""
+
+from jaxtyping import Array, Int
+
+from jliger.chunks.arrays import plus, zeros_if_wanted
+from jliger.chunks.blocks import Blocks
+from jliger.chunks.queue import Chunk, Queue, write_stats
+from jliger.chunks.sizes import forward_chunk
+from jliger.chunks.types import Grads, GradTypes, Head, Kernel, Tokens, accumulator_dtype
+from jliger.config import HeadConfig
+from jliger.products import hidden_grad_product, kernel_grad_product, logits_product
+from jliger.rows import Coefficients, RowStats, get_rows
+
+
+def forward_form(
+    config: HeadConfig, wanted: GradTypes, tokens: Tokens, head: Head, coefficients: Coefficients
+) -> tuple[RowStats, Grads]:
+    """Stats, and the gradients of a loss whose coefficients are known beforehand.
+
+    Args:
+      config: how logits come about.
+      wanted: which gradients, in which dtypes; the kernel's and the bias's are sums over chunks in float32 before.
+      tokens: `[T]` of them.
+      head: kernel, bias and class weights.
+      coefficients: of each token's logit gradients, `[T]`.
+    """
+    rows = get_rows(config.implementation, config.compute_capability)
+    dtype = tokens.hidden.dtype
+    sums = accumulator_dtype(dtype)
+    vocab = head.kernel.shape[config.vocab_dim]
+    blocks = Blocks.make(config, head, dtype, rows.alignment)
+    queue = Queue.make(tokens.counted, forward_chunk(config, tokens.labels.shape[0], vocab))
+
+    def step(size: int, index: Int[Array, ""] | int, carry: tuple[RowStats, Grads]) -> tuple[RowStats, Grads]:
+        stats, grads = carry
+        start = index * queue.chunk
+        chunk = Chunk.make(queue.slots(start, size), tokens, rows.alignment)
+        kernel, block, _ = blocks.block(0, chunk.labels)
+        product = logits_product(config, chunk.hidden, kernel)
+        found, logit_grads = rows.row_stats_and_grads(
+            product,
+            block,
+            blocks.logit_map,
+            chunk.take(coefficients),
+            with_weighted_sum=config.with_weighted_sum,
+            dtype=dtype,
+        )
+        if wanted.hidden is not None:
+            part = hidden_grad_product(config, logit_grads, kernel, wanted.hidden)
+            grads = grads._replace(hidden=chunk.put(grads.hidden, part))
+        if wanted.kernel is not None:
+            part = kernel_grad_product(config, chunk.hidden, logit_grads, sums)
+            grads = grads._replace(kernel=plus(grads.kernel, part))
+        if wanted.bias is not None:
+            grads = grads._replace(bias=plus(grads.bias, logit_grads.sum(axis=0, dtype=sums)))
+        return write_stats(stats, found, start), grads
+
+    def initial() -> tuple[RowStats, Grads]:
+        return queue.empty_stats(config, dtype), Grads(zeros_if_wanted(tokens.hidden.shape, wanted.hidden), None, None)
+
+    stats, grads = queue.loop(step, initial, (queue.chunk,))
+    return queue.restore(stats), Grads(
+        grads.hidden,
+        None if grads.kernel is None else _unpadded(grads.kernel, head.kernel).astype(wanted.kernel),
+        None if grads.bias is None else grads.bias[:vocab].astype(wanted.bias),
+    )
+
+
+def _unpadded(kernel_grad: Kernel, kernel: Kernel) -> Kernel:
+    return kernel_grad[: kernel.shape[0], : kernel.shape[1]]

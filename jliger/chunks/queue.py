@@ -1,0 +1,141 @@
+"""The tokens that count, in chunks."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jliger.chunks.arrays import pad, whole
+from jliger.chunks.types import Tokens, accumulator_dtype
+from jliger.config import HeadConfig
+from jliger.rows import RowStats
+
+# Up to so many chunks, a program of its own for each number of them that may hold tokens.
+_MOST_PROGRAMS = 4
+
+
+class Queue(NamedTuple):
+    """The tokens that count, in their order, in chunks.
+
+    Attributes:
+      token_of: for each place in the queue its token, or a number past every token where the queue has ended.
+      count: the tokens that count.
+      num_tokens: all tokens.
+      chunk: places a chunk.
+    """
+
+    token_of: Int[Array, " places"]
+    count: Int[Array, ""]
+    num_tokens: int
+    chunk: int
+
+    @classmethod
+    def make(cls, counted: Bool[Array, " T"], chunk: int) -> "Queue":
+        num_tokens = counted.shape[0]
+        places = jnp.arange(-(-num_tokens // chunk) * chunk, dtype=jnp.int32)
+        count = counted.sum(dtype=jnp.int32)
+        order = jnp.argsort(~counted, stable=True).astype(jnp.int32)
+        order = jnp.pad(order, (0, places.size - num_tokens))
+        # Past the end each place gets a number of its own, so that gathers and scatters have no index twice.
+        return cls(jnp.where(places < count, order, num_tokens + places), count, num_tokens, chunk)
+
+    @property
+    def num_chunks(self) -> int:
+        return self.token_of.shape[0] // self.chunk
+
+    def loop(self, step: Callable[[int, Any, Any], Any], initial: Callable[[], Any], sizes: tuple[int, ...]) -> Any:
+        """`carry = step(size, index, carry)` for every chunk with tokens, in the least of `sizes` that holds them.
+
+        Of one size, the first chunk stands outside the loop, so that sums can start with it.
+        """
+        if len(sizes) == 1:
+            return self._with_length(lambda length: self._from_second(step, length, step(sizes[0], 0, initial())))
+
+        def sized_step(index: Int[Array, ""] | int, carry: Any) -> Any:
+            left = self.count - index * self.chunk
+            fitting = sum(((left > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
+            programs = [functools.partial(step, size, index) for size in sizes]
+            return jax.lax.switch(fitting, programs, carry)
+
+        if self.num_chunks == 1:
+            return sized_step(0, initial())
+        return jax.lax.fori_loop(0, self._length, sized_step, initial())
+
+    def _from_second(self, step: Callable[[int, Any, Any], Any], length: Any, carry: Any) -> Any:
+        if self.num_chunks == 1:
+            return carry
+        return jax.lax.fori_loop(1, length, functools.partial(step, self.chunk), carry)
+
+    def _with_length(self, run: Callable[[Any], Any]) -> Any:
+        """`run(length)` for the number of chunks with tokens, at least 1: a Python number, where few are possible.
+
+        A loop of known length is launched at once; one whose length only the device knows is waited for at every turn.
+        """
+        length = jnp.maximum(self._length, 1)
+        if self.num_chunks == 1:
+            return run(1)
+        if self.num_chunks > _MOST_PROGRAMS:
+            return run(length)
+        programs = [functools.partial(run, known) for known in range(1, self.num_chunks + 1)]
+        return jax.lax.switch(length - 1, programs)
+
+    @property
+    def _length(self) -> Int[Array, ""]:
+        return (self.count + self.chunk - 1) // self.chunk
+
+    def slots(self, start: Int[Array, ""] | int, size: int) -> Int[Array, " size"]:
+        return jax.lax.dynamic_slice(self.token_of, (start,), (size,))
+
+    def empty_stats(self, config: HeadConfig, dtype: jax.typing.DTypeLike) -> RowStats:
+        places = self.token_of.shape[0]
+        zeros = jnp.zeros((places,), accumulator_dtype(dtype))
+        return RowStats(
+            max=zeros,
+            log_sum=zeros,
+            label_logit=zeros,
+            prediction=jnp.full((places,), -1, jnp.int32),
+            weighted_sum=zeros if config.with_weighted_sum else None,
+        )
+
+    def restore(self, stats: RowStats) -> RowStats:
+        """From the queue's order to the tokens' own; what didn't count gets the stats of an empty row."""
+
+        def restored(field: Array, otherwise: int) -> Array:
+            full = jnp.full((self.num_tokens,), otherwise, field.dtype)
+            return full.at[self.token_of].set(field, mode="drop", unique_indices=True)
+
+        otherwise = RowStats(0, 0, 0, -1, None if stats.weighted_sum is None else 0)
+        return jax.tree.map(restored, stats, otherwise)
+
+
+class Chunk(NamedTuple):
+    """One chunk's tokens; places past the queue's end hold zeros and a label that is none."""
+
+    slots: Int[Array, " C"]
+    hidden: Float[Array, "C H"]
+    labels: Int[Array, " C"]
+
+    @classmethod
+    def make(cls, slots: Int[Array, " C"], tokens: Tokens, alignment: int) -> "Chunk":
+        hidden = pad(_take(tokens.hidden, slots, 0), (1,), alignment)
+        return cls(slots, whole(hidden), _take(tokens.labels, slots, -1))
+
+    def take(self, tree: Any) -> Any:
+        """The chunk's part of per-token arrays."""
+        return jax.tree.map(lambda array: _take(array, self.slots, 0), tree)
+
+    def put(self, full: Float[Array, "T H"], part: Float[Array, "C H"]) -> Float[Array, "T H"]:
+        part = part[:, : full.shape[1]].astype(full.dtype)
+        return full.at[self.slots].set(part, mode="drop", unique_indices=True, indices_are_sorted=True)
+
+
+def write_stats(stats: RowStats, part: RowStats, start: Int[Array, ""] | int) -> RowStats:
+    """`stats` in the queue's order, with those of the chunk that starts at `start`."""
+    return jax.tree.map(lambda full, new: jax.lax.dynamic_update_slice(full, new, (start,)), stats, part)
+
+
+def _take(array: Array, slots: Int[Array, " C"], fill: int) -> Array:
+    return array.at[slots].get(mode="fill", fill_value=fill, unique_indices=True, indices_are_sorted=True)

@@ -1,0 +1,79 @@
+"""The recompute form: gradients for any cotangents, after `token_stats`; three products more, the least memory."""
+
+import jax
+from jaxtyping import Array, Int
+
+from jliger.chunks.arrays import plus, write_block, zeros_if_wanted
+from jliger.chunks.blocks import Blocks
+from jliger.chunks.queue import Chunk, Queue
+from jliger.chunks.sizes import part_sizes, recompute_tile
+from jliger.chunks.types import Grads, GradTypes, Head, Tokens, accumulator_dtype
+from jliger.config import HeadConfig
+from jliger.products import hidden_grad_product, kernel_grad_product, logits_product
+from jliger.rows import Coefficients, RowStats, get_rows
+
+
+def recompute_form(
+    config: HeadConfig,
+    wanted: GradTypes,
+    tokens: Tokens,
+    head: Head,
+    stats: RowStats,
+    coefficients: Coefficients,
+) -> Grads:
+    """Gradients for any coefficients.
+
+    Args:
+      config: how logits come about.
+      wanted: which gradients, in which dtypes.
+      tokens: `[T]` of them.
+      head: kernel, bias and class weights.
+      stats: each token's `max` and `log_sum`, `[T]`; the rest is not read.
+      coefficients: of each token's logit gradients, `[T]`.
+    """
+    rows = get_rows(config.implementation, config.compute_capability)
+    dtype = tokens.hidden.dtype
+    sums = accumulator_dtype(dtype)
+    num_tokens, vocab = tokens.labels.shape[0], head.kernel.shape[config.vocab_dim]
+    chunk_size, width = recompute_tile(config, num_tokens, vocab)
+    blocks = Blocks.make(config, head, dtype, rows.alignment, width)
+    queue = Queue.make(tokens.counted, chunk_size)
+    # With several chunks the kernel's gradient is a sum over them; with one, each block of it is written once.
+    add = queue.num_chunks > 1
+
+    def step(size: int, index: Int[Array, ""] | int, grads: Grads) -> Grads:
+        chunk = Chunk.make(queue.slots(index * queue.chunk, size), tokens, rows.alignment)
+        row_max, log_sum, chunk_coefficients = chunk.take((stats.max, stats.log_sum, coefficients))
+
+        def block_step(index: Int[Array, ""] | int, carry: Grads) -> Grads:
+            kernel, block, start = blocks.block(index, chunk.labels)
+            product = logits_product(config, chunk.hidden, kernel)
+            logit_grads = rows.row_grads(
+                product, block, blocks.logit_map, row_max, log_sum, chunk_coefficients, dtype=dtype
+            )
+            if wanted.hidden is not None:
+                part = hidden_grad_product(config, logit_grads, kernel, sums)
+                carry = carry._replace(hidden=plus(carry.hidden, part))
+            if wanted.kernel is not None:
+                part = kernel_grad_product(config, chunk.hidden, logit_grads, sums)
+                carry = carry._replace(kernel=blocks.write_kernel(carry.kernel, part, start, add=add))
+            if wanted.bias is not None:
+                part = logit_grads.sum(axis=0, dtype=sums)[: blocks.width]
+                carry = carry._replace(bias=write_block(carry.bias, part, (start,), add=add))
+            return carry
+
+        found = blocks.sweep(block_step, grads._replace(hidden=None))
+        if wanted.hidden is None:
+            return found
+        return found._replace(hidden=chunk.put(grads.hidden, found.hidden))
+
+    def initial() -> Grads:
+        kernel_dtype = None if wanted.kernel is None else sums if add else wanted.kernel
+        return Grads(
+            zeros_if_wanted(tokens.hidden.shape, wanted.hidden),
+            zeros_if_wanted(head.kernel.shape, kernel_dtype),
+            zeros_if_wanted((vocab,), None if wanted.bias is None else sums),
+        )
+
+    grads = queue.loop(step, initial, part_sizes(queue.chunk))
+    return jax.tree.map(lambda grad, dtype: grad.astype(dtype), grads, Grads(*wanted))
