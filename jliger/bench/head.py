@@ -29,7 +29,7 @@ CPU_SHAPE = Shape(2048, 512, 32768)
 FULL_LOGITS_LIMIT = 16384 * 256000  # tokens · vocabulary up to which full logits are tried
 
 
-def run(out: Path, *, rounds: int, with_peers: bool, only: Sequence[str] = ()) -> list[report.Record]:
+def run(out: Path, *, rounds: int, seconds: float, with_peers: bool, only: Sequence[str] = ()) -> list[report.Record]:
     """Measures every case, prints a table a shape, writes `out` and a plot beside it."""
     on_gpu = jax.default_backend() == "gpu"
     plan = (
@@ -45,7 +45,9 @@ def run(out: Path, *, rounds: int, with_peers: bool, only: Sequence[str] = ()) -
         for shape, ways in plan:
             floor_shape = MAIN if shape == UNALIGNED else shape
             torch_here = on_gpu and with_peers and shape == MAIN
-            records += measure(shape, ways, floor_shape, rounds=rounds, with_torch=torch_here, progress=progress)
+            records += measure(
+                shape, ways, floor_shape, rounds=rounds, seconds=seconds, with_torch=torch_here, progress=progress
+            )
             report.write_json(out, records)
             progress.write(report.table([r for r in records if r["shape"] == str(shape)], COLUMNS))
     return records
@@ -80,7 +82,14 @@ def _cpu_ways() -> list[Way]:
 
 
 def measure(
-    shape: Shape, ways: Sequence[Way], floor_shape: Shape, *, rounds: int, with_torch: bool, progress: "tqdm[Any]"
+    shape: Shape,
+    ways: Sequence[Way],
+    floor_shape: Shape,
+    *,
+    rounds: int,
+    seconds: float,
+    with_torch: bool,
+    progress: "tqdm[Any]",
 ) -> list[report.Record]:
     """All ways at one shape, timed in turn with the products alone."""
     dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
@@ -97,12 +106,13 @@ def measure(
     for name, (step, extra_memory) in torch_functions.items():
         functions[name] = step
         extra[name] = extra_memory()
-    samples = time_in_turn(functions, rounds=rounds, least_seconds=0.1)
+    samples = time_in_turn(functions, least_rounds=rounds, seconds=seconds)
     floors = _floors(samples)
+    rounds = samples["product: logits"].rounds
     ways = [*ways, *[Way(name, lambda *_: None, "bfloat16") for name in torch_functions]]
     return [
-        _record(Way(f"floor: {name}", lambda *_: None), shape, Sample(seconds, seconds, seconds, rounds), seconds, None)
-        for name, seconds in floors.items()
+        _record(Way(f"floor: {name}", lambda *_: None), shape, Sample(floor, floor, floor, rounds), floor, None)
+        for name, floor in floors.items()
     ] + [_record(way, shape, samples[way.name], floors[way.floor], extra[way.name]) for way in ways]
 
 

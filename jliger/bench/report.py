@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def environment() -> Record:
     )
     return {
         "command": " ".join(["python", "-m", "jliger.bench", *sys.argv[1:]]),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "python": platform.python_version(),
         "versions": {name: found for name in packages if (found := version(name))},
         "device": devices[0].device_kind,

@@ -24,31 +24,28 @@ class Sample(NamedTuple):
 
 
 def time_in_turn(
-    functions: Mapping[str, Callable[[], Any]], *, rounds: int = 10, least_seconds: float = 0.05
+    functions: Mapping[str, Callable[[], Any]], *, least_rounds: int = 5, seconds: float = 10
 ) -> dict[str, Sample]:
-    """Times functions one after the other, round by round, after a first call of each that isn't timed.
+    """Times functions one after the other, one call each a round, from the call to its result.
 
     Args:
-      functions: compiled functions of no arguments that return arrays.
-      rounds: how often each is timed.
-      least_seconds: short functions are called so often in a round that it lasts this long; their results are dropped
-        as they come, and only the last is waited for.
+      functions: compiled functions of no arguments that return arrays. A first call of each isn't timed.
+      least_rounds: how often each is timed at least.
+      seconds: what all rounds together may take, beyond `least_rounds`.
     """
-    repeats = {}
-    for name, function in functions.items():
+    for function in functions.values():
         jax.block_until_ready(function())
-        seconds = _seconds(function, 1)
-        repeats[name] = max(1, round(least_seconds / seconds))
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
+    spent, rounds = 0.0, 0
+    while rounds < least_rounds or spent < seconds:
         for name, function in functions.items():
-            times[name].append(_seconds(function, repeats[name]))
+            times[name].append(_seconds(function))
+            spent += times[name][-1]
+        rounds += 1
     return {name: Sample(statistics.median(t), min(t), max(t), rounds) for name, t in times.items()}
 
 
-def _seconds(function: Callable[[], Any], repeats: int) -> float:
+def _seconds(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
-    for _ in range(repeats):
-        result = function()
-    jax.block_until_ready(result)
-    return (time.perf_counter() - start) / repeats
+    jax.block_until_ready(function())
+    return time.perf_counter() - start

@@ -55,10 +55,8 @@ def forward_form(
             grads = grads._replace(bias=plus(grads.bias, logit_grads.sum(axis=0, dtype=sums)))
         return write_stats(stats, found, start), grads
 
-    def initial() -> tuple[RowStats, Grads]:
-        return queue.empty_stats(config, dtype), Grads(zeros_if_wanted(tokens.hidden.shape, wanted.hidden), None, None)
-
-    stats, grads = queue.loop(step, initial, (queue.chunk,))
+    grads = Grads(zeros_if_wanted(tokens.hidden.shape, wanted.hidden), None, None)
+    stats, grads = queue.loop(step, (queue.empty_stats(config, dtype), grads), (queue.chunk,))
     return queue.restore(stats), Grads(
         grads.hidden,
         None if grads.kernel is None else _unpadded(grads.kernel, head.kernel).astype(wanted.kernel),

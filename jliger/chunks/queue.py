@@ -13,9 +13,6 @@ from jliger.chunks.types import Tokens, accumulator_dtype
 from jliger.config import HeadConfig
 from jliger.rows import RowStats
 
-# Up to so many chunks, a program of its own for each number of them that may hold tokens.
-_MOST_PROGRAMS = 4
-
 
 class Queue(NamedTuple):
     """The tokens that count, in their order, in chunks.
@@ -46,45 +43,28 @@ class Queue(NamedTuple):
     def num_chunks(self) -> int:
         return self.token_of.shape[0] // self.chunk
 
-    def loop(self, step: Callable[[int, Any, Any], Any], initial: Callable[[], Any], sizes: tuple[int, ...]) -> Any:
+    def loop(self, step: Callable[[int, Any, Any], Any], initial: Any, sizes: tuple[int, ...]) -> Any:
         """`carry = step(size, index, carry)` for every chunk with tokens, in the least of `sizes` that holds them.
 
         Of one size, the first chunk stands outside the loop, so that sums can start with it.
         """
         if len(sizes) == 1:
-            return self._with_length(lambda length: self._from_second(step, length, step(sizes[0], 0, initial())))
+            sized_step = functools.partial(step, sizes[0])
+            return self._repeat(sized_step, 1, sized_step(0, initial))
 
-        def sized_step(index: Int[Array, ""] | int, carry: Any) -> Any:
+        def fitting_step(index: Int[Array, ""] | int, carry: Any) -> Any:
             left = self.count - index * self.chunk
             fitting = sum(((left > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
-            programs = [functools.partial(step, size, index) for size in sizes]
-            return jax.lax.switch(fitting, programs, carry)
+            return jax.lax.switch(fitting, [functools.partial(step, size, index) for size in sizes], carry)
 
         if self.num_chunks == 1:
-            return sized_step(0, initial())
-        return jax.lax.fori_loop(0, self._length, sized_step, initial())
+            return fitting_step(0, initial)
+        return self._repeat(fitting_step, 0, initial)
 
-    def _from_second(self, step: Callable[[int, Any, Any], Any], length: Any, carry: Any) -> Any:
-        if self.num_chunks == 1:
+    def _repeat(self, step: Callable[[Any, Any], Any], first: int, carry: Any) -> Any:
+        if self.num_chunks <= first:
             return carry
-        return jax.lax.fori_loop(1, length, functools.partial(step, self.chunk), carry)
-
-    def _with_length(self, run: Callable[[Any], Any]) -> Any:
-        """`run(length)` for the number of chunks with tokens, at least 1: a Python number, where few are possible.
-
-        A loop of known length is launched at once; one whose length only the device knows is waited for at every turn.
-        """
-        length = jnp.maximum(self._length, 1)
-        if self.num_chunks == 1:
-            return run(1)
-        if self.num_chunks > _MOST_PROGRAMS:
-            return run(length)
-        programs = [functools.partial(run, known) for known in range(1, self.num_chunks + 1)]
-        return jax.lax.switch(length - 1, programs)
-
-    @property
-    def _length(self) -> Int[Array, ""]:
-        return (self.count + self.chunk - 1) // self.chunk
+        return jax.lax.fori_loop(first, (self.count + self.chunk - 1) // self.chunk, step, carry)
 
     def slots(self, start: Int[Array, ""] | int, size: int) -> Int[Array, " size"]:
         return jax.lax.dynamic_slice(self.token_of, (start,), (size,))

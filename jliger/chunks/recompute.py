@@ -67,13 +67,11 @@ def recompute_form(
             return found
         return found._replace(hidden=chunk.put(grads.hidden, found.hidden))
 
-    def initial() -> Grads:
-        kernel_dtype = None if wanted.kernel is None else sums if add else wanted.kernel
-        return Grads(
-            zeros_if_wanted(tokens.hidden.shape, wanted.hidden),
-            zeros_if_wanted(head.kernel.shape, kernel_dtype),
-            zeros_if_wanted((vocab,), None if wanted.bias is None else sums),
-        )
-
-    grads = queue.loop(step, initial, part_sizes(queue.chunk))
+    kernel_dtype = None if wanted.kernel is None else sums if add else wanted.kernel
+    grads = Grads(
+        zeros_if_wanted(tokens.hidden.shape, wanted.hidden),
+        zeros_if_wanted(head.kernel.shape, kernel_dtype),
+        zeros_if_wanted((vocab,), None if wanted.bias is None else sums),
+    )
+    grads = queue.loop(step, grads, part_sizes(queue.chunk))
     return jax.tree.map(lambda grad, dtype: grad.astype(dtype), grads, Grads(*wanted))

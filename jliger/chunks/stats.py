@@ -46,7 +46,7 @@ def token_stats(config: HeadConfig, tokens: Tokens, head: Head, *, lean: bool) -
         return write_stats(stats, blocks.sweep(block_step, None), index * queue.chunk)
 
     sizes = part_sizes(queue.chunk) if in_blocks else (queue.chunk,)
-    return queue.restore(queue.loop(step, lambda: queue.empty_stats(config, dtype), sizes))
+    return queue.restore(queue.loop(step, queue.empty_stats(config, dtype), sizes))
 
 
 def merge_stats(left: RowStats, right: RowStats) -> RowStats:
