@@ -16,13 +16,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error(f"--rounds got {arguments.rounds}; pass at least 1")
-    head.run(
-        arguments.out,
-        rounds=arguments.rounds,
-        seconds=arguments.seconds,
-        with_peers=arguments.peers,
-        only=arguments.only,
-    )
+    effort = head.Effort(arguments.rounds, arguments.seconds)
+    head.run(arguments.out, effort, with_peers=arguments.peers, only=arguments.only)
     print("wrote", arguments.out, "and", plot.head_plot(arguments.out))
 
 

@@ -80,6 +80,13 @@ def products(shape: Shape, dtype: str = "bfloat16") -> dict[str, Callable[[], Ar
 Loss = Callable[..., Array]
 
 
+def fused(hidden: Array, kernel: Array, labels: Array, **options: Any) -> Array:
+    """The operation that is measured, without its metrics."""
+    loss = jliger.fused_linear_cross_entropy(hidden, kernel, labels, **options)
+    assert isinstance(loss, jax.Array)
+    return loss
+
+
 def loss_and_gradients(loss: Loss, wrt: tuple[int, ...] = (0, 1)) -> Callable[[Array, Array, Array], Any]:
     """Loss and gradients by hidden (0), kernel (1), or both."""
 
@@ -91,16 +98,14 @@ def loss_and_gradients(loss: Loss, wrt: tuple[int, ...] = (0, 1)) -> Callable[[A
 
 def token_losses_and_gradients(hidden: Array, kernel: Array, labels: Array) -> Any:
     """Per-token losses, and gradients with a cotangent that differs from token to token."""
-    losses, pullback = jax.vjp(
-        lambda *args: jliger.fused_linear_cross_entropy(*args, labels, reduction="none"), hidden, kernel
-    )
+    losses, pullback = jax.vjp(lambda h, k: fused(h, k, labels, reduction="none"), hidden, kernel)
     return losses, pullback(jnp.linspace(0.5, 1.5, losses.size, dtype=losses.dtype))
 
 
 def half_counted(hidden: Array, kernel: Array, labels: Array) -> Any:
     """Loss and gradients where every other token doesn't count."""
     labels = jnp.where(jnp.arange(labels.size) % 2 == 0, labels, -100)
-    return loss_and_gradients(jliger.fused_linear_cross_entropy)(hidden, kernel, labels)
+    return loss_and_gradients(fused)(hidden, kernel, labels)
 
 
 def full_logits(hidden: Array, kernel: Array, labels: Array) -> Array:
@@ -125,7 +130,7 @@ def own_ways(kernel_dtype: str, least: float | None = None) -> list[Way]:
     return [
         Way(
             f"jliger, {kernel_dtype} kernel",
-            loss_and_gradients(jliger.fused_linear_cross_entropy),
+            loss_and_gradients(fused),
             kernel_dtype,
             least=least,
         )
@@ -134,7 +139,6 @@ def own_ways(kernel_dtype: str, least: float | None = None) -> list[Way]:
 
 def option_ways(kernel_dtype: str) -> list[Way]:
     """The ways that are measured at one shape only."""
-    fused = jliger.fused_linear_cross_entropy
     return [
         Way(f"jliger, half counted, {kernel_dtype} kernel", half_counted, kernel_dtype),
         Way(f"jliger, kernel frozen, {kernel_dtype} kernel", loss_and_gradients(fused, (0,)), kernel_dtype),

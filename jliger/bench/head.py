@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from tqdm import tqdm
@@ -29,7 +29,14 @@ CPU_SHAPE = Shape(2048, 512, 32768)
 FULL_LOGITS_LIMIT = 16384 * 256000  # tokens · vocabulary up to which full logits are tried
 
 
-def run(out: Path, *, rounds: int, seconds: float, with_peers: bool, only: Sequence[str] = ()) -> list[report.Record]:
+class Effort(NamedTuple):
+    """How long to measure: as `time_in_turn` takes it."""
+
+    least_rounds: int
+    seconds: float
+
+
+def run(out: Path, effort: Effort, *, with_peers: bool, only: Sequence[str] = ()) -> list[report.Record]:
     """Measures every case, prints a table a shape, writes `out` and a plot beside it."""
     on_gpu = jax.default_backend() == "gpu"
     plan = (
@@ -45,9 +52,7 @@ def run(out: Path, *, rounds: int, seconds: float, with_peers: bool, only: Seque
         for shape, ways in plan:
             floor_shape = MAIN if shape == UNALIGNED else shape
             torch_here = on_gpu and with_peers and shape == MAIN
-            records += measure(
-                shape, ways, floor_shape, rounds=rounds, seconds=seconds, with_torch=torch_here, progress=progress
-            )
+            records += measure(shape, ways, floor_shape, effort, with_torch=torch_here, progress=progress)
             report.write_json(out, records)
             progress.write(report.table([r for r in records if r["shape"] == str(shape)], COLUMNS))
     return records
@@ -82,31 +87,24 @@ def _cpu_ways() -> list[Way]:
 
 
 def measure(
-    shape: Shape,
-    ways: Sequence[Way],
-    floor_shape: Shape,
-    *,
-    rounds: int,
-    seconds: float,
-    with_torch: bool,
-    progress: "tqdm[Any]",
+    shape: Shape, ways: Sequence[Way], floor_shape: Shape, effort: Effort, *, with_torch: bool, progress: "tqdm[Any]"
 ) -> list[report.Record]:
     """All ways at one shape, timed in turn with the products alone."""
     dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
     hidden, kernel, labels = cases.operands(shape, "float32", dtype)
     kernels = {"float32": kernel, "bfloat16": kernel.astype("bfloat16")}
     functions: dict[str, Callable[[], Any]] = dict(cases.products(floor_shape, dtype))
-    extra: dict[str, int] = {}
+    extra: dict[str, int | None] = {}
     for way in ways:
         compiled = jax.jit(way.function).lower(hidden, kernels[way.kernel_dtype], labels).compile()
         functions[way.name] = functools.partial(compiled, hidden, kernels[way.kernel_dtype], labels)
-        extra[way.name] = compiled.memory_analysis().temp_size_in_bytes
+        extra[way.name] = report.extra_memory(compiled)
         progress.update()
     torch_functions = peers.torch_ways(shape) if with_torch else {}
     for name, (step, extra_memory) in torch_functions.items():
         functions[name] = step
         extra[name] = extra_memory()
-    samples = time_in_turn(functions, least_rounds=rounds, seconds=seconds)
+    samples = time_in_turn(functions, least_rounds=effort.least_rounds, seconds=effort.seconds)
     floors = _floors(samples)
     rounds = samples["product: logits"].rounds
     ways = [*ways, *[Way(name, lambda *_: None, "bfloat16") for name in torch_functions]]

@@ -15,6 +15,12 @@ import jax
 Record = dict[str, Any]
 
 
+def extra_memory(compiled: jax.stages.Compiled) -> int | None:
+    """Bytes that a program needs beside its arguments and results, as XLA reports them."""
+    analysis = compiled.memory_analysis()
+    return None if analysis is None else analysis.temp_size_in_bytes
+
+
 def environment() -> Record:
     """What the figures were measured with."""
 

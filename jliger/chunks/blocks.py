@@ -1,7 +1,8 @@
 """The vocabulary in blocks of columns."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from jliger.config import HeadConfig
 from jliger.rows import Block, LogitMap
 
 
-class Blocks(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Blocks:
     """A head's columns in blocks of one width, in the products' dtype.
 
     The last block starts early enough to fit, and leaves out the columns that it shares with the one before. Blocks are
@@ -45,7 +47,7 @@ class Blocks(NamedTuple):
         return cls(config, head, dtype, alignment, vocab, width)
 
     @property
-    def count(self) -> int:
+    def num_blocks(self) -> int:
         return -(-self.vocab // self.width)
 
     @property
@@ -54,16 +56,16 @@ class Blocks(NamedTuple):
 
     def sweep(self, step: Callable[[Any, Any], Any], carry: Any) -> Any:
         """`carry = step(index, carry)` from the last block to the first."""
-        carry = step(self.count - 1, carry)
-        if self.count == 1:
+        carry = step(self.num_blocks - 1, carry)
+        if self.num_blocks == 1:
             return carry
-        return jax.lax.fori_loop(1, self.count, lambda done, carry: step(self.count - 1 - done, carry), carry)
+        return jax.lax.fori_loop(1, self.num_blocks, lambda done, carry: step(self.num_blocks - 1 - done, carry), carry)
 
     def block(
         self, index: Int[Array, ""] | int, labels: Int[Array, " C"]
     ) -> tuple[Kernel, Block, Int[Array, ""] | int]:
         """A block's kernel, its other operands, and the first of its columns."""
-        if self.count == 1:
+        if self.num_blocks == 1:
             return self.head.kernel, Block(self.head.bias, self.head.class_weights, labels), 0
         start = jnp.minimum(index * self.width, self.vocab - self.width)
         first = None if self.vocab % self.width == 0 else (index * self.width - start).astype(jnp.int32)[None]

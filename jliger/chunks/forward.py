@@ -45,8 +45,8 @@ def forward_form(
             with_weighted_sum=config.with_weighted_sum,
             dtype=dtype,
         )
-        if wanted.hidden is not None:
-            part = hidden_grad_product(config, logit_grads, kernel, wanted.hidden)
+        if grads.hidden is not None:
+            part = hidden_grad_product(config, logit_grads, kernel, grads.hidden.dtype)
             grads = grads._replace(hidden=chunk.put(grads.hidden, part))
         if wanted.kernel is not None:
             part = kernel_grad_product(config, chunk.hidden, logit_grads, sums)

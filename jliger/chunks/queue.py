@@ -83,12 +83,13 @@ class Queue(NamedTuple):
     def restore(self, stats: RowStats) -> RowStats:
         """From the queue's order to the tokens' own; what didn't count gets the stats of an empty row."""
 
-        def restored(field: Array, otherwise: int) -> Array:
+        def restored(field: Array) -> Array:
+            # Only predictions are integers.
+            otherwise = -1 if jnp.issubdtype(field.dtype, jnp.integer) else 0
             full = jnp.full((self.num_tokens,), otherwise, field.dtype)
             return full.at[self.token_of].set(field, mode="drop", unique_indices=True)
 
-        otherwise = RowStats(0, 0, 0, -1, None if stats.weighted_sum is None else 0)
-        return jax.tree.map(restored, stats, otherwise)
+        return jax.tree.map(restored, stats)
 
 
 class Chunk(NamedTuple):

@@ -1,6 +1,5 @@
 """The recompute form: gradients for any cotangents, after `token_stats`; three products more, the least memory."""
 
-import jax
 from jaxtyping import Array, Int
 
 from jliger.chunks.arrays import plus, write_block, zeros_if_wanted
@@ -54,16 +53,16 @@ def recompute_form(
             if wanted.hidden is not None:
                 part = hidden_grad_product(config, logit_grads, kernel, sums)
                 carry = carry._replace(hidden=plus(carry.hidden, part))
-            if wanted.kernel is not None:
+            if carry.kernel is not None:
                 part = kernel_grad_product(config, chunk.hidden, logit_grads, sums)
                 carry = carry._replace(kernel=blocks.write_kernel(carry.kernel, part, start, add=add))
-            if wanted.bias is not None:
+            if carry.bias is not None:
                 part = logit_grads.sum(axis=0, dtype=sums)[: blocks.width]
                 carry = carry._replace(bias=write_block(carry.bias, part, (start,), add=add))
             return carry
 
         found = blocks.sweep(block_step, grads._replace(hidden=None))
-        if wanted.hidden is None:
+        if grads.hidden is None or found.hidden is None:
             return found
         return found._replace(hidden=chunk.put(grads.hidden, found.hidden))
 
@@ -74,4 +73,4 @@ def recompute_form(
         zeros_if_wanted((vocab,), None if wanted.bias is None else sums),
     )
     grads = queue.loop(step, grads, part_sizes(queue.chunk))
-    return jax.tree.map(lambda grad, dtype: grad.astype(dtype), grads, Grads(*wanted))
+    return Grads(*(grad if grad is None else grad.astype(dtype) for grad, dtype in zip(grads, wanted, strict=True)))
