@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jliger import checks, gradients
+from jliger import checks, gradients, sharding
 from jliger.chunks import accumulator_dtype
 from jliger.config import HeadConfig, KernelLayout
-from jliger.cross_entropy import CrossEntropy, LossWeights, label_weights
+from jliger.cross_entropy import CrossEntropy, Labels, LossWeights
 from jliger.gradients import Context, Inputs
 from jliger.platform import fitting_implementation, target_compute_capability
 from jliger.rows import Implementation
@@ -118,7 +118,8 @@ def fused_linear_cross_entropy(
       chunk_size: tokens a chunk. None is a rule that measured best on an H200: as many as make `2²⁸ / V`, rounded down
         to a power of two, at least 2048 and at most 8192 (`"none"`: 8192), in chunks of one size; on other devices
         `2²⁴ / V`, between 128 and 1024 (`"none"`: 1024).
-      vocab_axis_name: not supported yet.
+      vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, over which the kernel's columns (and bias and
+        class weights) are spread; labels are columns of the whole. Elsewhere shardings are followed by themselves.
       implementation: `"triton"` for NVIDIA GPUs, `"xla"` for any device, None for what fits the default device.
 
     Returns:
@@ -155,10 +156,7 @@ def fused_linear_cross_entropy(
     checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
-    if vocab_axis_name is not None:
-        raise NotImplementedError(
-            f"vocab_axis_name got {vocab_axis_name!r}; a vocabulary sharded over devices is not supported yet."
-        )
+    vocab_axes = checks.check_axes("vocab_axis_name", vocab_axis_name)
     implementation = implementation or fitting_implementation()
 
     hidden, kernel, labels = jnp.asarray(hidden), jnp.asarray(kernel), jnp.asarray(labels)
@@ -190,8 +188,10 @@ def fused_linear_cross_entropy(
             implementation=implementation,
             compute_capability=target_compute_capability(),
             with_weighted_sum=label_smoothing > 0,
+            vocab_axes=vocab_axes,
         ),
-        loss=CrossEntropy(float(label_smoothing), float(z_loss), kernel.shape[vocab_dim]),
+        label_smoothing=float(label_smoothing),
+        z_loss=float(z_loss),
         reduction=reduction,
         ignore_index=int(ignore_index),
     )
@@ -206,7 +206,8 @@ class _Call:
     """Everything about a call that is not an array."""
 
     config: HeadConfig
-    loss: CrossEntropy
+    label_smoothing: float
+    z_loss: float
     reduction: Reduction
     ignore_index: int
 
@@ -223,35 +224,40 @@ def _fused_linear_cross_entropy(
 ) -> tuple[Loss, CrossEntropyMetrics]:
     dtype = accumulator_dtype(inputs.hidden.dtype)
     weights, class_weights, normalizer = jax.lax.stop_gradient((weights, class_weights, normalizer))
+    loss_function = CrossEntropy(call.label_smoothing, call.z_loss, sharding.vocab_size(call.config, inputs.kernel))
     counted = _counted(labels, where, call.ignore_index)
-    labels = _columns(labels, counted, call.loss.vocab_size)
+    columns = _columns(labels, counted, loss_function.vocab_size)
     token_weights = jnp.where(counted, 1 if weights is None else weights, 0).astype(dtype)
-    context = Context(labels, counted, class_weights)
     weight = token_weights.sum()
+    loss_labels = Labels(jnp.where(columns >= 0, 1, jnp.nan).astype(dtype), None, float(loss_function.vocab_size))
+    if class_weights is not None:
+        class_weights = class_weights.astype(dtype)
+        loss_labels = loss_labels._replace(
+            weights=sharding.label_weights(call.config, class_weights, columns),
+            total_weight=sharding.total_class_weight(call.config, class_weights),
+        )
+    context = Context(columns, counted, class_weights if call.config.with_weighted_sum else None)
 
     if call.reduction == "none":
         stats = gradients.token_stats(call.config, inputs, context)
-        cross_entropy, z_loss = call.loss.token_losses(stats, labels, class_weights)
+        cross_entropy, z_loss = loss_function.token_losses(stats, loss_labels)
         cross_entropy, z_loss = cross_entropy * token_weights, z_loss * token_weights
         loss = cross_entropy + z_loss
     else:
         loss_weights = LossWeights(token_weights, token_weights)
         if call.reduction == "mean":
-            by_label = token_weights
-            if class_weights is not None:
-                by_label = by_label * label_weights(class_weights, labels).astype(dtype)
+            by_label = token_weights if loss_labels.weights is None else token_weights * loss_labels.weights
             divisors = (by_label.sum(), weight) if normalizer is None else (normalizer.astype(dtype),) * 2
             loss_weights = LossWeights(*(token_weights * _inverse(divisor) for divisor in divisors))
-        loss, stats = gradients.weighted_loss(call.config, call.loss, inputs, context, loss_weights)
-        cross_entropy, z_loss = call.loss.weighted_sums(
-            jax.lax.stop_gradient(stats), labels, class_weights, loss_weights
-        )
+        loss, stats = gradients.weighted_loss(call.config, loss_function, inputs, context, loss_labels, loss_weights)
+        stats = jax.lax.stop_gradient(stats)
+        cross_entropy, z_loss = loss_function.weighted_sums(stats, loss_labels, loss_weights)
     return loss, jax.lax.stop_gradient(
         CrossEntropyMetrics(
             weight=weight,
             cross_entropy=cross_entropy,
             z_loss=z_loss,
-            accuracy=_inverse(weight) * jnp.sum(token_weights * (stats.prediction == labels)),
+            accuracy=_inverse(weight) * jnp.sum(token_weights * (stats.prediction == columns)),
             predictions=stats.prediction,
         )
     )

@@ -59,6 +59,19 @@ def check_logit_options(
         )
 
 
+def check_axes(name: str, value: Any) -> tuple[str, ...]:
+    """Names of manual mesh axes, as a tuple."""
+    axes = (value,) if isinstance(value, str) else tuple(value or ())
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    for axis in axes:
+        if axis not in manual:
+            raise ValueError(
+                f"{name} got {axis!r}, which is no manual mesh axis here (there are {tuple(manual)}); it is for use "
+                "inside jax.shard_map. Outside of it shard the kernel, and leave it out."
+            )
+    return axes
+
+
 def check_operands(
     hidden: Any, kernel: Any, labels: Any, bias: Any, *, kernel_layout: KernelLayout, implementation: str
 ) -> None:

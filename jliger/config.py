@@ -25,6 +25,7 @@ class HeadConfig:
       implementation: the backend of the row functions.
       compute_capability: the GPU to compile for, or None for the one present.
       with_weighted_sum: whether the loss needs `RowStats.weighted_sum`.
+      vocab_axes: inside a user's `shard_map`, the manual axes over which the kernel's columns are spread.
     """
 
     kernel_layout: KernelLayout
@@ -36,6 +37,7 @@ class HeadConfig:
     implementation: Implementation
     compute_capability: int | None
     with_weighted_sum: bool
+    vocab_axes: tuple[str, ...] = ()
 
     @property
     def vocab_dim(self) -> int:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jliger.rows import Coefficients, RowStats
 
@@ -15,6 +15,20 @@ class LossWeights(NamedTuple):
 
     cross_entropy: Float[Array, "*B"]
     z_loss: Float[Array, "*B"]
+
+
+class Labels(NamedTuple):
+    """What the loss knows of the labels beside their logits.
+
+    Attributes:
+      validity: 1 for a label that is a column, NaN for one that is none.
+      weights: `w_y`, or None for 1.
+      total_weight: `Σ_v w_v`, `V` without class weights.
+    """
+
+    validity: Float[Array, "*B"]
+    weights: Float[Array, "*B"] | None
+    total_weight: Float[Array, ""] | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,59 +45,47 @@ class CrossEntropy:
     z_loss: float
     vocab_size: int
 
-    def token_losses(
-        self, stats: RowStats, labels: Int[Array, "*B"], class_weights: Float[Array, " V"] | None
-    ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    def token_losses(self, stats: RowStats, labels: Labels) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
         """Cross entropy and z-loss of each token; NaN, and a gradient of NaN, where the label is no column.
 
         `(1 − α) · w_y · (lse − z_y) + (α / V) · Σ_v w_v · (lse − z_v)`, and `z_loss · lse²`.
         """
         # The label's logit and the maximum may be large and close: their difference comes first.
         cross_entropy = stats.log_sum + (stats.max - stats.label_logit)
-        if class_weights is not None:
-            cross_entropy *= label_weights(class_weights, labels).astype(cross_entropy.dtype)
-        if self.label_smoothing:
-            total = self.vocab_size if class_weights is None else class_weights.sum(dtype=stats.log_sum.dtype)
-            spread = total * (stats.max + stats.log_sum) - stats.weighted_sum
+        if labels.weights is not None:
+            cross_entropy *= labels.weights
+        if stats.weighted_sum is not None:
+            spread = labels.total_weight * (stats.max + stats.log_sum) - stats.weighted_sum
             cross_entropy = (1 - self.label_smoothing) * cross_entropy + self.label_smoothing / self.vocab_size * spread
-        inside = (labels >= 0) & (labels < self.vocab_size)
-        return cross_entropy * jnp.where(inside, 1, jnp.nan), self.z_loss * jnp.square(stats.max + stats.log_sum)
+        return cross_entropy * labels.validity, self.z_loss * jnp.square(stats.max + stats.log_sum)
 
     def weighted_sums(
-        self,
-        stats: RowStats,
-        labels: Int[Array, "*B"],
-        class_weights: Float[Array, " V"] | None,
-        weights: LossWeights,
+        self, stats: RowStats, labels: Labels, weights: LossWeights
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """`Σ_t weights.cross_entropy_t · cross entropy_t` and `Σ_t weights.z_loss_t · z-loss_t`."""
-        cross_entropy, z_loss = self.token_losses(stats, labels, class_weights)
+        cross_entropy, z_loss = self.token_losses(stats, labels)
         return jnp.sum(cross_entropy * weights.cross_entropy), jnp.sum(z_loss * weights.z_loss)
 
-    def total(
-        self,
-        stats: RowStats,
-        labels: Int[Array, "*B"],
-        class_weights: Float[Array, " V"] | None,
-        weights: LossWeights,
-    ) -> Float[Array, ""]:
+    def total(self, stats: RowStats, labels: Labels, weights: LossWeights) -> Float[Array, ""]:
         """Both together: the reduced loss."""
-        cross_entropy, z_loss = self.weighted_sums(stats, labels, class_weights, weights)
+        cross_entropy, z_loss = self.weighted_sums(stats, labels, weights)
         return cross_entropy + z_loss
 
-    def coefficients(
-        self, labels: Int[Array, "*B"], class_weights: Float[Array, " V"] | None, weights: LossWeights
-    ) -> Coefficients:
+    def coefficients(self, labels: Labels, weights: LossWeights) -> Coefficients:
         """Those of `total`, which is linear in every stat but the log-sum-exp, in which it is quadratic."""
         zeros = jnp.zeros_like(weights.cross_entropy)
-        empty_row = RowStats(zeros, zeros, zeros, None, zeros if self.label_smoothing else None)
+        empty_row = RowStats(
+            zeros, zeros, zeros, jnp.zeros_like(zeros, jnp.int32), zeros if self.label_smoothing else None
+        )
 
         def derivatives(log_sum: Float[Array, "*B"]) -> RowStats:
-            return jax.grad(self.total)(empty_row._replace(log_sum=log_sum), labels, class_weights, weights)
+            return jax.grad(self.total, allow_int=True)(empty_row._replace(log_sum=log_sum), labels, weights)
 
         if not self.z_loss:
             return coefficients_of(derivatives(zeros))
-        at_zero, by_log_sum = jax.jvp(derivatives, (zeros,), (zeros + 1,))
+        at_zero, by_log_sum = jax.jvp(
+            lambda log_sum: derivatives(log_sum)._replace(prediction=zeros), (zeros,), (zeros + 1,)
+        )
         return coefficients_of(at_zero)._replace(probability_lse=by_log_sum.log_sum)
 
 
@@ -97,8 +99,3 @@ def coefficients_of(cotangents: RowStats) -> Coefficients:
         label=-cotangents.label_logit,
         smoothing=None if cotangents.weighted_sum is None else -cotangents.weighted_sum,
     )
-
-
-def label_weights(class_weights: Float[Array, " V"], labels: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """`w_y` of each token."""
-    return class_weights.at[labels].get(mode="clip")

@@ -8,7 +8,6 @@ of size zero: a residual tree that changed its structure would not survive a cac
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +18,9 @@ from jliger import sharding
 from jliger.batching import vmappable
 from jliger.chunks import Grads, GradTypes, Head, Tokens, accumulator_dtype
 from jliger.config import HeadConfig
-from jliger.cross_entropy import CrossEntropy, LossWeights, coefficients_of
+from jliger.cross_entropy import CrossEntropy, Labels, LossWeights, coefficients_of
 from jliger.rows import Coefficients, RowStats
+from jliger.sharding import Form, Result
 
 
 class Inputs(NamedTuple):
@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What carries none."""
+    """What carries none. `class_weights` are here for the row functions, to smooth labels with."""
 
     labels: Int[Array, "*B"]
     counted: Bool[Array, "*B"]
@@ -44,34 +44,34 @@ class Context(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def weighted_loss(
-    config: HeadConfig, loss: CrossEntropy, inputs: Inputs, context: Context, weights: LossWeights
+    config: HeadConfig, loss: CrossEntropy, inputs: Inputs, context: Context, labels: Labels, weights: LossWeights
 ) -> tuple[Float[Array, ""], RowStats]:
     """The weighted sum of token losses, and the tokens' stats, through which no gradient flows."""
-    stats = _stats(config, inputs, context, lean=False)
-    return loss.total(stats, context.labels, context.class_weights, weights), stats
+    stats = _stats(Form("stats", config), inputs, context)
+    return loss.total(stats, labels, weights), stats
 
 
 def _weighted_loss_fwd(
-    config: HeadConfig, loss: CrossEntropy, inputs: Any, context: Any, weights: Any
+    config: HeadConfig, loss: CrossEntropy, inputs: Any, context: Any, labels: Any, weights: Any
 ) -> tuple[tuple[Float[Array, ""], RowStats], Any]:
     perturbed = _perturbed(inputs)
-    inputs, context, weights = _values((inputs, context, weights))
+    inputs, context, labels, weights = _values((inputs, context, labels, weights))
     sums = accumulator_dtype(inputs.hidden.dtype)
     wanted = _only(perturbed, GradTypes(inputs.hidden.dtype, sums, sums))
-    coefficients = loss.coefficients(context.labels, context.class_weights, weights)
-    coefficients, unit = _in_units(coefficients, inputs.hidden)
-    stats, grads = _on_tokens(sharding.forward_form, config, wanted)(*_sides(config, inputs, context), coefficients)
-    value = loss.total(stats, context.labels, context.class_weights, weights)
-    return (value, stats), (_with_placeholders(grads), unit, _empty_like(inputs))
+    coefficients, unit = _in_units(loss.coefficients(labels, weights), inputs.hidden)
+    stats, grads = _run(Form("forward", config, wanted), inputs, context, coefficients)
+    assert stats is not None
+    # Of the inputs only their types are kept.
+    return (loss.total(stats, labels, weights), stats), (_with_placeholders(grads), unit, _empty_like(inputs))
 
 
 def _weighted_loss_bwd(
     config: HeadConfig, loss: CrossEntropy, residuals: Any, cotangents: Any
-) -> tuple[Inputs, None, None]:
-    del config, loss
+) -> tuple[Inputs, None, None, None]:
+    del loss
     grads, unit, like = residuals
-    factor = _instantiated(cotangents[0])
-    return _scaled(grads, factor if unit is None else factor * unit, like), None, None
+    factor = sharding.whole_cotangent(config, _instantiated(cotangents[0]))
+    return _scaled(config, grads, factor if unit is None else factor * unit, like), None, None, None
 
 
 weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd, symbolic_zeros=True)
@@ -83,26 +83,26 @@ weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd, symbolic_zeros=True
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def token_stats(config: HeadConfig, inputs: Inputs, context: Context) -> RowStats:
     """The tokens' stats, differentiable in all but `max`, a mere shift of `log_sum`, and `prediction`."""
-    return _stats(config, inputs, context, lean=True)
+    return _stats(Form("stats", config, lean=True), inputs, context)
 
 
 def _token_stats_fwd(config: HeadConfig, inputs: Any, context: Any) -> tuple[RowStats, Any]:
     perturbed = _perturbed(inputs)
     inputs, context = _values((inputs, context))
-    stats = _stats(config, inputs, context, lean=True)
-    flags = Inputs(*(jnp.zeros((int(flag),), jnp.bool) for flag in perturbed))
-    # The row functions recompute probabilities from these two alone.
-    kept = RowStats(stats.max, stats.log_sum, None, None, None)
-    return stats, (inputs, context, kept, flags)
+    stats = _stats(Form("stats", config, lean=True), inputs, context)
+    flags = [jnp.zeros((int(flag),), jnp.bool) for flag in perturbed]
+    # From max and log-sum alone the row functions know every probability again.
+    return stats, (inputs, context, (stats.max, stats.log_sum), flags)
 
 
 def _token_stats_bwd(config: HeadConfig, residuals: Any, cotangents: Any) -> tuple[Inputs, None]:
     inputs, context, kept, flags = residuals
-    cotangents = RowStats(*(None if c is None else _instantiated(c) for c in cotangents))
-    coefficients, unit = _in_units(coefficients_of(cotangents), inputs.hidden)
-    wanted = _only(Inputs(*(flag.size > 0 for flag in flags)), GradTypes(*_own_dtypes(inputs)))
-    grads = _on_tokens(sharding.recompute_form, config, wanted)(*_sides(config, inputs, context), kept, coefficients)
-    return _scaled(_with_placeholders(grads), unit, _empty_like(inputs)), None
+    cotangents = jax.tree.map(_instantiated, cotangents, is_leaf=_is_symbolic_zero)
+    coefficients = jax.tree.map(functools.partial(sharding.whole_cotangent, config), coefficients_of(cotangents))
+    coefficients, unit = _in_units(coefficients, inputs.hidden)
+    wanted = _only([flag.size > 0 for flag in flags], GradTypes(*_own_dtypes(inputs)))
+    grads = _run(Form("recompute", config, wanted), inputs, context, *kept, coefficients).grads
+    return _scaled(config, _with_placeholders(grads), unit, _empty_like(inputs)), None
 
 
 token_stats.defvjp(_token_stats_fwd, _token_stats_bwd, symbolic_zeros=True)
@@ -111,20 +111,20 @@ token_stats.defvjp(_token_stats_fwd, _token_stats_bwd, symbolic_zeros=True)
 # ---- what both need ------------------------------------------------------------------------------------------
 
 
-def _stats(config: HeadConfig, inputs: Inputs, context: Context, *, lean: bool) -> RowStats:
-    operation = vmappable(functools.partial(sharding.token_stats, config, lean), sums_tokens=False)
-    return operation(*_sides(config, inputs, context))
+def _stats(form: Form, inputs: Inputs, context: Context) -> RowStats:
+    stats = _run(form, inputs, context).stats
+    assert stats is not None
+    return stats
 
 
-def _on_tokens(form: Callable[..., Any], config: HeadConfig, wanted: GradTypes) -> Callable[..., Any]:
-    sums_tokens = wanted.kernel is not None or wanted.bias is not None
-    return vmappable(functools.partial(form, config, wanted), sums_tokens=sums_tokens)
+def _run(form: Form, inputs: Inputs, context: Context, *per_token: Any) -> Result:
+    tokens = Tokens(inputs.hidden, context.labels, context.counted)
+    head = Head(inputs.kernel, inputs.bias, context.class_weights)
 
+    def run(tokens: Tokens, head: Head, *per_token: Any) -> Result:
+        return sharding.run(form, tokens, head, per_token)
 
-def _sides(config: HeadConfig, inputs: Inputs, context: Context) -> tuple[Tokens, Head]:
-    # Class weights of labels are the loss's affair; the row functions need those of all columns, to smooth labels.
-    class_weights = context.class_weights if config.with_weighted_sum else None
-    return Tokens(inputs.hidden, context.labels, context.counted), Head(inputs.kernel, inputs.bias, class_weights)
+    return vmappable(run, sums_tokens=form.sums_tokens)(tokens, head, *per_token)
 
 
 def _in_units(coefficients: Coefficients, hidden: Array) -> tuple[Coefficients, Float[Array, ""] | None]:
@@ -138,9 +138,9 @@ def _in_units(coefficients: Coefficients, hidden: Array) -> tuple[Coefficients, 
     return jax.tree.map(lambda field: field / unit, coefficients), unit
 
 
-def _perturbed(inputs: Any) -> Inputs:
+def _perturbed(inputs: Any) -> list[bool]:
     """Which inputs are being differentiated; an absent bias is not."""
-    return Inputs(*(field is not None and field.perturbed for field in inputs))
+    return [field is not None and field.perturbed for field in inputs]
 
 
 def _values(tree: Any) -> Any:
@@ -148,36 +148,40 @@ def _values(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=lambda leaf: isinstance(leaf, primal))
 
 
+def _is_symbolic_zero(cotangent: Any) -> bool:
+    return isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
+
+
 def _instantiated(cotangent: Any) -> Array:
-    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
-    return cotangent
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if _is_symbolic_zero(cotangent) else cotangent
 
 
 def _own_dtypes(inputs: Inputs) -> list[Any]:
     return [None if field is None else field.dtype for field in inputs]
 
 
-def _only(perturbed: Inputs, dtypes: GradTypes) -> GradTypes:
+def _only(perturbed: list[bool], dtypes: GradTypes) -> GradTypes:
     return GradTypes(*(dtype if flag else None for flag, dtype in zip(perturbed, dtypes, strict=True)))
 
 
-def _with_placeholders(grads: Grads) -> Grads:
-    return Grads(*(jnp.zeros((0,)) if grad is None else grad for grad in grads))
+def _with_placeholders(grads: Grads | None) -> Grads:
+    return Grads(*(jnp.zeros((0,)) if grad is None else grad for grad in grads or (None,) * 3))
 
 
 def _empty_like(inputs: Inputs) -> Inputs:
-    return Inputs(*(jnp.zeros((0,), dtype) for dtype in _own_dtypes(inputs)))
+    """Arrays of size zero, of the inputs' dtypes, that vary over the devices of a `shard_map` as they do."""
+    return Inputs(*(jnp.zeros((0,)) if field is None else jnp.zeros_like(field, shape=(0,)) for field in inputs))
 
 
-def _scaled(grads: Grads, factor: Float[Array, ""] | None, like: Inputs) -> Inputs:
-    """Gradients times `factor`, rounded once, to their inputs' dtypes."""
+def _scaled(config: HeadConfig, grads: Grads, factor: Float[Array, ""] | None, like: Inputs) -> Inputs:
+    """Gradients times `factor`, rounded once, as their inputs' types want them."""
 
-    def scaled(grad: Array, like: Array) -> Array | None:
-        if not grad.size:
+    def scaled(grad: Array | None, like: Array | None) -> Array | None:
+        if grad is None or like is None or not grad.size:
             return None
         if factor is not None:
             grad = grad.astype(jnp.promote_types(grad.dtype, factor.dtype)) * factor
-        return grad.astype(like.dtype)
+        return sharding.sum_to_type(grad, like).astype(like.dtype)
 
-    return Inputs(*(scaled(grad, empty) for grad, empty in zip(grads, like, strict=True)))
+    hidden, kernel, bias = (scaled(grad, empty) for grad, empty in zip(grads, like, strict=True))
+    return Inputs(None if hidden is None else sharding.split_cotangent(config, hidden), kernel, bias)

@@ -31,5 +31,6 @@ def write_block(full: Array, part: Array, offsets: tuple[Any, ...], *, add: bool
     return jax.lax.dynamic_update_slice(full, part.astype(full.dtype), offsets)
 
 
-def zeros_if_wanted(shape: tuple[int, ...], dtype: np.dtype | None) -> Array | None:
-    return None if dtype is None else jnp.zeros(shape, dtype)
+def zeros_if_wanted(shape: tuple[int, ...], dtype: np.dtype | None, like: Array) -> Array | None:
+    """Zeros that vary over the devices of a `shard_map` as `like` does."""
+    return None if dtype is None else jnp.zeros_like(like, dtype, shape=shape)

@@ -1,5 +1,7 @@
 """The forward form: gradients together with the loss, three products."""
 
+from collections.abc import Callable
+
 from jaxtyping import Array, Int
 
 from jliger.chunks.arrays import plus, zeros_if_wanted
@@ -13,7 +15,12 @@ from jliger.rows import Coefficients, RowStats, get_rows
 
 
 def forward_form(
-    config: HeadConfig, wanted: GradTypes, tokens: Tokens, head: Head, coefficients: Coefficients
+    config: HeadConfig,
+    wanted: GradTypes,
+    tokens: Tokens,
+    head: Head,
+    coefficients: Coefficients,
+    merge: Callable[[RowStats], RowStats] | None = None,
 ) -> tuple[RowStats, Grads]:
     """Stats, and the gradients of a loss whose coefficients are known beforehand.
 
@@ -23,6 +30,7 @@ def forward_form(
       tokens: `[T]` of them.
       head: kernel, bias and class weights.
       coefficients: of each token's logit gradients, `[T]`.
+      merge: makes stats of all columns from those of the head's, if it has but some; the stats returned are the head's.
     """
     rows = get_rows(config.implementation, config.compute_capability)
     dtype = tokens.hidden.dtype
@@ -37,14 +45,16 @@ def forward_form(
         chunk = Chunk.make(queue.slots(start, size), tokens, rows.alignment)
         kernel, block, _ = blocks.block(0, chunk.labels)
         product = logits_product(config, chunk.hidden, kernel)
-        found, logit_grads = rows.row_stats_and_grads(
-            product,
-            block,
-            blocks.logit_map,
-            chunk.take(coefficients),
-            with_weighted_sum=config.with_weighted_sum,
-            dtype=dtype,
-        )
+        parts = (product, block, blocks.logit_map)
+        chunk_coefficients, weighted = chunk.take(coefficients), config.with_weighted_sum
+        if merge is None:
+            found, logit_grads = rows.row_stats_and_grads(
+                *parts, chunk_coefficients, with_weighted_sum=weighted, dtype=dtype
+            )
+        else:
+            found = rows.row_stats(*parts, with_weighted_sum=weighted)
+            all_columns = merge(found)
+            logit_grads = rows.row_grads(*parts, all_columns.max, all_columns.log_sum, chunk_coefficients, dtype=dtype)
         if grads.hidden is not None:
             part = hidden_grad_product(config, logit_grads, kernel, grads.hidden.dtype)
             grads = grads._replace(hidden=chunk.put(grads.hidden, part))
@@ -55,8 +65,8 @@ def forward_form(
             grads = grads._replace(bias=plus(grads.bias, logit_grads.sum(axis=0, dtype=sums)))
         return write_stats(stats, found, start), grads
 
-    grads = Grads(zeros_if_wanted(tokens.hidden.shape, wanted.hidden), None, None)
-    stats, grads = queue.loop(step, (queue.empty_stats(config, dtype), grads), (queue.chunk,))
+    grads = Grads(zeros_if_wanted(tokens.hidden.shape, wanted.hidden, tokens.hidden), None, None)
+    stats, grads = queue.loop(step, (queue.empty_stats(config, tokens.hidden), grads), (queue.chunk,))
     return queue.restore(stats), Grads(
         grads.hidden,
         None if grads.kernel is None else _unpadded(grads.kernel, head.kernel).astype(wanted.kernel),

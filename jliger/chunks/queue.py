@@ -69,14 +69,13 @@ class Queue(NamedTuple):
     def slots(self, start: Int[Array, ""] | int, size: int) -> Int[Array, " size"]:
         return jax.lax.dynamic_slice(self.token_of, (start,), (size,))
 
-    def empty_stats(self, config: HeadConfig, dtype: jax.typing.DTypeLike) -> RowStats:
-        places = self.token_of.shape[0]
-        zeros = jnp.zeros((places,), accumulator_dtype(dtype))
+    def empty_stats(self, config: HeadConfig, hidden: Float[Array, "T H"]) -> RowStats:
+        zeros = jnp.zeros_like(hidden, accumulator_dtype(hidden.dtype), shape=self.token_of.shape)
         return RowStats(
             max=zeros,
             log_sum=zeros,
             label_logit=zeros,
-            prediction=jnp.full((places,), -1, jnp.int32),
+            prediction=jnp.full_like(zeros, -1, jnp.int32),
             weighted_sum=zeros if config.with_weighted_sum else None,
         )
 
@@ -86,7 +85,7 @@ class Queue(NamedTuple):
         def restored(field: Array) -> Array:
             # Only predictions are integers.
             otherwise = -1 if jnp.issubdtype(field.dtype, jnp.integer) else 0
-            full = jnp.full((self.num_tokens,), otherwise, field.dtype)
+            full = jnp.full_like(field, otherwise, shape=(self.num_tokens,))
             return full.at[self.token_of].set(field, mode="drop", unique_indices=True)
 
         return jax.tree.map(restored, stats)

@@ -1,6 +1,6 @@
 """The recompute form: gradients for any cotangents, after `token_stats`; three products more, the least memory."""
 
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jliger.chunks.arrays import plus, write_block, zeros_if_wanted
 from jliger.chunks.blocks import Blocks
@@ -9,7 +9,7 @@ from jliger.chunks.sizes import part_sizes, recompute_tile
 from jliger.chunks.types import Grads, GradTypes, Head, Tokens, accumulator_dtype
 from jliger.config import HeadConfig
 from jliger.products import hidden_grad_product, kernel_grad_product, logits_product
-from jliger.rows import Coefficients, RowStats, get_rows
+from jliger.rows import Coefficients, get_rows
 
 
 def recompute_form(
@@ -17,7 +17,8 @@ def recompute_form(
     wanted: GradTypes,
     tokens: Tokens,
     head: Head,
-    stats: RowStats,
+    row_max: Float[Array, " T"],
+    log_sum: Float[Array, " T"],
     coefficients: Coefficients,
 ) -> Grads:
     """Gradients for any coefficients.
@@ -27,7 +28,8 @@ def recompute_form(
       wanted: which gradients, in which dtypes.
       tokens: `[T]` of them.
       head: kernel, bias and class weights.
-      stats: each token's `max` and `log_sum`, `[T]`; the rest is not read.
+      row_max: of each token's stats, over all columns, `[T]`.
+      log_sum: likewise.
       coefficients: of each token's logit gradients, `[T]`.
     """
     rows = get_rows(config.implementation, config.compute_capability)
@@ -42,13 +44,13 @@ def recompute_form(
 
     def step(size: int, index: Int[Array, ""] | int, grads: Grads) -> Grads:
         chunk = Chunk.make(queue.slots(index * queue.chunk, size), tokens, rows.alignment)
-        row_max, log_sum, chunk_coefficients = chunk.take((stats.max, stats.log_sum, coefficients))
+        chunk_max, chunk_log_sum, chunk_coefficients = chunk.take((row_max, log_sum, coefficients))
 
         def block_step(index: Int[Array, ""] | int, carry: Grads) -> Grads:
             kernel, block, start = blocks.block(index, chunk.labels)
             product = logits_product(config, chunk.hidden, kernel)
             logit_grads = rows.row_grads(
-                product, block, blocks.logit_map, row_max, log_sum, chunk_coefficients, dtype=dtype
+                product, block, blocks.logit_map, chunk_max, chunk_log_sum, chunk_coefficients, dtype=dtype
             )
             if wanted.hidden is not None:
                 part = hidden_grad_product(config, logit_grads, kernel, sums)
@@ -68,9 +70,9 @@ def recompute_form(
 
     kernel_dtype = None if wanted.kernel is None else sums if add else wanted.kernel
     grads = Grads(
-        zeros_if_wanted(tokens.hidden.shape, wanted.hidden),
-        zeros_if_wanted(head.kernel.shape, kernel_dtype),
-        zeros_if_wanted((vocab,), None if wanted.bias is None else sums),
+        zeros_if_wanted(tokens.hidden.shape, wanted.hidden, tokens.hidden),
+        zeros_if_wanted(head.kernel.shape, kernel_dtype, tokens.hidden),
+        zeros_if_wanted((vocab,), None if wanted.bias is None else sums, tokens.hidden),
     )
     grads = queue.loop(step, grads, part_sizes(queue.chunk))
     return Grads(*(grad if grad is None else grad.astype(dtype) for grad, dtype in zip(grads, wanted, strict=True)))

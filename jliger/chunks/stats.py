@@ -1,5 +1,6 @@
 """Stats of every token, one product: the loss without gradients, and the first half of the recompute form."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -46,7 +47,7 @@ def token_stats(config: HeadConfig, tokens: Tokens, head: Head, *, lean: bool) -
         return write_stats(stats, blocks.sweep(block_step, None), index * queue.chunk)
 
     sizes = part_sizes(queue.chunk) if in_blocks else (queue.chunk,)
-    return queue.restore(queue.loop(step, queue.empty_stats(config, dtype), sizes))
+    return queue.restore(queue.loop(step, queue.empty_stats(config, tokens.hidden), sizes))
 
 
 def merge_stats(left: RowStats, right: RowStats) -> RowStats:
@@ -57,5 +58,5 @@ def merge_stats(left: RowStats, right: RowStats) -> RowStats:
         log_sum=jnp.log(jnp.exp(left.log_sum + (left.max - row_max)) + jnp.exp(right.log_sum + (right.max - row_max))),
         label_logit=left.label_logit + right.label_logit,
         prediction=jnp.where(right.max > left.max, right.prediction, left.prediction),
-        weighted_sum=None if left.weighted_sum is None else left.weighted_sum + right.weighted_sum,
+        weighted_sum=jax.tree.map(jnp.add, left.weighted_sum, right.weighted_sum),
     )

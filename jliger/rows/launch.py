@@ -46,8 +46,8 @@ def call_kernel(
       **constexprs: the kernel's compile-time parameters.
     """
     if isinstance(kernel, InterpretedFunction):
-        return _interpret(kernel, operands, out_type, grid, constexprs)
-    return jax_triton.triton_call(
+        return _as_varying(_interpret(kernel, operands, out_type, grid, constexprs), operands)
+    outputs = jax_triton.triton_call(
         *operands,
         kernel=kernel,
         out_type=tuple(out_type),
@@ -60,6 +60,20 @@ def call_kernel(
         backend_options={"enable_fp_fusion": True},
         cost_estimate={"flops": flops, "bytes_accessed": bytes_accessed},
         **constexprs,
+    )
+    return _as_varying(outputs, operands)
+
+
+def _as_varying(outputs: Sequence[jax.Array], operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Inside a `shard_map`, calls like these are typed as equal on all devices; they vary as their operands do."""
+
+    def varying(array: jax.Array) -> frozenset[str]:
+        return jax.typeof(array).manual_axis_type.varying
+
+    axes = frozenset().union(*map(varying, operands))
+    return tuple(
+        jax.lax.pcast(output, tuple(axes - varying(output)), to="varying") if axes - varying(output) else output
+        for output in outputs
     )
 
 

@@ -19,7 +19,7 @@ class RowStats(NamedTuple):
     max: Float[Array, "*B"]
     log_sum: Float[Array, "*B"]
     label_logit: Float[Array, "*B"]
-    prediction: Int[Array, "*B"] | None
+    prediction: Int[Array, "*B"]
     weighted_sum: Float[Array, "*B"] | None
 
 

@@ -1,0 +1,79 @@
+"""Auto axes: XLA chooses shardings, and asks here what follows from its choice."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AbstractMesh, NamedSharding, use_abstract_mesh
+
+from jliger.chunks import Head, Tokens
+from jliger.sharding.form import Form, Result, Role, operand_roles, result_roles
+from jliger.sharding.plan import Plan, local_plan
+from jliger.sharding.share import run_share
+
+# The callback's address would otherwise be part of every program's key in the persistent compilation cache.
+jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
+
+_FACTORS: dict[str, dict[Role, str]] = {
+    "hv": {"hidden": "... h", "token": "...", "kernel": "h v", "vocab": "v"},
+    "vh": {"hidden": "... h", "token": "...", "kernel": "v h", "vocab": "v"},
+}
+
+
+def run_partitioned(form: Form, tokens: Tokens, head: Head, per_token: Any) -> Result:
+    """`run_share` on each device's share, as XLA chose it."""
+    operands, tree = jax.tree.flatten((tokens, head, per_token))
+    roles = tuple(jax.tree.leaves(operand_roles(tokens, head, per_token)))
+    results = _partitioned(form, tree, roles)(*operands)
+    return jax.tree.unflatten(jax.tree.structure(result_roles(form)), results)
+
+
+@functools.cache
+def _partitioned(form: Form, tree: Any, roles: tuple[Role, ...]) -> Callable[..., Any]:
+    results = tuple(jax.tree.leaves(result_roles(form)))
+    vocab_dim = form.config.vocab_dim
+
+    def share(plan: Plan, *operands: Any) -> tuple[Any, ...]:
+        tokens, head, per_token = tree.unflatten(operands)
+        return tuple(jax.tree.leaves(run_share(form, plan, tokens, head, per_token)))
+
+    @custom_partitioning
+    def whole(*operands: Any) -> tuple[Any, ...]:
+        return share(local_plan((), vocab_dim), *operands)
+
+    def partition(mesh: Any, operands: Any, found: Any) -> Any:
+        # Where the kernel's gradient is wanted, its sharding says over which axes its sum is to be scattered.
+        kernel = found[results.index("kernel")] if "kernel" in results else operands[roles.index("kernel")]
+        hidden = operands[roles.index("hidden")]
+        sizes = dict(mesh.shape)
+        plan = Plan.make(sizes, (hidden.shape, _spec(hidden)), (kernel.shape, _spec(kernel)), vocab_dim)
+        return (
+            mesh,
+            _without_mesh(functools.partial(share, plan)),
+            tuple(NamedSharding(mesh, plan.spec(role, result=True)) for role in results),
+            tuple(NamedSharding(mesh, plan.spec(role)) for role in roles),
+        )
+
+    factors = _FACTORS[form.config.kernel_layout]
+    rule = ", ".join(factors[role] for role in roles) + " -> " + ", ".join(factors[role] for role in results)
+    special: dict[str, Any] = {"need_replication_factors": ("h",)}
+    if "kernel" not in results and "vocab" not in results:
+        special["reduction_factors"] = ("v",)
+    whole.def_partition(partition=partition, sharding_rule=lambda *_: (rule, special))
+    return whole
+
+
+def _spec(array: Any) -> Any:
+    return () if array.sharding is None else array.sharding.spec
+
+
+def _without_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Traces without the caller's mesh: Explicit axes of it would put shardings into reductions (jax#34811)."""
+
+    def traced(*operands: Any) -> Any:
+        with use_abstract_mesh(AbstractMesh((), ())):
+            return function(*operands)
+
+    return traced

@@ -1,0 +1,131 @@
+"""Manual, Explicit or Auto: how a form is run where its inputs are."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, get_abstract_mesh, reshard
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jliger.chunks import Head, Tokens
+from jliger.config import HeadConfig
+from jliger.sharding.form import Form, Result, operand_roles, result_roles
+from jliger.sharding.plan import Axes, Plan, first_column, local_plan
+from jliger.sharding.share import run_share
+
+
+def run(form: Form, tokens: Tokens, head: Head, per_token: Any) -> Result:
+    """The form on tokens of any leading dimensions, wherever its operands are."""
+    mesh = get_abstract_mesh()
+    if not mesh.empty and mesh.manual_axes:
+        return _run_manual(form, tokens, head, per_token)
+    if not mesh.empty and mesh.are_all_axes_explicit:
+        return _run_explicit(form, mesh, tokens, head, per_token)
+    if jax.device_count() > 1 and tokens.labels.ndim:
+        from jliger.sharding.auto import run_partitioned
+
+        return run_partitioned(form, tokens, head, per_token)
+    return run_share(form, local_plan((), form.config.vocab_dim), tokens, head, per_token)
+
+
+def vocab_size(config: HeadConfig, kernel: Array) -> int:
+    """Columns in all: a kernel inside a user's `shard_map` may have but a device's share of them."""
+    size = kernel.shape[config.vocab_dim]
+    for axis in config.vocab_axes:
+        size *= jax.lax.axis_size(axis)
+    return size
+
+
+def label_weights(
+    config: HeadConfig, class_weights: Float[Array, " V"], labels: Int[Array, "*B"]
+) -> Float[Array, "*B"]:
+    """`w_y` of each token; of whichever column for a label that is none."""
+    if config.vocab_axes:
+        columns = labels - first_column(config.vocab_axes, class_weights.size)
+        here = (columns >= 0) & (columns < class_weights.size)
+        return jax.lax.psum(jnp.where(here, class_weights.at[columns].get(mode="clip"), 0), config.vocab_axes)
+    mesh = get_abstract_mesh()
+    if not mesh.empty and mesh.are_all_axes_explicit:
+        spec = jax.typeof(labels).sharding.spec
+        return reshard(class_weights, P(None)).at[labels].get(mode="clip", out_sharding=spec)
+    return class_weights.at[labels].get(mode="clip")
+
+
+def total_class_weight(config: HeadConfig, class_weights: Float[Array, " V"]) -> Float[Array, ""]:
+    """`Σ_v w_v` over all columns."""
+    total = class_weights.sum()
+    return jax.lax.psum(total, config.vocab_axes) if config.vocab_axes else total
+
+
+def sum_to_type(cotangent: Array, primal: Array) -> Array:
+    """A cotangent as its primal's type wants it: summed over manual axes that the primal does not vary over."""
+    axes = tuple(sorted(_varying(cotangent) - _varying(primal)))
+    cotangent = jax.lax.psum(cotangent, axes) if axes else cotangent
+    return _as_varying(cotangent, _varying(primal))
+
+
+def whole_cotangent(config: HeadConfig, cotangent: Array) -> Array:
+    """The cotangent of a result that devices share, where `shard_map(check_vma=False)` has split it among them."""
+    axes = _untyped_vocab_axes(config)
+    return jax.lax.psum(cotangent, axes) if axes else cotangent
+
+
+def split_cotangent(config: HeadConfig, cotangent: Array) -> Array:
+    """What of a cotangent of hidden each device returns, where `shard_map(check_vma=False)` sums it over devices."""
+    return functools.reduce(lambda ct, axis: ct / jax.lax.axis_size(axis), _untyped_vocab_axes(config), cotangent)
+
+
+def _untyped_vocab_axes(config: HeadConfig) -> Axes:
+    return tuple(axis for axis in config.vocab_axes if axis not in _varying(jax.lax.axis_index(axis)))
+
+
+def _run_manual(form: Form, tokens: Tokens, head: Head, per_token: Any) -> Result:
+    """Inside a user's `shard_map`: all loops carry what varies as the operands together do."""
+    operands = (tokens, head, per_token)
+    varying = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(operands)))
+    tokens, head, per_token = jax.tree.map(lambda leaf: _as_varying(leaf, varying), operands)
+    return run_share(form, local_plan(form.config.vocab_axes, form.config.vocab_dim), tokens, head, per_token)
+
+
+def _run_explicit(form: Form, mesh: AbstractMesh, tokens: Tokens, head: Head, per_token: Any) -> Result:
+    """Axes are in the types: a `shard_map` made from them."""
+
+    def sharded(array: Array) -> tuple[tuple[int, ...], P]:
+        return array.shape, jax.typeof(array).sharding.spec
+
+    plan = Plan.make(dict(mesh.shape), sharded(tokens.hidden), sharded(head.kernel), form.config.vocab_dim)
+    operands = (tokens, head, per_token)
+    in_specs = jax.tree.map(plan.spec, operand_roles(*operands))
+    out_specs = jax.tree.map(lambda role: plan.spec(role, result=True), result_roles(form))
+    operands = jax.tree.map(reshard, operands, in_specs)
+
+    def share(*operands: Any) -> Result:
+        return run_share(form, plan, *operands)
+
+    # Sums over devices are made, and stated, in `run_share`; what they are typed as is for `out_specs` to say.
+    result = jax.shard_map(share, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
+    return result if result.grads is None else result._replace(grads=_like_inputs(result.grads, tokens, head))
+
+
+def _like_inputs(grads: Any, tokens: Tokens, head: Head) -> Any:
+    """Gradients sharded like their inputs, where the plan had left an axis out."""
+
+    def like(grad: Array | None, primal: Array | None) -> Array | None:
+        return None if grad is None or primal is None else reshard(grad, jax.typeof(primal).sharding.spec)
+
+    return grads._replace(
+        hidden=like(grads.hidden, tokens.hidden),
+        kernel=like(grads.kernel, head.kernel),
+        bias=like(grads.bias, head.bias),
+    )
+
+
+def _varying(array: Array) -> frozenset[str]:
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def _as_varying(array: Array, axes: frozenset[str]) -> Array:
+    missing: Axes = tuple(axes - _varying(array))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array

@@ -1,0 +1,75 @@
+"""The operation as the sharding stage sees it: arrays with roles in, arrays with roles out."""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from jliger.chunks import Grads, GradTypes, Head, Tokens
+from jliger.config import HeadConfig
+from jliger.rows import RowStats
+
+NOTHING_WANTED = GradTypes(None, None, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """Which of the chunk loops to run.
+
+    Attributes:
+      kind: `"stats"` for `chunks.token_stats`, `"forward"` for `chunks.forward_form`, whose per-token operands are
+        `Coefficients`, `"recompute"` for `chunks.recompute_form`, whose are max, log-sum and `Coefficients`.
+      config: how logits come about.
+      wanted: which gradients, in which dtypes.
+      lean: as `chunks.token_stats` takes it.
+    """
+
+    kind: Literal["stats", "forward", "recompute"]
+    config: HeadConfig
+    wanted: GradTypes = NOTHING_WANTED
+    lean: bool = False
+
+    @property
+    def sums_tokens(self) -> bool:
+        """Whether a result is a sum over tokens."""
+        return self.wanted.kernel is not None or self.wanted.bias is not None
+
+
+class Result(NamedTuple):
+    """What a form computes.
+
+    Attributes:
+      stats: `[*B]`, None in the recompute form.
+      grads: those wanted; None for stats alone.
+    """
+
+    stats: RowStats | None
+    grads: Grads | None
+
+
+Role = Literal["hidden", "token", "kernel", "vocab"]
+"""Which dimensions an array has: `[*B, H]`, `[*B]`, the kernel's, or `[V]`."""
+
+
+def operand_roles(tokens: Tokens, head: Head, per_token: Any) -> Any:
+    """The role of each operand, in the operands' own tree."""
+
+    def vocab(array: Any) -> Any:
+        return None if array is None else "vocab"
+
+    return (
+        Tokens("hidden", "token", "token"),
+        Head("kernel", vocab(head.bias), vocab(head.class_weights)),
+        jax.tree.map(lambda _: "token", per_token),
+    )
+
+
+def result_roles(form: Form) -> Result:
+    """The role of each result, in the result's own tree."""
+    stats = None
+    if form.kind != "recompute":
+        stats = RowStats("token", "token", "token", "token", "token" if form.config.with_weighted_sum else None)
+    if form.kind == "stats":
+        return Result(stats, None)
+    roles = zip(("hidden", "kernel", "vocab"), form.wanted, strict=True)
+    return Result(stats, Grads(*(None if dtype is None else role for role, dtype in roles)))
