@@ -24,10 +24,10 @@ from jliger.sharding import Form, Result
 
 
 class Inputs(NamedTuple):
-    """What carries gradients."""
+    """What carries gradients; as cotangents, None for those that are not asked for."""
 
-    hidden: Float[Array, "*B H"]
-    kernel: Float[Array, "H V"] | Float[Array, "V H"]
+    hidden: Float[Array, "*B H"] | Any
+    kernel: Float[Array, "H V"] | Float[Array, "V H"] | Any
     bias: Float[Array, " V"] | None
 
 

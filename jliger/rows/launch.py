@@ -1,5 +1,6 @@
 """One way to call a Triton kernel: by jax-triton on a GPU, by Triton's interpreter where that is switched on."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,10 @@ _INTERPRETER_DTYPES = {
     "float32": "fp32",
     "int32": "i32",
 }
+
+
+# The interpreter patches Triton's language while it runs; several devices call it from several threads.
+_one_at_a_time = threading.Lock()
 
 
 def call_kernel(
@@ -88,7 +93,8 @@ def _interpret(
         # Copies, so that a kernel that writes to an operand cannot pass for one that does not.
         inputs = [np.array(a, order="C") for a in arrays]
         outputs = [np.empty(o.shape, o.dtype) for o in out_type]
-        kernel[grid](*map(_Pointer, [*inputs, *outputs]), **constexprs)
+        with _one_at_a_time:
+            kernel[grid](*map(_Pointer, [*inputs, *outputs]), **constexprs)
         for given, now in zip(arrays, inputs, strict=True):
             if not np.array_equal(given.view(np.uint8), now.view(np.uint8)):
                 raise AssertionError("a kernel wrote to one of its operands")

@@ -139,6 +139,8 @@ def test_blocks_that_start_later(first, implementation):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("scale", [1, 30, 1000])
 def test_dtypes_and_scales(scale, dtype, implementation):
+    if INTERPRETED and dtype == "bfloat16":
+        pytest.skip("Triton's interpreter truncates where it should round to bfloat16")
     product, block = make_block(90, padding=6, dtype=dtype, bias=True, scale=scale)
     coefficients = make_coefficients(by_lse=True, smoothing=True)
     check_rows(implementation, product, block, LogitMap(1.0, None, 90), coefficients, dtype=dtype)

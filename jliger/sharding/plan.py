@@ -73,8 +73,8 @@ class Plan(NamedTuple):
         if self.summed:
             grad = jax.lax.psum(grad, self.summed)
         for dim, axes in enumerate(self.scattered):
-            for axis in axes:
-                grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dim, tiled=True)
+            if axes:
+                grad = jax.lax.psum_scatter(grad, axes, scatter_dimension=dim, tiled=True)
         return grad
 
     def sum_bias_grad(self, grad: Array) -> Array:
