@@ -1,14 +1,15 @@
-"""`python -m jliger.bench`: measures on the device at hand, prints a table, writes JSON and a plot."""
+"""`python -m jliger.bench [head|mesh]`: measures on the devices at hand, prints tables, writes JSON and a plot."""
 
 import argparse
 from pathlib import Path
 
-from jliger.bench import head, plot
+from jliger.bench import head, mesh, plot
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m jliger.bench", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/head.json"), help="the JSON file to write")
+    parser.add_argument("what", nargs="?", choices=("head", "mesh"), default="head", help="one device, or several")
+    parser.add_argument("--out", type=Path, help="the JSON file to write; runs/bench/WHAT.json if not given")
     parser.add_argument("--rounds", type=int, default=5, help="how often each function is timed at least")
     parser.add_argument("--seconds", type=float, default=6, help="what the rounds of one shape may take beyond that")
     parser.add_argument("--peers", action="store_true", help="also time what is installed of other libraries")
@@ -16,9 +17,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error(f"--rounds got {arguments.rounds}; pass at least 1")
-    effort = head.Effort(arguments.rounds, arguments.seconds)
-    head.run(arguments.out, effort, with_peers=arguments.peers, only=arguments.only)
-    print("wrote", arguments.out, "and", plot.head_plot(arguments.out))
+    out = arguments.out or Path(f"runs/bench/{arguments.what}.json")
+    if arguments.what == "mesh":
+        mesh.run(out, rounds=arguments.rounds, seconds=arguments.seconds)
+        picture = plot.mesh_plot(out)
+    else:
+        effort = head.Effort(arguments.rounds, arguments.seconds)
+        head.run(out, effort, with_peers=arguments.peers, only=arguments.only)
+        picture = plot.head_plot(out)
+    print("wrote", out, "and", picture)
 
 
 if __name__ == "__main__":

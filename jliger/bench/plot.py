@@ -41,3 +41,34 @@ def head_plot(path: Path) -> Path:
 def _is_shown(name: str) -> bool:
     """The ways that are measured at every shape, and other libraries'."""
     return not name.startswith("jliger, ") or name.removeprefix("jliger, ").split(" ")[0] in ("float32", "bfloat16")
+
+
+def mesh_plot(path: Path) -> Path:
+    """Tokens a second and memory per device against the number of devices; written beside `path`."""
+    found = json.loads(path.read_text())
+    records = found["records"]
+    names = [n for n in dict.fromkeys(r["name"] for r in records) if n != "one device"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    counts = sorted({r["devices"] for r in records})
+    one = next(r for r in records if r["devices"] == 1)
+    axes[0].plot(counts, [one["tokens_per_second"] * n for n in counts], color="black", linewidth=0.8, label="linear")
+    for name in names:
+        chosen = [one, *(r for r in records if r["name"] == name)]
+        at = [r["devices"] for r in chosen]
+        (line,) = axes[0].plot(at, [r["tokens_per_second"] for r in chosen], "o-", label=f"jliger, {name}")
+        shape_of = [r["tokens_per_second"] * r["milliseconds"] / r["full_milliseconds"] for r in chosen]
+        axes[0].plot(at, shape_of, "x:", color=line.get_color(), label=f"full logits, {name}")
+        axes[1].plot(at, [r["extra_mib"] for r in chosen], "o-", color=line.get_color())
+        axes[1].plot(at, [r["full_extra_mib"] for r in chosen], "x:", color=line.get_color())
+    axes[0].set_ylabel("tokens/s, loss and gradients of the head")
+    axes[1].set_ylabel("extra memory per device, MiB")
+    axes[1].set_yscale("log")
+    for ax in axes:
+        ax.set_xlabel("devices")
+        ax.set_xticks(counts)
+    axes[0].legend(fontsize=7)
+    figure.suptitle(f"{found['environment']['device']}, jax {found['environment']['versions']['jax']}")
+    target = path.with_suffix(".png")
+    figure.savefig(target, dpi=120)
+    plt.close(figure)
+    return target

@@ -58,8 +58,8 @@ def operand_roles(tokens: Tokens, head: Head, per_token: Any) -> Any:
         return None if array is None else "vocab"
 
     return (
-        Tokens("hidden", "token", "token"),
-        Head("kernel", vocab(head.bias), vocab(head.class_weights)),
+        Tokens._make(("hidden", "token", "token")),
+        Head._make(("kernel", vocab(head.bias), vocab(head.class_weights))),
         jax.tree.map(lambda _: "token", per_token),
     )
 
@@ -68,8 +68,9 @@ def result_roles(form: Form) -> Result:
     """The role of each result, in the result's own tree."""
     stats = None
     if form.kind != "recompute":
-        stats = RowStats("token", "token", "token", "token", "token" if form.config.with_weighted_sum else None)
+        weighted = "token" if form.config.with_weighted_sum else None
+        stats = RowStats._make(("token", "token", "token", "token", weighted))
     if form.kind == "stats":
         return Result(stats, None)
     roles = zip(("hidden", "kernel", "vocab"), form.wanted, strict=True)
-    return Result(stats, Grads(*(None if dtype is None else role for role, dtype in roles)))
+    return Result(stats, Grads._make(None if dtype is None else role for role, dtype in roles))
