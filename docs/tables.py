@@ -111,6 +111,45 @@ def ways_table(path: Path, page: Path) -> str:
     return f"At N, H, V = {shape}:\n\n" + markdown(headings, rows)
 
 
+def mesh_table(path: Path, page: Path) -> str:
+    """Several devices, against one device's work and the collectives alone."""
+    del page
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for record in found["records"]:
+        over = record["over_sum"] - record["most_over_sum"]
+        collectives = record["collective_milliseconds"]
+        rows.append(
+            [
+                str(record["devices"]),
+                record["name"],
+                f"{record['milliseconds']:.1f}",
+                f"{record['local_milliseconds']:.1f}",
+                NOTHING if collectives is None else f"{collectives:.1f}",
+                percent(record["over_sum"]),
+                percent(record["most_over_sum"]),
+                "yes" if over <= 0 else f"**no**, {100 * over:.2f} over",
+                f"{record['tokens_per_second']:,.0f}",
+                mib(record["extra_mib"]),
+                f"{record['full_milliseconds']:.1f}, {mib(record['full_extra_mib'])}",
+            ]
+        )
+    headings = (
+        "devices",
+        "arrangement",
+        "ms",
+        "local work, ms",
+        "collectives, ms",
+        "of their sum",
+        "at most",
+        "kept",
+        "tokens/s",
+        "extra MiB",
+        "full logits: ms, extra MiB",
+    )
+    return markdown(headings, rows, left=2) + "\n\n" + environment(found)
+
+
 def plot(path: Path, page: Path) -> str:
     """The plot beside a result file."""
     picture = path.with_suffix(".png")
@@ -158,6 +197,7 @@ def text(path: Path, page: Path) -> str:
 KINDS: dict[str, Callable[[Path, Path], str]] = {
     "main": main_table,
     "ways": ways_table,
+    "mesh": mesh_table,
     "plot": plot,
     "train": train_table,
     "text": text,
