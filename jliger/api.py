@@ -117,7 +117,7 @@ def fused_linear_cross_entropy(
       precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.
       chunk_size: tokens a chunk. None is a rule that measured best on an H200: as many as make `2²⁸ / V`, rounded down
         to a power of two, at least 2048 and at most 8192 (`"none"`: 8192), in chunks of one size; on other devices
-        `2²⁴ / V`, between 128 and 1024 (`"none"`: 1024).
+        `2²³ / V`, between 128 and 1024 (`"none"`: 1024).
       vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, over which the kernel's columns (and bias and
         class weights) are spread; labels are columns of the whole. Elsewhere shardings are followed by themselves.
       implementation: `"triton"` for NVIDIA GPUs, `"xla"` for any device, None for what fits the default device.

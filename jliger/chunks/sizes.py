@@ -10,14 +10,14 @@ def forward_chunk(config: HeadConfig, num_tokens: int, vocab: int) -> int:
     behind; more, up to 8192, as long as logits and their gradients stay below 1 GiB.
     """
     return even_chunk(
-        num_tokens, config.chunk_size or _within(config, vocab, gpu=(28, 2048, 8192), other=(24, 128, 1024))
+        num_tokens, config.chunk_size or _within(config, vocab, gpu=(28, 2048, 8192), other=(23, 128, 1024))
     )
 
 
 def stats_chunk(config: HeadConfig, num_tokens: int, vocab: int) -> int:
     """Tokens a chunk where stats are all that is wanted, over the whole vocabulary: at most 256 MiB of logits."""
     return even_chunk(
-        num_tokens, config.chunk_size or _within(config, vocab, gpu=(27, 128, 8192), other=(24, 128, 1024))
+        num_tokens, config.chunk_size or _within(config, vocab, gpu=(27, 128, 8192), other=(23, 128, 1024))
     )
 
 
