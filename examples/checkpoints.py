@@ -2,12 +2,12 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
-from flax import nnx
 from reporting import write_json
 
 
@@ -21,8 +21,15 @@ MANIFEST = "sha256.json"
 
 def hashes_of(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file under a folder but the manifest, by relative path."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST)
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(_hash_of, files)
+        return {path.relative_to(folder).as_posix(): found for path, found in zip(files, hashes, strict=True)}
+
+
+def _hash_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify(folder: Path) -> None:
@@ -41,7 +48,11 @@ def verify(folder: Path) -> None:
 
 
 class Checkpoints:
-    """Orbax checkpoints of step, training state and data position, each with a manifest of its files."""
+    """Orbax checkpoints of step, training state and data position, each with a manifest of its files.
+
+    The state is any tree of arrays. Each process writes what its devices hold, and reads what they are to hold: a
+    checkpoint isn't bound to the mesh that it was saved from.
+    """
 
     def __init__(self, directory: Path, keep: int) -> None:
         self.directory = directory.absolute()
@@ -55,22 +66,24 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self._manager.close()
 
-    def save(self, step: int, state: nnx.State, position: int) -> None:
+    def save(self, step: int, state: Any, position: int) -> None:
         """Writes a checkpoint; it counts only once it is whole, so a kill meanwhile leaves the one before."""
-        tree = nnx.to_pure_dict(state)
         data = {"step": step, "position": position}
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(tree), data=ocp.args.JsonSave(data))
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
         self._manager.save(step, args=arguments, force=True)
-        folder = self.directory / str(step)
-        write_json(folder / MANIFEST, hashes_of(folder))
+        if jax.process_index() == 0:
+            folder = self.directory / str(step)
+            write_json(folder / MANIFEST, hashes_of(folder))
 
-    def restore_latest(self, abstract_state: nnx.State) -> tuple[int, nnx.State, int] | None:
-        """Step, state and data position of the latest checkpoint, or None where there is none."""
+    def restore_latest(self, abstract_state: Any) -> tuple[int, Any, int] | None:
+        """Step, state and data position of the latest checkpoint, or None where there is none.
+
+        The state comes as `abstract_state` says: its structure, shapes, dtypes and shardings.
+        """
         step = self._manager.latest_step()
         if step is None:
             return None
-        tree = nnx.to_pure_dict(abstract_state)
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(tree), data=ocp.args.JsonRestore())
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
         try:
             verify(self.directory / str(step))
             restored = self._manager.restore(step, args=arguments)
@@ -85,6 +98,4 @@ class Checkpoints:
                 f"({type(error).__name__}: {reason}). Nothing was changed. Move that folder away and run "
                 f"again with --resume to {instead}, or name another --out"
             ) from error
-        state = jax.tree.map(lambda leaf: leaf, abstract_state)
-        nnx.replace_by_pure_dict(state, restored["state"])
-        return step, state, position
+        return step, restored["state"], position

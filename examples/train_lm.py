@@ -8,9 +8,7 @@ step doesn't. docs/train_lm.md has the options and says what a run leaves behind
 """
 
 import argparse
-import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +36,17 @@ from reporting import (
     verdict,
     write_json,
 )
+from runs import (
+    CHECKPOINTS,
+    METRICS,
+    SUMMARY,
+    TOKENIZER,
+    RunError,
+    begin_folder,
+    check_folder,
+    inputs_and_labels,
+    positive,
+)
 from tqdm import tqdm
 
 import jliger
@@ -48,27 +57,11 @@ HEADS = ("full", "jliger")
 # rounding error themselves move by a whole learning rate in either run, and the difference grows with the
 # steps.
 CURVE_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-# A run's files in its folder; each head has a folder of its own with its metrics and checkpoints.
-CONFIG, TOKENIZER, SUMMARY, PLOT = "config.json", "tokenizer.json", "summary.json", "plot.png"
-METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
-
-
-class RunError(Exception):
-    """The run can't start or go on; the message says why and what to do."""
+# Beside what `runs` names; each head has a folder of its own with its metrics and checkpoints.
+PLOT = "plot.png"
 
 
 # ------------------------------------------------------------------------------------------------------- loss
-
-
-def inputs_and_labels(tokens: jax.Array, end_of_text: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`[B, T+1]` tokens to inputs, labels and which labels count, each `[B, T]`.
-
-    The first token of a document doesn't follow from the end of another one, and -1 is no token: neither
-    counts.
-    """
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    where = (inputs != end_of_text) & (inputs >= 0) & (labels >= 0)
-    return jnp.maximum(inputs, 0), jnp.maximum(labels, 0), where
 
 
 def full_loss(model: LanguageModel, tokens: jax.Array, end_of_text: int) -> jax.Array:
@@ -184,11 +177,13 @@ def train_head(head: str, program: Program, corpus: Corpus, args: argparse.Names
     heldout = heldout_batches(corpus.heldout, args.batch_size, args.length, args.eval_batches)
     last: int = args.steps if args.stop_at is None else args.stop_at
     with Checkpoints(folder / CHECKPOINTS, args.keep_checkpoints) as checkpoints:
-        restored = checkpoints.restore_latest(program.abstract_state)
+        restored = checkpoints.restore_latest(nnx.to_pure_dict(program.abstract_state))
         if restored is None:
             start, state = 0, program.initial_state()
         else:
-            start, state, batches.position = restored
+            start, tree, batches.position = restored
+            state = jax.tree.map(lambda leaf: leaf, program.abstract_state)
+            nnx.replace_by_pure_dict(state, tree)
         if start >= last and "compiled" in read_metrics(folder / METRICS):
             return
         began = time.perf_counter()
@@ -230,26 +225,10 @@ def train_head(head: str, program: Program, corpus: Corpus, args: argparse.Names
                 if step % args.eval_every == 0 or step == last:
                     metrics.write("eval", step, **evaluate(program, state, heldout))
                 if step % args.checkpoint_every == 0 or step == last:
-                    checkpoints.save(step, state, batches.position)
+                    checkpoints.save(step, nnx.to_pure_dict(state), batches.position)
 
 
 # ---------------------------------------------------------------------------------------------------- the run
-
-
-def positive(convert: Callable[[str], Any], zero: bool = False) -> Callable[[str], Any]:
-    """An argparse type for finite numbers above 0 (with `zero`, also 0)."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-            kind = "a whole number" if convert is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {'of 0 or more' if zero else 'above 0'}")
-        return value
-
-    return parse
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -318,39 +297,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def prepare_folder(args: argparse.Namespace, settings: dict[str, Any]) -> None:
-    """Makes `--out` ready for this run, or refuses; of an earlier run only `--overwrite` removes anything."""
-    out: Path = args.out
-    if out.exists() and not out.is_dir():
-        raise RunError(f"--out {out} is a file")
-    is_run = (out / CONFIG).is_file()
-    if args.resume:
-        if not is_run:
-            raise RunError(f"--resume: {out} holds no run (there is no {CONFIG} in it)")
-        try:
-            earlier = json.loads((out / CONFIG).read_text(encoding="utf-8"))
-            differing = {key: earlier.get(key) for key in settings if earlier.get(key) != settings[key]}
-        except (ValueError, AttributeError) as error:
-            raise RunError(f"{out / CONFIG} can't be read ({error}); nothing was changed") from error
-        if differing:
-            changes = ", ".join(f"{key} was {value} and is {settings[key]}" for key, value in differing.items())
-            raise RunError(f"--resume: the run in {out} has other settings: {changes}. Nothing was changed")
-        return
-    if is_run and not args.overwrite:
-        raise RunError(
-            f"{out} holds a run: --resume goes on with it, --overwrite removes it, --out names another folder"
-        )
-    if not is_run and out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} holds files that are no run of this program; --out names another folder")
-    # The configuration goes last: a folder in which it is left is still known as a run.
-    for head in HEADS:
-        shutil.rmtree(out / head, ignore_errors=True)
-    for name in (TOKENIZER, SUMMARY, PLOT, CONFIG):
-        (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / CONFIG, settings)
-
-
 def run(args: argparse.Namespace) -> None:
     """Corpus, training of each head, report."""
     began = time.perf_counter()
@@ -380,7 +326,9 @@ def run(args: argparse.Namespace) -> None:
     # What jliger refuses, it names with the argument and what to do instead.
     except (ValueError, NotImplementedError) as error:
         raise RunError(str(error)) from error
-    prepare_folder(args, settings)
+    check_folder(args.out, settings, resume=args.resume, overwrite=args.overwrite)
+    if not args.resume:
+        begin_folder(args.out, settings, (*HEADS, TOKENIZER, SUMMARY, PLOT))
     corpus.tokenizer.save(str(args.out / TOKENIZER))
     device = jax.devices()[0]
     print(f"device: {device.platform} ({device.device_kind}), JAX {jax.__version__}")

@@ -1,0 +1,85 @@
+"""What the training examples share beside the model: command-line numbers, a run's folder, labels of tokens."""
+
+import argparse
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from reporting import write_json
+
+# Files that every run's folder has.
+CONFIG, TOKENIZER, SUMMARY = "config.json", "tokenizer.json", "summary.json"
+METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+
+
+class RunError(Exception):
+    """The run can't start or go on; the message says why and what to do."""
+
+
+def inputs_and_labels(tokens: jax.Array, end_of_text: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`[B, T+1]` tokens to inputs, labels and which labels count, each `[B, T]`.
+
+    The first token of a document doesn't follow from the end of another one, and -1 is no token: neither
+    counts.
+    """
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    where = (inputs != end_of_text) & (inputs >= 0) & (labels >= 0)
+    return jnp.maximum(inputs, 0), jnp.maximum(labels, 0), where
+
+
+def positive(convert: Callable[[str], Any], zero: bool = False) -> Callable[[str], Any]:
+    """An argparse type for finite numbers above 0 (with `zero`, also 0)."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+            kind = "a whole number" if convert is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {'of 0 or more' if zero else 'above 0'}")
+        return value
+
+    return parse
+
+
+def check_folder(out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Refuses a folder that this run may not go on in or begin in; changes nothing."""
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out} is a file")
+    is_run = (out / CONFIG).is_file()
+    if resume:
+        if not is_run:
+            raise RunError(f"--resume: {out} holds no run (there is no {CONFIG} in it)")
+        try:
+            earlier = json.loads((out / CONFIG).read_text(encoding="utf-8"))
+            differing = {key: earlier.get(key) for key in settings if earlier.get(key) != settings[key]}
+        except (ValueError, AttributeError) as error:
+            raise RunError(f"{out / CONFIG} can't be read ({error}); nothing was changed") from error
+        if differing:
+            changes = ", ".join(f"{key} was {value} and is {settings[key]}" for key, value in differing.items())
+            raise RunError(f"--resume: the run in {out} has other settings: {changes}. Nothing was changed")
+        return
+    if is_run and not overwrite:
+        raise RunError(
+            f"{out} holds a run: --resume goes on with it, --overwrite removes it, --out names another folder"
+        )
+    if not is_run and out.exists() and any(out.iterdir()):
+        raise RunError(f"{out} holds files that are no run of this program; --out names another folder")
+
+
+def begin_folder(out: Path, settings: dict[str, Any], contents: Sequence[str]) -> None:
+    """Removes an earlier run's `contents` (and nothing else) and writes this run's configuration."""
+    # The configuration goes last: a folder in which it is left is still known as a run.
+    for name in (*contents, CONFIG):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name, ignore_errors=True)
+        else:
+            (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / CONFIG, settings)
