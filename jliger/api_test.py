@@ -15,6 +15,7 @@ from jliger.oracle_for_tests import (
     assert_rule_of_two,
     check,
     equations,
+    every_pair,
     exact,
     fused,
     make_problem,
@@ -57,27 +58,6 @@ def problem_with(chosen, seed=0):
     return make_problem(seed, **chosen)
 
 
-def rows_with_every_pair():
-    """Choices of every option so that any two values of two options meet in one of them, greedily few."""
-    missing = {
-        frozenset([(a, value_a), (b, value_b)])
-        for (a, values_a), (b, values_b) in itertools.combinations(OPTIONS.items(), 2)
-        for value_a, value_b in itertools.product(values_a, values_b)
-    }
-
-    def gained(row):
-        return missing & {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
-
-    rows = []
-    while missing:
-        row = dict(min(missing, key=lambda pair: sorted(map(repr, pair))))
-        for name in [name for name in OPTIONS if name not in row]:
-            row = max(({**row, name: value} for value in OPTIONS[name]), key=lambda row: len(gained(row)))
-        rows.append(row)
-        missing -= gained(row)
-    return rows
-
-
 def test_the_defaults(implementation):
     check(problem_with(DEFAULTS), implementation)
 
@@ -87,7 +67,7 @@ def test_each_option_alone(name, value, implementation):
     check(problem_with({**DEFAULTS, name: value}), implementation)
 
 
-@pytest.mark.parametrize("row", rows_with_every_pair(), ids=itertools.count())
+@pytest.mark.parametrize("row", every_pair(OPTIONS), ids=itertools.count())
 def test_every_pair_of_options(row, implementation):
     check(problem_with(row, seed=1), implementation, str(row))
 

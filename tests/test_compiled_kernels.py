@@ -1,0 +1,139 @@
+"""Every kernel, in every form it takes, compiles for A100, H100 and B200, on a machine that has none of them."""
+
+import itertools
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jliger
+from jliger.launches_for_tests import HAS_PLUGIN, launches, lowered
+from jliger.oracle_for_tests import every_pair
+from jliger.rows import Block, Coefficients, LogitMap, get_rows
+
+pytestmark = pytest.mark.skipif(not HAS_PLUGIN, reason="lowering for a GPU needs jax-cuda13-plugin")
+
+CAPABILITIES = [80, 90, 100]
+
+# Constexprs and what else a kernel is compiled for, so that every pair meets in one.
+BRANCHES = {
+    "bias": [False, True],
+    "class_weights": [False, True],
+    "first": [False, True],
+    "softcap": [None, 30.0],
+    "scale": [1.0, -0.5],
+    "by_lse": [False, True],
+    "smoothing": [False, True],
+    "with_weighted_sum": [False, True],
+    "dtype": ["float32", "bfloat16", "float16"],
+    "width": [301, 512, 262144],
+}
+
+
+def all_kernels(branch, capability):
+    """A function that calls all three kernels in one form, and its arguments' shapes."""
+    tokens, width = 4, branch["width"]
+    stride = width + -width % 8
+    rows = get_rows("triton", capability)
+
+    def shape(*dims, dtype="float32"):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    def vector(name):
+        return shape(stride) if branch[name] else None
+
+    block = Block(
+        vector("bias"),
+        vector("class_weights"),
+        shape(tokens, dtype="int32"),
+        shape(1, dtype="int32") if branch["first"] else None,
+    )
+    per_token = shape(tokens)
+    coefficients = Coefficients(
+        per_token, per_token, per_token if branch["by_lse"] else None, per_token if branch["smoothing"] else None
+    )
+    logit_map = LogitMap(branch["scale"], branch["softcap"], width)
+    summed, dtype = branch["with_weighted_sum"], jnp.dtype(branch["dtype"])
+
+    def call(product, block, coefficients):
+        stats = rows.row_stats(product, block, logit_map, with_weighted_sum=summed)
+        grads = rows.row_grads(product, block, logit_map, stats.max, stats.log_sum, coefficients, dtype=dtype)
+        both = rows.row_stats_and_grads(product, block, logit_map, coefficients, with_weighted_sum=summed, dtype=dtype)
+        return stats, grads, both
+
+    return call, (shape(tokens, stride, dtype=branch["dtype"]), block, coefficients)
+
+
+def assemble(ptx, capability, folder):
+    """What the GPU's driver would do with a kernel when it is loaded."""
+    from triton import knobs
+
+    source = folder / "kernel.ptx"
+    source.write_text(ptx)
+    architecture = ptx.split(".target ")[1].split()[0].rstrip(",")
+    assert architecture.startswith(f"sm_{capability}")
+    done = subprocess.run(
+        [
+            knobs.nvidia.ptxas_blackwell.path,
+            "-O0",
+            f"-arch={architecture}",
+            str(source),
+            "-o",
+            str(folder / "kernel.cubin"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("branch", every_pair(BRANCHES), ids=itertools.count())
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_branch_of_every_kernel(capability, branch, tmp_path):
+    call, shapes = all_kernels(branch, capability)
+    found = launches(lowered(call, *shapes, capability=capability))
+    assert [launch.name for launch in found] == ["row_stats_kernel", "row_grads_kernel", "row_stats_and_grads_kernel"]
+    for launch in found:
+        assemble(launch.ptx, capability, tmp_path)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float16", "float16")], ids="-".join)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_training_step_is_exported(capability, dtypes, reduction):
+    # Of a size at which the recompute form goes through blocks, the last one overlapping.
+    tokens, hidden_size, vocab = 16400, 128, 50257
+
+    def step(hidden, kernel, bias, labels):
+        def loss(hidden, kernel, bias):
+            return jliger.fused_linear_cross_entropy(
+                hidden, kernel, labels, bias=bias, reduction=reduction, label_smoothing=0.1, z_loss=1e-4
+            ).mean()
+
+        grads = jax.grad(loss, (0, 1, 2))(hidden, kernel, bias)
+        return kernel - 0.1 * grads[1], grads, loss(hidden, kernel, bias)
+
+    shapes = [
+        jax.ShapeDtypeStruct(dims, dtype)
+        for dims, dtype in [
+            ((tokens, hidden_size), dtypes[0]),
+            ((hidden_size, vocab), dtypes[1]),
+            ((vocab,), "float32"),
+            ((tokens,), "int32"),
+        ]
+    ]
+    module = lowered(step, *shapes, capability=capability)
+    names = {launch.name for launch in launches(module)}
+    with_gradient = {"row_stats_and_grads_kernel"} if reduction == "mean" else {"row_grads_kernel"}
+    assert names == {"row_stats_kernel"} | with_gradient
+    assert f"{tokens}x{vocab}" not in module, "logits of all tokens"
+
+
+def test_another_backend_is_not_exported_for():
+    # implementation="xla" holds for any device, and calls no kernel.
+    def loss(hidden, kernel):
+        return jliger.fused_linear_cross_entropy(hidden, kernel, jnp.zeros(4, jnp.int32), implementation="xla")
+
+    shapes = jax.ShapeDtypeStruct((4, 8), "float32"), jax.ShapeDtypeStruct((8, 16), "float32")
+    assert not launches(lowered(jax.grad(loss, (0, 1)), *shapes, capability=90))

@@ -1,0 +1,43 @@
+"""The Triton kernels, run by Triton's interpreter in numpy, through the tests that the XLA backend passes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jliger
+
+pytest.importorskip("triton")
+
+PACKAGE = Path(jliger.__file__).parent
+
+# Those that differ by what a kernel does, and not by what JAX does around it.
+TESTS = [
+    "rows",
+    "reference_test.py",
+    "api_test.py::test_every_pair_of_options",
+    "api_test.py::test_what_does_not_count_does_not_matter",
+    "api_test.py::test_a_label_out_of_range_poisons_its_token",
+    "api_test.py::test_a_label_out_of_range_poisons_a_reduced_loss",
+    "gradients_test.py::test_op_by_op_gives_the_same_gradients",
+    "gradients_test.py::test_a_backward_pass_called_again_gives_the_same",
+    "gradients_test.py::test_arguments_may_be_donated",
+    "batching_test.py::test_gradient_of_a_batch",
+]
+
+
+def test_the_kernels_in_the_interpreter():
+    # Triton asks for the variable when it is imported, so it takes a process of its own. Where values are computed for
+    # all lanes and chosen from after, numpy warns of those that are not chosen.
+    command = [sys.executable, "-m", "pytest", *[str(PACKAGE / test) for test in TESTS]]
+    done = subprocess.run(
+        [*command, "-k", "triton", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
+        cwd=PACKAGE.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert int(done.stdout.split(" passed")[0].split()[-1]) > 80
