@@ -1,0 +1,261 @@
+"""Results equal one device's wherever the inputs are, and gradients come back where their arguments are."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from sharded import (
+    EVERYTHING,
+    IMPLEMENTATION,
+    LAYOUTS,
+    MODES,
+    PLACES,
+    REDUCTIONS,
+    ROUNDING_64,
+    Arrays,
+    arrays_of,
+    assert_same,
+    assert_sharded_like,
+    jitted,
+    oracle,
+    pick,
+    problem_of,
+    put,
+    run,
+    settings_of,
+)
+
+import jliger
+from jliger.oracle_for_tests import ON_GPU
+
+EVERY_CASE = [
+    (mode, place, reduction, layout)
+    for mode in MODES
+    for place in PLACES
+    for reduction in REDUCTIONS
+    for layout in LAYOUTS
+]
+# Each place once in each mode, with forms and layouts in turn.
+EACH_PLACE = [
+    (mode, place, REDUCTIONS[(number + turn) % 2], LAYOUTS[(number // 2 + turn) % 2])
+    for turn, mode in enumerate(MODES)
+    for number, place in enumerate(PLACES)
+]
+
+
+def check(problem, place, mode, *, set_mesh=True, eager=False):
+    mesh = PLACES[place].mesh(mode)
+    arrays = put(problem, PLACES[place], mesh)
+    with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+        found = run(settings_of(problem), arrays) if eager else jitted(problem)(arrays)
+    assert_same(found, oracle(problem))
+    assert_sharded_like(found, arrays)
+
+
+@pytest.mark.parametrize(
+    ("mode", "place", "reduction", "layout"),
+    pick(
+        EVERY_CASE,
+        on_gpus=EACH_PLACE,
+        interpreted=[case for case in EACH_PLACE if case[1] in ("dp+sp", "fsdp-v", "fsdp-h+tp")],
+    ),
+)
+def test_every_argument_sharded(mode, place, reduction, layout):
+    check(problem_of(reduction, layout, chunk_size=4, **EVERYTHING), place, mode)
+
+
+@pytest.mark.parametrize("reduction", pick(REDUCTIONS, on_gpus=["none"], interpreted=["mean"]))
+@pytest.mark.parametrize("place", pick(["dp", "fsdp-v+tp"], on_gpus=["dp+tp"], interpreted=["dp+tp"]))
+@pytest.mark.parametrize("mode", MODES)
+def test_without_a_mesh_set(mode, place, reduction):
+    check(problem_of(reduction, chunk_size=4, **EVERYTHING), place, mode, set_mesh=False)
+
+
+@pytest.mark.parametrize("reduction", pick(REDUCTIONS, on_gpus=["mean"], interpreted=["none"]))
+@pytest.mark.parametrize("set_mesh", pick([True, False], on_gpus=[True], interpreted=[True]))
+@pytest.mark.parametrize("mode", MODES)
+def test_eager(mode, set_mesh, reduction):
+    problem = problem_of(reduction, "vh", chunk_size=4, **EVERYTHING)
+    check(problem, "fsdp-h+tp", mode, set_mesh=set_mesh, eager=True)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "options"),
+    pick(
+        [("sum", {}), ("mean", {"normalizer": True}), ("mean", {}), ("none", {})],
+        on_gpus=[("mean", {"normalizer": True})],
+        interpreted=[],
+    ),
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_few_arguments(mode, reduction, options):
+    check(problem_of(reduction, **options), "dp+tp", mode)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_mesh_at_all(reduction):
+    # With several devices in sight XLA is asked to choose shardings, and chooses none.
+    problem = problem_of(reduction, chunk_size=4, **EVERYTHING)
+    assert_same(jitted(problem)(arrays_of(problem)), oracle(problem))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_arrays_of_one_device_under_a_mesh(mode):
+    problem = problem_of(chunk_size=4, **EVERYTHING)
+    with jax.set_mesh(PLACES["dp"].mesh(mode)):
+        assert_same(jitted(problem)(arrays_of(problem)), oracle(problem))
+
+
+@pytest.mark.parametrize("place", pick(["dp+sp+fsdp+tp", "fsdp-v"], on_gpus=["dp"], interpreted=["dp"]))
+@pytest.mark.parametrize("mode", MODES)
+def test_loss_alone(mode, place):
+    problem = problem_of(chunk_size=4, **EVERYTHING)
+    mesh = PLACES[place].mesh(mode)
+    arrays = put(problem, PLACES[place], mesh)
+
+    def loss_and_metrics(arrays):
+        inputs, labels, _, options = arrays
+        options = {"implementation": IMPLEMENTATION, **settings_of(problem), **options}
+        loss, metrics = jliger.fused_linear_cross_entropy(
+            inputs["hidden"], inputs["kernel"], labels, bias=inputs["bias"], **options
+        )
+        return {"loss": loss, **metrics._asdict()}
+
+    with jax.set_mesh(mesh):
+        found = jax.jit(loss_and_metrics)(arrays)
+    assert_same(found, {name: oracle(problem)[name] for name in found})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_of_one_leading_dimension(mode):
+    check(problem_of("none", batch=(16,), chunk_size=4, **EVERYTHING), "dp+tp", mode)
+
+
+# ---- shares --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", pick(["dp", "fsdp-h", "dp+tp"], on_gpus=["dp+tp"], interpreted=[]))
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_device_without_tokens_that_count(mode, reduction, place):
+    # Devices go through different numbers of chunks, some through none, and still meet wherever they sum.
+    problem = problem_of(reduction, chunk_size=4, **EVERYTHING)
+    problem = problem.replace(where=jnp.arange(32).reshape(4, 8) >= 21)
+    check(problem, place, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_counts_on_any_device(mode):
+    problem = problem_of(chunk_size=4, **{**EVERYTHING, "where": "none"})
+    mesh = PLACES["dp+tp"].mesh(mode)
+    with jax.set_mesh(mesh):
+        found = jitted(problem)(put(problem, PLACES["dp+tp"], mesh))
+    predictions = found.pop("predictions")
+    assert np.all(predictions == -1)
+    assert not any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_label_that_is_no_column_poisons_on_every_device(mode):
+    problem = problem_of(bias="float32")
+    problem = problem.replace(labels=problem.labels.at[0, 0].set(64))
+    place = PLACES["dp+tp"]
+    mesh = place.mesh(mode)
+    arrays = put(problem, place, mesh)
+    with jax.set_mesh(mesh):
+        found = jitted(problem)(arrays)
+    assert np.all(np.isnan(found["loss"]))
+    assert np.all(np.isnan(found["kernel"]))
+
+
+def test_shares_that_chunks_do_not_divide():
+    check(problem_of(batch=(4, 7), chunk_size=5, **EVERYTHING), "dp", "auto")
+
+
+def constrained(problem, specs, mesh):
+    """`run`, with some inputs sharded inside of jit, where Auto axes need not divide a dimension."""
+
+    def function(arrays: Arrays):
+        inputs = {
+            name: jax.lax.with_sharding_constraint(array, NamedSharding(mesh, specs[name])) if name in specs else array
+            for name, array in arrays.inputs.items()
+        }
+        return run(settings_of(problem), arrays._replace(inputs=inputs))
+
+    return jax.jit(function)
+
+
+@pytest.mark.parametrize("reduction", pick(REDUCTIONS, on_gpus=["mean"], interpreted=["mean"]))
+@pytest.mark.parametrize(
+    "specs",
+    pick(
+        [
+            {"hidden": P("data")},
+            {"hidden": P(None, ("data", "seq")), "kernel": P(None, "model")},
+            {"hidden": P("data"), "kernel": P("data", "model")},
+        ],
+        on_gpus=[{"hidden": P("data"), "kernel": P("data")}],
+        interpreted=[],
+    ),
+    ids=str,
+)
+def test_shares_of_different_sizes(specs, reduction):
+    problem = problem_of(reduction, batch=(5, 3), hidden_size=15, vocab=63, chunk_size=4, **EVERYTHING)
+    mesh = PLACES["dp+tp"].mesh("auto")
+    assert_same(constrained(problem, specs, mesh)(arrays_of(problem)), oracle(problem))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "kernel"),
+    [
+        (P("data", None, "model"), P()),  # the hidden dimension, as a tensor-parallel layer before may leave it
+        (P("data", None, "model"), P("model")),
+        (P("data"), P("model")),  # an axis with nothing but the kernel's rows
+        (P("data"), P(None, ("data", "model"))),  # token axes before vocabulary axes
+        (P(), P("data", "seq")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", pick(MODES, on_gpus=[], interpreted=[]))
+def test_unusual_places(mode, hidden, kernel):
+    problem = problem_of(chunk_size=4, **EVERYTHING)
+    mesh = PLACES["dp+tp"].mesh(mode)
+    arrays = jax.tree.map(lambda array: jax.device_put(array, NamedSharding(mesh, P())), arrays_of(problem))
+    for name, spec in [("hidden", hidden), ("kernel", kernel)]:
+        arrays.inputs[name] = jax.device_put(arrays.inputs[name], NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        found = jitted(problem)(arrays)
+    assert_same(found, oracle(problem))
+    if mode == "explicit":  # with Auto axes XLA shards what is replicated where that is cheaper
+        assert_sharded_like(found, arrays)
+
+
+@pytest.mark.skipif(IMPLEMENTATION != "xla", reason="float64 is for XLA")
+@pytest.mark.parametrize(("place", "reduction"), [("dp+sp", "none"), ("fsdp-v+tp", "mean"), ("fsdp-h+tp", "none")])
+@pytest.mark.parametrize("mode", MODES)
+def test_float64(mode, reduction, place):
+    with jax.enable_x64(True):
+        problem = problem_of(reduction, chunk_size=4, **EVERYTHING)
+        wide = jax.tree.map(_as_float64, (problem.inputs, problem.cotangent, problem.options))
+        problem = problem.replace(inputs=wide[0], cotangent=wide[1], **wide[2])
+        mesh = PLACES[place].mesh(mode)
+        arrays = put(problem, PLACES[place], mesh)
+        with jax.set_mesh(mesh):
+            found = jitted(problem)(arrays)
+    assert all(found[name].dtype == np.float64 for name in ("loss", "hidden", "kernel", "bias"))
+    assert_same(found, oracle(problem), ROUNDING_64)
+
+
+def _as_float64(value):
+    is_floating = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)
+    return value.astype(jnp.float64) if is_floating else value
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs GPUs")
+def test_these_run_on_triton():
+    assert IMPLEMENTATION == "triton"
+    assert jliger.platform.fitting_implementation() == "triton"

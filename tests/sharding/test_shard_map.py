@@ -1,0 +1,183 @@
+"""Inside a user's shard_map a device's share is all there is, but for a vocabulary that `vocab_axis_name` spreads."""
+
+import functools
+import itertools
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+from sharded import (
+    BATCH,
+    IMPLEMENTATION,
+    LAYOUTS,
+    MODES,
+    PLACES,
+    REDUCTIONS,
+    Place,
+    assert_same,
+    oracle,
+    pick,
+    problem_of,
+    put,
+    settings_of,
+    specs_of,
+)
+
+import jliger
+
+OPTIONS = {"bias": "float32", "where": "some", "ignored": 0.1, "weights": True, "class_weights": True}
+OPTIONS |= {"label_smoothing": 0.1, "z_loss": 0.01}
+
+
+def local_loss(settings, axis_names, vocab_axes, arrays):
+    """This device's part of the problem's loss times its cotangent: parts add up over the axes of tokens."""
+    inputs, labels, cotangent, options = arrays
+    options = {"implementation": IMPLEMENTATION, "vocab_axis_name": vocab_axes or None, **settings, **options}
+    loss = jliger.fused_linear_cross_entropy(inputs["hidden"], inputs["kernel"], labels, bias=inputs["bias"], **options)
+    return (loss * cotangent).sum()
+
+
+def loss_and_grads(problem, place, mesh, *, check_vma, vocab_axes, token_axes, inside, manual=None):
+    """Loss times cotangent, and gradients, with `value_and_grad` inside of the shard_map or around it."""
+    specs = specs_of(problem, place)
+    local = functools.partial(local_loss, settings_of(problem), token_axes, vocab_axes)
+
+    def of_inputs(arrays):
+        return lambda inputs: local(arrays._replace(inputs=inputs))
+
+    def summed(arrays):
+        return jax.lax.psum(local(arrays), token_axes)
+
+    def both(arrays):
+        loss, grads = jax.value_and_grad(of_inputs(arrays))(arrays.inputs)
+        if not check_vma:
+            # Nothing is typed, so that each sum over devices is the user's to make.
+            axes = {name: token_axes for name in grads} | {"hidden": vocab_axes}
+            grads = {name: jax.lax.psum(grad, axes[name]) if axes[name] else grad for name, grad in grads.items()}
+        return jax.lax.psum(loss, token_axes), grads
+
+    shard_map = functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(specs,), check_vma=check_vma, axis_names=manual or set()
+    )
+    if inside:
+        return jax.jit(shard_map(both, out_specs=(P(), specs.inputs)))
+    around = shard_map(summed, out_specs=P())
+
+    def outer(arrays):
+        return jax.value_and_grad(lambda inputs: around(arrays._replace(inputs=inputs)))(arrays.inputs)
+
+    return jax.jit(outer)
+
+
+def check(problem, place, mode="auto", **options):
+    mesh = place.mesh(mode)
+    arrays = put(problem, place, mesh)
+    loss, grads = loss_and_grads(problem, place, mesh, **options)(arrays)
+    expected = oracle(problem)
+    total = (expected["loss"] * problem.cotangent).sum()
+    assert_same({"loss": loss, **grads}, {"loss": total, **{name: expected[name] for name in grads}})
+
+
+def make(reduction, layout, **options):
+    """A mean needs a divisor that is the same on each device."""
+    normalizer = {"normalizer": True} if reduction == "mean" else {}
+    return problem_of(reduction, layout, chunk_size=4, **normalizer, **{**OPTIONS, **options})
+
+
+EVERY_CASE = list(itertools.product([True, False], REDUCTIONS, LAYOUTS, [False, True], [False, True]))
+
+
+@pytest.mark.parametrize(
+    ("check_vma", "reduction", "layout", "shared_vocab", "inside"),
+    pick(
+        EVERY_CASE,
+        on_gpus=[case for case in EVERY_CASE if case[2] == ("vh" if case[0] else "hv") and case[3]],
+        interpreted=[(True, "mean", "hv", True, False), (False, "none", "vh", True, True)],
+    ),
+)
+def test_every_way_to_write_it(check_vma, reduction, layout, shared_vocab, inside):
+    check(
+        make(reduction, layout),
+        PLACES["dp+tp" if shared_vocab else "dp"],
+        check_vma=check_vma,
+        vocab_axes=("model",) if shared_vocab else (),
+        token_axes=("data",),
+        inside=inside,
+    )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("vocab_axes", pick([("seq", "model"), ("model", "data")], on_gpus=[], interpreted=[]), ids=str)
+def test_a_vocabulary_over_several_axes(vocab_axes, check_vma, reduction):
+    token_axis = next(axis for axis in ("data", "seq") if axis not in vocab_axes)
+    place = Place(P(token_axis), P(None, vocab_axes), vocab_axes)
+    check(
+        make(reduction, "hv"), place, check_vma=check_vma, vocab_axes=vocab_axes, token_axes=(token_axis,), inside=False
+    )
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shared_vocab", [False, True])
+def test_some_axes_manual_and_the_others_unused(shared_vocab, mode, check_vma):
+    check(
+        make("mean", "hv"),
+        PLACES["dp+tp" if shared_vocab else "dp"],
+        mode,
+        check_vma=check_vma,
+        vocab_axes=("model",) if shared_vocab else (),
+        token_axes=("data",),
+        inside=False,
+        manual={"data", "model"} if shared_vocab else {"data"},
+    )
+
+
+@pytest.mark.parametrize("check_vma", pick([True, False], on_gpus=[True], interpreted=[True]))
+def test_tokens_of_two_axes(check_vma):
+    check(
+        make("none", "vh"),
+        PLACES["dp+sp"],
+        check_vma=check_vma,
+        vocab_axes=(),
+        token_axes=("data", "seq"),
+        inside=True,
+    )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_metrics_of_a_shared_vocabulary(check_vma, reduction):
+    # Predictions are columns of the whole vocabulary, and each device of a group knows them.
+    problem = problem_of(reduction, return_metrics=True, z_loss=0.1)
+    place = PLACES["dp+tp"]
+    mesh = place.mesh("auto")
+    specs = specs_of(problem, place)
+
+    def metrics(hidden, kernel, labels):
+        return jliger.fused_linear_cross_entropy(
+            hidden,
+            kernel,
+            labels,
+            vocab_axis_name="model",
+            implementation=IMPLEMENTATION,
+            **settings_of(problem),
+        )[1].predictions
+
+    function = jax.shard_map(
+        metrics,
+        mesh=mesh,
+        in_specs=(specs.inputs["hidden"], specs.inputs["kernel"], specs.labels),
+        out_specs=specs.labels,
+        check_vma=check_vma,
+    )
+    arrays = put(problem, place, mesh)
+    found = jax.jit(function)(arrays.inputs["hidden"], arrays.inputs["kernel"], arrays.labels)
+    assert found.shape == BATCH
+    assert_same(found, oracle(problem)["predictions"])
+
+
+def test_an_axis_that_is_none_is_refused():
+    problem = problem_of()
+    with pytest.raises((ValueError, NameError), match="vocab_axis_name|unbound axis|model"):
+        jliger.fused_linear_cross_entropy(**problem.inputs, labels=problem.labels, vocab_axis_name="model")
