@@ -62,7 +62,7 @@ MISTAKES = [
     ({"class_weights": jnp.ones(4)}, ValueError, ["class_weights", "(4,)", "(7,)"]),
     ({"class_weights": jnp.ones(7, int)}, TypeError, ["class_weights", "int32", "float32"]),
     ({"logits_dtype": jnp.int8}, TypeError, ["logits_dtype", "int8", "floating-point"]),
-    ({"vocab_axis_name": "model"}, NotImplementedError, ["vocab_axis_name", "'model'"]),
+    ({"vocab_axis_name": "model"}, ValueError, ["vocab_axis_name", "'model'", "shard_map"]),
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jliger.cross_entropy import CrossEntropy, LossWeights
+from jliger.cross_entropy import CrossEntropy, Labels, LossWeights
 from jliger.rows import RowStats
 
 ROWS, VOCAB = 7, 5
@@ -36,6 +36,11 @@ def stats_of(logits, labels, u):
     )
 
 
+def labels_of(labels, u):
+    validity = jnp.where((labels >= 0) & (labels < VOCAB), 1.0, jnp.nan)
+    return Labels(validity, None if u is None else u.at[labels].get(mode="clip"), VOCAB if u is None else u.sum())
+
+
 def formula(logits, labels, u, weights, smoothing, z_loss):
     u = jnp.ones(VOCAB) if u is None else u
     lse = jax.nn.logsumexp(logits, axis=1)
@@ -53,9 +58,9 @@ def test_the_loss_and_its_coefficients(z_loss, smoothing, with_class_weights):
     loss = CrossEntropy(smoothing, z_loss, VOCAB)
     stats = stats_of(logits, labels, u)
     value, by_logits = jax.value_and_grad(formula)(logits, labels, u, weights, smoothing, z_loss)
-    np.testing.assert_allclose(loss.total(stats, labels, u, weights), value, rtol=1e-12)
+    np.testing.assert_allclose(loss.total(stats, labels_of(labels, u), weights), value, rtol=1e-12)
 
-    found = loss.coefficients(labels, u, weights)
+    found = loss.coefficients(labels_of(labels, u), weights)
     assert (found.smoothing is None) == (smoothing == 0)
     assert (found.probability_lse is None) == (z_loss == 0)
     lse = (stats.max + stats.log_sum)[:, None]
@@ -70,7 +75,7 @@ def test_coefficients_need_nothing_but_weights_and_labels():
     # They are known before any logit is: in the forward form they go into the same launch that finds the stats.
     _, labels, u, weights = make(True)
     loss = CrossEntropy(0.1, 0.1, VOCAB)
-    found = jax.jit(loss.coefficients)(labels, u, weights)
+    found = jax.jit(loss.coefficients)(labels_of(labels, u), weights)
     assert all(np.isfinite(field).all() for field in found)
 
 
@@ -78,5 +83,5 @@ def test_coefficients_need_nothing_but_weights_and_labels():
 def test_a_label_that_is_no_column_has_coefficients_of_nan(label):
     _, labels, u, weights = make(True)
     labels = labels.at[2].set(label)
-    found = CrossEntropy(0.0, 0.0, VOCAB).coefficients(labels, u, weights)
+    found = CrossEntropy(0.0, 0.0, VOCAB).coefficients(labels_of(labels, u), weights)
     np.testing.assert_array_equal(np.isnan(found.probability), np.arange(ROWS) == 2)
