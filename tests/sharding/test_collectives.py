@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def test_collectives_are_those_one_would_write(mode, place, reduction):
     # FSDP: the kernel is gathered once, and its gradient's sum scattered once; nothing else ever is.
     is_scattered = share != gathered
     assert {one.shape for one in by_kind["all-gather"][-1:]} == ({gathered} if is_scattered else set())
-    scatters = [one for one in by_kind["reduce-scatter"]]
+    scatters = by_kind["reduce-scatter"]
     assert [one.shape for one in scatters[-1:]] == ([share] if is_scattered else [])
     # Along two dimensions at once it takes one gather, and one scatter, for each.
     steps = int(share[0] != gathered[0]) + int(share[1] != gathered[1])
@@ -138,15 +139,16 @@ def test_each_device_works_on_its_own_tokens_and_columns(mode, place, reduction,
 
 def _seeing(function, seen):
     def watched(*args, **kwargs):
-        tokens, head = next((one, other) for one, other in zip(args, args[1:]) if isinstance(one, chunks.Tokens))
+        tokens, head = next(pair for pair in itertools.pairwise(args) if isinstance(pair[0], chunks.Tokens))
         seen.append((tokens.hidden.shape, head.kernel.shape))
         return function(*args, **kwargs)
 
     return watched
 
 
-@pytest.mark.parametrize("mode", pick([*MODES, "manual"], on_gpus=["manual"], interpreted=[]))
+@pytest.mark.parametrize("mode", pick(["explicit", "manual"], on_gpus=["manual"], interpreted=[]))
 def test_each_device_skips_what_does_not_count_of_its_own(mode, monkeypatch):
+    # With Auto axes it is the same share that is computed, but callbacks don't live long enough there.
     computed = []
 
     def product(config, hidden, kernel):
@@ -158,7 +160,7 @@ def test_each_device_skips_what_does_not_count_of_its_own(mode, monkeypatch):
     jax.clear_caches()
     where = jnp.arange(32).reshape(4, 8) < 21
     problem = problem_of(chunk_size=CHUNK).replace(where=where)
-    mesh = PLACES["dp"].mesh("explicit" if mode == "explicit" else "auto")
+    mesh = PLACES["dp"].mesh("auto" if mode == "manual" else mode)
     devices, axis_size = jax.device_count(), mesh.shape["data"]
     arrays = put(problem, PLACES["dp"], mesh)
     with jax.set_mesh(mesh):

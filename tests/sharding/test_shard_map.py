@@ -29,7 +29,7 @@ OPTIONS = {"bias": "float32", "where": "some", "ignored": 0.1, "weights": True, 
 OPTIONS |= {"label_smoothing": 0.1, "z_loss": 0.01}
 
 
-def local_loss(settings, axis_names, vocab_axes, arrays):
+def local_loss(settings, vocab_axes, arrays):
     """This device's part of the problem's loss times its cotangent: parts add up over the axes of tokens."""
     inputs, labels, cotangent, options = arrays
     options = {"implementation": IMPLEMENTATION, "vocab_axis_name": vocab_axes or None, **settings, **options}
@@ -40,7 +40,7 @@ def local_loss(settings, axis_names, vocab_axes, arrays):
 def loss_and_grads(problem, place, mesh, *, check_vma, vocab_axes, token_axes, inside, manual=None):
     """Loss times cotangent, and gradients, with `value_and_grad` inside of the shard_map or around it."""
     specs = specs_of(problem, place)
-    local = functools.partial(local_loss, settings_of(problem), token_axes, vocab_axes)
+    local = functools.partial(local_loss, settings_of(problem), vocab_axes)
 
     def of_inputs(arrays):
         return lambda inputs: local(arrays._replace(inputs=inputs))
@@ -179,5 +179,5 @@ def test_metrics_of_a_shared_vocabulary(check_vma, reduction):
 
 def test_an_axis_that_is_none_is_refused():
     problem = problem_of()
-    with pytest.raises((ValueError, NameError), match="vocab_axis_name|unbound axis|model"):
+    with pytest.raises((ValueError, NameError), match="model"):
         jliger.fused_linear_cross_entropy(**problem.inputs, labels=problem.labels, vocab_axis_name="model")

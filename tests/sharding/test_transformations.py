@@ -1,0 +1,216 @@
+"""Under whatever a training step does to its loss, on several devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from sharded import HIDDEN, IMPLEMENTATION, MODES, PLACES, REDUCTIONS, VOCAB, assert_same, pick
+
+import jliger
+
+SOME_PLACES = pick(["fsdp-h", "dp+tp"], on_gpus=["fsdp-h"], interpreted=[])
+FUSED = functools.partial(jliger.fused_linear_cross_entropy, implementation=IMPLEMENTATION, chunk_size=4)
+
+
+def make(*leading, seed=0):
+    """Hidden states of `leading` and a batch, a kernel, labels of which some don't count, and cotangents."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, VOCAB, (*leading, 4, 8))
+    return {
+        "hidden": random.normal(size=(*leading, 4, 8, HIDDEN)),
+        "kernel": random.normal(size=(HIDDEN, VOCAB)) / 4,
+        "labels": np.where(random.random(labels.shape) < 0.2, -100, labels).astype(np.int32),
+        "cotangent": random.uniform(0.5, 1.5, labels.shape),
+    }
+
+
+def put(arrays, place, mesh):
+    """In float32, sharded; what a transformation goes over leads and is whole."""
+
+    def spec(name, array):
+        if name == "kernel":
+            return PLACES[place].kernel
+        leading = array.ndim - 2 - (name == "hidden")
+        return P(*(None,) * leading, *PLACES[place].tokens)
+
+    return {
+        name: jax.device_put(
+            array.astype(np.float32) if array.dtype == np.float64 else array, NamedSharding(mesh, spec(name, array))
+        )
+        for name, array in arrays.items()
+    }
+
+
+def check(transformed, arrays, mode, place):
+    """`transformed(operation, arrays)` is the same with jliger, sharded, as with plain JAX in float64."""
+    mesh = PLACES[place].mesh(mode)
+    with jax.set_mesh(mesh):
+        found = jax.jit(functools.partial(transformed, FUSED))(put(arrays, place, mesh))
+    with jax.enable_x64(True):
+        wide = {name: jnp.asarray(array) for name, array in arrays.items()}
+        expected = jax.jit(functools.partial(transformed, jliger.reference.fused_linear_cross_entropy))(wide)
+    assert_same(found, expected)
+
+
+def total(operation, arrays, reduction):
+    loss = operation(arrays["hidden"], arrays["kernel"], arrays["labels"], reduction=reduction, z_loss=0.01)
+    return jnp.sum(loss * arrays["cotangent"]) if reduction == "none" else loss
+
+
+def value_and_grads(function, arrays):
+    inputs = {name: arrays[name] for name in ("hidden", "kernel")}
+    return jax.value_and_grad(lambda inputs: function({**arrays, **inputs}))(inputs)
+
+
+every = pytest.mark.parametrize(
+    ("mode", "place", "reduction"),
+    [(mode, place, reduction) for mode in MODES for place in SOME_PLACES for reduction in REDUCTIONS],
+)
+
+
+@every
+def test_gradient_of_a_scan(mode, place, reduction):
+    def transformed(operation, arrays):
+        def loss(arrays):
+            parts = {name: array for name, array in arrays.items() if name != "kernel"}
+
+            def step(carry, part):
+                return carry + total(operation, {**part, "kernel": arrays["kernel"]}, reduction), None
+
+            return jax.lax.scan(step, jnp.zeros((), arrays["hidden"].dtype), parts)[0]
+
+        return value_and_grads(loss, arrays)
+
+    check(transformed, make(2), mode, place)
+
+
+@every
+def test_gradients_accumulated_in_a_scan(mode, place, reduction):
+    # Each microbatch is divided by all tokens; the sum of gradients is that of the whole batch.
+    def transformed(operation, arrays):
+        count = jnp.sum(arrays["labels"] != -100)
+        parts = {name: array for name, array in arrays.items() if name != "kernel"}
+
+        def loss(kernel, part):
+            if reduction == "none":
+                return total(operation, {**part, "kernel": kernel}, "none") / count
+            return operation(part["hidden"], kernel, part["labels"], normalizer=count)
+
+        def step(carry, part):
+            value, grad = jax.value_and_grad(loss)(arrays["kernel"], part)
+            return (carry[0] + value, carry[1] + grad), None
+
+        start = (jnp.zeros((), arrays["hidden"].dtype), jnp.zeros_like(arrays["kernel"]))
+        return jax.lax.scan(step, start, parts)[0]
+
+    check(transformed, make(3), mode, place)
+
+
+@every
+def test_remat(mode, place, reduction):
+    def transformed(operation, arrays):
+        @jax.checkpoint
+        def loss(arrays):
+            return total(operation, {**arrays, "hidden": jnp.tanh(arrays["hidden"])}, reduction)
+
+        return value_and_grads(loss, arrays)
+
+    check(transformed, make(), mode, place)
+
+
+@every
+def test_vmap_over_hidden_states(mode, place, reduction):
+    def transformed(operation, arrays):
+        axes = {name: None if name == "kernel" else 0 for name in arrays}
+
+        def loss(arrays):
+            each = jax.vmap(functools.partial(total, operation, reduction=reduction), in_axes=(axes,))(arrays)
+            return jnp.sum(each * jnp.arange(1, 3))
+
+        return value_and_grads(loss, arrays)
+
+    check(transformed, make(2), mode, place)
+
+
+@pytest.mark.parametrize("reduction", pick(REDUCTIONS, on_gpus=[], interpreted=[]))
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_each_in_a_vmap(mode, reduction):
+    def transformed(operation, arrays):
+        axes = {name: None if name == "kernel" else 0 for name in arrays}
+        one = functools.partial(value_and_grads, functools.partial(total, operation, reduction=reduction))
+        return jax.vmap(one, in_axes=(axes,))(arrays)
+
+    check(transformed, make(2), mode, "dp")
+
+
+class Model(nnx.Module):
+    """A layer and a head, with a kernel that is sharded."""
+
+    def __init__(self, kernel):
+        self.scale = nnx.Param(jnp.ones(HIDDEN))
+        self.kernel = nnx.Param(kernel)
+
+    def __call__(self, hidden):
+        return hidden * self.scale[...]
+
+
+@pytest.mark.parametrize("reduction", pick(REDUCTIONS, on_gpus=["mean"], interpreted=["none"]))
+@pytest.mark.parametrize("place", SOME_PLACES or ["fsdp-h"])
+@pytest.mark.parametrize("mode", MODES)
+def test_nnx_jit(mode, place, reduction):
+    arrays = make()
+    mesh = PLACES[place].mesh(mode)
+    with jax.set_mesh(mesh):
+        sharded = put(arrays, place, mesh)
+        model = Model(sharded.pop("kernel"))
+
+        @nnx.jit
+        def step(model, sharded):
+            def loss(model):
+                hidden = model(sharded["hidden"])
+                return total(FUSED, {**sharded, "hidden": hidden, "kernel": model.kernel[...]}, reduction)
+
+            return nnx.value_and_grad(loss)(model)
+
+        value, grads = step(model, sharded)
+        found = {"loss": value, "kernel": grads["kernel"][...], "scale": grads["scale"][...]}
+
+    def loss(kernel, scale):
+        hidden = arrays["hidden"] * scale
+        return total(
+            jliger.reference.fused_linear_cross_entropy, {**arrays, "hidden": hidden, "kernel": kernel}, reduction
+        )
+
+    with jax.enable_x64(True):
+        wide, grads = jax.value_and_grad(loss, (0, 1))(jnp.asarray(arrays["kernel"]), jnp.ones(HIDDEN))
+    assert_same(found, {"loss": wide, "kernel": grads[0], "scale": grads[1]})
+
+
+@pytest.mark.parametrize("reduction", pick(REDUCTIONS, on_gpus=[], interpreted=[]))
+@pytest.mark.parametrize("kind", ["explicit", "manual"])
+def test_export_for_several_devices(kind, reduction):
+    # With Auto axes jax itself has no export: what XLA asks for as it compiles is a Python function.
+    place = "dp"
+    arrays = make()
+    mesh = PLACES[place].mesh("explicit" if kind == "explicit" else "auto")
+    sharded = put(arrays, place, mesh)
+    specs = {name: array.sharding.spec for name, array in sharded.items()}
+
+    def loss(arrays):
+        if kind == "explicit":
+            return total(FUSED, arrays, reduction)
+        local = jax.shard_map(
+            lambda arrays: jax.lax.psum(total(FUSED, arrays, reduction), "data"), in_specs=(specs,), out_specs=P()
+        )
+        return local(arrays)
+
+    function = jax.jit(functools.partial(value_and_grads, loss))
+    with jax.set_mesh(mesh):
+        exported = jax.export.export(function)(sharded)
+        assert exported.nr_devices == jax.device_count()
+        assert_same(jax.jit(exported.call)(sharded), function(sharded))
