@@ -208,8 +208,9 @@ def layer(config: LlamaConfig, x: jax.Array, weights: Tree) -> jax.Array:
 def hidden_states(config: LlamaConfig, params: Tree, tokens: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """`[B, T]` tokens to the last hidden states `[B, T, H]`; of a layer, only its input is kept for its gradient."""
     shared = with_sharding_constraint(tokens, P("data", None))
-    columns = with_sharding_constraint(params["embedding"][shared], P("data", None, ("fsdp", "tensor")))
-    x = with_sharding_constraint(columns.astype(dtype), HIDDEN)
+    columns = with_sharding_constraint(params["embedding"][shared], P("data", None, ("fsdp", "tensor"))).astype(dtype)
+    # One axis at a time: XLA would do both at once by way of an array that is whole on every device.
+    x = with_sharding_constraint(with_sharding_constraint(columns, P("data", None, "fsdp")), HIDDEN)
     # A scan's body is compiled once, and its own loop keeps the second forward pass from being merged into the first.
     body = jax.checkpoint(partial(layer, config), prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
     x, _ = jax.lax.scan(lambda x, weights: (body(x, weights), None), x, params["layers"])

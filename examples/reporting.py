@@ -115,7 +115,7 @@ def summarize(runs: Mapping[str, Events]) -> dict[str, Any]:
     return summary
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
     """Left-aligned first column, right-aligned others."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
@@ -138,7 +138,7 @@ def curve_table(runs: Mapping[str, Events], lines: int = 10) -> str:
         losses = [curve[step]["loss"] for curve in curves]
         row = [str(step), *(f"{loss:.7f}" for loss in losses)]
         rows.append([*row, f"{losses[1] - losses[0]:+.1e}"] if len(heads) == 2 else row)
-    return "Training loss\n" + _table(rows)
+    return "Training loss\n" + table(rows)
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
@@ -171,7 +171,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         row("XLA temporary memory of the step", memory("temporary"), saving("temporary")),
         row("XLA total memory of the step", memory("total"), saving("total")),
     ]
-    return _table(rows)
+    return table(rows)
 
 
 def verdict(comparison: Mapping[str, Any], dtype: str, tolerance: float) -> str:

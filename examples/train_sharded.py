@@ -380,7 +380,7 @@ def measure(
             state, loss = compiled.step(state, tokens)
             jax.block_until_ready((state, loss))
             times.append(time.perf_counter() - began)
-            if len(times) >= args.warm_up + 2 and sum(times[args.warm_up :]) > args.timed_seconds:
+            if sum(times[args.warm_up :]) > args.timed_seconds:
                 break
     timed = times[args.warm_up :]
     seconds = statistics.median(timed)
@@ -543,7 +543,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--largest", action="store_true", help="then the largest batch that fits, guessed from the last two")
     add("--warm-up", type=count, default=1, metavar="N", help="steps before the timed ones (%(default)s)")
     add("--timed-steps", type=count, default=5, metavar="N", help="steps to time at each batch (%(default)s)")
-    add("--timed-seconds", type=number, default=10.0, metavar="X", help="but, from two on, no longer (%(default)s)")
+    add(
+        "--timed-seconds",
+        type=number,
+        default=10.0,
+        metavar="X",
+        help="but no more of them after this time (%(default)s)",
+    )
 
     args = parser.parse_args(argv)
     args.command = list(sys.argv[1:] if argv is None else argv)

@@ -1,0 +1,240 @@
+"""examples/train_sharded.py on eight simulated devices, in processes of its own."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("tokenizers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PROGRAM = EXAMPLES / "train_sharded.py"
+STEPS = 8
+MESHES = {"jliger": "data=2,fsdp=2,tensor=2", "full": "data=2,fsdp=2,tensor=2", "resumed": "fsdp=8"}
+# Several runs in one process: JAX is imported, and its devices are made, once.
+SEVERAL = """
+import json, sys
+import train_sharded
+for arguments in json.loads(sys.argv[1]):
+    try:
+        train_sharded.main(arguments)
+    except SystemExit as ended:
+        print(f"ended: {ended.code}")
+"""
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Training loss by step, the last record of a step."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return {record["step"]: record["loss"] for record in records if record["event"] == "train"}
+
+
+def environment() -> dict[str, str]:
+    """Without what this process has set for its own JAX."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    return {**kept, "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)])}
+
+
+def run_several(arguments: list[list[str]]) -> str:
+    """Runs the program with each list of arguments in turn, in one process; returns what it printed."""
+    command = [sys.executable, "-c", SEVERAL, json.dumps(arguments)]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> list[str]:
+    """A tiny run of real text; options given after these count instead."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for path in sorted(Path(os.__file__).parent.glob("[a-f]*.py"))[:24]:
+        (folder / path.name).write_bytes(path.read_bytes()[:4000])
+    text = f"--devices 8 --corpus {folder} --cache-dir {tmp_path_factory.mktemp('cache')} --heldout-fraction 0.2"
+    text += " --vocab-size 512 --length 32 --batch 16 --chunk-size 32 --accumulate 2 --no-progress"
+    text += f" --steps {STEPS} --warmup-steps 2 --learning-rate 0.01 --checkpoint-every 2 --keep-checkpoints 9"
+    return text.split()
+
+
+@pytest.fixture(scope="module")
+def runs(options, tmp_path_factory) -> Path:
+    """Runs of both heads, one killed and resumed, one resumed on another mesh, a benchmark, and what is refused."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def arguments(name: str, mesh: str, *more: str) -> list[str]:
+        return [*options, "--out", str(folder / name), "--mesh", mesh, *more]
+
+    killed = arguments("killed", MESHES["jliger"])
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM), *killed], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    # In the middle of step 6 or a little later, and with no chance to tidy up.
+    deadline = time.monotonic() + 240
+    while 5 not in losses(folder / "killed") and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+    shutil.copytree(folder / "killed", folder / "resumed")
+    shutil.copytree(folder / "killed", folder / "as killed")
+    printed = run_several(
+        [
+            [*killed, "--resume"],
+            arguments("resumed", MESHES["resumed"], "--resume", "--accumulate", "1"),
+            arguments("jliger", MESHES["jliger"]),
+            arguments("full", MESHES["full"], "--head", "full", "--accumulate", "1"),
+            arguments("", MESHES["jliger"], "--benchmark", str(folder / "record.json"), "--timed-steps", "2"),
+            arguments("jliger", MESHES["jliger"]),
+            arguments("jliger", MESHES["jliger"], "--resume", "--learning-rate", "0.02"),
+        ]
+    )
+    (folder / "printed").write_text(printed)
+    return folder
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(runs):
+    before = losses(runs / "as killed")
+    assert 5 <= max(before) < STEPS
+    # To the bit: the same program on the same numbers.
+    assert losses(runs / "killed") == losses(runs / "jliger")
+    assert list(losses(runs / "killed")) == list(range(1, STEPS + 1))
+    lines = (runs / "killed" / "metrics.jsonl").read_text().splitlines()
+    steps = [record["step"] for record in map(json.loads, lines) if record["event"] == "train"]
+    # It went on from a checkpoint, not from the beginning, and nothing was taken out of the file.
+    assert steps[: max(before)] == list(range(1, max(before) + 1))
+    assert steps[max(before)] >= 3
+
+
+def test_a_run_goes_on_under_another_mesh(runs):
+    whole, resumed = losses(runs / "jliger"), losses(runs / "resumed")
+    # Sums over devices in another order: the losses, near 6, agree to a few units in the last place.
+    np.testing.assert_allclose(list(resumed.values()), list(whole.values()), rtol=1e-5)
+    lines = (runs / "resumed" / "metrics.jsonl").read_text().splitlines()
+    meshes = [record["mesh"] for record in map(json.loads, lines) if record["event"] == "compiled"]
+    assert meshes == [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 8, "tensor": 1}]
+
+
+def test_both_heads_have_one_curve_and_it_falls(runs):
+    fused, full = losses(runs / "jliger"), losses(runs / "full")
+    np.testing.assert_allclose(list(fused.values()), list(full.values()), rtol=1e-5)
+    assert full[STEPS] < full[1] - 0.2
+
+
+def test_a_record_of_a_benchmark(runs):
+    found = json.loads((runs / "record.json").read_text())
+    assert found["environment"]["devices"] == 8
+    (record,) = found["records"]
+    assert record["batch"] == 16
+    assert record["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert record["out_of_memory"] is False
+    assert record["tokens_per_second"] == pytest.approx(16 * 32 / (record["milliseconds"] / 1e3))
+    assert record["memory_bytes"]["temporary"] > 0
+    # A CPU's peak rate is not known, and it keeps no account of its memory.
+    assert record["model_flop_utilisation"] is record["peak_bytes"] is None
+
+
+def test_runs_are_neither_overwritten_nor_mixed(runs):
+    *_, unasked, other = [line for line in (runs / "printed").read_text().splitlines() if line.startswith("ended: ")]
+    assert "--resume goes on with it, --overwrite removes it" in unasked
+    assert "learning_rate was 0.01 and is 0.02" in other
+
+
+@pytest.fixture(scope="module")
+def train_sharded() -> ModuleType:
+    """The example as a module; its helpers lie beside it."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import train_sharded
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    return train_sharded
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mesh", "data=2,model=2"], "has an axis 'model'; the axes are data, fsdp, tensor"),
+        (["--mesh", "data=2,data=2"], "has the axis data twice"),
+        (["--mesh", "fsdp"], "axis fsdp needs a whole number above 0"),
+        (["--mesh", "fsdp=0"], "axis fsdp needs a whole number above 0"),
+        (["--batch", "8", "16"], "several --batch sizes are for --benchmark"),
+        (["--largest", "--batch", "8"], "two --batch sizes or more"),
+        (["--config", "llama3-8b", "--vocab-size", "200000"], "llama3-8b has 128256"),
+        (["--coordinator", "localhost:1"], "go together"),
+        (["--coordinator", "localhost:1", "--num-processes", "2", "--process-id", "2"], "must be below"),
+        (["--stop-at", "31"], "beyond --steps 30"),
+        (["--resume", "--overwrite"], "not allowed with"),
+    ],
+)
+def test_bad_arguments(train_sharded, capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        train_sharded.main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mesh", "fsdp=1024"], "has 1024 devices and JAX sees"),
+        (["--batch", "6"], "--batch 6 must be a multiple of 8"),
+        (["--batch", "16", "--accumulate", "3"], "--batch 16 must be a multiple of 24"),
+        (["--tensor", "8"], "tensor=8 doesn't divide kv_heads 4 of tiny"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_mesh(train_sharded, arguments, message):
+    mesh = {"data": 2, "fsdp": 4, "tensor": 1}
+    if arguments[0] == "--tensor":
+        arguments, mesh = [], {"data": 1, "fsdp": 1, "tensor": 8}
+    args = train_sharded.parse_args(arguments)
+
+    class Named:
+        shape = mesh
+
+    with pytest.raises(train_sharded.RunError, match=message):
+        train_sharded.make_mesh(args.mesh) if args.mesh else train_sharded.check_sizes(
+            args, train_sharded.CONFIGS["tiny"], Named
+        )
+
+
+def test_the_true_shape(train_sharded):
+    config = train_sharded.CONFIGS["llama3-8b"]
+    assert train_sharded.parameter_count(config) == 8_030_261_248
+    # Six for each parameter but the embedding's and the norms', and the attention's products of 512 tokens.
+    weights = 8_030_261_248 - 128256 * 4096 - (2 * 32 + 1) * 4096
+    assert train_sharded.flops_per_token(config, 512) == 6 * weights + 6 * 32 * 4096 * 512
+
+
+def test_the_largest_batch_is_on_the_line_through_two(train_sharded):
+    assert train_sharded.largest_batch([(1, 9), (64, 20), (128, 30)], 100, 16) == 576
+    assert train_sharded.largest_batch([(64, 20), (128, 30)], 30, 16) is None
+    assert train_sharded.largest_batch([(64, 20), (128, 20)], 100, 16) is None
+    assert train_sharded.largest_batch([(64, 20)], 100, 16) is None
+
+
+def test_out_of_memory_is_a_record_and_a_code(train_sharded, options, tmp_path, monkeypatch, capsys):
+    def refuse(program):
+        raise train_sharded.DeviceMemoryError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    monkeypatch.setattr(train_sharded, "compile_step", refuse)
+    monkeypatch.setattr(train_sharded, "find_devices", lambda args: None)
+    file = tmp_path / "record.json"
+    with pytest.raises(SystemExit) as ended:
+        train_sharded.main([*options, "--benchmark", str(file), "--batch", "64", "128"])
+    assert ended.value.code == train_sharded.OUT_OF_MEMORY_EXIT
+    assert "batch 64 doesn't fit" in capsys.readouterr().err
+    (record,) = json.loads(file.read_text())["records"]
+    assert record["out_of_memory"] is True
+    assert "RESOURCE_EXHAUSTED" in record["reason"]
