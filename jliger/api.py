@@ -87,9 +87,10 @@ def fused_linear_cross_entropy(
 
     Memory beside arguments, results and their gradients, with `b` bytes a value of `hidden`, `C` tokens a chunk:
       * `"mean"`, `"sum"`: `2·b·C·V` for logits and their gradients, `b·H·V` for the kernel in hidden's dtype if it has
-        another, `4·H·V` for a float32 sum of kernel gradients if the kernel is not float32.
-      * `"none"`, and every loss that is not differentiated: independent of `V`, up to about 0.5 GiB on a GPU;
-        `4·H·V` for that sum, if the kernel is not float32 and there is more than one chunk.
+        another, `4·H·V` for a float32 sum of kernel gradients if the kernel is not float32. Not differentiated:
+        `b·C·V`, and `b·H·V` as before.
+      * `"none"`: up to about 0.5 GiB on a GPU, whatever `V`; `4·H·V` for that sum, if the kernel is not float32 and
+        there is more than one chunk.
 
     Args:
       hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only). Products are

@@ -15,7 +15,7 @@ def forward_chunk(config: HeadConfig, num_tokens: int, vocab: int) -> int:
 
 
 def stats_chunk(config: HeadConfig, num_tokens: int, vocab: int) -> int:
-    """Tokens a chunk where stats are all that is wanted, over the whole vocabulary: at most 256 MiB of logits."""
+    """Tokens a chunk for stats within the recompute form's memory, over the whole vocabulary: 256 MiB of logits."""
     return even_chunk(
         num_tokens, config.chunk_size or _within(config, vocab, gpu=(27, 128, 8192), other=(23, 128, 1024))
     )

@@ -6,7 +6,7 @@ from jaxtyping import Array, Int
 
 from jliger.chunks.blocks import Blocks
 from jliger.chunks.queue import Chunk, Queue, write_stats
-from jliger.chunks.sizes import part_sizes, recompute_tile, stats_chunk
+from jliger.chunks.sizes import forward_chunk, part_sizes, recompute_tile, stats_chunk
 from jliger.chunks.types import Head, Tokens
 from jliger.config import HeadConfig
 from jliger.products import logits_product
@@ -22,15 +22,17 @@ def token_stats(config: HeadConfig, tokens: Tokens, head: Head, *, lean: bool) -
       config: how logits come about.
       tokens: `[T]` of them.
       head: kernel, bias and class weights.
-      lean: never hold the whole kernel in the products' dtype, if that is not its own; a little slower.
+      lean: keep within the recompute form's memory, and never hold the whole kernel in the products' dtype, if that is
+        not its own; a little slower.
     """
     rows = get_rows(config.implementation, config.compute_capability)
     num_tokens, vocab = tokens.labels.shape[0], head.kernel.shape[config.vocab_dim]
     dtype = tokens.hidden.dtype
     in_blocks = lean and head.kernel.dtype != dtype
-    chunk_size, width = (
-        recompute_tile(config, num_tokens, vocab) if in_blocks else (stats_chunk(config, num_tokens, vocab), vocab)
-    )
+    if in_blocks:
+        chunk_size, width = recompute_tile(config, num_tokens, vocab)
+    else:
+        chunk_size, width = (stats_chunk if lean else forward_chunk)(config, num_tokens, vocab), vocab
     blocks = Blocks.make(config, head, dtype, rows.alignment, width)
     queue = Queue.make(tokens.counted, chunk_size)
 
