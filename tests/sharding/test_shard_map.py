@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import jax
 import pytest
@@ -49,12 +50,16 @@ def loss_and_grads(problem, place, mesh, *, check_vma, vocab_axes, token_axes, i
         return jax.lax.psum(local(arrays), token_axes)
 
     def both(arrays):
-        loss, grads = jax.value_and_grad(of_inputs(arrays))(arrays.inputs)
-        if not check_vma:
-            # Nothing is typed, so that each sum over devices is the user's to make.
-            axes = {name: token_axes for name in grads} | {"hidden": vocab_axes}
-            grads = {name: jax.lax.psum(grad, axes[name]) if axes[name] else grad for name, grad in grads.items()}
-        return jax.lax.psum(loss, token_axes), grads
+        if check_vma:
+            loss, grads = jax.value_and_grad(of_inputs(arrays))(arrays.inputs)
+            return jax.lax.psum(loss, token_axes), grads
+        # Nothing is typed: what is differentiated is the sum of all devices' losses, and what is replicated has its
+        # gradient's sum over devices made by the user.
+        copies = math.prod(mesh.shape[axis] for axis in vocab_axes)
+        loss, grads = jax.value_and_grad(lambda inputs: of_inputs(arrays)(inputs) / copies)(arrays.inputs)
+        axes = {name: token_axes for name in grads} | {"hidden": vocab_axes}
+        grads = {name: jax.lax.psum(grad, axes[name]) if axes[name] else grad for name, grad in grads.items()}
+        return jax.lax.psum(loss, (*token_axes, *vocab_axes)), grads
 
     shard_map = functools.partial(
         jax.shard_map, mesh=mesh, in_specs=(specs,), check_vma=check_vma, axis_names=manual or set()
