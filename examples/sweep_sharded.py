@@ -1,4 +1,4 @@
-"""Runs train_sharded.py --benchmark for both heads and keeps one results file, a table and a plot of both.
+"""Runs train_sharded.py --benchmark for both heads and keeps their records in one file, with a table and a plot.
 
     python examples/sweep_sharded.py --out results/train_sharded_h200x4.json -- --config llama3-8b --mesh fsdp=4
 
@@ -64,6 +64,19 @@ def summary_table(records: Sequence[Record]) -> str:
     return table(rows)
 
 
+def conditions(found: Record) -> str:
+    """What the figures were measured with."""
+    about, first = found["environment"], found["records"][0]
+    mesh = ", ".join(f"{axis}={size}" for axis, size in first["mesh"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return (
+        f"{first['config']} ({about['parameters']:,} parameters), length {first['length']}, {first['dtype']}, "
+        f"{first['accumulate']} part(s) a batch, mesh {mesh}\n"
+        f"{about['devices']} x {about['device']}, Python {about['python']}, {versions}, "
+        f"XLA_FLAGS={about['xla_flags'] or '(none)'}\n{about['command']}"
+    )
+
+
 def plot(found: Record, path: Path) -> None:
     """Writes tokens a second and memory of a device against the batch."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -107,14 +120,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="sweep_sharded", description=(__doc__ or "").partition("\n")[0])
     count = positive(int)
     add = parser.add_argument
-    add("--out", type=Path, default=Path("results/train_sharded.json"), help="results; the plot beside (%(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("results/train_sharded.json"),
+        help="results; table and plot beside (%(default)s)",
+    )
     add("--batches", type=count, nargs="+", default=[64, 128], metavar="N", help="for both heads (default: 64 128)")
     for head in HEADS:
         add(f"--{head}", type=count, nargs="*", metavar="N", help=f"batches for {head} instead; none leaves it out")
     add("--largest", action="store_true", help="then the largest batch that fits, for each head")
     add("--timeout", type=positive(float), default=900.0, metavar="S", help="of one head's process (%(default)s)")
     add("--overwrite", action="store_true", help="replace the results file, if there is one")
-    add("--plot-only", action="store_true", help="measure nothing; draw the plot of --out again")
+    add("--plot-only", action="store_true", help="measure nothing; make table and plot of --out again")
     add("rest", nargs="*", metavar="-- OPTIONS", help="options of train_sharded.py, after --")
     args = parser.parse_args(argv)
     if args.plot_only:
@@ -131,8 +149,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         records = [record for part in parts for record in part["records"]]
         found = {"environment": {**parts[0]["environment"], "command": command}, "records": records}
         write_json(args.out, found)
+    text = f"{summary_table(found['records'])}\n\n{conditions(found)}"
+    args.out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
     plot(found, args.out.with_suffix(".png"))
-    print(f"{summary_table(found['records'])}\n{args.out} and {args.out.with_suffix('.png')} are written")
+    print(f"{text}\n\nwritten: {args.out}, and .txt and .png beside it")
 
 
 if __name__ == "__main__":

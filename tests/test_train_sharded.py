@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -189,25 +190,21 @@ def test_bad_arguments(train_sharded, capsys, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mesh", "fsdp=1024"], "has 1024 devices and JAX sees"),
-        (["--batch", "6"], "--batch 6 must be a multiple of 8"),
-        (["--batch", "16", "--accumulate", "3"], "--batch 16 must be a multiple of 24"),
-        (["--tensor", "8"], "tensor=8 doesn't divide kv_heads 4 of tiny"),
+        (["--mesh", "data=2,fsdp=4", "--batch", "6"], "--batch 6 must be a multiple of 8"),
+        (["--mesh", "data=2,fsdp=4", "--batch", "16", "--accumulate", "3"], "--batch 16 must be a multiple of 24"),
+        (["--mesh", "tensor=8"], "tensor=8 doesn't divide kv_heads 4 of tiny"),
+        (["--mesh", "fsdp=96", "--batch", "96"], "doesn't divide hidden_size 128 of tiny"),
     ],
 )
 def test_sizes_that_do_not_fit_the_mesh(train_sharded, arguments, message):
-    mesh = {"data": 2, "fsdp": 4, "tensor": 1}
-    if arguments[0] == "--tensor":
-        arguments, mesh = [], {"data": 1, "fsdp": 1, "tensor": 8}
     args = train_sharded.parse_args(arguments)
-
-    class Named:
-        shape = mesh
-
     with pytest.raises(train_sharded.RunError, match=message):
-        train_sharded.make_mesh(args.mesh) if args.mesh else train_sharded.check_sizes(
-            args, train_sharded.CONFIGS["tiny"], Named
-        )
+        train_sharded.check_sizes(args, train_sharded.CONFIGS["tiny"], SimpleNamespace(shape=args.mesh))
+
+
+def test_a_mesh_of_more_devices_than_there_are(train_sharded):
+    with pytest.raises(train_sharded.RunError, match="has 1024 devices and JAX sees"):
+        train_sharded.make_mesh({"data": 1, "fsdp": 1024, "tensor": 1})
 
 
 def test_the_true_shape(train_sharded):
@@ -239,3 +236,30 @@ def test_out_of_memory_is_a_record_and_a_code(train_sharded, options, tmp_path, 
     (record,) = json.loads(file.read_text())["records"]
     assert record["out_of_memory"] is True
     assert "RESOURCE_EXHAUSTED" in record["reason"]
+
+
+def test_a_largest_batch_that_does_not_fit_is_lowered(train_sharded, options, tmp_path, monkeypatch):
+    limit = 1000
+
+    def measure(args, config, mesh, corpus, batch_size, state):
+        # On the line through the first two, 240 would reach 99 % of the limit; it takes more than that.
+        peak = 30 + 4 * batch_size + (50 if batch_size > 128 else 0)
+        if peak > limit:
+            raise train_sharded.DeviceMemoryError("too much")
+        figures = {"milliseconds": 1.0, "tokens_per_second": 1.0, "model_flop_utilisation": 0.5, "peak_bytes": peak}
+        return {"out_of_memory": False, "memory_bytes": {"total": 1, "temporary": 1}, **figures}, state
+
+    monkeypatch.setattr(train_sharded, "measure", measure)
+    monkeypatch.setattr(train_sharded, "find_devices", lambda args: None)
+    monkeypatch.setattr(train_sharded, "device_memory", lambda figure: limit)
+    one_device = jax.make_mesh(
+        (1, 1, 1), train_sharded.AXES, (jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+    monkeypatch.setattr(train_sharded, "make_mesh", lambda sizes: one_device)
+    monkeypatch.setattr(train_sharded, "build_program", lambda *_: SimpleNamespace(initial_state=dict))
+    file = tmp_path / "record.json"
+    train_sharded.main([*options, "--benchmark", str(file), "--batch", "128", "64", "--largest"])
+    records = json.loads(file.read_text())["records"]
+    # A multiple of 8: four for each of the two parts that the options ask for.
+    tried = [(record["batch"], record["out_of_memory"]) for record in records]
+    assert tried == [(64, False), (128, False), (240, True), (232, True), (224, False)]
