@@ -39,6 +39,8 @@ class Way:
       kernel_dtype: `"float32"` or `"bfloat16"`.
       floor: what it is compared with: `"three products"`, or `"one product"`.
       least: the share of the floor's speed that it is meant to reach, or None.
+      beside: another way that it is compared with, by name, or None.
+      least_beside: the times of that way's speed that it is meant to reach, or None.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Way:
     kernel_dtype: str = "float32"
     floor: str = "three products"
     least: float | None = None
+    beside: str | None = None
+    least_beside: float | None = None
 
 
 def operands(shape: Shape, kernel_dtype: str, dtype: str = "bfloat16") -> tuple[Array, Array, Array]:
@@ -127,22 +131,24 @@ def checkpointed_chunks(hidden: Array, kernel: Array, labels: Array, chunk: int 
 
 
 def own_ways(kernel_dtype: str, least: float | None = None) -> list[Way]:
-    return [
-        Way(
-            f"jliger, {kernel_dtype} kernel",
-            loss_and_gradients(fused),
-            kernel_dtype,
-            least=least,
-        )
-    ]
+    return [Way(_own(kernel_dtype), loss_and_gradients(fused), kernel_dtype, least=least)]
+
+
+def _own(kernel_dtype: str) -> str:
+    return f"jliger, {kernel_dtype} kernel"
 
 
 def option_ways(kernel_dtype: str) -> list[Way]:
     """The ways that are measured at one shape only."""
+    own = _own(kernel_dtype)
+    compared = {"half counted": (half_counted, 1.85)} | {
+        f"{name} frozen": (loss_and_gradients(fused, (place,)), 1.4) for name, place in (("kernel", 0), ("hidden", 1))
+    }
     return [
-        Way(f"jliger, half counted, {kernel_dtype} kernel", half_counted, kernel_dtype),
-        Way(f"jliger, kernel frozen, {kernel_dtype} kernel", loss_and_gradients(fused, (0,)), kernel_dtype),
-        Way(f"jliger, hidden frozen, {kernel_dtype} kernel", loss_and_gradients(fused, (1,)), kernel_dtype),
-        Way(f"jliger, loss alone, {kernel_dtype} kernel", fused, kernel_dtype, "one product", 0.93),
-        Way(f"jliger, per token, {kernel_dtype} kernel", token_losses_and_gradients, kernel_dtype, least=0.72),
+        *(
+            Way(own.replace("jliger", f"jliger, {name}"), function, kernel_dtype, beside=own, least_beside=least)
+            for name, (function, least) in compared.items()
+        ),
+        Way(own.replace("jliger", "jliger, loss alone"), fused, kernel_dtype, "one product", 0.93),
+        Way(own.replace("jliger", "jliger, per token"), token_losses_and_gradients, kernel_dtype, least=0.72),
     ]

@@ -64,6 +64,8 @@ COLUMNS = {
     "ms": "milliseconds",
     "of the floor": "of_floor",
     "to reach": "least",
+    "times loss + gradients": "of_beside",
+    "times to reach": "least_beside",
     "TFLOP/s": "tflops",
     "extra memory, MiB": "extra_mib",
 }
@@ -93,7 +95,7 @@ def measure(
     dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
     hidden, kernel, labels = cases.operands(shape, "float32", dtype)
     kernels = {"float32": kernel, "bfloat16": kernel.astype("bfloat16")}
-    functions: dict[str, Callable[[], Any]] = dict(cases.products(floor_shape, dtype))
+    functions: dict[str, Callable[[], Any]] = {}
     extra: dict[str, int | None] = {}
     for way in ways:
         compiled = jax.jit(way.function).lower(hidden, kernels[way.kernel_dtype], labels).compile()
@@ -104,14 +106,18 @@ def measure(
     for name, (step, extra_memory) in torch_functions.items():
         functions[name] = step
         extra[name] = extra_memory()
-    samples = time_in_turn(functions, least_rounds=effort.least_rounds, seconds=effort.seconds)
-    floors = _floors(samples)
-    rounds = samples["product: logits"].rounds
+    products = cases.products(floor_shape, dtype)
+    samples: dict[str, dict[str, Sample]] = {}
+    beside = {way.name: way.beside for way in ways}
+    for name, function in functions.items():
+        # Each way in turn with what it is compared with, and nothing else: what ran before sets the clock it runs at.
+        other = beside.get(name)
+        in_turn = {**products, **({other: functions[other]} if other else {}), name: function}
+        samples[name] = time_in_turn(in_turn, least_rounds=effort.least_rounds, seconds=effort.seconds)
     ways = [*ways, *[Way(name, lambda *_: None, "bfloat16") for name in torch_functions]]
-    return [
-        _record(Way(f"floor: {name}", lambda *_: None), shape, Sample(floor, floor, floor, rounds), floor, None)
-        for name, floor in floors.items()
-    ] + [_record(way, shape, samples[way.name], floors[way.floor], extra[way.name]) for way in ways]
+    return _floor_records(shape, samples[ways[0].name]) + [
+        _record(way, shape, samples[way.name], extra[way.name]) for way in ways
+    ]
 
 
 def _floors(samples: dict[str, Sample]) -> dict[str, float]:
@@ -119,8 +125,22 @@ def _floors(samples: dict[str, Sample]) -> dict[str, float]:
     return {"three products": sum(medians.values()), "one product": medians["product: logits"]}
 
 
-def _record(way: Way, shape: Shape, sample: Sample, floor: float, extra: int | None) -> report.Record:
-    products = 1 if "one product" in (way.floor, way.name.removeprefix("floor: ")) else 3
+def _floor_records(shape: Shape, samples: dict[str, Sample]) -> list[report.Record]:
+    return [
+        {
+            "shape": str(shape),
+            "name": f"floor: {name}",
+            "milliseconds": floor * 1e3,
+            "of_floor": 1.0,
+            "floor": name,
+            "tflops": (3 if name == "three products" else 1) * shape.product_flops / floor / 1e12,
+        }
+        for name, floor in _floors(samples).items()
+    ]
+
+
+def _record(way: Way, shape: Shape, samples: dict[str, Sample], extra: int | None) -> report.Record:
+    sample, floor = samples[way.name], _floors(samples)[way.floor]
     return {
         "shape": str(shape),
         "name": way.name,
@@ -130,7 +150,10 @@ def _record(way: Way, shape: Shape, sample: Sample, floor: float, extra: int | N
         "rounds": sample.rounds,
         "of_floor": floor / sample.median,
         "floor": way.floor,
+        "floor_milliseconds": floor * 1e3,
         "least": way.least,
-        "tflops": products * shape.product_flops / sample.median / 1e12,
+        "of_beside": None if way.beside is None else samples[way.beside].median / sample.median,
+        "least_beside": way.least_beside,
+        "tflops": (3 if way.floor == "three products" else 1) * shape.product_flops / sample.median / 1e12,
         "extra_mib": None if extra is None else extra / 2**20,
     }

@@ -42,7 +42,7 @@ def part_sizes(chunk: int) -> tuple[int, ...]:
 
 def even_chunk(num_tokens: int, most: int) -> int:
     """Chunks of at most `most` tokens, as many as that needs, all of one size."""
-    num_chunks = -(-num_tokens // most)
+    num_chunks = max(1, -(-num_tokens // most))
     return min(most, round_up(-(-num_tokens // num_chunks), 8))
 
 

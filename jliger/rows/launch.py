@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax_triton
 import numpy as np
+from jax.interpreters.partial_eval import dce_rules
+from jax_triton.triton_lib import triton_kernel_call_p
 from triton.runtime.interpreter import InterpretedFunction
 
 _INTERPRETER_DTYPES = {
@@ -16,6 +18,15 @@ _INTERPRETER_DTYPES = {
     "int32": "i32",
 }
 
+
+def _keep_call(used_outputs: Sequence[bool], *rest: Any) -> tuple[list[bool], Any]:
+    """Dead-code elimination keeps a Triton call whole. The rule of jax-triton 0.4 lacks an argument of jax 0.12's."""
+    del used_outputs
+    equation = rest[-1]
+    return [True] * len(equation.invars), equation
+
+
+dce_rules[triton_kernel_call_p] = _keep_call
 
 # The interpreter patches Triton's language while it runs; several devices call it from several threads.
 _one_at_a_time = threading.Lock()

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jliger import chunks
 from jliger.chunks import Grads, GradTypes, Head, Tokens
@@ -18,6 +19,8 @@ def run_share(form: Form, plan: Plan, tokens: Tokens, head: Head, per_token: Any
 
     Leading dimensions become tokens here, on the share, where that moves nothing between devices.
     """
+    if not tokens.labels.size:
+        return _of_no_tokens(form, plan, tokens, head)
     width = head.kernel.shape[plan.vocab_dim]
     start = first_column(plan.vocab, width)
     # Elsewhere a label is no column here; one that is none anywhere stays negative.
@@ -41,6 +44,25 @@ def run_share(form: Form, plan: Plan, tokens: Tokens, head: Head, per_token: Any
     if stats is not None:
         stats = jax.tree.map(lambda array: array.reshape(tokens.labels.shape), stats)
     return Result(stats, None if grads is None else _summed(grads, form.wanted, plan, tokens))
+
+
+def _of_no_tokens(form: Form, plan: Plan, tokens: Tokens, head: Head) -> Result:
+    """Stats of no rows, and gradients of zero."""
+    rows = jnp.zeros_like(tokens.hidden, chunks.accumulator_dtype(tokens.hidden.dtype), shape=tokens.labels.shape)
+    weighted = rows if form.config.with_weighted_sum else None
+    stats = RowStats(rows, rows, rows, rows.astype(jnp.int32), weighted)
+    if form.kind == "stats":
+        return Result(stats, None)
+
+    def zeros(like: Array | None, dtype: Any) -> Array | None:
+        return None if dtype is None or like is None else jnp.zeros_like(like, dtype)
+
+    grads = Grads(
+        zeros(tokens.hidden, form.wanted.hidden),
+        zeros(head.kernel, form.wanted.kernel),
+        zeros(head.bias, form.wanted.bias),
+    )
+    return Result(stats if form.kind == "forward" else None, _summed(grads, form.wanted, plan, tokens))
 
 
 def merge_over(axes: Axes, stats: RowStats) -> RowStats:
