@@ -135,4 +135,4 @@ def test_a_shared_kernel_is_read_once_for_all(implementation):
         arrays["hidden"].reshape(-1, 6), arrays["kernel"][0], arrays["bias"][0], arrays["labels"].reshape(-1),
         jnp.full((BATCH * 7,), True),
     )[0]  # fmt: skip
-    np.testing.assert_array_equal(batch(arrays["hidden"], arrays["labels"]).reshape(-1), joined)
+    assert_same(batch(arrays["hidden"], arrays["labels"]).reshape(-1), joined)

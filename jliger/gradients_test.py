@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jliger
-from jliger.oracle_for_tests import assert_rule_of_two, check, equations, exact, fused, make_problem, unfused
+from jliger.oracle_for_tests import ON_GPU, assert_rule_of_two, check, equations, exact, fused, make_problem, unfused
 
 REDUCTIONS = ["mean", "none"]  # the two forms of the operation
 NAMES = ("hidden", "kernel", "bias")
@@ -188,9 +188,9 @@ def temporary_bytes(function, *args):
 @pytest.mark.parametrize("chunk_size", [64, 128])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_more_logits_than_a_chunk(reduction, chunk_size, implementation):
-    if implementation == "triton" and jax.default_backend() != "gpu":
+    if implementation == "triton" and not ON_GPU:
         pytest.skip("the interpreter's memory is not XLA's")
-    tokens, hidden_size, vocab = 4096, 32, 8192
+    tokens, hidden_size, vocab = 32768, 32, 8192
     hidden = jax.ShapeDtypeStruct((tokens, hidden_size), jnp.float32)
     kernel = jax.ShapeDtypeStruct((hidden_size, vocab), jnp.float32)
     labels = jax.ShapeDtypeStruct((tokens,), jnp.int32)
@@ -203,7 +203,8 @@ def test_no_more_logits_than_a_chunk(reduction, chunk_size, implementation):
     # Logits, their gradients and what XLA makes of them in between; a few copies of hidden, and of the kernel.
     arrays = 4 * (tokens * hidden_size + hidden_size * vocab)
     chunk_of_logits = 4 * chunk_size * vocab
-    allowed = 6 * chunk_of_logits + 4 * arrays + 2**20
+    # On a GPU products have a workspace as well.
+    allowed = 6 * chunk_of_logits + 4 * arrays + (2**26 if ON_GPU else 2**20)
     assert allowed < 4 * tokens * vocab / 4
     assert temporary_bytes(loss, hidden, kernel, labels) <= allowed - 2 * chunk_of_logits
     assert temporary_bytes(jax.value_and_grad(loss, (0, 1)), hidden, kernel, labels) <= allowed
@@ -259,9 +260,8 @@ def test_every_transformation_gives_the_same_gradients(reduction, bias, implemen
     for way, gradient in ways.items():
         found = gradient(problem.inputs)
         for name, value in expected.items():
-            np.testing.assert_allclose(
-                found[name], value, rtol=0, atol=8e-7 * np.abs(np.asarray(value)).max(), err_msg=f"{name} {way}"
-            )
+            # A few float32 roundings of terms of about 1.
+            np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-6, err_msg=f"{name} {way}")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -166,8 +166,10 @@ def test_no_schedule_changes_a_gradient(tmp_path):
     expected = saved["as it comes"]
     for name, found in saved.items():
         for key in expected.files:
+            # Another order of summation: a unit in the last place of the largest, or a few of float32.
+            little = 2**-7 if "bfloat16" in key else 1e-5
             scale = np.abs(expected[key]).max()
-            np.testing.assert_allclose(found[key], expected[key], rtol=0, atol=2e-3 * scale, err_msg=f"{key}, {name}")
+            np.testing.assert_allclose(found[key], expected[key], rtol=0, atol=little * scale, err_msg=f"{key}, {name}")
 
 
 if __name__ == "__main__":

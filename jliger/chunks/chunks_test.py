@@ -31,7 +31,7 @@ def test_any_chunk_size_gives_the_same(reduction, implementation):
 
 
 def dynamic(problem, implementation, differentiate):
-    """A function of `where` alone, compiled once: how many tokens count is known on the device only."""
+    """A function of `where`, compiled once: how many tokens count is known on the device only."""
     options = {name: value for name, value in problem.options.items() if name != "where"}
 
     def loss(inputs, where):
@@ -42,13 +42,13 @@ def dynamic(problem, implementation, differentiate):
         return jnp.sum(value * problem.cotangent), (value, metrics.predictions)
 
     if not differentiate:
-        return jax.jit(lambda where: {"value": loss(problem.inputs, where)[1][0]})
+        return functools.partial(jax.jit(lambda inputs, where: {"value": loss(inputs, where)[1][0]}), problem.inputs)
 
-    def value_and_grads(where):
-        (_, (value, predictions)), grads = jax.value_and_grad(loss, has_aux=True)(problem.inputs, where)
+    def value_and_grads(inputs, where):
+        (_, (value, predictions)), grads = jax.value_and_grad(loss, has_aux=True)(inputs, where)
         return {"value": value, "predictions": predictions, **grads}
 
-    return jax.jit(value_and_grads)
+    return functools.partial(jax.jit(value_and_grads), problem.inputs)
 
 
 def masks(tokens):
