@@ -73,20 +73,18 @@ class CrossEntropy:
 
     def coefficients(self, labels: Labels, weights: LossWeights) -> Coefficients:
         """Those of `total`, which is linear in every stat but the log-sum-exp, in which it is quadratic."""
-        zeros = jnp.zeros_like(weights.cross_entropy)
-        empty_row = RowStats(
-            zeros, zeros, zeros, jnp.zeros_like(zeros, jnp.int32), zeros if self.label_smoothing else None
-        )
+        zeros = 0 * weights.cross_entropy  # sharded as they are
+        empty_row = RowStats(zeros, zeros, zeros, zeros.astype(jnp.int32), zeros if self.label_smoothing else None)
 
-        def derivatives(log_sum: Float[Array, "*B"]) -> RowStats:
+        def derivatives(log_sum: Float[Array, "*B"], weights: LossWeights) -> RowStats:
             return jax.grad(self.total, allow_int=True)(empty_row._replace(log_sum=log_sum), labels, weights)
 
+        coefficients = coefficients_of(derivatives(zeros, weights))
         if not self.z_loss:
-            return coefficients_of(derivatives(zeros))
-        at_zero, by_log_sum = jax.jvp(
-            lambda log_sum: derivatives(log_sum)._replace(prediction=zeros), (zeros,), (zeros + 1,)
-        )
-        return coefficients_of(at_zero)._replace(probability_lse=by_log_sum.log_sum)
+            return coefficients
+        # The z-loss alone is quadratic, with a derivative of 0 at 0.
+        slope = derivatives(zeros + 1, weights._replace(cross_entropy=zeros)).log_sum
+        return coefficients._replace(probability_lse=slope)
 
 
 def coefficients_of(cotangents: RowStats) -> Coefficients:

@@ -66,7 +66,8 @@ def _partitioned(form: Form, tree: Any, roles: tuple[Role, ...]) -> Callable[...
 
 
 def _spec(array: Any) -> Any:
-    return () if array.sharding is None else array.sharding.spec
+    # Arrays of one device come with a sharding that has no spec.
+    return getattr(array.sharding, "spec", ())
 
 
 def _without_mesh(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, get_abstract_mesh, reshard
+from jax.sharding import AbstractMesh, NamedSharding, get_abstract_mesh, reshard
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -18,10 +18,10 @@ from jliger.sharding.share import run_share
 
 def run(form: Form, tokens: Tokens, head: Head, per_token: Any) -> Result:
     """The form on tokens of any leading dimensions, wherever its operands are."""
-    mesh = get_abstract_mesh()
-    if not mesh.empty and mesh.manual_axes:
+    mesh = _mesh_of(tokens.hidden, head.kernel, tokens.labels)
+    if mesh.manual_axes:
         return _run_manual(form, tokens, head, per_token)
-    if not mesh.empty and mesh.are_all_axes_explicit:
+    if _is_explicit(mesh):
         return _run_explicit(form, mesh, tokens, head, per_token)
     if jax.device_count() > 1 and tokens.labels.ndim:
         from jliger.sharding.auto import run_partitioned
@@ -46,10 +46,11 @@ def label_weights(
         columns = labels - first_column(config.vocab_axes, class_weights.size)
         here = (columns >= 0) & (columns < class_weights.size)
         return jax.lax.psum(jnp.where(here, class_weights.at[columns].get(mode="clip"), 0), config.vocab_axes)
-    mesh = get_abstract_mesh()
-    if not mesh.empty and mesh.are_all_axes_explicit:
-        spec = jax.typeof(labels).sharding.spec
-        return reshard(class_weights, P(None)).at[labels].get(mode="clip", out_sharding=spec)
+    mesh = _mesh_of(labels, class_weights)
+    if _is_explicit(mesh):
+        whole = reshard(class_weights, NamedSharding(mesh, P(None)))
+        spec = NamedSharding(mesh, jax.typeof(labels).sharding.spec)
+        return whole.at[labels].get(mode="clip", out_sharding=spec)
     return class_weights.at[labels].get(mode="clip")
 
 
@@ -99,27 +100,42 @@ def _run_explicit(form: Form, mesh: AbstractMesh, tokens: Tokens, head: Head, pe
     operands = (tokens, head, per_token)
     in_specs = jax.tree.map(plan.spec, operand_roles(*operands))
     out_specs = jax.tree.map(lambda role: plan.spec(role, result=True), result_roles(form))
-    operands = jax.tree.map(reshard, operands, in_specs)
+    operands = jax.tree.map(lambda array, spec: reshard(array, NamedSharding(mesh, spec)), operands, in_specs)
 
     def share(*operands: Any) -> Result:
         return run_share(form, plan, *operands)
 
     # Sums over devices are made, and stated, in `run_share`; what they are typed as is for `out_specs` to say.
-    result = jax.shard_map(share, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
-    return result if result.grads is None else result._replace(grads=_like_inputs(result.grads, tokens, head))
+    result = jax.shard_map(share, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
+    return result if result.grads is None else result._replace(grads=_like_inputs(mesh, result.grads, tokens, head))
 
 
-def _like_inputs(grads: Any, tokens: Tokens, head: Head) -> Any:
+def _like_inputs(mesh: AbstractMesh, grads: Any, tokens: Tokens, head: Head) -> Any:
     """Gradients sharded like their inputs, where the plan had left an axis out."""
 
     def like(grad: Array | None, primal: Array | None) -> Array | None:
-        return None if grad is None or primal is None else reshard(grad, jax.typeof(primal).sharding.spec)
+        if grad is None or primal is None:
+            return None
+        return reshard(grad, NamedSharding(mesh, jax.typeof(primal).sharding.spec))
 
     return grads._replace(
         hidden=like(grads.hidden, tokens.hidden),
         kernel=like(grads.kernel, head.kernel),
         bias=like(grads.bias, head.bias),
     )
+
+
+def _mesh_of(*arrays: Array) -> AbstractMesh:
+    """The mesh in scope; without one, that of the arrays' types."""
+    mesh = get_abstract_mesh()
+    for array in arrays:
+        if mesh.empty:
+            mesh = jax.typeof(array).sharding.mesh
+    return mesh
+
+
+def _is_explicit(mesh: AbstractMesh) -> bool:
+    return not mesh.empty and mesh.are_all_axes_explicit
 
 
 def _varying(array: Array) -> frozenset[str]:

@@ -21,12 +21,14 @@ class Plan(NamedTuple):
       scattered: for each dimension of the kernel, token axes that shard its gradient too (FSDP): the kernel is gathered
         over them, and its gradient's sum scattered.
       vocab_dim: which dimension of the kernel is the vocabulary.
+      single: axes of one device, which are in specs, and over which nothing is moved.
     """
 
     batch: tuple[Axes, ...]
     vocab: Axes
     scattered: tuple[Axes, Axes]
     vocab_dim: int
+    single: frozenset[str] = frozenset()
 
     @classmethod
     def make(
@@ -45,7 +47,8 @@ class Plan(NamedTuple):
         by_dim = _axes_of(*kernel, sizes)
         vocab = tuple(axis for axis in by_dim[vocab_dim] if axis not in tokens)
         first, second = (tuple(axis for axis in axes if axis in tokens) for axes in by_dim)
-        return cls(batch, vocab, (first, second), vocab_dim)
+        single = frozenset(axis for axis, size in sizes.items() if size == 1)
+        return cls(batch, vocab, (first, second), vocab_dim, single)
 
     def spec(self, role: Role, *, result: bool = False) -> P:
         """How an array of this role is sharded as operand, or as result."""
@@ -60,19 +63,27 @@ class Plan(NamedTuple):
         return P(*(_entry(axes + self.scattered[dim] if result else axes) for dim, axes in enumerate(vocab)))
 
     @property
-    def summed(self) -> Axes:
-        """Token axes over which the kernel's gradient is summed and stays whole."""
-        scattered = {axis for axes in self.scattered for axis in axes}
-        return tuple(axis for axes in self.batch for axis in axes if axis not in scattered)
+    def columns(self) -> Axes:
+        """Axes over which devices' columns come together."""
+        return self._moving(self.vocab)
 
     @property
     def tokens(self) -> Axes:
-        return tuple(axis for axes in self.batch for axis in axes)
+        """Axes over which devices' tokens come together."""
+        return self._moving(tuple(axis for axes in self.batch for axis in axes))
+
+    @property
+    def summed(self) -> Axes:
+        """Token axes over which the kernel's gradient is summed and stays whole."""
+        return tuple(axis for axis in self.tokens if all(axis not in axes for axes in self.scattered))
+
+    def _moving(self, axes: Axes) -> Axes:
+        return tuple(axis for axis in axes if axis not in self.single)
 
     def sum_kernel_grad(self, grad: Array) -> Array:
         if self.summed:
             grad = jax.lax.psum(grad, self.summed)
-        for dim, axes in enumerate(self.scattered):
+        for dim, axes in enumerate(map(self._moving, self.scattered)):
             if axes:
                 grad = jax.lax.psum_scatter(grad, axes, scatter_dimension=dim, tiled=True)
         return grad
@@ -102,7 +113,7 @@ def _axes_of(shape: tuple[int, ...], spec: Any, sizes: Mapping[str, int]) -> lis
         parts = 1
         for axis in axes:
             parts *= sizes[axis]
-        found.append(tuple(axis for axis in axes if sizes[axis] > 1) if size % parts == 0 else ())
+        found.append(axes if size % parts == 0 else ())
     return found
 
 

@@ -22,7 +22,7 @@ def run_share(form: Form, plan: Plan, tokens: Tokens, head: Head, per_token: Any
     if not tokens.labels.size:
         return _of_no_tokens(form, plan, tokens, head)
     width = head.kernel.shape[plan.vocab_dim]
-    start = first_column(plan.vocab, width)
+    start = first_column(plan.columns, width)
     # Elsewhere a label is no column here; one that is none anywhere stays negative.
     labels = tokens.labels - start
     labels = jnp.where((labels < 0) | (labels >= width), -1, labels)
@@ -30,7 +30,7 @@ def run_share(form: Form, plan: Plan, tokens: Tokens, head: Head, per_token: Any
     per_token = jax.tree.map(lambda array: array.reshape(-1), per_token)
     wanted = _in_sums(form.wanted, plan, tokens)
 
-    merge = functools.partial(merge_over, plan.vocab) if plan.vocab else None
+    merge = functools.partial(merge_over, plan.columns) if plan.columns else None
     stats, grads = None, None
     if form.kind == "stats":
         stats = chunks.token_stats(form.config, flat, head, lean=form.lean)
@@ -39,8 +39,7 @@ def run_share(form: Form, plan: Plan, tokens: Tokens, head: Head, per_token: Any
     else:
         grads = chunks.recompute_form(form.config, wanted, flat, head, *per_token)
     if stats is not None and merge is not None:
-        stats = merge(stats._replace(prediction=stats.prediction + start))
-        stats = stats._replace(prediction=jnp.where(flat.counted, stats.prediction, -1))
+        stats = merge(stats._replace(prediction=jnp.where(flat.counted, stats.prediction + start, -1)))
     if stats is not None:
         stats = jax.tree.map(lambda array: array.reshape(tokens.labels.shape), stats)
     return Result(stats, None if grads is None else _summed(grads, form.wanted, plan, tokens))
@@ -85,7 +84,7 @@ def _in_sums(wanted: GradTypes, plan: Plan, tokens: Tokens) -> GradTypes:
     sums = chunks.accumulator_dtype(tokens.hidden.dtype)
     hidden, kernel, bias = wanted
     return GradTypes(
-        sums if hidden is not None and plan.vocab else hidden,
+        sums if hidden is not None and plan.columns else hidden,
         sums if kernel is not None and plan.tokens else kernel,
         sums if bias is not None and plan.tokens else bias,
     )
@@ -94,7 +93,7 @@ def _in_sums(wanted: GradTypes, plan: Plan, tokens: Tokens) -> GradTypes:
 def _summed(grads: Grads, wanted: GradTypes, plan: Plan, tokens: Tokens) -> Grads:
     hidden, kernel, bias = grads
     if hidden is not None:
-        hidden = jax.lax.psum(hidden, plan.vocab) if plan.vocab else hidden
+        hidden = jax.lax.psum(hidden, plan.columns) if plan.columns else hidden
         hidden = hidden.astype(wanted.hidden).reshape(tokens.hidden.shape)
     if kernel is not None:
         kernel = plan.sum_kernel_grad(kernel).astype(wanted.kernel)
