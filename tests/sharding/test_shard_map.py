@@ -77,7 +77,7 @@ def loss_and_grads(problem, place, mesh, *, check_vma, vocab_axes, token_axes, i
 def check(problem, place, mode="auto", **options):
     mesh = place.mesh(mode)
     arrays = put(problem, place, mesh)
-    loss, grads = loss_and_grads(problem, place, mesh, **options)(arrays)
+    loss, grads = jax.block_until_ready(loss_and_grads(problem, place, mesh, **options)(arrays))
     expected = oracle(problem)
     total = (expected["loss"] * problem.cotangent).sum()
     assert_same({"loss": loss, **grads}, {"loss": total, **{name: expected[name] for name in grads}})
@@ -178,6 +178,7 @@ def test_metrics_of_a_shared_vocabulary(check_vma, reduction):
     )
     arrays = put(problem, place, mesh)
     found = jax.jit(function)(arrays.inputs["hidden"], arrays.inputs["kernel"], arrays.labels)
+    jax.block_until_ready(found)
     assert found.shape == BATCH
     assert_same(found, oracle(problem)["predictions"])
 

@@ -50,7 +50,7 @@ def check(transformed, arrays, mode, place):
     """`transformed(operation, arrays)` is the same with jliger, sharded, as with plain JAX in float64."""
     mesh = PLACES[place].mesh(mode)
     with jax.set_mesh(mesh):
-        found = jax.jit(functools.partial(transformed, FUSED))(put(arrays, place, mesh))
+        found = jax.block_until_ready(jax.jit(functools.partial(transformed, FUSED))(put(arrays, place, mesh)))
     with jax.enable_x64(True):
         wide = {name: jnp.asarray(array) for name, array in arrays.items()}
         expected = jax.jit(functools.partial(transformed, jliger.reference.fused_linear_cross_entropy))(wide)
@@ -179,6 +179,7 @@ def test_nnx_jit(mode, place, reduction):
 
         value, grads = step(model, sharded)
         found = {"loss": value, "kernel": grads["kernel"][...], "scale": grads["scale"][...]}
+        jax.block_until_ready(found)
 
     def loss(kernel, scale):
         hidden = arrays["hidden"] * scale
