@@ -52,7 +52,7 @@ def environment(found: Record) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     flags = f"`XLA_FLAGS={about['xla_flags']}`" if about.get("xla_flags") else "no XLA flags"
     driver = f", driver {about['driver']}" if about.get("driver") else ""
-    rounds = sorted({record["rounds"] for record in records})
+    rounds = sorted({record["rounds"] for record in records if "rounds" in record})
     calls = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     return (
         f"Measured on {about['devices']} × {about['device']}{driver}, Python {about['python']}, {versions}, {flags}, "

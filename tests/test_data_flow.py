@@ -37,8 +37,8 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def gradient_of(problem):
-    """Loss and gradients as a function of inputs and labels."""
+def loss_of(problem):
+    """The loss as a function of inputs and labels."""
 
     def loss(inputs, labels):
         found = jliger.fused_linear_cross_entropy(
@@ -46,7 +46,12 @@ def gradient_of(problem):
         )
         return jnp.sum((found[0] if problem.options.get("return_metrics") else found) * problem.cotangent)
 
-    return jax.value_and_grad(loss)
+    return loss
+
+
+def gradient_of(problem):
+    """Loss and gradients as a function of inputs and labels."""
+    return jax.value_and_grad(loss_of(problem))
 
 
 @functools.cache
@@ -105,7 +110,7 @@ def programs():
             batch=(96,), hidden_size=64, vocab=1000, dtype=dtype, bias=bias, reduction=reduction, chunk_size=32,
             z_loss=1e-3, ignored=0.2, precision="highest",
         )  # fmt: skip
-        gradient = gradient_of(problem)
+        loss, gradient = loss_of(problem), gradient_of(problem)
         inputs, labels = problem.inputs, problem.labels
 
         def scanned(inputs, labels, gradient=gradient):
@@ -115,8 +120,8 @@ def programs():
             zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, inputs, labels))
             return jax.lax.scan(step, zeros, jnp.arange(3))[0]
 
-        def rematted(inputs, labels, gradient=gradient):
-            return jax.grad(jax.checkpoint(lambda inputs: gradient(inputs, labels)[0]))(inputs)
+        def rematted(inputs, labels, loss=loss):
+            return jax.grad(jax.checkpoint(loss))(inputs, labels)
 
         def twice(inputs, labels, gradient=gradient):
             one = gradient(inputs, labels)
