@@ -40,6 +40,10 @@ def mib(amount: float | None) -> str:
 
 def aim(record: Record) -> tuple[str, str]:
     """The share that was aimed at, and whether it was reached, judged before rounding."""
+    if record.get("least_beside") is not None:
+        aimed, found = record["least_beside"], record["of_beside"]
+        reached = "yes" if found >= aimed else "**no**"
+        return f"{aimed} times {record.get('beside', 'loss and gradients')}", f"{reached}, {found:.2f}"
     if record.get("least") is None:
         return NOTHING, NOTHING
     missed = record["least"] - record["of_floor"]
@@ -101,12 +105,11 @@ def ways_table(path: Path, page: Path) -> str:
     for record in found["records"]:
         if record["shape"] != shape:
             continue
-        least, most = record["least_milliseconds"], record["most_milliseconds"]
-        spread = NOTHING if least == most else f"{least:.1f} to {most:.1f}"
-        time = f"{record['milliseconds']:.1f}"
         is_floor = record["name"].startswith("floor: ")
+        spread = NOTHING if is_floor else f"{record['least_milliseconds']:.1f} to {record['most_milliseconds']:.1f}"
+        time = f"{record['milliseconds']:.1f}"
         speed = [NOTHING] * 2 if is_floor else [percent(record["of_floor"]), record["floor"]]
-        rows.append([record["name"], time, spread, *speed, *aim(record), mib(record["extra_mib"])])
+        rows.append([record["name"], time, spread, *speed, *aim(record), mib(record.get("extra_mib"))])
     headings = ("what", "ms", "least to most", "of the floor", "floor", "aim", "reached", "extra MiB")
     return f"At N, H, V = {shape}:\n\n" + markdown(headings, rows)
 
