@@ -43,7 +43,7 @@ def environment() -> Record:
         "tokamax",
     )
     return {
-        "command": " ".join(["python", "-m", "jliger.bench", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "jliger.bench", *map(_without_folder, sys.argv[1:])]),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "python": platform.python_version(),
         "versions": {name: found for name in packages if (found := version(name))},
@@ -51,6 +51,11 @@ def environment() -> Record:
         "devices": len(devices),
         "driver": _driver() if devices[0].platform == "gpu" else None,
     }
+
+
+def _without_folder(argument: str) -> str:
+    """Where on a machine a file was written says nothing about what was measured."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _driver() -> str | None:
