@@ -122,7 +122,7 @@ def test_a_vocabulary_over_several_axes(vocab_axes, check_vma, reduction):
     )
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", pick([True, False], on_gpus=[True], interpreted=[True]))
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shared_vocab", [False, True])
 def test_some_axes_manual_and_the_others_unused(shared_vocab, mode, check_vma):
@@ -151,7 +151,7 @@ def test_tokens_of_two_axes(check_vma):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", pick([True, False], on_gpus=[True], interpreted=[True]))
 def test_metrics_of_a_shared_vocabulary(check_vma, reduction):
     # Predictions are columns of the whole vocabulary, and each device of a group knows them.
     problem = problem_of(reduction, return_metrics=True, z_loss=0.1)
