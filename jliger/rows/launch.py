@@ -8,6 +8,7 @@ import jax
 import jax_triton
 import numpy as np
 from jax.interpreters.partial_eval import dce_rules
+from jax.sharding import NamedSharding, PartitionSpec
 from jax_triton.triton_lib import triton_kernel_call_p
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -87,6 +88,9 @@ def _as_varying(outputs: Sequence[jax.Array], operands: Sequence[jax.Array]) -> 
         return jax.typeof(array).manual_axis_type.varying
 
     axes = frozenset().union(*map(varying, operands))
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.explicit_axes:
+        outputs = [jax.sharding.reshard(output, NamedSharding(mesh, PartitionSpec())) for output in outputs]
     return tuple(
         jax.lax.pcast(output, tuple(axes - varying(output)), to="varying") if axes - varying(output) else output
         for output in outputs
