@@ -135,6 +135,11 @@ def _mesh_of(*arrays: Array) -> AbstractMesh:
 
 
 def _is_explicit(mesh: AbstractMesh) -> bool:
+    if mesh.explicit_axes and mesh.auto_axes:
+        raise NotImplementedError(
+            f"the mesh got Explicit axes {mesh.explicit_axes} and Auto axes {mesh.auto_axes}; make all of them of one "
+            "type, or call from inside a jax.shard_map."
+        )
     return not mesh.empty and mesh.are_all_axes_explicit
 
 
