@@ -89,8 +89,8 @@ def fused_linear_cross_entropy(
       * `"mean"`, `"sum"`: `2·b·C·V` for logits and their gradients, `b·H·V` for the kernel in hidden's dtype if it has
         another, `4·H·V` for a float32 sum of kernel gradients if the kernel is not float32. Not differentiated:
         `b·C·V`, and `b·H·V` as before.
-      * `"none"`: up to about 0.5 GiB on a GPU, whatever `V`; `4·H·V` for that sum, if the kernel is not float32 and
-        there is more than one chunk.
+      * `"none"`: about 0.5 GiB on a GPU, whatever `V`, and a few numbers a token; `4·H·V` for that sum, if the kernel
+        is not float32 and there is more than one chunk.
 
     Args:
       hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only). Products are

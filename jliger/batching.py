@@ -21,7 +21,7 @@ def vmappable(operation: Callable[..., Any], *, sums_tokens: bool) -> Callable[.
     def rule(axis_size: int, in_batched: Any, tokens: Any, head: Any, *per_token: Any) -> tuple[Any, Any]:
         args = (tokens, head, *per_token)
         if sums_tokens or any(jax.tree.leaves(in_batched[1])):
-            out = _map(vmappable(operation, sums_tokens=sums_tokens), axis_size, in_batched, args)
+            out = _map(vmappable(operation, sums_tokens=sums_tokens), in_batched, args)
         else:
 
             def with_batch(array: Any, batched: bool) -> Any:
@@ -34,7 +34,7 @@ def vmappable(operation: Callable[..., Any], *, sums_tokens: bool) -> Callable[.
     return operation_with_rule
 
 
-def _map(function: Callable[..., Any], axis_size: int, in_batched: Any, args: Any) -> Any:
+def _map(function: Callable[..., Any], in_batched: Any, args: Any) -> Any:
     """`jax.lax.map` over those leaves of `args` that are batched."""
     leaves, tree = jax.tree.flatten(args)
     flags = jax.tree.leaves(in_batched)
@@ -45,5 +45,4 @@ def _map(function: Callable[..., Any], axis_size: int, in_batched: Any, args: An
             *tree.unflatten([next(remaining) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)])
         )
 
-    del axis_size  # the leaves know it
     return jax.lax.map(one, [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag])

@@ -24,7 +24,7 @@ def stats_chunk(config: HeadConfig, num_tokens: int, vocab: int) -> int:
 def recompute_tile(config: HeadConfig, num_tokens: int, vocab: int) -> tuple[int, int]:
     """Tokens a chunk and columns a block in the recompute form.
 
-    Each chunk adds to the whole kernel's gradient, so chunks are large; blocks are what then fits in 0.5 GiB.
+    Each chunk adds to the whole kernel's gradient, so chunks are large; blocks are what then fits in about 0.5 GiB.
     """
     on_gpu = config.implementation == "triton"
     chunk = even_chunk(num_tokens, config.chunk_size or (8192 if on_gpu else 1024))
