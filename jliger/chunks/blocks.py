@@ -73,10 +73,15 @@ class Blocks:
         def part(array: Array, dim: int) -> Array:
             return jax.lax.dynamic_slice_in_dim(array, start, self.width, dim)
 
+        def vector(array: Array | None) -> Array | None:
+            if array is None:
+                return None
+            columns = part(array, 0)
+            # As it may start on any four bytes, kernels need a copy; of a mere slice XLA would hand them a pointer.
+            return columns if first is None else jnp.where(jnp.arange(self.width) >= first, columns, 0)
+
         head = Head(
-            part(self.head.kernel, self.config.vocab_dim),
-            None if self.head.bias is None else part(self.head.bias, 0),
-            None if self.head.class_weights is None else part(self.head.class_weights, 0),
+            part(self.head.kernel, self.config.vocab_dim), vector(self.head.bias), vector(self.head.class_weights)
         )
         head = _prepared(head, self.dtype, self.alignment)
         return head.kernel, Block(head.bias, head.class_weights, labels - start, first), start

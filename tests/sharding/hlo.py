@@ -57,7 +57,7 @@ def collectives(text: str) -> list[Collective]:
     for name, lines in computations.items():
         for match in filter(None, map(_COLLECTIVE.search, lines)):
             shapes = _SHAPE.findall(match[1])
-            if match[3] and match[2] in ("all-gather", "collective-permute"):
+            if match[3] and match[2] != "all-reduce":
                 shapes = shapes[len(shapes) // 2 :]  # operands come first, then results
             for dtype, sides in shapes:
                 shape = tuple(int(side) for side in sides.split(",") if side)
