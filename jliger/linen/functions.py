@@ -1,0 +1,58 @@
+"""functions: the operations of a head that is a module, in one line and without a new module."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from jliger.linen.layers import linear_head
+
+
+def fused_linear_cross_entropy(
+    module: nn.Module | Mapping[str, Any], hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any
+) -> Any:
+    """The loss of `module(hidden)`, without the logits `[tokens, V]` ever existing whole.
+
+    Kernel, bias, and dtype and precision of the products are the module's. Flax's own layers neither scale nor cap
+    logits: where the model does so after them, pass `logit_scale` and `logit_softcap`. A `jliger.linen.LMHead` has its
+    own. Inside a model that is being initialised, this makes the layer's parameters, as calling it would.
+
+    Parameters are cast as the module casts them, with two exceptions, for the better: the bias is added in its own
+    dtype, and float32 parameters get gradients that were summed in float32.
+
+    Args:
+      module: the head, from `[*B, H]` to `[*B, V]`, bound to its variables: `jliger.linen.LMHead` or `TiedLMHead`;
+        `flax.linen.Dense`; `flax.linen.DenseGeneral` or `Einsum` that take one last axis to another;
+        `flax.linen.Embed`, whose `attend` is meant. Or the variables alone of one of these, `{"kernel": ...}` with
+        `"bias"` or without, or `{"embedding": ...}`, in a collection `"params"` or not, boxed or not: products are then
+        taken in hidden's dtype.
+      hidden: the model's last hidden states, `[*B, H]`.
+      labels: the label of each token, `[*B]`. They are not shifted here.
+      **options: those of `jliger.fused_linear_cross_entropy`. They come before what the module says.
+
+    Returns:
+      As `jliger.fused_linear_cross_entropy`.
+
+    Raises:
+      NotImplementedError: a module that is no such head.
+      TypeError: an option that is the module's own, such as `bias`; what `jliger.fused_linear_cross_entropy` raises.
+      ValueError: a module that is not bound, or variables of something else; what
+        `jliger.fused_linear_cross_entropy` raises.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jliger
+      >>> from flax import linen as nn
+      >>> class Model(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, tokens, labels):
+      ...         hidden = nn.Embed(32, 8)(tokens)
+      ...         return jliger.linen.fused_linear_cross_entropy(nn.Dense(32, name="logits"), hidden, labels)
+      >>> tokens = jnp.zeros((2, 5), int)
+      >>> variables = Model().init(jax.random.key(0), tokens, tokens)
+      >>> print(variables["params"]["logits"]["kernel"].shape, Model().apply(variables, tokens, tokens).shape)
+      (8, 32) ()
+    """
+    hidden = jnp.asarray(hidden)
+    return linear_head(module, hidden).loss(hidden, labels, **options)

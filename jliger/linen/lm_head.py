@@ -1,0 +1,96 @@
+"""lm_head: a language model's head as a module, with a parameter of its own or tied to an embedding."""
+
+from typing import Any
+
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from jliger import heads
+from jliger.heads import LinearHead
+from jliger.linen import layers
+
+
+class LMHead(nn.Dense):
+    r"""`flax.linen.Dense` that also gives the loss, without the logits `[tokens, V]` ever existing whole.
+
+    Logits are $\mathrm{softcap}(s \cdot (\mathrm{hidden} \cdot \mathrm{kernel} + \mathrm{bias}))$. Parameters, their
+    initial values and boxes, and dtypes are those of `flax.linen.Dense`, so that a checkpoint of one loads into the
+    other. `LMHead.tied` is the head of an embedding.
+
+    Attributes:
+      features: `V`.
+      use_bias: whether there is a bias; as in `flax.linen.Dense` there is.
+      dtype: of the products; None for what hidden states and parameters promote to.
+      param_dtype: of the parameters.
+      precision: of the products.
+      kernel_init: makes the kernel `[H, V]`; `nn.with_partitioning` adds a sharding.
+      bias_init: makes the bias `[V]`.
+      promote_dtype: casts hidden states, kernel and bias in place of flax's function.
+      logit_scale: `s`, a Python number.
+      logit_softcap: `c` in `c · tanh(z / c)`, a Python number, or None.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jliger
+      >>> head = jliger.linen.LMHead(32, logit_softcap=30.0, use_bias=False)
+      >>> hidden, labels = jnp.ones((2, 5, 8)), jnp.zeros((2, 5), int)
+      >>> variables = head.init(jax.random.key(0), hidden)
+      >>> print(head.apply(variables, hidden).shape, head.apply(variables, hidden, labels, method="loss").shape)
+      (2, 5, 32) ()
+    """
+
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    @staticmethod
+    def tied(embed: nn.Embed, *, logit_scale: float = 1.0, logit_softcap: float | None = None) -> "TiedLMHead":
+        """The head whose kernel is `embed`'s embedding `[V, H]`."""
+        return TiedLMHead(embed, logit_scale=logit_scale, logit_softcap=logit_softcap)
+
+    def __call__(self, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
+        """All logits, for sampling."""
+        return self.linear_head(hidden).logits(hidden)
+
+    def loss(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> Any:
+        """The loss of `self(hidden)`. Options, results and errors are those of `jliger.fused_linear_cross_entropy`."""
+        return self.linear_head(hidden).loss(hidden, labels, **options)
+
+    @nn.compact
+    def linear_head(self, hidden: Float[Array, "*B H"]) -> LinearHead:
+        """Parameters, and how they make logits."""
+        heads.check_product(self, self.dot_general, self.dot_general_cls)
+        params = {"kernel": self.param("kernel", self.kernel_init, (hidden.shape[-1], self.features), self.param_dtype)}
+        if self.use_bias:
+            params["bias"] = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        return layers.of_params(self, params, logit_scale=self.logit_scale, logit_softcap=self.logit_softcap)
+
+
+class TiedLMHead(nn.Module):
+    """The head of an embedding: `LMHead.tied` makes it. It has no parameter but that of `embed`.
+
+    Attributes:
+      embed: the embedding.
+      logit_scale: multiplies the logits.
+      logit_softcap: `c` in `c · tanh(z / c)`, or None.
+    """
+
+    embed: nn.Embed
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def __call__(self, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
+        """All logits, for sampling."""
+        return self.linear_head(hidden).logits(hidden)
+
+    def loss(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> Any:
+        """The loss of `self(hidden)`. Options, results and errors are those of `jliger.fused_linear_cross_entropy`."""
+        return self.linear_head(hidden).loss(hidden, labels, **options)
+
+    def linear_head(self, hidden: Float[Array, "*B H"]) -> LinearHead:
+        """Parameters, and how they make logits."""
+        return layers.of_embed(self.embed, hidden, logit_scale=self.logit_scale, logit_softcap=self.logit_softcap)
+
+
+@layers.linear_head.register(LMHead)
+@layers.linear_head.register(TiedLMHead)
+def _(module: LMHead | TiedLMHead, hidden: Array) -> LinearHead:
+    return module.linear_head(hidden)

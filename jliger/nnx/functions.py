@@ -1,0 +1,50 @@
+"""functions: the operations of a head that is a module, in one line and without a new module."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jliger.nnx.layers import linear_head
+
+
+def fused_linear_cross_entropy(
+    module: nnx.Module, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any
+) -> Any:
+    """The loss of `module(hidden)`, without the logits `[tokens, V]` ever existing whole.
+
+    Kernel, bias, and dtype and precision of the products are the module's. Flax's own layers neither scale nor cap
+    logits: where the model does so after them, pass `logit_scale` and `logit_softcap`. `jliger.nnx.LMHead` has its own.
+
+    Parameters are cast as the module casts them, with two exceptions, for the better: the bias is added in its own
+    dtype, and float32 parameters get gradients that were summed in float32.
+
+    Args:
+      module: the head, from `[*B, H]` to `[*B, V]`: `jliger.nnx.LMHead` or `TiedLMHead`; `flax.nnx.Linear`;
+        `flax.nnx.LinearGeneral` or `Einsum` that take one last axis to another; `flax.nnx.Embed`, whose `attend` is
+        meant; `flax.nnx.LoRALinear`, or a `flax.nnx.LoRA` whose `base_module` is a linear one of these. A LoRA's
+        kernels are never merged.
+      hidden: the model's last hidden states, `[*B, H]`.
+      labels: the label of each token, `[*B]`. They are not shifted here.
+      **options: those of `jliger.fused_linear_cross_entropy`. They come before what the module says.
+
+    Returns:
+      As `jliger.fused_linear_cross_entropy`.
+
+    Raises:
+      NotImplementedError: a module that is no such head.
+      TypeError: an option that is the module's own, such as `bias`; what `jliger.fused_linear_cross_entropy` raises.
+      ValueError: what `jliger.fused_linear_cross_entropy` raises.
+
+    Example:
+      >>> import jax.numpy as jnp, jliger
+      >>> from flax import nnx
+      >>> head = nnx.Linear(8, 32, rngs=nnx.Rngs(0))
+      >>> hidden, labels = jnp.ones((2, 5, 8)), jnp.zeros((2, 5), int)
+      >>> grads = nnx.grad(jliger.nnx.fused_linear_cross_entropy)(head, hidden, labels)
+      >>> print(grads.kernel.shape, grads.bias.shape)
+      (8, 32) (32,)
+    """
+    hidden = jnp.asarray(hidden)
+    return linear_head(module, hidden).loss(hidden, labels, **options)

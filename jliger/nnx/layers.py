@@ -1,0 +1,82 @@
+"""layers: heads that a model already has, made of flax's own layers, as `LinearHead`."""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from jaxtyping import Array, Float
+
+from jliger import heads
+from jliger.heads import LinearHead, Promote
+
+
+@functools.singledispatch
+def linear_head(module: Any, hidden: Float[Array, "*B H"]) -> LinearHead:
+    """What `module` computes of hidden states: its parameters, and how they make logits."""
+    raise NotImplementedError(
+        f"module got a {type(module).__name__}; pass a jliger.nnx.LMHead or flax's Linear, LinearGeneral, Einsum, "
+        "Embed, LoRALinear or LoRA, or the head's arrays to jliger.fused_linear_cross_entropy."
+    )
+
+
+@linear_head.register
+def _(module: nnx.Linear, hidden: Array) -> LinearHead:
+    heads.check_own_method(module, nnx.Linear, "__call__")
+    return of_linear(module)
+
+
+@linear_head.register
+def _(module: nnx.LinearGeneral, hidden: Array) -> LinearHead:
+    heads.check_own_method(module, nnx.LinearGeneral, "__call__")
+    heads.check_one_last_axis(module, module.axis, module.batch_axis, module.kernel.shape)
+    heads.check_product(module, module.dot_general, module.dot_general_cls)
+    return _head(module, module.kernel, module.bias)
+
+
+@linear_head.register
+def _(module: nnx.Einsum, hidden: Array) -> LinearHead:
+    heads.check_own_method(module, nnx.Einsum, "__call__")
+    heads.check_product(module, module.einsum_op)
+    return _head(module, module.kernel, module.bias, kernel_layout=heads.einsum_layout(module.einsum_str))
+
+
+@linear_head.register
+def _(module: nnx.Embed, hidden: Array) -> LinearHead:
+    heads.check_own_method(module, nnx.Embed, "attend")
+    return of_embed(module)
+
+
+def of_linear(module: nnx.Linear, **changes: Any) -> LinearHead:
+    heads.check_product(module, module.dot_general)
+    return _head(module, module.kernel, module.bias, **changes)
+
+
+def of_embed(module: nnx.Embed, **changes: Any) -> LinearHead:
+    return _head(module, module.embedding, kernel_layout="vh", **changes)
+
+
+def _head(module: Any, kernel: nnx.Variable, bias: nnx.Variable | None = None, **changes: Any) -> LinearHead:
+    return LinearHead(
+        kernel=kernel[...],
+        bias=None if bias is None else jnp.reshape(bias[...], -1),
+        dtype=module.dtype,
+        promote=_promote(module),
+        logits_dtype=getattr(module, "preferred_element_type", None),
+        precision=getattr(module, "precision", None),
+        **changes,
+    )
+
+
+def _promote(module: Any) -> Promote | None:
+    """What flax's `promote_dtype` does is known; another may do anything, and is called."""
+    if module.promote_dtype is dtypes.promote_dtype:
+        return None
+
+    def promote(hidden: Array, kernel: Array, bias: Array | None) -> Any:
+        if isinstance(module, nnx.Embed):
+            return *module.promote_dtype((hidden, kernel), dtype=module.dtype), None
+        return module.promote_dtype((hidden, kernel, bias), dtype=module.dtype)
+
+    return promote
