@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger import checks, gradients, sharding
+from jliger.adapter import LinearAdapter, with_adapter
+from jliger.arguments import column_validity, counted_tokens, head_arguments, label_columns
 from jliger.chunks import accumulator_dtype
 from jliger.config import HeadConfig, KernelLayout
 from jliger.cross_entropy import CrossEntropy, Labels, LossWeights
 from jliger.gradients import Context, Inputs
-from jliger.platform import fitting_implementation, target_compute_capability
-from jliger.rows import Implementation
+from jliger.rows import Implementation, StatsWanted
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -62,6 +63,7 @@ def fused_linear_cross_entropy(
     precision: jax.lax.PrecisionLike = None,
     chunk_size: int | None = None,
     vocab_axis_name: str | tuple[str, ...] | None = None,
+    adapter: LinearAdapter | None = None,
     implementation: Implementation | None = None,
 ) -> Loss | tuple[Loss, CrossEntropyMetrics]:
     r"""Cross entropy of a linear head, without the logits `[tokens, V]` ever existing whole.
@@ -121,6 +123,8 @@ def fused_linear_cross_entropy(
         `2²³ / V`, between 128 and 1024 (`"none"`: 1024).
       vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, over which the kernel's columns (and bias and
         class weights) are spread; labels are columns of the whole. Elsewhere shardings are followed by themselves.
+      adapter: a `jliger.LinearAdapter`: logits become those of `hidden · (kernel + scale · a · b)`, and gradients flow
+        to `a`, `b` and `scale` too.
       implementation: `"triton"` for NVIDIA GPUs, `"xla"` for any device, None for what fits the default device.
 
     Returns:
@@ -144,60 +148,48 @@ def fused_linear_cross_entropy(
       >>> print(metrics.weight, bool(jnp.allclose(loss, metrics.cross_entropy + metrics.z_loss)))
       8.0 True
     """
-    checks.check_logit_options(
-        kernel_layout=kernel_layout,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        ignore_index=ignore_index,
-        chunk_size=chunk_size,
-        implementation=implementation,
-    )
     checks.check_number("label_smoothing", label_smoothing, least=0, most=1)
     checks.check_number("z_loss", z_loss, least=0)
     checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
-    vocab_axes = checks.check_axes("vocab_axis_name", vocab_axis_name)
-    implementation = implementation or fitting_implementation()
-
-    hidden, kernel, labels = jnp.asarray(hidden), jnp.asarray(kernel), jnp.asarray(labels)
-    bias, where, weights, class_weights = (
-        None if array is None else jnp.asarray(array) for array in (bias, where, weights, class_weights)
+    config, inputs, labels, where, adapter = head_arguments(
+        hidden,
+        kernel,
+        labels,
+        bias=bias,
+        where=where,
+        ignore_index=ignore_index,
+        kernel_layout=kernel_layout,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        logits_dtype=logits_dtype,
+        precision=precision,
+        chunk_size=chunk_size,
+        vocab_axis_name=vocab_axis_name,
+        adapter=adapter,
+        implementation=implementation,
+        stats_wanted=StatsWanted(weighted_sum=label_smoothing > 0),
     )
-    checks.check_operands(hidden, kernel, labels, bias, kernel_layout=kernel_layout, implementation=implementation)
-    vocab_dim = 1 if kernel_layout == "hv" else 0
-    if where is not None:
-        checks.check_where(where, labels)
     if weights is not None:
+        weights = jnp.asarray(weights)
         checks.check_weights(weights, labels)
     if class_weights is not None:
-        checks.check_vocab_vector("class_weights", class_weights, kernel, vocab_dim)
+        class_weights = jnp.asarray(class_weights)
+        checks.check_vocab_vector("class_weights", class_weights, inputs.kernel, config.vocab_dim)
     if normalizer is not None:
         normalizer = jnp.asarray(normalizer)
         checks.check_shape("normalizer", normalizer, (), "a scalar")
-    logits_dtype = jnp.dtype(hidden.dtype if logits_dtype is None else logits_dtype)
-    checks.check_logits_dtype(logits_dtype, hidden, implementation)
 
     call = _Call(
-        config=HeadConfig(
-            kernel_layout=kernel_layout,
-            logit_scale=float(logit_scale),
-            logit_softcap=None if logit_softcap is None else float(logit_softcap),
-            logits_dtype=logits_dtype,
-            precision=jax.config.jax_default_matmul_precision if precision is None else precision,
-            chunk_size=None if chunk_size is None else int(chunk_size),
-            implementation=implementation,
-            compute_capability=target_compute_capability(),
-            with_weighted_sum=label_smoothing > 0,
-            vocab_axes=vocab_axes,
-        ),
+        config=config,
         label_smoothing=float(label_smoothing),
         z_loss=float(z_loss),
         reduction=reduction,
         ignore_index=int(ignore_index),
     )
     loss, metrics = _fused_linear_cross_entropy(
-        call, Inputs(hidden, kernel, bias), labels, where, weights, class_weights, normalizer
+        call, inputs, adapter, labels, where, weights, class_weights, normalizer
     )
     return (loss, metrics) if return_metrics else loss
 
@@ -217,6 +209,7 @@ class _Call:
 def _fused_linear_cross_entropy(
     call: _Call,
     inputs: Inputs,
+    adapter: LinearAdapter | None,
     labels: Int[Array, "*B"],
     where: Bool[Array, "*B"] | None,
     weights: Float[Array, "*B"] | None,
@@ -224,20 +217,21 @@ def _fused_linear_cross_entropy(
     normalizer: Float[Array, ""] | None,
 ) -> tuple[Loss, CrossEntropyMetrics]:
     dtype = accumulator_dtype(inputs.hidden.dtype)
+    inputs = with_adapter(call.config, inputs, adapter)
     weights, class_weights, normalizer = jax.lax.stop_gradient((weights, class_weights, normalizer))
     loss_function = CrossEntropy(call.label_smoothing, call.z_loss, sharding.vocab_size(call.config, inputs.kernel))
-    counted = _counted(labels, where, call.ignore_index)
-    columns = _columns(labels, counted, loss_function.vocab_size)
+    counted = counted_tokens(labels, where, call.ignore_index)
+    columns = label_columns(labels, counted, loss_function.vocab_size)
     token_weights = jnp.where(counted, 1 if weights is None else weights, 0).astype(dtype)
     weight = token_weights.sum()
-    loss_labels = Labels(jnp.where(columns >= 0, 1, jnp.nan).astype(dtype), None, float(loss_function.vocab_size))
+    loss_labels = Labels(column_validity(columns, dtype), None, float(loss_function.vocab_size))
     if class_weights is not None:
         class_weights = class_weights.astype(dtype)
         loss_labels = loss_labels._replace(
             weights=sharding.label_weights(call.config, class_weights, columns),
             total_weight=sharding.total_class_weight(call.config, class_weights),
         )
-    context = Context(columns, counted, class_weights if call.config.with_weighted_sum else None)
+    context = Context(columns, counted, class_weights if call.config.stats_wanted.weighted_sum else None)
 
     if call.reduction == "none":
         stats = gradients.token_stats(call.config, inputs, context)
@@ -262,19 +256,6 @@ def _fused_linear_cross_entropy(
             predictions=stats.prediction,
         )
     )
-
-
-def _counted(labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int) -> Bool[Array, "*B"]:
-    limits = jnp.iinfo(labels.dtype)
-    # A dtype that cannot hold ignore_index has no label equal to it; a comparison would wrap it around.
-    counted = labels != ignore_index if limits.min <= ignore_index <= limits.max else jnp.full(labels.shape, True)
-    return counted if where is None else counted & where
-
-
-def _columns(labels: Int[Array, "*B"], counted: Bool[Array, "*B"], vocab_size: int) -> Int[Array, "*B"]:
-    """Labels as int32 columns: −1 where a label that counts is none, 0 where a token doesn't count."""
-    inside = (labels >= 0) & (labels <= min(vocab_size - 1, jnp.iinfo(labels.dtype).max))
-    return jnp.where(counted, jnp.where(inside, labels, 0).astype(jnp.int32) - ~inside, 0)
 
 
 def _inverse(divisor: Float[Array, ""]) -> Float[Array, ""]:

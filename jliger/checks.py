@@ -108,6 +108,31 @@ def check_operands(
         check_vocab_vector("bias", bias, kernel, vocab_dim)
 
 
+def check_adapter(adapter: Any, hidden: Any, kernel: Any, vocab_dim: int) -> None:
+    """A `LinearAdapter` that fits the head."""
+    for name, side, dim, size, what in (
+        ("a", adapter.a, 0, hidden.shape[-1], "[H, R]"),
+        ("b", adapter.b, 1, kernel.shape[vocab_dim], "[R, V]"),
+    ):
+        _check_floating(f"adapter.{name}", side)
+        if side.dtype not in (hidden.dtype, np.dtype("float32")):
+            raise TypeError(
+                f"adapter.{name} got dtype {side.dtype} with hidden of {hidden.dtype}; pass hidden's dtype or float32."
+            )
+        if side.ndim != 2 or side.shape[dim] != size:
+            raise ValueError(
+                f"adapter.{name} got shape {side.shape}; pass {what} for hidden of shape {hidden.shape} and a "
+                f"vocabulary of {kernel.shape[vocab_dim]} (whatever kernel_layout says)."
+            )
+    if adapter.a.shape[1] != adapter.b.shape[0] or adapter.a.shape[1] == 0:
+        raise ValueError(
+            f"adapter got a of shape {adapter.a.shape} and b of shape {adapter.b.shape}; pass [H, R] and [R, V] of one "
+            "rank R of at least 1."
+        )
+    if jnp.ndim(adapter.scale) != 0:
+        raise ValueError(f"adapter.scale got shape {jnp.shape(adapter.scale)}; pass a scalar.")
+
+
 def check_shape(name: str, array: Any, shape: tuple[int, ...], what: str) -> None:
     if array.shape != shape:
         raise ValueError(f"{name} got shape {array.shape}; pass {what}, {shape}.")

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from jliger.rows import Implementation, LogitMap
+from jliger.rows import Implementation, LogitMap, StatsWanted
 
 KernelLayout = Literal["hv", "vh"]
 
@@ -24,7 +24,7 @@ class HeadConfig:
       chunk_size: tokens a chunk, or None for the rule in `jliger.chunks`.
       implementation: the backend of the row functions.
       compute_capability: the GPU to compile for, or None for the one present.
-      with_weighted_sum: whether the loss needs `RowStats.weighted_sum`.
+      stats_wanted: which of the stats that not every loss needs.
       vocab_axes: inside a user's `shard_map`, the manual axes over which the kernel's columns are spread.
     """
 
@@ -36,13 +36,18 @@ class HeadConfig:
     chunk_size: int | None
     implementation: Implementation
     compute_capability: int | None
-    with_weighted_sum: bool
+    stats_wanted: StatsWanted
     vocab_axes: tuple[str, ...] = ()
 
     @property
     def vocab_dim(self) -> int:
         """Which dimension of the kernel is the vocabulary."""
         return 1 if self.kernel_layout == "hv" else 0
+
+    @property
+    def of_adapter(self) -> "HeadConfig":
+        """For products with an adapter, whose layout is always `[R, V]`."""
+        return dataclasses.replace(self, kernel_layout="hv")
 
     def logit_map(self, width: int) -> LogitMap:
         return LogitMap(self.logit_scale, self.logit_softcap, width)

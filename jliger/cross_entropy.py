@@ -79,7 +79,7 @@ class CrossEntropy:
         def derivatives(log_sum: Float[Array, "*B"], weights: LossWeights) -> RowStats:
             return jax.grad(self.total, allow_int=True)(empty_row._replace(log_sum=log_sum), labels, weights)
 
-        coefficients = coefficients_of(derivatives(zeros, weights))
+        coefficients = coefficients_of(derivatives(zeros, weights), None)
         if not self.z_loss:
             return coefficients
         # The z-loss alone is quadratic, with a derivative of 0 at 0.
@@ -87,13 +87,18 @@ class CrossEntropy:
         return coefficients._replace(probability_lse=slope)
 
 
-def coefficients_of(cotangents: RowStats) -> Coefficients:
-    """The coefficients of logit gradients, from cotangents of the stats.
+def coefficients_of(cotangents: RowStats, mean_logit: Float[Array, "*B"] | None) -> Coefficients:
+    """The coefficients of logit gradients, from cotangents of the stats; None among these stands for 0.
 
-    The maximum is a mere shift between `log_sum` and the log-sum-exp, whose derivative is `p`; its own is left out.
+    The maximum is a mere shift: between `log_sum` and the log-sum-exp, whose derivative is `p`, and between
+    `mean_logit` and `Σ p·z`, whose derivative is `p · (z − Σ p·z)`. Its own is left out.
     """
+    probability = cotangents.log_sum
+    if cotangents.mean_logit is not None and mean_logit is not None:
+        probability = probability - cotangents.mean_logit * mean_logit
     return Coefficients(
-        probability=cotangents.log_sum,
+        probability=probability,
         label=-cotangents.label_logit,
         smoothing=None if cotangents.weighted_sum is None else -cotangents.weighted_sum,
+        probability_logit=cotangents.mean_logit,
     )

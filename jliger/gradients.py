@@ -29,6 +29,8 @@ class Inputs(NamedTuple):
     hidden: Float[Array, "*B H"] | Any
     kernel: Float[Array, "H V"] | Float[Array, "V H"] | Any
     bias: Float[Array, " V"] | None
+    adapted: Float[Array, "*B R"] | None = None
+    adapter: Float[Array, "R V"] | None = None
 
 
 class Context(NamedTuple):
@@ -57,7 +59,7 @@ def _weighted_loss_fwd(
     perturbed = _perturbed(inputs)
     inputs, context, labels, weights = _values((inputs, context, labels, weights))
     sums = accumulator_dtype(inputs.hidden.dtype)
-    wanted = _only(perturbed, GradTypes(inputs.hidden.dtype, sums, sums))
+    wanted = _only(perturbed, GradTypes(inputs.hidden.dtype, sums, sums, inputs.hidden.dtype, sums))
     coefficients, unit = _in_units(loss.coefficients(labels, weights), inputs.hidden)
     stats, grads = _run(Form("forward", config, wanted), inputs, context, coefficients)
     assert stats is not None
@@ -92,13 +94,16 @@ def _token_stats_fwd(config: HeadConfig, inputs: Any, context: Any) -> tuple[Row
     stats = _stats(Form("stats", config, lean=True), inputs, context)
     flags = [jnp.zeros((int(flag),), jnp.bool) for flag in perturbed]
     # From max and log-sum alone the row functions know every probability again.
-    return stats, (inputs, context, (stats.max, stats.log_sum), flags)
+    return stats, (inputs, context, (stats.max, stats.log_sum), stats.mean_logit, flags)
 
 
 def _token_stats_bwd(config: HeadConfig, residuals: Any, cotangents: Any) -> tuple[Inputs, None]:
-    inputs, context, kept, flags = residuals
+    inputs, context, kept, mean_logit, flags = residuals
+    if _is_symbolic_zero(cotangents.mean_logit):
+        cotangents = cotangents._replace(mean_logit=None)  # nothing is computed for an entropy that nobody uses
     cotangents = jax.tree.map(_instantiated, cotangents, is_leaf=_is_symbolic_zero)
-    coefficients = jax.tree.map(functools.partial(sharding.whole_cotangent, config), coefficients_of(cotangents))
+    coefficients = coefficients_of(cotangents, mean_logit)
+    coefficients = jax.tree.map(functools.partial(sharding.whole_cotangent, config), coefficients)
     coefficients, unit = _in_units(coefficients, inputs.hidden)
     wanted = _only([flag.size > 0 for flag in flags], GradTypes(*_own_dtypes(inputs)))
     grads = _run(Form("recompute", config, wanted), inputs, context, *kept, coefficients).grads
@@ -118,8 +123,8 @@ def _stats(form: Form, inputs: Inputs, context: Context) -> RowStats:
 
 
 def _run(form: Form, inputs: Inputs, context: Context, *per_token: Any) -> Result:
-    tokens = Tokens(inputs.hidden, context.labels, context.counted)
-    head = Head(inputs.kernel, inputs.bias, context.class_weights)
+    tokens = Tokens(inputs.hidden, context.labels, context.counted, inputs.adapted)
+    head = Head(inputs.kernel, inputs.bias, context.class_weights, inputs.adapter)
 
     def run(tokens: Tokens, head: Head, *per_token: Any) -> Result:
         return sharding.run(form, tokens, head, per_token)
@@ -165,7 +170,7 @@ def _only(perturbed: list[bool], dtypes: GradTypes) -> GradTypes:
 
 
 def _with_placeholders(grads: Grads | None) -> Grads:
-    return Grads(*(jnp.zeros((0,)) if grad is None else grad for grad in grads or (None,) * 3))
+    return Grads(*(jnp.zeros((0,)) if grad is None else grad for grad in grads or (None,) * len(Grads._fields)))
 
 
 def _empty_like(inputs: Inputs) -> Inputs:
@@ -183,5 +188,8 @@ def _scaled(config: HeadConfig, grads: Grads, factor: Float[Array, ""] | None, l
             grad = grad.astype(jnp.promote_types(grad.dtype, factor.dtype)) * factor
         return sharding.sum_to_type(grad, like).astype(like.dtype)
 
-    hidden, kernel, bias = (scaled(grad, empty) for grad, empty in zip(grads, like, strict=True))
-    return Inputs(None if hidden is None else sharding.split_cotangent(config, hidden), kernel, bias)
+    found = Inputs(*map(scaled, grads, like))
+    return found._replace(
+        hidden=None if found.hidden is None else sharding.split_cotangent(config, found.hidden),
+        adapted=None if found.adapted is None else sharding.split_cotangent(config, found.adapted),
+    )

@@ -1,5 +1,7 @@
 """The three matrix products of a linear head, for a kernel in either layout, none of which transposes anything."""
 
+from typing import Any
+
 import jax
 from jaxtyping import Array, Float
 
@@ -7,10 +9,15 @@ from jliger.config import HeadConfig
 
 
 def logits_product(
-    config: HeadConfig, hidden: Float[Array, "T H"], kernel: Float[Array, "H V"] | Float[Array, "V H"]
+    config: HeadConfig,
+    hidden: Float[Array, "T H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    adapted: Float[Array, "T R"] | None = None,
+    adapter: Float[Array, "R V"] | None = None,
 ) -> Float[Array, "T V"]:
-    """`hidden · kernel`, rounded to `config.logits_dtype`."""
-    return _dot(config, hidden, kernel, 1, 1 - config.vocab_dim, config.logits_dtype)
+    """`hidden · kernel + adapted · adapter`, rounded to `config.logits_dtype`."""
+    product = _dot(config, hidden, kernel, 1, 1 - config.vocab_dim, config.logits_dtype)
+    return product if adapter is None else product + _dot(config, adapted, adapter, 1, 0, config.logits_dtype)
 
 
 def hidden_grad_product(
@@ -35,7 +42,7 @@ def kernel_grad_product(
 
 
 def _dot(
-    config: HeadConfig, left: Array, right: Array, left_dim: int, right_dim: int, dtype: jax.typing.DTypeLike
+    config: HeadConfig, left: Any, right: Any, left_dim: int, right_dim: int, dtype: jax.typing.DTypeLike
 ) -> Array:
     return jax.lax.dot_general(
         left,

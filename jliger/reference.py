@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.api import CrossEntropyMetrics
+from jliger.logprobs import LinearLogprobs
 
 
 def fused_linear_cross_entropy(
@@ -30,6 +31,7 @@ def fused_linear_cross_entropy(
     reduction: str = "mean",
     normalizer: Float[Array, ""] | float | None = None,
     return_metrics: bool = False,
+    adapter: Any = None,
     logits_dtype: jax.typing.DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
     **unused: Any,
@@ -40,27 +42,9 @@ def fused_linear_cross_entropy(
     `chunk_size`, `vocab_axis_name` and `implementation` are taken and mean nothing. A label out of range gives NaN.
     """
     del unused
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    product = jnp.einsum(
-        "...h,hv->...v" if kernel_layout == "hv" else "...h,vh->...v",
-        hidden,
-        kernel.astype(hidden.dtype),
-        precision=precision,
-        preferred_element_type=logits_dtype or hidden.dtype,
-    )
-    logits = product.astype(dtype)
-    if bias is not None:
-        logits = logits + bias.astype(dtype)
-    logits = logits * logit_scale
-    if logit_softcap is not None:
-        logits = logit_softcap * jnp.tanh(logits / logit_softcap)
-
-    vocab_size = logits.shape[-1]
-    counted = labels != ignore_index
-    if where is not None:
-        counted &= where
-    inside = (labels >= 0) & (labels < vocab_size)
-    safe = jnp.where(counted & inside, labels, 0)
+    logits = _logits(hidden, kernel, bias, adapter, kernel_layout, logit_scale, logit_softcap, logits_dtype, precision)
+    dtype, vocab_size = logits.dtype, logits.shape[-1]
+    counted, inside, safe = _labels(labels, where, ignore_index, vocab_size)
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     lse = jax.nn.logsumexp(logits, axis=-1)
     w = jnp.ones((vocab_size,), dtype) if class_weights is None else jax.lax.stop_gradient(class_weights).astype(dtype)
@@ -87,3 +71,78 @@ def fused_linear_cross_entropy(
     accuracy = jnp.where(weight == 0, 0, correct / jnp.where(weight == 0, 1, weight))
     metrics = CrossEntropyMetrics(weight, cross_entropy, z_losses, accuracy, predictions)
     return (loss, jax.lax.stop_gradient(metrics)) if return_metrics else loss
+
+
+def linear_logprobs(
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    labels: Int[Array, "*B"],
+    *,
+    bias: Float[Array, " V"] | None = None,
+    where: Bool[Array, "*B"] | None = None,
+    ignore_index: int = -100,
+    kernel_layout: str = "hv",
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    logits_dtype: jax.typing.DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    adapter: Any = None,
+    **unused: Any,
+) -> LinearLogprobs:
+    """`jliger.linear_logprobs`, with the same arguments and results, over full logits."""
+    del unused
+    logits = _logits(hidden, kernel, bias, adapter, kernel_layout, logit_scale, logit_softcap, logits_dtype, precision)
+    counted, inside, safe = _labels(labels, where, ignore_index, logits.shape[-1])
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    logprobs = jnp.take_along_axis(log_probs, safe[..., None], axis=-1)[..., 0]
+    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+    predictions = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return LinearLogprobs(
+        logprobs=jnp.where(counted, jnp.where(inside, logprobs, jnp.nan), 0),
+        logsumexp=jnp.where(counted, jax.nn.logsumexp(logits, axis=-1), 0),
+        entropy=jnp.where(counted, entropy, 0),
+        predictions=jnp.where(counted, predictions, -1),
+    )
+
+
+def _logits(
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    bias: Float[Array, " V"] | None,
+    adapter: Any,
+    kernel_layout: str,
+    logit_scale: float,
+    logit_softcap: float | None,
+    logits_dtype: jax.typing.DTypeLike | None,
+    precision: jax.lax.PrecisionLike,
+) -> Float[Array, "*B V"]:
+    def product(left: Array, right: Array, equation: str) -> Array:
+        return jnp.einsum(
+            equation,
+            left,
+            right.astype(left.dtype),
+            precision=precision,
+            preferred_element_type=logits_dtype or hidden.dtype,
+        )
+
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    logits = product(hidden, kernel, "...h,hv->...v" if kernel_layout == "hv" else "...h,vh->...v")
+    if adapter is not None:
+        low = jnp.einsum("...h,hr->...r", hidden, adapter.a.astype(hidden.dtype), precision=precision)
+        logits = logits + product(low * jnp.asarray(adapter.scale, low.dtype), adapter.b, "...r,rv->...v")
+    logits = logits.astype(dtype)
+    if bias is not None:
+        logits = logits + bias.astype(dtype)
+    logits = logits * logit_scale
+    return logits if logit_softcap is None else logit_softcap * jnp.tanh(logits / logit_softcap)
+
+
+def _labels(
+    labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int, vocab_size: int
+) -> tuple[Bool[Array, "*B"], Bool[Array, "*B"], Int[Array, "*B"]]:
+    """Which tokens count, which labels are columns, and labels that are."""
+    counted = labels != ignore_index
+    if where is not None:
+        counted &= where
+    inside = (labels >= 0) & (labels < vocab_size)
+    return counted, inside, jnp.where(counted & inside, labels, 0)

@@ -10,7 +10,7 @@ import pytest
 import jliger
 from jliger.launches_for_tests import HAS_PLUGIN, launches, lowered
 from jliger.oracle_for_tests import every_pair
-from jliger.rows import Block, Coefficients, LogitMap, get_rows
+from jliger.rows import Block, Coefficients, LogitMap, StatsWanted, get_rows
 
 pytestmark = pytest.mark.skipif(not HAS_PLUGIN, reason="lowering for a GPU needs jax-cuda13-plugin")
 
@@ -25,7 +25,9 @@ BRANCHES = {
     "scale": [1.0, -0.5],
     "by_lse": [False, True],
     "smoothing": [False, True],
-    "with_weighted_sum": [False, True],
+    "by_logit": [False, True],
+    "weighted_sum": [False, True],
+    "mean_logit": [False, True],
     "dtype": ["float32", "bfloat16", "float16"],
     "width": [301, 512, 262144],
 }
@@ -51,15 +53,15 @@ def all_kernels(branch, capability):
     )
     per_token = shape(tokens)
     coefficients = Coefficients(
-        per_token, per_token, per_token if branch["by_lse"] else None, per_token if branch["smoothing"] else None
+        per_token, per_token, *(per_token if branch[name] else None for name in ("by_lse", "smoothing", "by_logit"))
     )
     logit_map = LogitMap(branch["scale"], branch["softcap"], width)
-    summed, dtype = branch["with_weighted_sum"], jnp.dtype(branch["dtype"])
+    wanted, dtype = StatsWanted(branch["weighted_sum"], branch["mean_logit"]), jnp.dtype(branch["dtype"])
 
     def call(product, block, coefficients):
-        stats = rows.row_stats(product, block, logit_map, with_weighted_sum=summed)
+        stats = rows.row_stats(product, block, logit_map, wanted)
         grads = rows.row_grads(product, block, logit_map, stats.max, stats.log_sum, coefficients, dtype=dtype)
-        both = rows.row_stats_and_grads(product, block, logit_map, coefficients, with_weighted_sum=summed, dtype=dtype)
+        both = rows.row_stats_and_grads(product, block, logit_map, wanted, coefficients, dtype=dtype)
         return stats, grads, both
 
     return call, (shape(tokens, stride, dtype=branch["dtype"]), block, coefficients)

@@ -11,9 +11,11 @@ their number asks for.
 from jliger.chunks.forward import forward_form as forward_form
 from jliger.chunks.recompute import recompute_form as recompute_form
 from jliger.chunks.stats import merge_stats as merge_stats
+from jliger.chunks.stats import shifted_sums as shifted_sums
 from jliger.chunks.stats import token_stats as token_stats
 from jliger.chunks.types import Grads as Grads
 from jliger.chunks.types import GradTypes as GradTypes
 from jliger.chunks.types import Head as Head
 from jliger.chunks.types import Tokens as Tokens
 from jliger.chunks.types import accumulator_dtype as accumulator_dtype
+from jliger.chunks.types import empty_grads as empty_grads

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 
@@ -32,8 +31,3 @@ def write_block(full: Array, part: Array, offsets: tuple[Any, ...], *, add: bool
     if add:
         part = part + jax.lax.dynamic_slice(full, offsets, part.shape)
     return jax.lax.dynamic_update_slice(full, part.astype(full.dtype), offsets)
-
-
-def zeros_if_wanted(shape: tuple[int, ...], dtype: np.dtype | None, like: Array) -> Array | None:
-    """Zeros that vary over the devices of a `shard_map` as `like` does."""
-    return None if dtype is None else jnp.zeros_like(like, dtype, shape=shape)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jliger.chunks.arrays import pad, whole, write_block
-from jliger.chunks.types import Head, Kernel, accumulator_dtype
+from jliger.chunks.types import Head, accumulator_dtype
 from jliger.config import HeadConfig
 from jliger.rows import Block, LogitMap
 
@@ -61,12 +61,10 @@ class Blocks:
             return carry
         return jax.lax.fori_loop(1, self.num_blocks, lambda done, carry: step(self.num_blocks - 1 - done, carry), carry)
 
-    def block(
-        self, index: Int[Array, ""] | int, labels: Int[Array, " C"]
-    ) -> tuple[Kernel, Block, Int[Array, ""] | int]:
-        """A block's kernel, its other operands, and the first of its columns."""
+    def block(self, index: Int[Array, ""] | int, labels: Int[Array, " C"]) -> tuple[Head, Block, Int[Array, ""] | int]:
+        """A block of the head, what row functions want of it, and the first of its columns."""
         if self.num_blocks == 1:
-            return self.head.kernel, Block(self.head.bias, self.head.class_weights, labels), 0
+            return self.head, Block(self.head.bias, self.head.class_weights, labels), 0
         start = jnp.minimum(index * self.width, self.vocab - self.width)
         first = None if self.vocab % self.width == 0 else (index * self.width - start).astype(jnp.int32)[None]
 
@@ -81,15 +79,19 @@ class Blocks:
             return columns if first is None else jnp.where(jnp.arange(self.width) >= first, columns, 0)
 
         head = Head(
-            part(self.head.kernel, self.config.vocab_dim), vector(self.head.bias), vector(self.head.class_weights)
+            part(self.head.kernel, self.config.vocab_dim),
+            vector(self.head.bias),
+            vector(self.head.class_weights),
+            None if self.head.adapter is None else part(self.head.adapter, 1),
         )
         head = _prepared(head, self.dtype, self.alignment)
-        return head.kernel, Block(head.bias, head.class_weights, labels - start, first), start
+        return head, Block(head.bias, head.class_weights, labels - start, first), start
 
-    def write_kernel(self, full: Kernel, part: Kernel, start: Int[Array, ""] | int, *, add: bool) -> Kernel:
-        if self.config.kernel_layout == "hv":
-            return write_block(full, part[: full.shape[0], : self.width], (0, start), add=add)
-        return write_block(full, part[: self.width, : full.shape[1]], (start, 0), add=add)
+    def write(self, full: Array, part: Array, start: Int[Array, ""] | int, vocab_dim: int, *, add: bool) -> Array:
+        """`full` with a block's part of it, without its padding, written or added."""
+        sizes = [self.width if dim == vocab_dim else size for dim, size in enumerate(full.shape)]
+        offsets = tuple(start if dim == vocab_dim else 0 for dim in range(full.ndim))
+        return write_block(full, part[tuple(map(slice, sizes))], offsets, add=add)
 
 
 def _prepared(head: Head, dtype: jax.typing.DTypeLike, alignment: int) -> Head:
@@ -98,5 +100,8 @@ def _prepared(head: Head, dtype: jax.typing.DTypeLike, alignment: int) -> Head:
     def vector(array: Array | None) -> Array | None:
         return None if array is None else pad(array.astype(accumulator_dtype(dtype)), (0,), alignment)
 
-    kernel = whole(pad(head.kernel.astype(dtype), (0, 1), alignment))
-    return Head(kernel, vector(head.bias), vector(head.class_weights))
+    def matrix(array: Array) -> Array:
+        return whole(pad(array.astype(dtype), (0, 1), alignment))
+
+    adapter = None if head.adapter is None else matrix(head.adapter)
+    return Head(matrix(head.kernel), vector(head.bias), vector(head.class_weights), adapter)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+import numpy as np
 from jaxtyping import Array, Int
 
-from jliger.chunks.arrays import plus, zeros_if_wanted
+from jliger.chunks.arrays import plus
 from jliger.chunks.blocks import Blocks
 from jliger.chunks.queue import Chunk, Queue, write_stats
 from jliger.chunks.sizes import forward_chunk
-from jliger.chunks.types import Grads, GradTypes, Head, Kernel, Tokens, accumulator_dtype
+from jliger.chunks.types import Grads, GradTypes, Head, Tokens, accumulator_dtype, empty_grads
 from jliger.config import HeadConfig
 from jliger.products import hidden_grad_product, kernel_grad_product, logits_product
 from jliger.rows import Coefficients, RowStats, get_rows
@@ -43,36 +44,43 @@ def forward_form(
         stats, grads = carry
         start = index * queue.chunk
         chunk = Chunk.make(queue.slots(start, size), tokens, rows.alignment)
-        kernel, block, _ = blocks.block(0, chunk.labels)
-        product = logits_product(config, chunk.hidden, kernel)
+        columns, block, _ = blocks.block(0, chunk.labels)
+        product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
         parts = (product, block, blocks.logit_map)
-        chunk_coefficients, weighted = chunk.take(coefficients), config.with_weighted_sum
+        chunk_coefficients = chunk.take(coefficients)
         if merge is None:
-            found, logit_grads = rows.row_stats_and_grads(
-                *parts, chunk_coefficients, with_weighted_sum=weighted, dtype=dtype
-            )
+            found, logit_grads = rows.row_stats_and_grads(*parts, config.stats_wanted, chunk_coefficients, dtype=dtype)
         else:
-            found = rows.row_stats(*parts, with_weighted_sum=weighted)
+            found = rows.row_stats(*parts, config.stats_wanted)
             all_columns = merge(found)
             logit_grads = rows.row_grads(*parts, all_columns.max, all_columns.log_sum, chunk_coefficients, dtype=dtype)
         if grads.hidden is not None:
-            part = hidden_grad_product(config, logit_grads, kernel, grads.hidden.dtype)
+            part = hidden_grad_product(config, logit_grads, columns.kernel, grads.hidden.dtype)
             grads = grads._replace(hidden=chunk.put(grads.hidden, part))
+        if grads.adapted is not None and columns.adapter is not None:
+            part = hidden_grad_product(config.of_adapter, logit_grads, columns.adapter, grads.adapted.dtype)
+            grads = grads._replace(adapted=chunk.put(grads.adapted, part))
         if wanted.kernel is not None:
             part = kernel_grad_product(config, chunk.hidden, logit_grads, sums)
             grads = grads._replace(kernel=plus(grads.kernel, part))
+        if wanted.adapter is not None and chunk.adapted is not None:
+            part = kernel_grad_product(config.of_adapter, chunk.adapted, logit_grads, sums)
+            grads = grads._replace(adapter=plus(grads.adapter, part))
         if wanted.bias is not None:
             grads = grads._replace(bias=plus(grads.bias, logit_grads.sum(axis=0, dtype=sums)))
         return write_stats(stats, found, start), grads
 
-    grads = Grads(zeros_if_wanted(tokens.hidden.shape, wanted.hidden, tokens.hidden), None, None)
+    grads = empty_grads(GradTypes(wanted.hidden, None, None, wanted.adapted, None), tokens, head)
     stats, grads = queue.loop(step, (queue.empty_stats(config, tokens.hidden), grads), (queue.chunk,))
-    return queue.restore(stats), Grads(
-        grads.hidden,
-        None if grads.kernel is None else _unpadded(grads.kernel, head.kernel).astype(wanted.kernel),
-        None if grads.bias is None else grads.bias[:vocab].astype(wanted.bias),
+    return queue.restore(stats), grads._replace(
+        kernel=_finished(grads.kernel, head.kernel, wanted.kernel),
+        bias=_finished(grads.bias, head.bias, wanted.bias),
+        adapter=_finished(grads.adapter, head.adapter, wanted.adapter),
     )
 
 
-def _unpadded(kernel_grad: Kernel, kernel: Kernel) -> Kernel:
-    return kernel_grad[: kernel.shape[0], : kernel.shape[1]]
+def _finished(grad: Array | None, like: Array | None, dtype: np.dtype | None) -> Array | None:
+    """Without padding, and rounded."""
+    if grad is None or like is None:
+        return None
+    return grad[tuple(map(slice, like.shape))].astype(dtype)

@@ -76,7 +76,8 @@ class Queue(NamedTuple):
             log_sum=zeros,
             label_logit=zeros,
             prediction=jnp.full_like(zeros, -1, jnp.int32),
-            weighted_sum=zeros if config.with_weighted_sum else None,
+            weighted_sum=zeros if config.stats_wanted.weighted_sum else None,
+            mean_logit=zeros if config.stats_wanted.mean_logit else None,
         )
 
     def restore(self, stats: RowStats) -> RowStats:
@@ -97,11 +98,15 @@ class Chunk(NamedTuple):
     slots: Int[Array, " C"]
     hidden: Float[Array, "C H"]
     labels: Int[Array, " C"]
+    adapted: Float[Array, "C R"] | None
 
     @classmethod
     def make(cls, slots: Int[Array, " C"], tokens: Tokens, alignment: int) -> "Chunk":
-        hidden = pad(_take(tokens.hidden, slots, 0), (1,), alignment)
-        return cls(slots, whole(hidden), _take(tokens.labels, slots, -1))
+        def rows(array: Array) -> Array:
+            return whole(pad(_take(array, slots, 0), (1,), alignment))
+
+        adapted = None if tokens.adapted is None else rows(tokens.adapted)
+        return cls(slots, rows(tokens.hidden), _take(tokens.labels, slots, -1), adapted)
 
     def take(self, tree: Any) -> Any:
         """The chunk's part of per-token arrays."""

@@ -2,11 +2,11 @@
 
 from jaxtyping import Array, Float, Int
 
-from jliger.chunks.arrays import plus, write_block, zeros_if_wanted
+from jliger.chunks.arrays import plus
 from jliger.chunks.blocks import Blocks
 from jliger.chunks.queue import Chunk, Queue
 from jliger.chunks.sizes import part_sizes, recompute_tile
-from jliger.chunks.types import Grads, GradTypes, Head, Tokens, accumulator_dtype
+from jliger.chunks.types import Grads, GradTypes, Head, Tokens, accumulator_dtype, empty_grads
 from jliger.config import HeadConfig
 from jliger.products import hidden_grad_product, kernel_grad_product, logits_product
 from jliger.rows import Coefficients, get_rows
@@ -47,32 +47,39 @@ def recompute_form(
         chunk_max, chunk_log_sum, chunk_coefficients = chunk.take((row_max, log_sum, coefficients))
 
         def block_step(index: Int[Array, ""] | int, carry: Grads) -> Grads:
-            kernel, block, start = blocks.block(index, chunk.labels)
-            product = logits_product(config, chunk.hidden, kernel)
+            columns, block, start = blocks.block(index, chunk.labels)
+            product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
             logit_grads = rows.row_grads(
                 product, block, blocks.logit_map, chunk_max, chunk_log_sum, chunk_coefficients, dtype=dtype
             )
             if wanted.hidden is not None:
-                part = hidden_grad_product(config, logit_grads, kernel, sums)
+                part = hidden_grad_product(config, logit_grads, columns.kernel, sums)
                 carry = carry._replace(hidden=plus(carry.hidden, part))
+            if wanted.adapted is not None and columns.adapter is not None:
+                part = hidden_grad_product(config.of_adapter, logit_grads, columns.adapter, sums)
+                carry = carry._replace(adapted=plus(carry.adapted, part))
             if carry.kernel is not None:
                 part = kernel_grad_product(config, chunk.hidden, logit_grads, sums)
-                carry = carry._replace(kernel=blocks.write_kernel(carry.kernel, part, start, add=add))
+                carry = carry._replace(kernel=blocks.write(carry.kernel, part, start, config.vocab_dim, add=add))
+            if carry.adapter is not None and chunk.adapted is not None:
+                part = kernel_grad_product(config.of_adapter, chunk.adapted, logit_grads, sums)
+                carry = carry._replace(adapter=blocks.write(carry.adapter, part, start, 1, add=add))
             if carry.bias is not None:
-                part = logit_grads.sum(axis=0, dtype=sums)[: blocks.width]
-                carry = carry._replace(bias=write_block(carry.bias, part, (start,), add=add))
+                part = logit_grads.sum(axis=0, dtype=sums)
+                carry = carry._replace(bias=blocks.write(carry.bias, part, start, 0, add=add))
             return carry
 
-        found = blocks.sweep(block_step, grads._replace(hidden=None))
-        if grads.hidden is None or found.hidden is None:
-            return found
-        return found._replace(hidden=chunk.put(grads.hidden, found.hidden))
+        found = blocks.sweep(block_step, grads._replace(hidden=None, adapted=None))
+        if grads.hidden is not None:
+            found = found._replace(hidden=chunk.put(grads.hidden, found.hidden))
+        if grads.adapted is not None:
+            found = found._replace(adapted=chunk.put(grads.adapted, found.adapted))
+        return found
 
-    kernel_dtype = None if wanted.kernel is None else sums if add else wanted.kernel
-    grads = Grads(
-        zeros_if_wanted(tokens.hidden.shape, wanted.hidden, tokens.hidden),
-        zeros_if_wanted(head.kernel.shape, kernel_dtype, tokens.hidden),
-        zeros_if_wanted((vocab,), None if wanted.bias is None else sums, tokens.hidden),
+    in_sums = wanted._replace(
+        kernel=None if wanted.kernel is None else sums if add else wanted.kernel,
+        bias=None if wanted.bias is None else sums,
+        adapter=None if wanted.adapter is None else sums,
     )
-    grads = queue.loop(step, grads, part_sizes(queue.chunk))
+    grads = queue.loop(step, empty_grads(in_sums, tokens, head), part_sizes(queue.chunk))
     return Grads(*(grad if grad is None else grad.astype(dtype) for grad, dtype in zip(grads, wanted, strict=True)))

@@ -1,8 +1,10 @@
 """Stats of every token, one product: the loss without gradients, and the first half of the recompute form."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jliger.chunks.blocks import Blocks
 from jliger.chunks.queue import Chunk, Queue, write_stats
@@ -40,9 +42,9 @@ def token_stats(config: HeadConfig, tokens: Tokens, head: Head, *, lean: bool) -
         chunk = Chunk.make(queue.slots(index * queue.chunk, size), tokens, rows.alignment)
 
         def block_step(index: Int[Array, ""] | int, merged: RowStats | None) -> RowStats:
-            kernel, block, start = blocks.block(index, chunk.labels)
-            product = logits_product(config, chunk.hidden, kernel)
-            found = rows.row_stats(product, block, blocks.logit_map, with_weighted_sum=config.with_weighted_sum)
+            columns, block, start = blocks.block(index, chunk.labels)
+            product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
+            found = rows.row_stats(product, block, blocks.logit_map, config.stats_wanted)
             found = found._replace(prediction=found.prediction + start)
             return found if merged is None else merge_stats(found, merged)
 
@@ -55,10 +57,38 @@ def token_stats(config: HeadConfig, tokens: Tokens, head: Head, *, lean: bool) -
 def merge_stats(left: RowStats, right: RowStats) -> RowStats:
     """The stats of two blocks of the same rows together; of equal maxima the left one's prediction stands."""
     row_max = jnp.maximum(left.max, right.max)
+    parts = [shifted_sums(stats, row_max) for stats in (left, right)]
+    sum_exp = parts[0].sum_exp + parts[1].sum_exp
+    mean_logit = None
+    if parts[0].sum_exp_logit is not None and parts[1].sum_exp_logit is not None:
+        mean_logit = (parts[0].sum_exp_logit + parts[1].sum_exp_logit) / sum_exp
     return RowStats(
         max=row_max,
-        log_sum=jnp.log(jnp.exp(left.log_sum + (left.max - row_max)) + jnp.exp(right.log_sum + (right.max - row_max))),
+        log_sum=jnp.log(sum_exp),
         label_logit=left.label_logit + right.label_logit,
         prediction=jnp.where(right.max > left.max, right.prediction, left.prediction),
         weighted_sum=jax.tree.map(jnp.add, left.weighted_sum, right.weighted_sum),
+        mean_logit=mean_logit,
     )
+
+
+class ShiftedSums(NamedTuple):
+    """What of a block's stats adds up over blocks, with the maximum `m` of them all.
+
+    Attributes:
+      sum_exp: `Σ_v exp(z_v − m)`.
+      sum_exp_logit: `Σ_v exp(z_v − m) · (z_v − m)`, or None if not asked for.
+    """
+
+    sum_exp: Float[Array, " T"]
+    sum_exp_logit: Float[Array, " T"] | None
+
+
+def shifted_sums(stats: RowStats, row_max: Float[Array, " T"]) -> ShiftedSums:
+    """Those of a block, where `row_max` is of all blocks."""
+    # Of a block with nothing but −inf the maximum is the lowest number there is, and its sum 0.
+    step = jnp.maximum(stats.max - row_max, jnp.finfo(row_max.dtype).min)
+    sum_exp = jnp.exp(stats.log_sum + step)
+    if stats.mean_logit is None:
+        return ShiftedSums(sum_exp, None)
+    return ShiftedSums(sum_exp, jnp.where(sum_exp == 0, 0, sum_exp * (stats.mean_logit + step)))

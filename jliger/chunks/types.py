@@ -11,19 +11,35 @@ Kernel = Float[Array, "H V"] | Float[Array, "V H"]
 
 
 class Head(NamedTuple):
-    """The vocabulary's side of the operation."""
+    """The vocabulary's side of the operation.
+
+    Attributes:
+      kernel: what hidden states are multiplied with.
+      bias: added to the logits, or None.
+      class_weights: of the row functions, or None for 1.
+      adapter: what `Tokens.adapted` is multiplied with, to be added to the logits, or None.
+    """
 
     kernel: Kernel
     bias: Float[Array, " V"] | None
     class_weights: Float[Array, " V"] | None
+    adapter: Float[Array, "R V"] | None = None
 
 
 class Tokens(NamedTuple):
-    """The tokens' side of the operation."""
+    """The tokens' side of the operation.
+
+    Attributes:
+      hidden: the hidden states.
+      labels: columns.
+      counted: which tokens count.
+      adapted: hidden states as an adapter has brought them to its rank, or None.
+    """
 
     hidden: Float[Array, "T H"]
     labels: Int[Array, " T"]
     counted: Bool[Array, " T"]
+    adapted: Float[Array, "T R"] | None = None
 
 
 class GradTypes(NamedTuple):
@@ -32,6 +48,8 @@ class GradTypes(NamedTuple):
     hidden: np.dtype | None
     kernel: np.dtype | None
     bias: np.dtype | None
+    adapted: np.dtype | None = None
+    adapter: np.dtype | None = None
 
 
 class Grads(NamedTuple):
@@ -40,6 +58,18 @@ class Grads(NamedTuple):
     hidden: Float[Array, "T H"] | None
     kernel: Kernel | None
     bias: Float[Array, " V"] | None
+    adapted: Float[Array, "T R"] | None = None
+    adapter: Float[Array, "R V"] | None = None
+
+
+def empty_grads(wanted: GradTypes, tokens: Tokens, head: Head) -> Grads:
+    """Zeros, that vary over the devices of a `shard_map` as hidden states do."""
+
+    def zeros(like: Array | None, dtype: np.dtype | None) -> Array | None:
+        return None if dtype is None or like is None else jnp.zeros_like(tokens.hidden, dtype, shape=like.shape)
+
+    like = Grads(tokens.hidden, head.kernel, head.bias, tokens.adapted, head.adapter)
+    return Grads(*map(zeros, like, wanted))
 
 
 def accumulator_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:

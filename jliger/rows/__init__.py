@@ -14,13 +14,14 @@ from jliger.rows.types import Block as Block
 from jliger.rows.types import Coefficients as Coefficients
 from jliger.rows.types import LogitMap as LogitMap
 from jliger.rows.types import RowStats as RowStats
+from jliger.rows.types import StatsWanted as StatsWanted
 
 Implementation = Literal["triton", "xla"]
 
 
 class _RowStatsFn(Protocol):
     def __call__(
-        self, product: Float[Array, "T V"], block: Block, logit_map: LogitMap, *, with_weighted_sum: bool
+        self, product: Float[Array, "T V"], block: Block, logit_map: LogitMap, wanted: StatsWanted
     ) -> RowStats: ...
 
 
@@ -44,9 +45,9 @@ class _RowStatsAndGradsFn(Protocol):
         product: Float[Array, "T V"],
         block: Block,
         logit_map: LogitMap,
+        wanted: StatsWanted,
         coefficients: Coefficients,
         *,
-        with_weighted_sum: bool,
         dtype: jax.typing.DTypeLike,
     ) -> tuple[RowStats, Float[Array, "T V"]]: ...
 

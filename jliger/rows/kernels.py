@@ -86,11 +86,24 @@ def _tile(LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def _finite(below):
+    """A difference that multiplies its own exponential, which is 0 where the difference is −inf."""
+    return tl.maximum(below, _LOWEST)
+
+
+@triton.jit
+def _moved_down(mean, sum_exp, step):
+    """`Σ exp(z − m) · (z − m)` where the second `m` is larger by `−step`."""
+    return mean + _finite(step) * sum_exp
+
+
+@triton.jit
 def _add_tile(
     lane_max,  # [LANES]
     lane_sum,  # [LANES]
     lane_start,  # [LANES]
     lane_weighted,  # [LANES]
+    lane_mean,  # [LANES]
     start,
     row_ptr,  # [V]
     bias_ptr,  # [V]
@@ -103,6 +116,7 @@ def _add_tile(
     HAS_CLASS_WEIGHTS: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     WITH_WEIGHTED_SUM: tl.constexpr,
+    WITH_MEAN_LOGIT: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -121,9 +135,15 @@ def _add_tile(
         logits = tl.where(inside, logits, float("-inf"))
     tile_max = tl.max(logits, axis=1)  # [LANES]
     new_max = tl.maximum(lane_max, tile_max)
-    lane_sum = lane_sum * tl.exp(lane_max - new_max) + tl.sum(tl.exp(logits - new_max[:, None]), axis=1)
+    step = lane_max - new_max
+    below = logits - new_max[:, None]
+    exp = tl.exp(below)
+    if WITH_MEAN_LOGIT:
+        lane_mean = _moved_down(lane_mean, lane_sum, step) * tl.exp(step)
+        lane_mean += tl.sum(exp * _finite(below), axis=1)
+    lane_sum = lane_sum * tl.exp(step) + tl.sum(exp, axis=1)
     lane_start = tl.where(tile_max > lane_max, start, lane_start)
-    return new_max, lane_sum, lane_start, lane_weighted
+    return new_max, lane_sum, lane_start, lane_weighted, lane_mean
 
 
 @triton.jit
@@ -140,6 +160,7 @@ def _stats_of_row(
     HAS_CLASS_WEIGHTS: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     WITH_WEIGHTED_SUM: tl.constexpr,
+    WITH_MEAN_LOGIT: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -153,14 +174,16 @@ def _stats_of_row(
     lane_sum = tl.zeros([LANES], tl.float32)
     lane_start = tl.zeros([LANES], tl.int32)
     lane_weighted = tl.zeros([LANES], tl.float32)
+    lane_mean = tl.zeros([LANES], tl.float32)
     TILE: tl.constexpr = LANES * VECTOR
     WHOLE_TILES: tl.constexpr = WIDTH // TILE * TILE
     for start in tl.range(0, WHOLE_TILES, TILE, loop_unroll_factor=UNROLL):
-        lane_max, lane_sum, lane_start, lane_weighted = _add_tile(
+        lane_max, lane_sum, lane_start, lane_weighted, lane_mean = _add_tile(
             lane_max,
             lane_sum,
             lane_start,
             lane_weighted,
+            lane_mean,
             start,
             row_ptr,
             bias_ptr,
@@ -173,16 +196,18 @@ def _stats_of_row(
             HAS_CLASS_WEIGHTS,
             HAS_FIRST,
             WITH_WEIGHTED_SUM,
+            WITH_MEAN_LOGIT,
             LANES,
             VECTOR,
             WHOLE=True,
         )
     if WHOLE_TILES < WIDTH:
-        lane_max, lane_sum, lane_start, lane_weighted = _add_tile(
+        lane_max, lane_sum, lane_start, lane_weighted, lane_mean = _add_tile(
             lane_max,
             lane_sum,
             lane_start,
             lane_weighted,
+            lane_mean,
             WHOLE_TILES,
             row_ptr,
             bias_ptr,
@@ -195,20 +220,25 @@ def _stats_of_row(
             HAS_CLASS_WEIGHTS,
             HAS_FIRST,
             WITH_WEIGHTED_SUM,
+            WITH_MEAN_LOGIT,
             LANES,
             VECTOR,
             WHOLE=False,
         )
     row_max = tl.max(lane_max, axis=0)
-    sum_exp = tl.sum(lane_sum * tl.exp(lane_max - row_max), axis=0)
+    step = lane_max - row_max
+    sum_exp = tl.sum(lane_sum * tl.exp(step), axis=0)
     weighted_sum = tl.sum(lane_weighted, axis=0)
+    mean_logit = 0.0
+    if WITH_MEAN_LOGIT:
+        mean_logit = tl.sum(_moved_down(lane_mean, lane_sum, step) * tl.exp(step), axis=0) / sum_exp
 
     # Lanes remember the tile of their maximum; which column of it that was is read again.
     columns = lane_start[:, None] + _tile(LANES, VECTOR)
     inside = _inside(columns, first, WIDTH, HAS_FIRST, WHOLE=False)
     logits, _ = _load_logits(row_ptr, bias_ptr, columns, inside, SCALE, SOFTCAP, HAS_BIAS, "evict_last")
     prediction = tl.min(tl.min(tl.where(inside & (logits == row_max), columns, WIDTH - 1), axis=1), axis=0)
-    return row_max, tl.log(sum_exp), tl.where(has_label, label_logit, 0.0), weighted_sum, prediction
+    return row_max, tl.log(sum_exp), tl.where(has_label, label_logit, 0.0), weighted_sum, mean_logit, prediction
 
 
 @triton.jit
@@ -220,6 +250,7 @@ def _logit_grads(
     inside,
     row_max,
     per_exp,
+    per_exp_logit,
     label_coefficient,
     smoothing,
     SCALE: tl.constexpr,
@@ -227,11 +258,15 @@ def _logit_grads(
     HAS_BIAS: tl.constexpr,
     HAS_CLASS_WEIGHTS: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
+    HAS_LOGIT: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
     """Gradients by the products in some columns, all of which are the label's, or none."""
     logits, slope = _load_logits(row_ptr, bias_ptr, columns, inside, SCALE, SOFTCAP, HAS_BIAS, EVICTION)
-    grads = tl.exp(logits - row_max) * per_exp - label_coefficient
+    below = logits - row_max
+    if HAS_LOGIT:
+        per_exp += per_exp_logit * _finite(below)
+    grads = tl.exp(below) * per_exp - label_coefficient
     if HAS_SMOOTHING:
         if HAS_CLASS_WEIGHTS:
             grads -= smoothing * _load(class_weights_ptr + columns, inside, "")
@@ -250,6 +285,7 @@ def _store_tile(
     first,
     row_max,
     per_exp,
+    per_exp_logit,
     smoothing,
     STRIDE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -259,6 +295,7 @@ def _store_tile(
     HAS_CLASS_WEIGHTS: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
+    HAS_LOGIT: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -273,6 +310,7 @@ def _store_tile(
         inside,
         row_max,
         per_exp,
+        per_exp_logit,
         0.0,
         smoothing,
         SCALE,
@@ -280,6 +318,7 @@ def _store_tile(
         HAS_BIAS,
         HAS_CLASS_WEIGHTS,
         HAS_SMOOTHING,
+        HAS_LOGIT,
         "evict_first",
     )
     if inside is not None:
@@ -306,6 +345,7 @@ def _store_grads_of_row(
     first,
     row_max,
     per_exp,
+    per_exp_logit,
     label_coefficient,
     smoothing,
     STRIDE: tl.constexpr,
@@ -316,6 +356,7 @@ def _store_grads_of_row(
     HAS_CLASS_WEIGHTS: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
+    HAS_LOGIT: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -332,6 +373,7 @@ def _store_grads_of_row(
             first,
             row_max,
             per_exp,
+            per_exp_logit,
             smoothing,
             STRIDE,
             WIDTH,
@@ -341,6 +383,7 @@ def _store_grads_of_row(
             HAS_CLASS_WEIGHTS,
             HAS_FIRST,
             HAS_SMOOTHING,
+            HAS_LOGIT,
             LANES,
             VECTOR,
             WHOLE=False,
@@ -355,6 +398,7 @@ def _store_grads_of_row(
             first,
             row_max,
             per_exp,
+            per_exp_logit,
             smoothing,
             STRIDE,
             WIDTH,
@@ -364,6 +408,7 @@ def _store_grads_of_row(
             HAS_CLASS_WEIGHTS,
             HAS_FIRST,
             HAS_SMOOTHING,
+            HAS_LOGIT,
             LANES,
             VECTOR,
             WHOLE=True,
@@ -378,6 +423,7 @@ def _store_grads_of_row(
         has_label,
         row_max,
         per_exp,
+        per_exp_logit,
         label_coefficient,
         smoothing,
         SCALE,
@@ -385,6 +431,7 @@ def _store_grads_of_row(
         HAS_BIAS,
         HAS_CLASS_WEIGHTS,
         HAS_SMOOTHING,
+        HAS_LOGIT,
         "",
     )
     tl.debug_barrier()
@@ -409,8 +456,10 @@ def _load_coefficients(
     probability_lse_ptr,  # [T]
     label_coefficient_ptr,  # [T]
     smoothing_ptr,  # [T]
+    probability_logit_ptr,  # [T]
     HAS_LSE: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
+    HAS_LOGIT: tl.constexpr,
 ):
     probability = tl.load(probability_ptr + row)
     if HAS_LSE:
@@ -420,7 +469,12 @@ def _load_coefficients(
         smoothing = tl.load(smoothing_ptr + row)
     else:
         smoothing = 0.0
-    return probability * tl.exp(-log_sum), label_coefficient, smoothing
+    if HAS_LOGIT:
+        probability_logit = tl.load(probability_logit_ptr + row)
+    else:
+        probability_logit = 0.0
+    per_sum = tl.exp(-log_sum)
+    return probability * per_sum, probability_logit * per_sum, label_coefficient, smoothing
 
 
 @triton.jit
@@ -434,6 +488,7 @@ def row_stats_kernel(
     log_sum_ptr,  # [T], written
     label_logit_ptr,  # [T], written
     weighted_sum_ptr,  # [T], written
+    mean_logit_ptr,  # [T], written
     prediction_ptr,  # [T], written
     STRIDE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -443,12 +498,13 @@ def row_stats_kernel(
     HAS_CLASS_WEIGHTS: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     WITH_WEIGHTED_SUM: tl.constexpr,
+    WITH_MEAN_LOGIT: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    row_max, log_sum, label_logit, weighted_sum, prediction = _stats_of_row(
+    row_max, log_sum, label_logit, weighted_sum, mean_logit, prediction = _stats_of_row(
         product_ptr + row * STRIDE,
         bias_ptr,
         class_weights_ptr,
@@ -461,6 +517,7 @@ def row_stats_kernel(
         HAS_CLASS_WEIGHTS,
         HAS_FIRST,
         WITH_WEIGHTED_SUM,
+        WITH_MEAN_LOGIT,
         LANES,
         VECTOR,
         UNROLL,
@@ -469,6 +526,7 @@ def row_stats_kernel(
     tl.store(log_sum_ptr + row, log_sum)
     tl.store(label_logit_ptr + row, label_logit)
     tl.store(weighted_sum_ptr + row, weighted_sum)
+    tl.store(mean_logit_ptr + row, mean_logit)
     tl.store(prediction_ptr + row, prediction)
 
 
@@ -485,6 +543,7 @@ def row_grads_kernel(
     probability_lse_ptr,  # [T]
     label_coefficient_ptr,  # [T]
     smoothing_ptr,  # [T]
+    probability_logit_ptr,  # [T]
     grads_ptr,  # [T, V], written
     STRIDE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -495,13 +554,14 @@ def row_grads_kernel(
     HAS_FIRST: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
+    HAS_LOGIT: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     row_max = tl.load(max_ptr + row)
-    per_exp, label_coefficient, smoothing = _load_coefficients(
+    per_exp, per_exp_logit, label_coefficient, smoothing = _load_coefficients(
         row,
         row_max,
         tl.load(log_sum_ptr + row),
@@ -509,8 +569,10 @@ def row_grads_kernel(
         probability_lse_ptr,
         label_coefficient_ptr,
         smoothing_ptr,
+        probability_logit_ptr,
         HAS_LSE,
         HAS_SMOOTHING,
+        HAS_LOGIT,
     )
     _store_grads_of_row(
         grads_ptr + row * STRIDE,
@@ -521,6 +583,7 @@ def row_grads_kernel(
         _load_first(first_ptr, HAS_FIRST),
         row_max,
         per_exp,
+        per_exp_logit,
         label_coefficient,
         smoothing,
         STRIDE,
@@ -531,6 +594,7 @@ def row_grads_kernel(
         HAS_CLASS_WEIGHTS,
         HAS_FIRST,
         HAS_SMOOTHING,
+        HAS_LOGIT,
         LANES,
         VECTOR,
         UNROLL,
@@ -548,10 +612,12 @@ def row_stats_and_grads_kernel(
     probability_lse_ptr,  # [T]
     label_coefficient_ptr,  # [T]
     smoothing_ptr,  # [T]
+    probability_logit_ptr,  # [T]
     max_ptr,  # [T], written
     log_sum_ptr,  # [T], written
     label_logit_ptr,  # [T], written
     weighted_sum_ptr,  # [T], written
+    mean_logit_ptr,  # [T], written
     prediction_ptr,  # [T], written
     grads_ptr,  # [T, V], written
     STRIDE: tl.constexpr,
@@ -563,7 +629,9 @@ def row_stats_and_grads_kernel(
     HAS_FIRST: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
+    HAS_LOGIT: tl.constexpr,
     WITH_WEIGHTED_SUM: tl.constexpr,
+    WITH_MEAN_LOGIT: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -572,7 +640,7 @@ def row_stats_and_grads_kernel(
     row_ptr = product_ptr + row * STRIDE
     label = tl.load(labels_ptr + row)
     first = _load_first(first_ptr, HAS_FIRST)
-    row_max, log_sum, label_logit, weighted_sum, prediction = _stats_of_row(
+    row_max, log_sum, label_logit, weighted_sum, mean_logit, prediction = _stats_of_row(
         row_ptr,
         bias_ptr,
         class_weights_ptr,
@@ -585,6 +653,7 @@ def row_stats_and_grads_kernel(
         HAS_CLASS_WEIGHTS,
         HAS_FIRST,
         WITH_WEIGHTED_SUM,
+        WITH_MEAN_LOGIT,
         LANES,
         VECTOR,
         UNROLL,
@@ -593,8 +662,9 @@ def row_stats_and_grads_kernel(
     tl.store(log_sum_ptr + row, log_sum)
     tl.store(label_logit_ptr + row, label_logit)
     tl.store(weighted_sum_ptr + row, weighted_sum)
+    tl.store(mean_logit_ptr + row, mean_logit)
     tl.store(prediction_ptr + row, prediction)
-    per_exp, label_coefficient, smoothing = _load_coefficients(
+    per_exp, per_exp_logit, label_coefficient, smoothing = _load_coefficients(
         row,
         row_max,
         log_sum,
@@ -602,8 +672,10 @@ def row_stats_and_grads_kernel(
         probability_lse_ptr,
         label_coefficient_ptr,
         smoothing_ptr,
+        probability_logit_ptr,
         HAS_LSE,
         HAS_SMOOTHING,
+        HAS_LOGIT,
     )
     _store_grads_of_row(
         grads_ptr + row * STRIDE,
@@ -614,6 +686,7 @@ def row_stats_and_grads_kernel(
         first,
         row_max,
         per_exp,
+        per_exp_logit,
         label_coefficient,
         smoothing,
         STRIDE,
@@ -624,6 +697,7 @@ def row_stats_and_grads_kernel(
         HAS_CLASS_WEIGHTS,
         HAS_FIRST,
         HAS_SMOOTHING,
+        HAS_LOGIT,
         LANES,
         VECTOR,
         UNROLL,

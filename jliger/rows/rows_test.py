@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from jliger.oracle_for_tests import INTERPRETED
-from jliger.rows import Block, Coefficients, LogitMap, get_rows
+from jliger.rows import Block, Coefficients, LogitMap, StatsWanted, get_rows
 
 ROWS = 6
+BOTH = StatsWanted(weighted_sum=True, mean_logit=True)
 
 
 def in_float64(product, block, logit_map, coefficients):
@@ -32,13 +33,14 @@ def in_float64(product, block, logit_map, coefficients):
     logits = np.where(inside, logits, -np.inf)
     row_max = logits.max(1)
     log_sum = np.log(np.exp(logits - row_max[:, None]).sum(1))
-    probability, label, by_lse, smoothing = (
+    probability, label, by_lse, smoothing, by_logit = (
         np.zeros(ROWS) if field is None else np.asarray(field, np.float64) for field in coefficients
     )
-    factor = probability + by_lse * (row_max + log_sum)
+    below = np.where(np.isinf(logits), 0, logits - row_max[:, None])
+    factor = (probability + by_lse * (row_max + log_sum))[:, None] + by_logit[:, None] * below
     p = np.exp(logits - row_max[:, None] - log_sum[:, None])
-    grads = p * factor[:, None] - is_label * label[:, None] - smoothing[:, None] * u
-    stats = (row_max, log_sum, label_logit, logits.argmax(1), weighted_sum)
+    grads = p * factor - is_label * label[:, None] - smoothing[:, None] * u
+    stats = (row_max, log_sum, label_logit, logits.argmax(1), weighted_sum, (p * below).sum(1))
     return logits, stats, np.where(inside, grads * slope, 0)
 
 
@@ -59,25 +61,24 @@ def make_block(width, *, padding=0, dtype="float32", bias=False, class_weights=F
     )
 
 
-def make_coefficients(seed=0, *, by_lse=False, smoothing=False):
+def make_coefficients(seed=0, *, by_lse=False, smoothing=False, by_logit=False):
     random = np.random.default_rng(seed)
-    fields = jnp.asarray(random.normal(size=(4, ROWS)), jnp.float32)
-    return Coefficients(fields[0], fields[1], fields[2] if by_lse else None, fields[3] if smoothing else None)
+    fields = jnp.asarray(random.normal(size=(5, ROWS)), jnp.float32)
+    optional = zip(fields[2:], (by_lse, smoothing, by_logit), strict=True)
+    return Coefficients(fields[0], fields[1], *(field if wanted else None for field, wanted in optional))
 
 
-def check_rows(implementation, product, block, logit_map, coefficients, *, with_weighted_sum=True, dtype="float32"):
+def check_rows(implementation, product, block, logit_map, coefficients, *, wanted=BOTH, dtype="float32"):
     """All three functions, and that two launches and one give the same."""
     rows = get_rows(implementation, None)
 
     @jax.jit
     def run(product, block, coefficients):
-        stats = rows.row_stats(product, block, logit_map, with_weighted_sum=with_weighted_sum)
+        stats = rows.row_stats(product, block, logit_map, wanted)
         grads = rows.row_grads(
             product, block, logit_map, stats.max, stats.log_sum, coefficients, dtype=jnp.dtype(dtype)
         )
-        both = rows.row_stats_and_grads(
-            product, block, logit_map, coefficients, with_weighted_sum=with_weighted_sum, dtype=jnp.dtype(dtype)
-        )
+        both = rows.row_stats_and_grads(product, block, logit_map, wanted, coefficients, dtype=jnp.dtype(dtype))
         return stats, grads, both
 
     stats, grads, (stats_again, grads_again) = run(product, block, coefficients)
@@ -91,11 +92,11 @@ def check_rows(implementation, product, block, logit_map, coefficients, *, with_
                 chosen = np.take_along_axis(logits, np.asarray(value)[:, None], 1)[:, 0]
                 assert np.all(chosen >= logits.max(1) - 8 * eps * size)  # a softcap makes equals of what was not
             elif value is None:
-                assert name == "weighted_sum"
-                assert not with_weighted_sum
+                assert not getattr(wanted, name)
             else:
                 assert value.dtype == jnp.float32
-                terms = product.shape[1] * 2 if name == "weighted_sum" else 8
+                # A mean of terms that exponentials weigh: as uncertain as they are.
+                terms = {"weighted_sum": product.shape[1] * 2, "mean_logit": 16 * size}.get(name, 8)
                 np.testing.assert_allclose(value, truth, rtol=4 * eps, atol=terms * eps * size, err_msg=name)
     largest = np.abs(expected_grads).max()
     for found in (grads, grads_again):
@@ -112,14 +113,13 @@ def check_rows(implementation, product, block, logit_map, coefficients, *, with_
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("with_lse_and_smoothing", [False, True])
 @pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("by_logit", [False, True])
 @pytest.mark.parametrize("first", [None, 3])
-def test_every_branch(first, vectors, with_lse_and_smoothing, softcap, implementation):
+def test_every_branch(first, by_logit, vectors, with_lse_and_smoothing, softcap, implementation):
     product, block = make_block(37, padding=3, bias=vectors, class_weights=vectors, first=first)
-    coefficients = make_coefficients(by_lse=with_lse_and_smoothing, smoothing=with_lse_and_smoothing)
-    check_rows(
-        implementation, product, block, LogitMap(0.7, softcap, 37), coefficients,
-        with_weighted_sum=with_lse_and_smoothing,
-    )  # fmt: skip
+    coefficients = make_coefficients(by_lse=with_lse_and_smoothing, smoothing=with_lse_and_smoothing, by_logit=by_logit)
+    wanted = StatsWanted(with_lse_and_smoothing, by_logit)
+    check_rows(implementation, product, block, LogitMap(0.7, softcap, 37), coefficients, wanted=wanted)
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 255, 256, 257, 2047, 2048, 2049, 8192, 8193, 33000])
@@ -142,7 +142,7 @@ def test_dtypes_and_scales(scale, dtype, implementation):
     if INTERPRETED and dtype == "bfloat16":
         pytest.skip("Triton's interpreter truncates where it should round to bfloat16")
     product, block = make_block(90, padding=6, dtype=dtype, bias=True, scale=scale)
-    coefficients = make_coefficients(by_lse=True, smoothing=True)
+    coefficients = make_coefficients(by_lse=True, smoothing=True, by_logit=True)
     check_rows(implementation, product, block, LogitMap(1.0, None, 90), coefficients, dtype=dtype)
 
 
@@ -164,7 +164,7 @@ def test_the_first_of_equal_logits_is_predicted(implementation):
         product[0] = 1.5
         rows = get_rows(implementation, None)
         block = Block(None, None, jnp.zeros(ROWS, jnp.int32))
-        stats = rows.row_stats(jnp.asarray(product), block, LogitMap(1.0, None, width), with_weighted_sum=False)
+        stats = rows.row_stats(jnp.asarray(product), block, LogitMap(1.0, None, width), StatsWanted())
         np.testing.assert_array_equal(stats.prediction, product.argmax(1))
 
 
@@ -173,12 +173,14 @@ def test_a_logit_of_minus_infinity_has_probability_zero(implementation):
     product, block = make_block(40, bias=True)
     masked = block._replace(bias=block.bias.at[7].set(-jnp.inf))
     rows = get_rows(implementation, None)
-    coefficients = make_coefficients()
+    coefficients = make_coefficients(by_logit=True)
     stats, grads = rows.row_stats_and_grads(
-        product, masked, LogitMap(1.0, None, 40), coefficients, with_weighted_sum=False, dtype=jnp.dtype("float32")
-    )
-    _, (row_max, log_sum, *_), expected = in_float64(product, masked, LogitMap(1.0, None, 40), coefficients)
+        product, masked, LogitMap(1.0, None, 40), BOTH._replace(weighted_sum=False), coefficients,
+        dtype=jnp.dtype("float32"),
+    )  # fmt: skip
+    _, (row_max, log_sum, *_, mean_logit), expected = in_float64(product, masked, LogitMap(1.0, None, 40), coefficients)
     np.testing.assert_allclose(stats.max + stats.log_sum, row_max + log_sum, rtol=1e-6)
+    np.testing.assert_allclose(stats.mean_logit, mean_logit, rtol=1e-6)
     np.testing.assert_allclose(grads, expected, atol=1e-6)
     assert not np.any(grads[:, 7])
 
@@ -187,7 +189,7 @@ def test_a_logit_that_is_not_a_number_is_not_hidden(implementation):
     product, block = make_block(40)
     rows = get_rows(implementation, None)
     stats, grads = rows.row_stats_and_grads(
-        product.at[1, 20].set(jnp.nan), block, LogitMap(1.0, None, 40), make_coefficients(), with_weighted_sum=False,
+        product.at[1, 20].set(jnp.nan), block, LogitMap(1.0, None, 40), StatsWanted(), make_coefficients(),
         dtype=jnp.dtype("float32"),
     )  # fmt: skip
     np.testing.assert_array_equal(np.isnan(stats.max + stats.log_sum), np.arange(ROWS) == 1)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jliger.rows import kernels
 from jliger.rows.launch import call_kernel
-from jliger.rows.types import Block, Coefficients, LogitMap, RowStats
+from jliger.rows.types import Block, Coefficients, LogitMap, RowStats, StatsWanted
 
 _VECTOR = 8  # logits a thread takes at once: 16 bytes of bfloat16
 
@@ -18,8 +18,8 @@ def row_stats(
     product: Float[Array, "T V"],
     block: Block,
     logit_map: LogitMap,
+    wanted: StatsWanted,
     *,
-    with_weighted_sum: bool,
     compute_capability: int | None = None,
 ) -> RowStats:
     outputs = call_kernel(
@@ -30,11 +30,11 @@ def row_stats(
         flops=5 * product.size,
         bytes_accessed=product.nbytes,
         compute_capability=compute_capability,
-        WITH_WEIGHTED_SUM=with_weighted_sum,
+        **_stats_constexprs(wanted),
         **_launch(product, passes=1),
         **_block_constexprs(product, block, logit_map),
     )
-    return _row_stats(outputs, with_weighted_sum)
+    return _row_stats(outputs, wanted)
 
 
 def row_grads(
@@ -67,9 +67,9 @@ def row_stats_and_grads(
     product: Float[Array, "T V"],
     block: Block,
     logit_map: LogitMap,
+    wanted: StatsWanted,
     coefficients: Coefficients,
     *,
-    with_weighted_sum: bool,
     dtype: jax.typing.DTypeLike,
     compute_capability: int | None = None,
 ) -> tuple[RowStats, Float[Array, "T V"]]:
@@ -81,12 +81,12 @@ def row_stats_and_grads(
         flops=10 * product.size,
         bytes_accessed=product.nbytes + product.size * jnp.dtype(dtype).itemsize,
         compute_capability=compute_capability,
-        WITH_WEIGHTED_SUM=with_weighted_sum,
+        **_stats_constexprs(wanted),
         **_launch(product, passes=2),
         **_block_constexprs(product, block, logit_map),
         **_coefficient_constexprs(coefficients),
     )
-    return _row_stats(tuple(stats), with_weighted_sum), grads
+    return _row_stats(tuple(stats), wanted), grads
 
 
 def _launch(product: Float[Array, "T V"], *, passes: int) -> dict[str, Any]:
@@ -139,6 +139,7 @@ def _coefficient_operands(coefficients: Coefficients) -> list[Array]:
         _or_unused(coefficients.probability_lse, coefficients.probability),
         coefficients.label,
         _or_unused(coefficients.smoothing, coefficients.probability),
+        _or_unused(coefficients.probability_logit, coefficients.probability),
     ]
 
 
@@ -146,14 +147,26 @@ def _coefficient_constexprs(coefficients: Coefficients) -> dict[str, Any]:
     return {
         "HAS_LSE": coefficients.probability_lse is not None,
         "HAS_SMOOTHING": coefficients.smoothing is not None,
+        "HAS_LOGIT": coefficients.probability_logit is not None,
     }
 
 
 def _stats_types(product: Float[Array, "T V"]) -> list[jax.ShapeDtypeStruct]:
     rows = product.shape[0]
-    return [*[jax.ShapeDtypeStruct((rows,), jnp.float32)] * 4, jax.ShapeDtypeStruct((rows,), jnp.int32)]
+    return [*[jax.ShapeDtypeStruct((rows,), jnp.float32)] * 5, jax.ShapeDtypeStruct((rows,), jnp.int32)]
 
 
-def _row_stats(outputs: tuple[Array, ...], with_weighted_sum: bool) -> RowStats:
-    row_max, log_sum, label_logit, weighted_sum, prediction = outputs
-    return RowStats(row_max, log_sum, label_logit, prediction, weighted_sum if with_weighted_sum else None)
+def _stats_constexprs(wanted: StatsWanted) -> dict[str, Any]:
+    return {"WITH_WEIGHTED_SUM": wanted.weighted_sum, "WITH_MEAN_LOGIT": wanted.mean_logit}
+
+
+def _row_stats(outputs: tuple[Array, ...], wanted: StatsWanted) -> RowStats:
+    row_max, log_sum, label_logit, weighted_sum, mean_logit, prediction = outputs
+    return RowStats(
+        row_max,
+        log_sum,
+        label_logit,
+        prediction,
+        weighted_sum if wanted.weighted_sum else None,
+        mean_logit if wanted.mean_logit else None,
+    )

@@ -14,19 +14,30 @@ class RowStats(NamedTuple):
       label_logit: `z_label`, or 0 where the label lies outside the block.
       prediction: the first `v` at which `z_v` is largest.
       weighted_sum: `Σ_v u_v · z_v` with class weights `u` (1 without), or None if not asked for.
+      mean_logit: `Σ_v p_v · (z_v − max)` with `p = softmax(z)`, or None if not asked for. The entropy is `log_sum` less
+        it.
     """
 
     max: Float[Array, "*B"]
     log_sum: Float[Array, "*B"]
     label_logit: Float[Array, "*B"]
     prediction: Int[Array, "*B"]
-    weighted_sum: Float[Array, "*B"] | None
+    weighted_sum: Float[Array, "*B"] | None = None
+    mean_logit: Float[Array, "*B"] | None = None
+
+
+class StatsWanted(NamedTuple):
+    """Which of the stats that not every loss needs are asked for."""
+
+    weighted_sum: bool = False
+    mean_logit: bool = False
 
 
 class Coefficients(NamedTuple):
     """What multiplies what in each row of logit gradients: the one form that the gradients of all losses have.
 
-    `dz_v = p_v · (probability + probability_lse · lse) − label · [v = label] − smoothing · u_v`
+    `dz_v = p_v · (probability + probability_lse · lse + probability_logit · (z_v − max)) − label · [v = label]
+    − smoothing · u_v`
 
     with `p = softmax(z)` and class weights `u`. None stands for 0 in every row, and costs nothing.
     """
@@ -35,6 +46,7 @@ class Coefficients(NamedTuple):
     label: Float[Array, " T"]
     probability_lse: Float[Array, " T"] | None = None
     smoothing: Float[Array, " T"] | None = None
+    probability_logit: Float[Array, " T"] | None = None
 
 
 class Block(NamedTuple):

@@ -4,24 +4,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jliger.rows.types import Block, Coefficients, LogitMap, RowStats
+from jliger.rows.types import Block, Coefficients, LogitMap, RowStats, StatsWanted
 
 
-def row_stats(product: Float[Array, "T V"], block: Block, logit_map: LogitMap, *, with_weighted_sum: bool) -> RowStats:
+def row_stats(product: Float[Array, "T V"], block: Block, logit_map: LogitMap, wanted: StatsWanted) -> RowStats:
     logits, _, inside = _logits(product, block, logit_map)
     # Finite also where a block holds nothing but −inf, so that its sum is 0 and not NaN.
     row_max = jnp.maximum(logits.max(axis=1), jnp.finfo(logits.dtype).min)
     is_label = _is_label(product, block) & inside
     weighted_sum = None
-    if with_weighted_sum:
+    if wanted.weighted_sum:
         terms = logits if block.class_weights is None else logits * block.class_weights
         weighted_sum = jnp.where(inside, terms, 0).sum(axis=1)
+    below = logits - row_max[:, None]
+    exp = jnp.exp(below)
+    sum_exp = exp.sum(axis=1)
     return RowStats(
         max=row_max,
-        log_sum=jnp.log(jnp.exp(logits - row_max[:, None]).sum(axis=1)),
+        log_sum=jnp.log(sum_exp),
         label_logit=jnp.where(is_label, logits, 0).sum(axis=1),
         prediction=jnp.argmax(logits, axis=1).astype(jnp.int32),
         weighted_sum=weighted_sum,
+        mean_logit=(exp * _finite(below)).sum(axis=1) / sum_exp if wanted.mean_logit else None,
     )
 
 
@@ -36,10 +40,13 @@ def row_grads(
     dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "T V"]:
     logits, slope, inside = _logits(product, block, logit_map)
-    probability, label, probability_lse, smoothing = coefficients
+    probability, label, probability_lse, smoothing, probability_logit = coefficients
     if probability_lse is not None:
         probability = probability + probability_lse * (row_max + log_sum)
-    grads = jnp.exp(logits - row_max[:, None]) * (probability * jnp.exp(-log_sum))[:, None]
+    below, factor = logits - row_max[:, None], probability[:, None]
+    if probability_logit is not None:
+        factor = factor + probability_logit[:, None] * _finite(below)
+    grads = jnp.exp(below) * (factor * jnp.exp(-log_sum)[:, None])
     grads = grads - jnp.where(_is_label(product, block), label[:, None], 0)
     if smoothing is not None:
         u = 1 if block.class_weights is None else block.class_weights
@@ -51,12 +58,12 @@ def row_stats_and_grads(
     product: Float[Array, "T V"],
     block: Block,
     logit_map: LogitMap,
+    wanted: StatsWanted,
     coefficients: Coefficients,
     *,
-    with_weighted_sum: bool,
     dtype: jax.typing.DTypeLike,
 ) -> tuple[RowStats, Float[Array, "T V"]]:
-    stats = row_stats(product, block, logit_map, with_weighted_sum=with_weighted_sum)
+    stats = row_stats(product, block, logit_map, wanted)
     return stats, row_grads(product, block, logit_map, stats.max, stats.log_sum, coefficients, dtype=dtype)
 
 
@@ -77,6 +84,11 @@ def _logits(
     if block.first is not None:
         inside &= columns >= block.first
     return jnp.where(inside, logits, -jnp.inf), slope, inside
+
+
+def _finite(below: Float[Array, "T V"]) -> Float[Array, "T V"]:
+    """A difference that multiplies its own exponential, which is 0 where the difference is −inf."""
+    return jnp.maximum(below, jnp.finfo(below.dtype).min)
 
 
 def _is_label(product: Float[Array, "T V"], block: Block) -> Bool[Array, "T V"]:

@@ -6,6 +6,7 @@ share itself is one and the same (`jliger.sharding.share`), and so is who sums w
 """
 
 from jliger.sharding.dispatch import label_weights as label_weights
+from jliger.sharding.dispatch import replicated as replicated
 from jliger.sharding.dispatch import run as run
 from jliger.sharding.dispatch import split_cotangent as split_cotangent
 from jliger.sharding.dispatch import sum_to_type as sum_to_type

@@ -17,8 +17,15 @@ from jliger.sharding.share import run_share
 jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 
 _FACTORS: dict[str, dict[Role, str]] = {
-    "hv": {"hidden": "... h", "token": "...", "kernel": "h v", "vocab": "v"},
-    "vh": {"hidden": "... h", "token": "...", "kernel": "v h", "vocab": "v"},
+    layout: {
+        "hidden": "... h",
+        "token": "...",
+        "kernel": kernel,
+        "vocab": "v",
+        "adapted": "... r",
+        "adapter": "r v",
+    }
+    for layout, kernel in (("hv", "h v"), ("vh", "v h"))
 }
 
 
@@ -58,8 +65,8 @@ def _partitioned(form: Form, tree: Any, roles: tuple[Role, ...]) -> Callable[...
 
     factors = _FACTORS[form.config.kernel_layout]
     rule = ", ".join(factors[role] for role in roles) + " -> " + ", ".join(factors[role] for role in results)
-    special: dict[str, Any] = {"need_replication_factors": ("h",)}
-    if "kernel" not in results and "vocab" not in results:
+    special: dict[str, Any] = {"need_replication_factors": ("h", "r") if "adapter" in roles else ("h",)}
+    if not {"kernel", "vocab", "adapter"} & set(results):
         special["reduction_factors"] = ("v",)
     whole.def_partition(partition=partition, sharding_rule=lambda *_: (rule, special))
     return whole

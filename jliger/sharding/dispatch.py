@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, NamedSharding, get_abstract_mesh, reshard
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jliger.chunks import Head, Tokens
+from jliger.chunks import Grads, Head, Tokens
 from jliger.config import HeadConfig
 from jliger.sharding.form import Form, Result, operand_roles, result_roles
 from jliger.sharding.plan import Axes, Plan, first_column, local_plan
@@ -58,6 +58,14 @@ def total_class_weight(config: HeadConfig, class_weights: Float[Array, " V"]) ->
     """`Σ_v w_v` over all columns."""
     total = class_weights.sum()
     return jax.lax.psum(total, config.vocab_axes) if config.vocab_axes else total
+
+
+def replicated(array: Array) -> Array:
+    """A small array, whole on every device, where shardings are in types and a product would ask for it."""
+    mesh = _mesh_of(array)
+    if mesh.manual_axes or not _is_explicit(mesh):
+        return array
+    return reshard(array, NamedSharding(mesh, P(*(None,) * array.ndim)))
 
 
 def sum_to_type(cotangent: Array, primal: Array) -> Array:
@@ -110,7 +118,7 @@ def _run_explicit(form: Form, mesh: AbstractMesh, tokens: Tokens, head: Head, pe
     return result if result.grads is None else result._replace(grads=_like_inputs(mesh, result.grads, tokens, head))
 
 
-def _like_inputs(mesh: AbstractMesh, grads: Any, tokens: Tokens, head: Head) -> Any:
+def _like_inputs(mesh: AbstractMesh, grads: Grads, tokens: Tokens, head: Head) -> Any:
     """Gradients sharded like their inputs, where the plan had left an axis out."""
 
     def like(grad: Array | None, primal: Array | None) -> Array | None:
@@ -118,11 +126,7 @@ def _like_inputs(mesh: AbstractMesh, grads: Any, tokens: Tokens, head: Head) -> 
             return None
         return reshard(grad, NamedSharding(mesh, jax.typeof(primal).sharding.spec))
 
-    return grads._replace(
-        hidden=like(grads.hidden, tokens.hidden),
-        kernel=like(grads.kernel, head.kernel),
-        bias=like(grads.bias, head.bias),
-    )
+    return Grads(*map(like, grads, Grads(tokens.hidden, head.kernel, head.bias, tokens.adapted, head.adapter)))
 
 
 def _mesh_of(*arrays: Array) -> AbstractMesh:

@@ -32,7 +32,7 @@ class Form:
     @property
     def sums_tokens(self) -> bool:
         """Whether a result is a sum over tokens."""
-        return self.wanted.kernel is not None or self.wanted.bias is not None
+        return any(dtype is not None for dtype in (self.wanted.kernel, self.wanted.bias, self.wanted.adapter))
 
 
 class Result(NamedTuple):
@@ -47,19 +47,21 @@ class Result(NamedTuple):
     grads: Grads | None
 
 
-Role = Literal["hidden", "token", "kernel", "vocab"]
-"""Which dimensions an array has: `[*B, H]`, `[*B]`, the kernel's, or `[V]`."""
+Role = Literal["hidden", "token", "kernel", "vocab", "adapted", "adapter"]
+"""Which dimensions an array has: `[*B, H]`, `[*B]`, the kernel's, `[V]`, `[*B, R]`, or `[R, V]`."""
 
 
 def operand_roles(tokens: Tokens, head: Head, per_token: Any) -> Any:
     """The role of each operand, in the operands' own tree."""
 
-    def vocab(array: Any) -> Any:
-        return None if array is None else "vocab"
+    def role(name: Role, array: Any) -> Any:
+        return None if array is None else name
 
     return (
-        Tokens._make(("hidden", "token", "token")),
-        Head._make(("kernel", vocab(head.bias), vocab(head.class_weights))),
+        Tokens._make(("hidden", "token", "token", role("adapted", tokens.adapted))),
+        Head._make(
+            ("kernel", role("vocab", head.bias), role("vocab", head.class_weights), role("adapter", head.adapter))
+        ),
         jax.tree.map(lambda _: "token", per_token),
     )
 
@@ -68,9 +70,9 @@ def result_roles(form: Form) -> Result:
     """The role of each result, in the result's own tree."""
     stats = None
     if form.kind != "recompute":
-        weighted = "token" if form.config.with_weighted_sum else None
-        stats = RowStats._make(("token", "token", "token", "token", weighted))
+        optional = ("token" if wanted else None for wanted in form.config.stats_wanted)
+        stats = RowStats._make(("token", "token", "token", "token", *optional))
     if form.kind == "stats":
         return Result(stats, None)
-    roles = zip(("hidden", "kernel", "vocab"), form.wanted, strict=True)
+    roles = zip(("hidden", "kernel", "vocab", "adapted", "adapter"), form.wanted, strict=True)
     return Result(stats, Grads._make(None if dtype is None else role for role, dtype in roles))

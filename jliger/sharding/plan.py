@@ -53,12 +53,14 @@ class Plan(NamedTuple):
     def spec(self, role: Role, *, result: bool = False) -> P:
         """How an array of this role is sharded as operand, or as result."""
         batch = [_entry(axes) for axes in self.batch]
-        if role == "hidden":
+        if role in ("hidden", "adapted"):
             return P(*batch, None)
         if role == "token":
             return P(*batch)
         if role == "vocab":
             return P(_entry(self.vocab))
+        if role == "adapter":
+            return P(None, _entry(self.vocab))
         vocab = [self.vocab if dim == self.vocab_dim else () for dim in range(2)]
         return P(*(_entry(axes + self.scattered[dim] if result else axes) for dim, axes in enumerate(vocab)))
 
@@ -88,7 +90,7 @@ class Plan(NamedTuple):
                 grad = jax.lax.psum_scatter(grad, axes, scatter_dimension=dim, tiled=True)
         return grad
 
-    def sum_bias_grad(self, grad: Array) -> Array:
+    def sum_over_tokens(self, grad: Array) -> Array:
         return jax.lax.psum(grad, self.tokens) if self.tokens else grad
 
 

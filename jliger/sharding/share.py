@@ -1,6 +1,7 @@
 """One device's share: its tokens, its columns, and the sums over devices that its results are part of."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +27,12 @@ def run_share(form: Form, plan: Plan, tokens: Tokens, head: Head, per_token: Any
     # Elsewhere a label is no column here; one that is none anywhere stays negative.
     labels = tokens.labels - start
     labels = jnp.where((labels < 0) | (labels >= width), -1, labels)
-    flat = Tokens(tokens.hidden.reshape(-1, tokens.hidden.shape[-1]), labels.reshape(-1), tokens.counted.reshape(-1))
+    flat = Tokens(
+        tokens.hidden.reshape(-1, tokens.hidden.shape[-1]),
+        labels.reshape(-1),
+        tokens.counted.reshape(-1),
+        None if tokens.adapted is None else tokens.adapted.reshape(-1, tokens.adapted.shape[-1]),
+    )
     per_token = jax.tree.map(lambda array: array.reshape(-1), per_token)
     wanted = _in_sums(form.wanted, plan, tokens)
 
@@ -48,55 +54,60 @@ def run_share(form: Form, plan: Plan, tokens: Tokens, head: Head, per_token: Any
 def _of_no_tokens(form: Form, plan: Plan, tokens: Tokens, head: Head) -> Result:
     """Stats of no rows, and gradients of zero."""
     rows = jnp.zeros_like(tokens.hidden, chunks.accumulator_dtype(tokens.hidden.dtype), shape=tokens.labels.shape)
-    weighted = rows if form.config.with_weighted_sum else None
-    stats = RowStats(rows, rows, rows, rows.astype(jnp.int32), weighted)
+    optional = (rows if wanted else None for wanted in form.config.stats_wanted)
+    stats = RowStats(rows, rows, rows, rows.astype(jnp.int32), *optional)
     if form.kind == "stats":
         return Result(stats, None)
-
-    def zeros(like: Array | None, dtype: Any) -> Array | None:
-        return None if dtype is None or like is None else jnp.zeros_like(like, dtype)
-
-    grads = Grads(
-        zeros(tokens.hidden, form.wanted.hidden),
-        zeros(head.kernel, form.wanted.kernel),
-        zeros(head.bias, form.wanted.bias),
-    )
+    grads = chunks.empty_grads(form.wanted, tokens, head)
     return Result(stats if form.kind == "forward" else None, _summed(grads, form.wanted, plan, tokens))
 
 
 def merge_over(axes: Axes, stats: RowStats) -> RowStats:
     """The stats of all columns from those of each device's: nothing larger than `[T]` moves."""
     row_max = jax.lax.pmax(stats.max, axes)
-    sum_exp = jax.lax.psum(jnp.exp(stats.log_sum + (stats.max - row_max)), axes)
+    sums = jax.tree.map(lambda part: jax.lax.psum(part, axes), chunks.shifted_sums(stats, row_max))
     # The first column of those that have the maximum; devices without it offer a number past every column.
     nowhere = jnp.iinfo(stats.prediction.dtype).max
     return RowStats(
         max=row_max,
-        log_sum=jnp.log(sum_exp),
+        log_sum=jnp.log(sums.sum_exp),
         label_logit=jax.lax.psum(stats.label_logit, axes),
         prediction=jax.lax.pmin(jnp.where(stats.max == row_max, stats.prediction, nowhere), axes),
         weighted_sum=None if stats.weighted_sum is None else jax.lax.psum(stats.weighted_sum, axes),
+        mean_logit=None if sums.sum_exp_logit is None else sums.sum_exp_logit / sums.sum_exp,
     )
 
 
 def _in_sums(wanted: GradTypes, plan: Plan, tokens: Tokens) -> GradTypes:
     """What is summed over devices is summed in float32, and rounded after."""
     sums = chunks.accumulator_dtype(tokens.hidden.dtype)
-    hidden, kernel, bias = wanted
+
+    def in_sums(dtype: Any, axes: Axes) -> Any:
+        return sums if dtype is not None and axes else dtype
+
     return GradTypes(
-        sums if hidden is not None and plan.columns else hidden,
-        sums if kernel is not None and plan.tokens else kernel,
-        sums if bias is not None and plan.tokens else bias,
+        hidden=in_sums(wanted.hidden, plan.columns),
+        kernel=in_sums(wanted.kernel, plan.tokens),
+        bias=in_sums(wanted.bias, plan.tokens),
+        adapted=in_sums(wanted.adapted, plan.columns),
+        adapter=in_sums(wanted.adapter, plan.tokens),
     )
 
 
 def _summed(grads: Grads, wanted: GradTypes, plan: Plan, tokens: Tokens) -> Grads:
-    hidden, kernel, bias = grads
-    if hidden is not None:
-        hidden = jax.lax.psum(hidden, plan.columns) if plan.columns else hidden
-        hidden = hidden.astype(wanted.hidden).reshape(tokens.hidden.shape)
-    if kernel is not None:
-        kernel = plan.sum_kernel_grad(kernel).astype(wanted.kernel)
-    if bias is not None:
-        bias = plan.sum_bias_grad(bias).astype(wanted.bias)
-    return Grads(hidden, kernel, bias)
+    def of_tokens(grad: Array | None, dtype: Any, like: Array | None) -> Array | None:
+        if grad is None or like is None:
+            return None
+        grad = jax.lax.psum(grad, plan.columns) if plan.columns else grad
+        return grad.astype(dtype).reshape(like.shape)
+
+    def of_columns(grad: Array | None, dtype: Any, summed: Callable[[Array], Array]) -> Array | None:
+        return None if grad is None else summed(grad).astype(dtype)
+
+    return Grads(
+        hidden=of_tokens(grads.hidden, wanted.hidden, tokens.hidden),
+        kernel=of_columns(grads.kernel, wanted.kernel, plan.sum_kernel_grad),
+        bias=of_columns(grads.bias, wanted.bias, plan.sum_over_tokens),
+        adapted=of_tokens(grads.adapted, wanted.adapted, tokens.adapted),
+        adapter=of_columns(grads.adapter, wanted.adapter, plan.sum_over_tokens),
+    )
