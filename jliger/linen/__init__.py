@@ -3,3 +3,4 @@
 from jliger.linen.functions import fused_linear_cross_entropy as fused_linear_cross_entropy
 from jliger.linen.lm_head import LMHead as LMHead
 from jliger.linen.lm_head import TiedLMHead as TiedLMHead
+from jliger.linen.medusa import MedusaHeads as MedusaHeads

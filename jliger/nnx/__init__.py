@@ -3,3 +3,4 @@
 from jliger.nnx.functions import fused_linear_cross_entropy as fused_linear_cross_entropy
 from jliger.nnx.lm_head import LMHead as LMHead
 from jliger.nnx.lm_head import TiedLMHead as TiedLMHead
+from jliger.nnx.medusa import MedusaHeads as MedusaHeads

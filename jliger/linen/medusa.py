@@ -1,0 +1,124 @@
+"""medusa: Medusa heads as a module."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import linear
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jaxtyping import Array, Float, Int
+
+from jliger import medusa
+from jliger.linen.layers import linear_head
+from jliger.linen.lm_head import LMHead
+
+
+class MedusaHeads(nn.Module):
+    r"""Heads beside a model's own that predict later tokens (Cai et al., 2024, arXiv:2401.10774).
+
+    The model's head predicts the next token, $t + 1$. Head $i = 1 \ldots K$ here predicts token $t + i + 1$ from the
+    same hidden state: through residual blocks $x + \mathrm{silu}(x W + b)$, which begin as the identity, and a head of
+    its own. Heads are gone through one after the other, each one's gradients taken along with its loss. So memory
+    beside parameters and their gradients does not grow with $K$ (float16 excepted).
+
+    Stage 1 of Medusa freezes the model: with hidden states that are not differentiated, or behind
+    `jax.lax.stop_gradient`, no gradient of them is computed, and heads and blocks still learn. Stage 2 adds this loss,
+    times some small number, to the model's.
+
+    Parameters are those of submodules: `blocks_i_j` (`nn.Dense`) and `heads_i` (`LMHead`), counted from 0.
+
+    Attributes:
+      num_heads: `K`.
+      features: `V`.
+      num_blocks: residual blocks of each head.
+      logit_scale: of the heads, as in `LMHead`.
+      logit_softcap: of the heads, as in `LMHead`.
+      use_bias: whether the heads have a bias; the blocks do.
+      dtype: of the products; None for what hidden states and parameters promote to.
+      param_dtype: of the parameters.
+      precision: of the products.
+      kernel_init: makes the heads' kernels.
+      bias_init: makes the heads' biases.
+      block_init: makes the blocks' kernels.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jliger
+      >>> heads = jliger.linen.MedusaHeads(3, 32)
+      >>> tokens, hidden = jnp.ones((2, 7), int), jnp.ones((2, 7, 8))
+      >>> labels = jliger.shift_labels(tokens, by=range(2, 5))
+      >>> variables = heads.init(jax.random.key(0), hidden)
+      >>> print(heads.apply(variables, hidden, labels, method="loss").shape)
+      ()
+    """
+
+    num_heads: int
+    features: int
+    num_blocks: int = 1
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    use_bias: bool = False
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = linear.default_kernel_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+    block_init: Initializer = nn.initializers.zeros_init()
+
+    def __call__(self, hidden: Float[Array, "*B H"]) -> Float[Array, "K ... V"]:
+        """All heads' logits, for sampling."""
+        return medusa.logits(self._heads(hidden), hidden)
+
+    def loss(
+        self,
+        hidden: Float[Array, "*B H"],
+        labels: Int[Array, "K ..."],
+        *,
+        head_weights: Sequence[float] | None = None,
+        **options: Any,
+    ) -> Any:
+        """The weighted sum of the heads' losses.
+
+        Args:
+          hidden: the model's last hidden states, `[*B, H]`.
+          labels: `[K, *B]`, each head's own, as `jliger.shift_labels(tokens, mask, by=range(2, K + 2))` makes them.
+          head_weights: a number for each head; None for `0.8, 0.8², …`, as in the paper.
+          **options: those of `jliger.fused_linear_cross_entropy`, of each head's loss. `where` and `weights` are
+            `[K, *B]`, or `[*B]` for all heads.
+
+        Returns:
+          The loss; with `return_metrics` that and `jliger.CrossEntropyMetrics` with a leading axis of heads.
+
+        Raises:
+          NotImplementedError: `reduction="none"`.
+          ValueError: labels or weights that are not one for each head; what `jliger.fused_linear_cross_entropy` raises.
+          TypeError: what `jliger.fused_linear_cross_entropy` raises.
+        """
+        return medusa.loss(self._heads(hidden), hidden, labels, head_weights=head_weights, **options)
+
+    @nn.compact
+    def _heads(self, hidden: Array) -> list[medusa.MedusaHead]:
+        of_all: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "precision": self.precision}
+
+        def block(index: int, depth: int) -> nn.Dense:
+            return nn.Dense(hidden.shape[-1], kernel_init=self.block_init, name=f"blocks_{index}_{depth}", **of_all)
+
+        def head(index: int) -> LMHead:
+            return LMHead(
+                self.features,
+                logit_scale=self.logit_scale,
+                logit_softcap=self.logit_softcap,
+                use_bias=self.use_bias,
+                kernel_init=self.kernel_init,
+                bias_init=self.bias_init,
+                name=f"heads_{index}",
+                **of_all,
+            )
+
+        return [
+            medusa.MedusaHead(
+                tuple(linear_head(block(index, depth), hidden) for depth in range(self.num_blocks)),
+                linear_head(head(index), hidden),
+            )
+            for index in range(self.num_heads)
+        ]

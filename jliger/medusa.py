@@ -1,0 +1,90 @@
+"""medusa: heads on the same hidden states that each look one token further ahead."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jliger.api import CrossEntropyMetrics
+from jliger.heads import LinearHead
+from jliger.in_turn import sum_in_turn
+
+# Cai et al., 2024, section 2.2.1: the weight of a head's loss is a power of this.
+DECAY = 0.8
+
+_PER_TOKEN = ("where", "weights")
+_WHOLE = ("class_weights", "normalizer")
+
+
+class MedusaHead(NamedTuple):
+    """Layers `[H, H]` of residual blocks, and a head `[H, V]`."""
+
+    blocks: tuple[LinearHead, ...]
+    head: LinearHead
+
+    def features(self, hidden: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+        for block in self.blocks:
+            hidden = hidden + jax.nn.silu(block.logits(hidden))
+        return hidden
+
+
+def logits(heads: Sequence[MedusaHead], hidden: Float[Array, "*B H"]) -> Float[Array, "K ... V"]:
+    return jnp.stack([head.head.logits(head.features(hidden)) for head in heads])
+
+
+def loss(
+    heads: Sequence[MedusaHead],
+    hidden: Float[Array, "*B H"],
+    labels: Int[Array, "K ..."],
+    *,
+    head_weights: Sequence[float] | None = None,
+    reduction: str = "mean",
+    return_metrics: bool = False,
+    **options: Any,
+) -> Any:
+    """The weighted sum of the heads' losses; with metrics, those of each head, stacked."""
+    count = len(heads)
+    hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
+    if labels.shape != (count, *hidden.shape[:-1]):
+        raise ValueError(
+            f"labels got shape {labels.shape}; pass each head's, {(count, *hidden.shape[:-1])}, as "
+            f"jliger.shift_labels(tokens, mask, by=range(2, {count + 2})) makes them."
+        )
+    if reduction not in ("mean", "sum"):
+        raise NotImplementedError(f"reduction got {reduction!r}; pass 'mean' or 'sum': several heads have one loss.")
+    head_weights = [DECAY**ahead for ahead in range(1, count + 1)] if head_weights is None else head_weights
+    if len(head_weights) != count:
+        raise ValueError(f"head_weights got {len(head_weights)} numbers for {count} heads; pass one for each.")
+
+    given = {name: jnp.asarray(options.pop(name)) for name in _PER_TOKEN + _WHOLE if options.get(name) is not None}
+    per_token = {name: jnp.broadcast_to(given.pop(name), labels.shape) for name in _PER_TOKEN if name in given}
+    contexts = [
+        {
+            "labels": labels[i],
+            "head_weight": jnp.float32(head_weights[i]),
+            **{n: a[i] for n, a in per_token.items()},
+            **given,
+        }
+        for i in range(count)
+    ]
+    term = _HeadLoss((("reduction", reduction), *sorted(options.items())))
+    total, metrics = sum_in_turn(term, heads, hidden, contexts)
+    return (total, jax.tree.map(lambda *each: jnp.stack(each), *metrics)) if return_metrics else total
+
+
+@dataclasses.dataclass(frozen=True)
+class _HeadLoss:
+    """One head's part of the sum, and its metrics."""
+
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(
+        self, head: MedusaHead, hidden: Array, context: dict[str, Array]
+    ) -> tuple[Float[Array, ""], CrossEntropyMetrics]:
+        context = dict(context)
+        head_weight, features = context.pop("head_weight"), head.features(hidden)
+        value, metrics = head.head.loss(features, **context, **dict(self.options), return_metrics=True)
+        return head_weight * value, metrics

@@ -1,0 +1,153 @@
+"""medusa: Medusa heads as a module."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import linear
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jaxtyping import Array, Float, Int
+
+from jliger import medusa
+from jliger.nnx.layers import linear_head
+from jliger.nnx.lm_head import LMHead
+
+
+class MedusaHeads(nnx.Module):
+    r"""Heads beside a model's own that predict later tokens (Cai et al., 2024, arXiv:2401.10774).
+
+    The model's head predicts the next token, $t + 1$. Head $i = 1 \ldots K$ here predicts token $t + i + 1$ from the
+    same hidden state: through residual blocks $x + \mathrm{silu}(x W + b)$, which begin as the identity, and a head of
+    its own. Heads are gone through one after the other, each one's gradients taken along with its loss. So memory
+    beside parameters and their gradients does not grow with $K$ (float16 excepted).
+
+    Stage 1 of Medusa freezes the model: with hidden states that are not differentiated, or behind
+    `jax.lax.stop_gradient`, no gradient of them is computed, and heads and blocks still learn. Stage 2 adds this loss,
+    times some small number, to the model's.
+
+    Args:
+      num_heads: `K`.
+      in_features: `H`.
+      out_features: `V`.
+      num_blocks: residual blocks of each head.
+      logit_scale: of the heads, as in `LMHead`.
+      logit_softcap: of the heads, as in `LMHead`.
+      use_bias: whether the heads have a bias; the blocks do.
+      dtype: of the products; None for what hidden states and parameters promote to.
+      param_dtype: of the parameters.
+      precision: of the products.
+      kernel_init: makes the heads' kernels. `lambda key, shape, dtype: head.kernel[...].astype(dtype)` begins with the
+        model's own, as the paper does.
+      bias_init: makes the heads' biases.
+      block_init: makes the blocks' kernels.
+      rngs: random keys.
+      kernel_metadata: of the heads' kernels, such as their sharding.
+      bias_metadata: of the heads' biases.
+      block_metadata: of the blocks' kernels.
+
+    Attributes:
+      blocks: a list for each head, of `nnx.Linear` `[H, H]`.
+      heads: `LMHead` `[H, V]`.
+
+    Example:
+      >>> import jax.numpy as jnp, jliger
+      >>> from flax import nnx
+      >>> heads = jliger.nnx.MedusaHeads(3, 8, 32, rngs=nnx.Rngs(0))
+      >>> tokens, hidden = jnp.ones((2, 7), int), jnp.ones((2, 7, 8))
+      >>> labels = jliger.shift_labels(tokens, by=range(2, 5))
+      >>> print(heads(hidden).shape, labels.shape, heads.loss(hidden, labels).shape)
+      (3, 2, 7, 32) (3, 2, 7) ()
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        in_features: int,
+        out_features: int,
+        *,
+        num_blocks: int = 1,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        use_bias: bool = False,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = linear.default_kernel_init,
+        bias_init: Initializer = linear.default_bias_init,
+        block_init: Initializer = jax.nn.initializers.zeros,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        block_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        def block() -> nnx.Linear:
+            return nnx.Linear(
+                in_features,
+                in_features,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                precision=precision,
+                kernel_init=block_init,
+                rngs=rngs,
+                kernel_metadata=block_metadata,
+            )
+
+        def head() -> LMHead:
+            return LMHead(
+                in_features,
+                out_features,
+                logit_scale=logit_scale,
+                logit_softcap=logit_softcap,
+                use_bias=use_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                precision=precision,
+                kernel_init=kernel_init,
+                bias_init=bias_init,
+                rngs=rngs,
+                kernel_metadata=kernel_metadata,
+                bias_metadata=bias_metadata,
+            )
+
+        self.blocks = nnx.List([nnx.List([block() for _ in range(num_blocks)]) for _ in range(num_heads)])
+        self.heads = nnx.List([head() for _ in range(num_heads)])
+
+    def __call__(self, hidden: Float[Array, "*B H"]) -> Float[Array, "K ... V"]:
+        """All heads' logits, for sampling."""
+        return medusa.logits(self._heads(hidden), hidden)
+
+    def loss(
+        self,
+        hidden: Float[Array, "*B H"],
+        labels: Int[Array, "K ..."],
+        *,
+        head_weights: Sequence[float] | None = None,
+        **options: Any,
+    ) -> Any:
+        """The weighted sum of the heads' losses.
+
+        Args:
+          hidden: the model's last hidden states, `[*B, H]`.
+          labels: `[K, *B]`, each head's own, as `jliger.shift_labels(tokens, mask, by=range(2, K + 2))` makes them.
+          head_weights: a number for each head; None for `0.8, 0.8², …`, as in the paper.
+          **options: those of `jliger.fused_linear_cross_entropy`, of each head's loss. `where` and `weights` are
+            `[K, *B]`, or `[*B]` for all heads.
+
+        Returns:
+          The loss; with `return_metrics` that and `jliger.CrossEntropyMetrics` with a leading axis of heads.
+
+        Raises:
+          NotImplementedError: `reduction="none"`.
+          ValueError: labels or weights that are not one for each head; what `jliger.fused_linear_cross_entropy` raises.
+          TypeError: what `jliger.fused_linear_cross_entropy` raises.
+        """
+        return medusa.loss(self._heads(hidden), hidden, labels, head_weights=head_weights, **options)
+
+    def _heads(self, hidden: Array) -> list[medusa.MedusaHead]:
+        return [
+            medusa.MedusaHead(tuple(linear_head(block, hidden) for block in blocks), linear_head(head, hidden))
+            for blocks, head in zip(self.blocks, self.heads, strict=True)
+        ]
