@@ -1,0 +1,275 @@
+"""Several devices: each adds up its own microbatches, and what they found is summed once, after the last one."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+Axes = tuple[str, ...]
+Tree = Any
+
+
+class Placement(NamedTuple):
+    """Where one differentiated array's gradient goes on the devices that share the batch.
+
+    Attributes:
+      scattered: for each dimension, the axes that spread it (FSDP).
+      summed: all others.
+      by_slices: whether to sum and take a slice of that, which XLA may make one operation of: a reduce-scatter would
+        first gather what other axes spread.
+    """
+
+    scattered: tuple[Axes, ...]
+    summed: Axes
+    by_slices: bool = False
+
+    def total(self, gradient: Array) -> Array:
+        """The sum of all devices' gradients, spread as the array is."""
+        spread = [(dim, axes) for dim, axes in enumerate(self.scattered) if axes]
+        if not self.by_slices:
+            for dim, axes in spread:
+                gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
+            return jax.lax.psum(gradient, self.summed) if self.summed else gradient
+        gradient = jax.lax.psum(gradient, self.summed + tuple(axis for _, axes in spread for axis in axes))
+        for dim, axes in spread:
+            size = gradient.shape[dim] // math.prod(map(jax.lax.axis_size, axes))
+            gradient = jax.lax.dynamic_slice_in_dim(gradient, jax.lax.axis_index(axes) * size, size, dim)
+        return gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Those that share the batch, seen from one of them, within a `shard_map`.
+
+    Attributes:
+      axes: manual mesh axes that spread the batch; none where all is on one device, or is XLA's to spread.
+      placements: one for each differentiated array.
+    """
+
+    axes: Axes
+    placements: tuple[Placement, ...]
+
+    def own(self, tree: Tree) -> Tree:
+        """Differentiated arrays with types by which their gradients stay each device's own."""
+        leaves, structure = jax.tree.flatten(tree)
+        return structure.unflatten(
+            _as_varying(leaf, place.summed) for place, leaf in zip(self.placements, leaves, strict=True)
+        )
+
+    def total_gradients(self, tree: Tree) -> Tree:
+        leaves, structure = jax.tree.flatten(tree)
+        return structure.unflatten(place.total(leaf) for place, leaf in zip(self.placements, leaves, strict=True))
+
+    def total(self, array: Array) -> Array:
+        """The sum over devices; what types say to be whole already is left as it is."""
+        axes = tuple(axis for axis in self.axes if axis in _varying(array) or not _is_typed(axis))
+        return jax.lax.psum(array, axes) if axes else array
+
+
+def here(batch_axes: Axes, differentiated: Tree, batch: Tree) -> Devices:
+    """Within a user's `shard_map`, or on one device: named axes, and those that the batch's types vary over."""
+    varying = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(batch)))
+    axes = (*batch_axes, *sorted(varying - set(batch_axes)))
+    placements = tuple(
+        Placement((), tuple(axis for axis in axes if axis not in _varying(leaf)))
+        for leaf in jax.tree.leaves(differentiated)
+    )
+    return Devices(axes, placements)
+
+
+def is_manual(axes: Axes) -> bool:
+    """Whether the call is within a `shard_map` over these axes.
+
+    Raises:
+      ValueError: some of them are, some are not.
+    """
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    if manual & set(axes) and not manual >= set(axes):
+        raise ValueError(
+            f"batch_axes got {axes}, of which only {tuple(sorted(manual & set(axes)))} are manual here; name axes of "
+            "one kind."
+        )
+    return manual >= set(axes)
+
+
+# ---- a shard_map of our own ------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """A mesh, and what lies how over the axes that share the batch."""
+
+    mesh: Mesh | AbstractMesh
+    axes: Axes
+    specs: tuple[P, ...]
+
+    @classmethod
+    def make(cls, axes: Axes, differentiated: Tree, specs: Tree, batch: Tree) -> "Layout":
+        """From the axes named, and the specs of the differentiated arrays: given, or else in their types.
+
+        Raises:
+          ValueError: an axis that no mesh has, or specs that don't fit.
+        """
+        mesh = _mesh_of((batch, differentiated))
+        for axis in axes:
+            if axis not in mesh.axis_names:
+                raise ValueError(
+                    f"batch_axes got {axis!r}, which is no axis of the mesh ({mesh.axis_names}); set a mesh by "
+                    "jax.set_mesh, or pass arrays that lie on one."
+                )
+        leaves, structure = jax.tree.flatten(differentiated)
+        if specs is None:
+            found = [_typed_spec(leaf) for leaf in leaves]
+        else:
+            try:
+                full = jax.tree.broadcast(specs, differentiated, is_leaf=lambda spec: spec is None)
+            except ValueError as error:
+                raise ValueError(f"specs got a tree that is no prefix of what is differentiated: {error}") from error
+            found = [P() if spec is None else spec for spec in structure.flatten_up_to(full)]
+        return cls(mesh, axes, tuple(found))
+
+    @property
+    def shares(self) -> int:
+        """In how many parts the batch's rows are."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    @property
+    def rows(self) -> P:
+        """The spec of an array of rows."""
+        return P(self.axes)
+
+    @property
+    def gradients(self) -> list[P]:
+        """The spec of each gradient."""
+        return [_only(spec, self.axes) for spec in self.specs]
+
+    def devices(self) -> Devices:
+        """They, to be used within `run`."""
+        placements = []
+        for spec in self.specs:
+            used = {axis for entry in spec for axis in _axes_of(entry)}
+            scattered = tuple(_axes_of(entry) for entry in _only(spec, self.axes))
+            summed = tuple(axis for axis in self.axes if axis not in used)
+            # Beside Explicit axes of another kind, jax has no reduce-scatter.
+            by_slices = not used <= set(self.axes) or bool(set(self.mesh.explicit_axes) - set(self.axes))
+            placements.append(Placement(scattered, summed, by_slices))
+        return Devices(self.axes, tuple(placements))
+
+    def run(self, function: Callable[..., Any], operands: Tree, in_specs: Tree, out_specs: Tree) -> Any:
+        """`function` on each device's share. Axes that are not named remain what they are."""
+        # Types would ask of the user's loss that its loops' first values vary over devices as later ones do.
+        mapped = jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=set(self.axes),
+            check_vma=False,
+        )
+        operands = jax.tree.map(self._placed, in_specs, operands, is_leaf=lambda leaf: isinstance(leaf, P))
+        # Eagerly, a shard_map takes no mesh of which it leaves axes out.
+        return jax.jit(mapped)(*operands)
+
+    def _placed(self, spec: P, tree: Tree) -> Tree:
+        def placed(array: Array) -> Array:
+            """Explicit axes have to be as the spec says; all others XLA sees to."""
+            types = jax.typeof(array).sharding
+            if not types.mesh.explicit_axes or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+                return array
+            left = _only(types.spec, tuple(axis for axis in self.mesh.axis_names if axis not in self.axes))
+            entries = [_axes_of(a) + _axes_of(b) for a, b in zip(_full(spec, array), _full(left, array), strict=True)]
+            return jax.sharding.reshard(array, NamedSharding(types.mesh, P(*(entry or None for entry in entries))))
+
+        return jax.tree.map(placed, tree)
+
+
+def device_keys(axes: Axes, tree: Tree) -> Tree:
+    """For each device keys of its own, in place of those that all of them have; other arrays as they are."""
+
+    def own(leaf: Array) -> Array:
+        return jax.random.fold_in(leaf, jax.lax.axis_index(axes)) if is_key(leaf) else leaf
+
+    return jax.tree.map(own, tree) if axes else tree
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether it is a typed PRNG key."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _mesh_of(tree: Tree) -> AbstractMesh:
+    """The mesh in scope; without one, that of the arrays' types."""
+    mesh = jax.sharding.get_abstract_mesh()
+    for leaf in jax.tree.leaves(tree):
+        if mesh.empty:
+            mesh = jax.typeof(leaf).sharding.mesh
+    return mesh
+
+
+def _typed_spec(array: Array) -> P:
+    """How an array is sharded, as far as its type says: it doesn't where axes are Auto."""
+    sharding = jax.typeof(array).sharding
+    return sharding.spec if sharding.mesh.explicit_axes else P()
+
+
+def _only(spec: P, axes: Axes) -> P:
+    return P(*(tuple(axis for axis in _axes_of(entry) if axis in axes) or None for entry in spec))
+
+
+def _full(spec: P, array: Array) -> tuple[Any, ...]:
+    return (*spec, *(None,) * (array.ndim - len(spec)))
+
+
+def _axes_of(entry: Any) -> Axes:
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def _varying(array: Array) -> frozenset[str]:
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def _is_typed(axis: str) -> bool:
+    """Whether types say what varies over a manual axis: not under `shard_map(check_vma=False)`."""
+    return axis in _varying(jax.lax.axis_index(axis))
+
+
+def _as_varying(array: Array, axes: Axes) -> Array:
+    missing = tuple(axis for axis in axes if _is_typed(axis) and axis not in _varying(array))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+
+def zeros_of_type(like: Any) -> Array:
+    """Zeros of a `jax.ShapeDtypeStruct`'s type, by which a loop can start."""
+    if like.manual_axis_type is None or not like.manual_axis_type.varying:
+        return jnp.zeros_like(like)
+    return jax.lax.pcast(jnp.zeros(like.shape, like.dtype), tuple(like.manual_axis_type.varying), to="varying")
+
+
+def typed_like(array: Array, like: Array) -> Array:
+    """An array as one that varies over devices wherever `like` does.
+
+    Raises:
+      ValueError: it varies where `like` doesn't.
+    """
+    if extra := _varying(array) - _varying(like):
+        raise ValueError(
+            f"loss_fn returned a sum that is the same on all devices of {tuple(sorted(extra))}, and a weight that is "
+            "each device's own; sum both over devices, or neither."
+        )
+    return _as_varying(array, tuple(_varying(like)))
+
+
+def shared_state(axes: Axes, before: list[Array], written: list[Array | None]) -> list[Array | None]:
+    """State that is the same on all devices: floating-point numbers' mean, and keys as they were before."""
+
+    def shared(old: Array, new: Array | None) -> Array | None:
+        if new is None or not jnp.issubdtype(new.dtype, jnp.floating):
+            return old if new is not None and is_key(new) else new
+        return jax.lax.pmean(new, axes)
+
+    return [shared(old, new) for old, new in zip(before, written, strict=True)]

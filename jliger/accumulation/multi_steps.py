@@ -1,0 +1,139 @@
+"""An optimizer that is called with the parts of a batch, one after the other."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from jliger.accumulation.devices import zeros_of_type
+from jliger.accumulation.weights import divisor
+from jliger.chunks import accumulator_dtype
+
+
+class WeightedMultiStepsState(NamedTuple):
+    """What `weighted_multi_steps` keeps between calls: a tree of arrays, to be saved at any call.
+
+    Attributes:
+      mini_step: int32, how many calls have been made since the last update.
+      gradient_step: int32, how many updates have been made.
+      weight: the weights of these calls, summed: float32, or float64 where `jax_enable_x64` is set.
+      mean_gradients: their gradients' weighted mean.
+      inner_state: the optimizer's state.
+    """
+
+    mini_step: Int[Array, ""]
+    gradient_step: Int[Array, ""]
+    weight: Float[Array, ""]
+    mean_gradients: Any
+    inner_state: Any
+
+    @property
+    def has_updated(self) -> Bool[Array, ""]:
+        """Whether the last call has updated the parameters."""
+        return (self.mini_step == 0) & (self.gradient_step > 0)
+
+
+def weighted_multi_steps(
+    optimizer: optax.GradientTransformation, every_k_schedule: int | Callable[[Int[Array, ""]], Any]
+) -> optax.GradientTransformationExtraArgs:
+    r"""`optax.MultiSteps`, in which each call's gradients count by their weight.
+
+    Of k calls the last updates the parameters, by what `optimizer` makes of
+
+    $$\frac{\sum_i \mathrm{weight}_i \, \mathrm{gradients}_i}{\sum_i \mathrm{weight}_i}$$
+
+    and the others return updates of zero. With gradients of mean losses, weighed by the tokens that these are means of,
+    this is the gradient of all calls' batches as one. The mean of means, which `optax.MultiSteps` takes, isn't. The
+    weights are of the whole call, over all devices: what `accumulate_gradients` returns as `weight`.
+
+    The means are float32 (float64 for float64), and `optimizer` gets them in the dtype of the gradients. It is called
+    once in k calls: clipping sees the mean of all, and schedules count updates. If all weights are 0 it gets gradients
+    of 0. With `optax.apply_if_finite` inside, as `optimizer`, a call whose gradients aren't finite spoils its update,
+    which is left out, and none after; around the whole, such a call is left out alone.
+
+    Args:
+      optimizer: an optax transformation.
+      every_k_schedule: k, or a function from the number of updates so far to k.
+
+    Returns:
+      A transformation whose `update(gradients, state, params, weight=...)` needs the weight: a scalar of at least 0.
+      Other extra arguments, those of the last of k calls, go to `optimizer`. The state's `has_updated` says whether
+      the last call was one that updates.
+
+    Raises:
+      ValueError: k below 1.
+      TypeError: k that is no integer; `update` without a weight.
+
+    Example:
+      >>> import jax.numpy as jnp, jliger, optax
+      >>> optimizer = jliger.weighted_multi_steps(optax.sgd(1.0), every_k_schedule=2)
+      >>> params = jnp.zeros(1)
+      >>> state = optimizer.init(params)
+      >>> for gradient, tokens in ((1.0, 30), (5.0, 10)):
+      ...     updates, state = optimizer.update(jnp.array([gradient]), state, params, weight=tokens)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(params, state.has_updated)
+      [0.] False
+      [-2.] True
+    """
+    inner = optax.with_extra_args_support(optimizer)
+    if not callable(every_k_schedule):
+        if isinstance(every_k_schedule, bool) or not isinstance(every_k_schedule, int | np.integer):
+            raise TypeError(
+                f"every_k_schedule got {every_k_schedule!r}; pass an integer, or a function of the updates."
+            )
+        if every_k_schedule < 1:
+            raise ValueError(f"every_k_schedule got {every_k_schedule}; pass 1 or more calls for an update.")
+
+    def init(params: Any) -> WeightedMultiStepsState:
+        return WeightedMultiStepsState(
+            mini_step=jnp.int32(0),
+            gradient_step=jnp.int32(0),
+            weight=jnp.zeros(()),
+            mean_gradients=jax.tree.map(_zeros, params),
+            inner_state=inner.init(params),
+        )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, WeightedMultiStepsState]:
+        weight = extra_args.pop("weight", None)
+        if weight is None:
+            raise TypeError("weight got nothing; pass update(gradients, state, params, weight=tokens).")
+        if jnp.shape(weight) != ():
+            raise ValueError(
+                f"weight got shape {jnp.shape(weight)}; pass a scalar: what the gradients are a mean over."
+            )
+        calls = every_k_schedule(state.gradient_step) if callable(every_k_schedule) else every_k_schedule
+        weight = jnp.asarray(weight, state.weight.dtype)
+        total = state.weight + weight
+
+        def mean(old: Array, new: Array) -> Array:
+            """The mean of all calls so far; a call without weight may have gradients of 0 / 0."""
+            share = weight.astype(old.dtype) / divisor(total).astype(old.dtype)
+            return jnp.where(weight == 0, old, old + (new.astype(old.dtype) - old) * share)
+
+        means = jax.tree.map(mean, state.mean_gradients, updates)
+
+        def emit() -> tuple[Any, WeightedMultiStepsState]:
+            gradients = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), means, updates)
+            changes, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
+            zeros = jax.tree.map(jnp.zeros_like, means)
+            return changes, WeightedMultiStepsState(
+                jnp.zeros_like(state.mini_step), state.gradient_step + 1, jnp.zeros_like(total), zeros, inner_state
+            )
+
+        def keep() -> tuple[Any, WeightedMultiStepsState]:
+            changes = jax.tree.map(zeros_of_type, changes_type)
+            return changes, state._replace(mini_step=state.mini_step + 1, weight=total, mean_gradients=means)
+
+        changes_type, _ = jax.eval_shape(emit)
+        return jax.lax.cond(state.mini_step + 1 >= calls, emit, keep)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _zeros(param: Array) -> Array:
+    return jnp.zeros_like(param, dtype=accumulator_dtype(param.dtype))
