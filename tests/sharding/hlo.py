@@ -57,8 +57,9 @@ def collectives(text: str) -> list[Collective]:
     for name, lines in computations.items():
         for match in filter(None, map(_COLLECTIVE.search, lines)):
             shapes = _SHAPE.findall(match[1])
-            if match[3] and match[2] != "all-reduce":
-                shapes = shapes[len(shapes) // 2 :]  # operands come first, then results
+            # What is started has its operands beside its results, and ahead of them; all-reduces sometimes have not.
+            if match[3] and (match[2] != "all-reduce" or match[1].startswith("((")):
+                shapes = shapes[len(shapes) // 2 :]
             for dtype, sides in shapes:
                 shape = tuple(int(side) for side in sides.split(",") if side)
                 found.append(Collective(match[2], dtype, shape, name in in_loops))

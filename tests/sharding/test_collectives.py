@@ -56,6 +56,25 @@ def shares(place, mode="auto"):
     return parts(tokens, 0), parts(tokens, 1), parts(kernel, 0), parts(kernel, 1), vocab
 
 
+@pytest.mark.parametrize(
+    ("operation", "shapes"),
+    [
+        ("f32[3,4]{1,0} all-reduce(%a)", [(3, 4)]),
+        ("(f32[3,4]{1,0}, f32[]) all-reduce(%a, %b)", [(3, 4), ()]),
+        ("f32[3,4]{1,0} all-reduce-start(%a)", [(3, 4)]),
+        ("(f32[3,4]{1,0}, f32[5]{0}) all-reduce-start(%a, %b)", [(3, 4), (5,)]),
+        ("((f32[3,4]{1,0}), f32[3,4]{1,0}) all-reduce-start(%a)", [(3, 4)]),
+        ("((f32[3,4]{1,0}, f32[5]{0}), (f32[3,4]{1,0}, f32[5]{0})) all-reduce-start(%a, %b)", [(3, 4), (5,)]),
+        ("(f32[3,4]{1,0}, f32[6,4]{1,0}) all-gather-start(%a)", [(6, 4)]),
+        ("((f32[6,4]{1,0}), f32[3,4]{1,0}) reduce-scatter-start(%a)", [(3, 4)]),
+        ("f32[3,4]{1,0} all-reduce-done(%a)", []),
+    ],
+)
+def test_what_a_collective_makes_is_counted_once(operation, shapes):
+    text = f"ENTRY %main (a: f32[3,4]) -> f32[3,4] {{\n  %found = {operation}, channel_id=1\n}}\n"
+    assert [one.shape for one in collectives(text)] == shapes
+
+
 @pytest.mark.parametrize("reduction", pick(REDUCTIONS, on_gpus=["mean"], interpreted=REDUCTIONS))
 @pytest.mark.parametrize("place", pick(list(PLACES), on_gpus=["dp", "fsdp-h", "dp+tp"], interpreted=["fsdp-h+tp"]))
 @pytest.mark.parametrize("mode", MODES)
@@ -153,9 +172,9 @@ def test_each_device_skips_what_does_not_count_of_its_own(mode, monkeypatch):
     # With Auto axes it is the same share that is computed, but callbacks don't live long enough there.
     computed = []
 
-    def product(config, hidden, kernel):
+    def product(config, hidden, *others):
         jax.debug.callback(lambda: computed.append(hidden.shape[0]))
-        return logits_product(config, hidden, kernel)
+        return logits_product(config, hidden, *others)
 
     logits_product = forward.logits_product
     monkeypatch.setattr(forward, "logits_product", product)
