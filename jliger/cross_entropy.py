@@ -91,11 +91,11 @@ def coefficients_of(cotangents: RowStats, mean_logit: Float[Array, "*B"] | None)
     """The coefficients of logit gradients, from cotangents of the stats; None among these stands for 0.
 
     The maximum is a mere shift: between `log_sum` and the log-sum-exp, whose derivative is `p`, and between
-    `mean_logit` and `Σ p·z`, whose derivative is `p · (z − Σ p·z)`. Its own is left out.
+    `mean_logit` and `Σ p·z`, whose derivative is `p · (1 + z − Σ p·z)`. Its own is left out.
     """
     probability = cotangents.log_sum
     if cotangents.mean_logit is not None and mean_logit is not None:
-        probability = probability - cotangents.mean_logit * mean_logit
+        probability = probability + cotangents.mean_logit * (1 - mean_logit)
     return Coefficients(
         probability=probability,
         label=-cotangents.label_logit,
