@@ -34,7 +34,7 @@ class WeightedMultiStepsState(NamedTuple):
     @property
     def has_updated(self) -> Bool[Array, ""]:
         """Whether the last call has updated the parameters."""
-        return (self.mini_step == 0) & (self.gradient_step > 0)
+        return jnp.logical_and(jnp.equal(self.mini_step, 0), jnp.greater(self.gradient_step, 0))
 
 
 def weighted_multi_steps(
@@ -136,4 +136,4 @@ def weighted_multi_steps(
 
 
 def _zeros(param: Array) -> Array:
-    return jnp.zeros_like(param, dtype=accumulator_dtype(param.dtype))
+    return jnp.zeros_like(param, dtype=accumulator_dtype(jnp.result_type(param)))
