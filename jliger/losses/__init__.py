@@ -1,0 +1,20 @@
+"""Losses as flat functions of log-probabilities, in plain JAX: preferences and policy gradients.
+
+Each gives `(loss, metrics)`. They know nothing of models, and take what `jliger.linear_logprobs` gives.
+"""
+
+from jliger.losses.dpo import DPOLossType as DPOLossType
+from jliger.losses.dpo import dpo as dpo
+from jliger.losses.kto import KTOMetrics as KTOMetrics
+from jliger.losses.kto import kto as kto
+from jliger.losses.kto import kto_kl as kto_kl
+from jliger.losses.pairs import PreferenceMetrics as PreferenceMetrics
+from jliger.losses.policy import GRPOLossType as GRPOLossType
+from jliger.losses.policy import PolicyMetrics as PolicyMetrics
+from jliger.losses.policy import grpo as grpo
+from jliger.losses.policy import ppo_clip as ppo_clip
+from jliger.losses.preference import cpo as cpo
+from jliger.losses.preference import orpo as orpo
+from jliger.losses.preference import simpo as simpo
+from jliger.losses.sequence import SequenceLogprobs as SequenceLogprobs
+from jliger.losses.sequence import sequence_logprobs as sequence_logprobs

@@ -1,0 +1,61 @@
+"""What every loss does with its arguments: checks at trace time, float32, and masks."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from jliger import checks
+
+
+def real_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:
+    """Floating-point arrays of one shape, all in float32, or in float64 where one of them is.
+
+    Nothing is broadcast: a `[B]` against a `[B, 1]` would make a `[B, B]` that sums to some number or other.
+    """
+    found = {name: jnp.asarray(array) for name, array in arrays.items()}
+    first, shape = next((name, array.shape) for name, array in found.items())
+    for name, array in found.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} got dtype {array.dtype}; pass floating-point numbers.")
+        if array.shape != shape:
+            raise ValueError(f"{name} got shape {array.shape}; pass {what}, {shape} as {first}.")
+    dtype = jnp.result_type(jnp.float32, *found.values())
+    return tuple(array.astype(dtype) for array in found.values())
+
+
+def mask(name: str, value: Any, like: Array, what: str) -> Bool[Array, "..."]:
+    """Bools of the shape of `like`; all true for None."""
+    if value is None:
+        return jnp.ones_like(like, dtype=bool)
+    array = jnp.asarray(value)
+    if array.dtype != np.dtype("bool"):
+        raise TypeError(f"{name} got dtype {array.dtype}; pass bools (`{name} != 0`).")
+    checks.check_shape(name, array, like.shape, what)
+    return array
+
+
+def coefficient(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> Any:
+    """A Python number in its range, as a float; or a scalar array, whose value is known too late to be checked."""
+    if isinstance(value, int | float | np.number):
+        if not np.isfinite(value) or (least is not None and value < least) or (above is not None and value <= above):
+            bounds = f" of at least {least}" if least is not None else f" above {above}" if above is not None else ""
+            raise ValueError(f"{name} got {value!r}; pass a finite number{bounds}.")
+        return float(value)
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} got dtype {array.dtype}; pass a real number.")
+    checks.check_shape(name, array, (), "one number")
+    return array
+
+
+def zero_unless(counted: Bool[Array, "*B"], *arrays: Float[Array, "*B"]) -> tuple[Float[Array, "*B"], ...]:
+    """Zeros where nothing counts: what stands there, NaN included, then reaches neither a value nor a gradient."""
+    return tuple(jnp.where(counted, array, 0) for array in arrays)
+
+
+def constant(*arrays: Any) -> Any:
+    """The same, without a gradient."""
+    return jax.lax.stop_gradient(arrays)

@@ -1,0 +1,163 @@
+"""Kahneman-Tversky optimisation: completions that are good or bad, each by itself."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jliger import checks
+from jliger.losses.arguments import coefficient, constant, mask, real_arrays, zero_unless
+from jliger.losses.pairs import Loss
+from jliger.losses.reduction import Normalizer, Reduction, check_reduction, divided, mean, reduced
+
+_SEQUENCES = "one number a sequence"
+_BOOL_PER_SEQUENCE = "one bool a sequence"
+
+
+class KTOMetrics(NamedTuple):
+    """What a training loop logs beside the loss. None of it carries a gradient.
+
+    Means are over the sequences of their kind that count, whatever `normalizer` is, and 0 where none does.
+
+    Attributes:
+      desirable_count: int32 `[]`, the desirable sequences that count.
+      undesirable_count: int32 `[]`, the undesirable ones that count.
+      desirable_rewards: `[]`, mean implicit reward, `β` times the log-ratio to the reference, of the desirable.
+      undesirable_rewards: `[]`, the same of the undesirable.
+      margins: `[]`, `desirable_rewards` less `undesirable_rewards`.
+      accuracy: `[]`, the share of sequences on the right side of the reference point: log-ratios above `kl` for the
+        desirable, not above it for the undesirable.
+    """
+
+    desirable_count: Int[Array, ""]
+    undesirable_count: Int[Array, ""]
+    desirable_rewards: Float[Array, ""]
+    undesirable_rewards: Float[Array, ""]
+    margins: Float[Array, ""]
+    accuracy: Float[Array, ""]
+
+
+def kto(
+    logprobs: Float[Array, "*B"],
+    ref_logprobs: Float[Array, "*B"],
+    desirable: Bool[Array, "*B"],
+    *,
+    kl: Float[Array, ""] | Float[Array, "*B"] | float,
+    beta: Float[Array, ""] | float = 0.1,
+    desirable_weight: Float[Array, ""] | float = 1.0,
+    undesirable_weight: Float[Array, ""] | float = 1.0,
+    where: Bool[Array, "*B"] | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Normalizer = None,
+) -> tuple[Loss, KTOMetrics]:
+    r"""Kahneman-Tversky optimisation (Ethayarajh et al., 2024, arXiv:2402.01306).
+
+    With the log-ratio $r = \log \pi(y) - \log \pi_\mathrm{ref}(y)$ and the reference point $z_0$, which is `kl`, the
+    loss of a sequence is
+
+    $$\lambda_D\, (1 - \sigma(\beta (r - z_0))) \text{ if it is desirable}, \qquad
+      \lambda_U\, (1 - \sigma(\beta (z_0 - r))) \text{ if not}.$$
+
+    With `kl=0.0` it is TRL's `apo_zero_unpaired`.
+
+    Args:
+      logprobs: of sequences, `[*B]`, sums over tokens, as of `sequence_logprobs`. They alone carry a gradient.
+      ref_logprobs: the same under the reference, `[*B]`.
+      desirable: bools `[*B]`.
+      kl: `z₀`: one number for all, as of `kto_kl`, or one a sequence, `[*B]`.
+      beta: `β`, at least 0.
+      desirable_weight: `λ_D`, at least 0.
+      undesirable_weight: `λ_U`, at least 0.
+      where: bools `[*B]`, the sequences that count. One of which no token counts should not: `counts > 0`.
+      reduction: `"mean"` over the sequences that count, `"sum"`, or `"none"` for the loss of each, 0 where it doesn't
+        count.
+      normalizer: with `"mean"`, what to divide by instead, such as the number of sequences of a batch that is gone
+        through in parts. It carries no gradient.
+
+    Returns:
+      The loss, float32 (float64 for float64), `[]`, or `[*B]` with `"none"`; and `KTOMetrics`.
+
+    Raises:
+      ValueError: a shape that doesn't fit, or an option out of its range.
+      TypeError: a dtype that isn't supported.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jliger import losses
+      >>> logprobs, ref_logprobs = jnp.array([-8.0, -9.0]), jnp.array([-10.0, -9.5])
+      >>> loss, metrics = losses.kto(logprobs, ref_logprobs, jnp.array([True, False]), kl=1.0, beta=1.0)
+      >>> print(f"{loss:.4f} {metrics.margins:.1f} {metrics.accuracy:.1f}")  # (σ(-1) + σ(-0.5)) / 2
+      0.3232 1.5 1.0
+    """
+    beta = coefficient("beta", beta, least=0)
+    desirable_weight = coefficient("desirable_weight", desirable_weight, least=0)
+    undesirable_weight = coefficient("undesirable_weight", undesirable_weight, least=0)
+    check_reduction(reduction, normalizer)
+    logprobs, ref_logprobs = real_arrays(_SEQUENCES, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    desirable = mask("desirable", jnp.asarray(desirable), logprobs, _BOOL_PER_SEQUENCE)
+    counted = mask("where", where, logprobs, _BOOL_PER_SEQUENCE)
+    kl = jnp.asarray(kl, logprobs.dtype)
+    if kl.ndim:
+        checks.check_shape("kl", kl, logprobs.shape, "one number, or one a sequence")
+    logprobs, ref_logprobs, kl = zero_unless(counted, logprobs, *constant(ref_logprobs, kl))
+
+    log_ratios = logprobs - ref_logprobs
+    gain = jnp.where(desirable, 1, -1) * (log_ratios - kl)
+    weight = jnp.where(desirable, desirable_weight, undesirable_weight)
+    loss = reduced(weight * jax.nn.sigmoid(-beta * gain), counted, reduction, normalizer)
+
+    desirable_rewards = mean(beta * log_ratios, counted & desirable)
+    undesirable_rewards = mean(beta * log_ratios, counted & ~desirable)
+    metrics = KTOMetrics(
+        desirable_count=(counted & desirable).sum(dtype=jnp.int32),
+        undesirable_count=(counted & ~desirable).sum(dtype=jnp.int32),
+        desirable_rewards=desirable_rewards,
+        undesirable_rewards=undesirable_rewards,
+        margins=desirable_rewards - undesirable_rewards,
+        accuracy=mean(((log_ratios > kl) == desirable).astype(logprobs.dtype), counted),
+    )
+    return loss, jax.lax.stop_gradient(metrics)
+
+
+def kto_kl(
+    logprobs: Float[Array, "*B"],
+    ref_logprobs: Float[Array, "*B"],
+    *,
+    where: Bool[Array, "*B"] | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Float[Array, ""]:
+    r"""The reference point of `kto`: an estimate of how far the policy is from the reference.
+
+    $$\max\Big(0, \frac{1}{m} \sum_i \big(\log \pi(y'_i \mid x_i) - \log \pi_\mathrm{ref}(y'_i \mid x_i)\big)\Big)$$
+
+    where $y'_i$ is a completion of another prompt of the batch (Ethayarajh et al., 2024, arXiv:2402.01306). It carries
+    no gradient.
+
+    Args:
+      logprobs: of mismatched completions, `[*B]`, sums over tokens.
+      ref_logprobs: the same under the reference, `[*B]`.
+      where: bools `[*B]`, the sequences that count.
+      axis_name: inside a `jax.shard_map`, the manual axis, or axes, that the sequences are spread over. The mean has to
+        be over all of them before it is compared to 0.
+
+    Returns:
+      `[]`, float32 (float64 for float64); 0 where no sequence counts.
+
+    Raises:
+      ValueError: a shape that doesn't fit.
+      TypeError: a dtype that isn't supported.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jliger import losses
+      >>> print(losses.kto_kl(jnp.array([-8.0, -9.0]), jnp.array([-10.0, -9.5])))
+      1.25
+    """
+    logprobs, ref_logprobs = real_arrays(_SEQUENCES, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    counted = mask("where", where, logprobs, _BOOL_PER_SEQUENCE)
+    logprobs, ref_logprobs = zero_unless(counted, logprobs, ref_logprobs)
+    total, count = constant((logprobs - ref_logprobs).sum(), counted.sum())
+    if axis_name is not None:
+        total, count = jax.lax.psum((total, count), axis_name)
+    return jnp.maximum(divided(total, count), 0)

@@ -1,0 +1,253 @@
+"""What every loss keeps: masks, counts, dtypes, extremes, transformations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from jliger.losses.cases_for_tests import CASES
+
+EPS = np.finfo(np.float32).eps
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def float32(arrays):
+    return {name: array if array.dtype == bool else array.astype(np.float32) for name, array in arrays.items()}
+
+
+def some(case, arrays, seed=1):
+    """A mask that counts some, and in a batch of sequences none of the second one's tokens."""
+    where = np.random.default_rng(seed).random(arrays[case.trained[0]].shape) < 0.6
+    where[0], where[1] = True, False
+    return where
+
+
+def scrambled(arrays, where):
+    """NaN and infinities wherever nothing counts."""
+    found = dict(arrays)
+    for name, array in arrays.items():
+        if array.dtype != bool:
+            nothing = ~where if array.ndim == where.ndim else ~where.any(axis=-1)
+            found[name] = array.copy()
+            found[name][nothing] = np.resize([np.nan, np.inf, -np.inf], nothing.sum())
+    return found
+
+
+def assert_close(found, wanted, eps=64 * EPS):
+    """Within some roundings of the largest there is."""
+    for ours, truth in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        truth = np.asarray(truth, np.float64)
+        np.testing.assert_allclose(ours, truth, rtol=0, atol=eps * max(1.0, np.abs(truth).max(initial=0)))
+
+
+def assert_finite(tree):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        assert np.isfinite(leaf).all(), jax.tree_util.keystr(path)
+
+
+@every_case
+def test_float32_is_float64_rounded(case):
+    arrays = case.arrays()
+    where = some(case, arrays)
+    ours = case.loss_and_grads(float32(arrays), where=where)
+    with jax.enable_x64(True):
+        truth = case.loss_and_grads(arrays, where=where)
+    assert ours[0].dtype == np.float32
+    assert truth[0].dtype == np.float64
+    assert_close(ours, truth)
+
+
+@every_case
+def test_gradients_are_finite_differences(case):
+    if not case.differentiable:
+        pytest.skip("has kinks, or stops a gradient")
+    with jax.enable_x64(True):
+        arrays = {name: jnp.asarray(array) for name, array in case.arrays(seed=2, batch=3, length=4).items()}
+        where = some(case, arrays)
+        trained = {name: arrays[name] for name in case.trained}
+
+        def loss(trained):
+            return case.function(**{**arrays, **trained}, where=where)[0]
+
+        check_grads(loss, (trained,), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+
+
+@every_case
+def test_what_is_fixed_has_no_gradient_and_what_is_trained_has(case):
+    arrays = float32(case.arrays())
+    _, _, grads = case.loss_and_grads(arrays, where=some(case, arrays))
+    for name in case.trained:
+        assert np.any(grads[name]), name
+    for name in set(case.fixed) - {"desirable"}:
+        np.testing.assert_array_equal(grads[name], 0, name)
+
+
+@every_case
+def test_what_does_not_count_does_not_matter(case):
+    arrays = float32(case.arrays())
+    where = some(case, arrays)
+    clean = case.loss_and_grads(arrays, where=where)
+    dirty = case.loss_and_grads(scrambled(arrays, where), where=where)
+    jax.tree.map(np.testing.assert_array_equal, dirty, clean)
+    for name in case.trained:
+        np.testing.assert_array_equal(clean[2][name][~where], 0, name)
+
+
+@every_case
+def test_a_sequence_that_does_not_count_is_as_if_it_were_not_there(case):
+    arrays = float32(case.arrays())
+    keep = np.array([True, False, True, True, False])
+    where = np.broadcast_to(keep.reshape(5, *[1] * case.of_tokens), arrays[case.trained[0]].shape)
+    loss, metrics, grads = case.loss_and_grads(arrays, where=where)
+    alone = case.loss_and_grads({name: array[keep] for name, array in arrays.items()})
+    assert_close((loss, metrics, {name: grad[keep] for name, grad in grads.items()}), alone, eps=8 * EPS)
+
+
+@every_case
+def test_nothing_counts(case):
+    for batch, length in ((5, 6), (0, 6), (5, 0))[: 3 if case.of_tokens else 2]:
+        arrays = float32(case.arrays(batch=batch, length=length))
+        where = np.zeros(arrays[case.trained[0]].shape, bool)
+        for result in jax.tree.leaves(case.loss_and_grads(scrambled(arrays, where), where=where)):
+            np.testing.assert_array_equal(result, np.zeros(result.shape))
+
+
+@every_case
+def test_extreme_log_ratios_are_finite(case):
+    names = [name for name in (*case.trained, *case.fixed) if name.endswith("logprobs")]
+    # Each of them with each of the others.
+    corners = np.stack(np.meshgrid(*[[-1e4, -50, -1e-9, 0]] * len(names)), axis=-1).reshape(-1, len(names)).T
+    arrays = float32(case.arrays(batch=corners.shape[1], length=2))
+    for name, corner in zip(names, corners.astype(np.float32), strict=True):
+        arrays[name] = np.stack([corner, corner / 2], axis=-1) if case.of_tokens else corner
+    result = case.loss_and_grads(arrays)
+    assert_finite(result)
+    # An optimizer squares them.
+    assert_finite([np.square(grad) for grad in result[2].values()])
+
+
+@every_case
+def test_nan_that_counts_is_not_hidden(case):
+    arrays = float32(case.arrays())
+    for name in case.trained:
+        poisoned = dict(arrays) | {name: arrays[name].copy()}
+        poisoned[name].flat[0] = np.nan
+        assert np.isnan(case.loss_and_grads(poisoned, where=some(case, arrays))[0]), name
+
+
+@every_case
+def test_parts_with_the_count_of_the_whole_add_up(case):
+    arrays = float32(case.arrays())
+    where = some(case, arrays)
+    loss, _, grads = case.loss_and_grads(arrays, where=where)
+    # One at a time, and nothing counts in one of them.
+    parts = [
+        case.loss_and_grads(
+            {name: array[[place]] for name, array in arrays.items()}, where=where[[place]], normalizer=case.count(where)
+        )
+        for place in range(5)
+    ]
+    assert_close(sum(part[0] for part in parts), loss, eps=16 * EPS)
+    for name, grad in grads.items():
+        assert_close(np.concatenate([part[2][name] for part in parts]), grad, eps=16 * EPS)
+
+
+@every_case
+def test_low_precision_is_computed_in_float32(case):
+    low = {
+        name: array if array.dtype == bool else jnp.asarray(array, jnp.bfloat16)
+        for name, array in case.arrays().items()
+    }
+    same = float32({name: np.asarray(array) for name, array in low.items()})
+    where = some(case, same)
+    loss, metrics, grads = case.loss_and_grads(low, where=where)
+    wanted = case.loss_and_grads(same, where=where)
+    assert loss.dtype == jnp.float32
+    jax.tree.map(np.testing.assert_array_equal, (loss, metrics), wanted[:2])
+    for name, grad in grads.items():
+        assert grad.dtype == jnp.bfloat16, name
+        np.testing.assert_array_equal(grad, wanted[2][name].astype(jnp.bfloat16), name)
+
+
+@every_case
+def test_without_jit(case):
+    arrays = float32(case.arrays())
+    where = some(case, arrays)
+    loss, metrics, _ = case.loss_and_grads(arrays, where=where)
+    assert_close(case.function(**arrays, where=where), (loss, metrics), eps=16 * EPS)
+
+
+@every_case
+def test_under_vmap(case):
+    batches = [float32(case.arrays(seed)) for seed in (4, 5)]
+    wheres = [some(case, batches[0], seed) for seed in (6, 7)]
+    stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+    found = jax.vmap(lambda arrays, where: case.loss_and_grads(arrays, where=where))(stacked, np.stack(wheres))
+    for place, (arrays, where) in enumerate(zip(batches, wheres, strict=True)):
+        here = jax.tree.map(lambda leaf, place=place: leaf[place], found)
+        assert_close(here, case.loss_and_grads(arrays, where=where), eps=16 * EPS)
+
+
+@every_case
+def test_metrics_carry_no_gradient(case):
+    arrays = float32(case.arrays())
+    flags = {name: array for name, array in arrays.items() if array.dtype == bool}
+
+    def metric_sum(numbers):
+        return sum(leaf.sum() for leaf in jax.tree.leaves(case.function(**numbers, **flags)[1]))
+
+    for grad in jax.tree.leaves(jax.grad(metric_sum)({name: arrays[name] for name in arrays if name not in flags})):
+        np.testing.assert_array_equal(grad, 0)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.of_tokens], ids=lambda case: case.name)
+def test_reductions(case):
+    arrays = float32(case.arrays())
+    where = some(case, arrays)
+    each = np.asarray(case.function(**arrays, where=where, reduction="none")[0], np.float64)
+    assert each.shape == where.shape
+    np.testing.assert_array_equal(each[~where], 0)
+    assert_close(case.function(**arrays, where=where, reduction="sum")[0], each.sum(), eps=8 * EPS)
+    assert_close(case.function(**arrays, where=where)[0], each.sum() / where.sum(), eps=8 * EPS)
+    with pytest.raises(ValueError, match="normalizer divides a mean"):
+        case.function(**arrays, reduction="sum", normalizer=3)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.of_tokens], ids=lambda case: case.name)
+def test_any_cotangent(case):
+    # The loss of a pair depends on that pair alone: a cotangent of its own scales its gradient.
+    arrays = float32(case.arrays())
+    flags = {name: array for name, array in arrays.items() if array.dtype == bool}
+    trained = {name: arrays[name] for name in case.trained}
+    fixed = {name: arrays[name] for name in case.fixed}
+    cotangent = np.random.default_rng(3).normal(size=5).astype(np.float32)
+
+    def each(trained):
+        return case.function(**fixed, **trained, reduction="none")[0]
+
+    assert not set(flags) - set(fixed)
+    _, pull_back = jax.vjp(each, trained)
+    (ours,), (of_sum,) = pull_back(cotangent), pull_back(np.ones(5, np.float32))
+    for name, grad in of_sum.items():
+        assert_close(ours[name], cotangent.astype(np.float64) * grad, eps=8 * EPS)
+
+
+@every_case
+def test_shapes_that_do_not_fit_are_refused(case):
+    arrays = float32(case.arrays())
+    for name, array in arrays.items():
+        for wrong in (array[..., None], array[:-1], np.concatenate([array, array])):
+            with pytest.raises(ValueError, match=r"shape"):
+                case.function(**{**arrays, name: wrong})
+        if array.dtype != bool and name != "kl":
+            with pytest.raises(TypeError, match=rf"{name} got dtype int32; pass floating-point numbers"):
+                case.function(**{**arrays, name: np.zeros(array.shape, np.int32)})
+    first = arrays[case.trained[0]]
+    with pytest.raises(TypeError, match=r"where got dtype int32; pass bools \(`where != 0`\)"):
+        case.function(**arrays, where=np.ones(first.shape, np.int32))
+    with pytest.raises(ValueError, match=r"where got shape"):
+        case.function(**arrays, where=np.ones((2, *first.shape), bool))
+    with pytest.raises(ValueError, match=r"normalizer got shape \(2,\); pass a scalar"):
+        case.function(**arrays, normalizer=np.ones(2))

@@ -1,0 +1,329 @@
+"""Policy gradients on log-probabilities of tokens: clipped ratios, a penalty on divergence, an entropy bonus."""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jliger import checks
+from jliger.losses.arguments import coefficient, constant, mask, real_arrays, zero_unless
+from jliger.losses.ratios import Ratios, clipped, held, k3
+from jliger.losses.reduction import Normalizer, divided, divisor, mean
+
+GRPOLossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
+
+_TOKENS = "one number a token"
+
+
+class PolicyMetrics(NamedTuple):
+    """What a training loop logs beside the loss. None of it carries a gradient.
+
+    Means are over the tokens that count, whatever `normalizer` is, and 0 where none does; weight them with `count` to
+    join those of several calls.
+
+    Attributes:
+      count: int32 `[]`, the tokens that count.
+      policy_loss: the loss without its KL and entropy terms, reduced like the loss.
+      kl: `[]`, mean estimate of the divergence from the reference; None without `ref_logprobs`.
+      entropy: `[]`, mean entropy; None without `entropy`.
+      old_kl: `[]`, mean estimate of the divergence from the policy of `old_logprobs`: how far off policy this is.
+      clip_fraction_low: `[]`, the share of tokens whose ratio was below its bound.
+      clip_fraction_high: `[]`, the share of tokens whose ratio was above it.
+    """
+
+    count: Int[Array, ""]
+    policy_loss: Float[Array, ""]
+    kl: Float[Array, ""] | None
+    entropy: Float[Array, ""] | None
+    old_kl: Float[Array, ""]
+    clip_fraction_low: Float[Array, ""]
+    clip_fraction_high: Float[Array, ""]
+
+
+def grpo(
+    logprobs: Float[Array, "*B T"],
+    advantages: Float[Array, "*B"] | Float[Array, "*B T"],
+    *,
+    where: Bool[Array, "*B T"] | None = None,
+    old_logprobs: Float[Array, "*B T"] | None = None,
+    ref_logprobs: Float[Array, "*B T"] | None = None,
+    entropy: Float[Array, "*B T"] | None = None,
+    loss_type: GRPOLossType = "dapo",
+    importance_sampling_level: Literal["token", "sequence"] = "token",
+    epsilon_low: Float[Array, ""] | float | None = None,
+    epsilon_high: Float[Array, ""] | float | None = None,
+    delta: float | None = None,
+    beta: Float[Array, ""] | float = 0.0,
+    entropy_coef: Float[Array, ""] | float = 0.0,
+    max_completion_length: int | None = None,
+    normalizer: Normalizer = None,
+) -> tuple[Float[Array, ""], PolicyMetrics]:
+    r"""Group relative policy optimisation (Shao et al., 2024, arXiv:2402.03300) and its relatives.
+
+    With ratios $r_t = \pi(y_t) / \pi_\mathrm{old}(y_t)$ and advantages $A_t$, the loss of a token is
+
+    $$-\min\big(r_t A_t,\ \mathrm{clip}(r_t, 1 - \varepsilon_\mathrm{low}, 1 + \varepsilon_\mathrm{high})\, A_t\big)
+      + \beta\, \big(e^{d_t} - d_t - 1\big) - c\, H_t, \qquad d_t = \log \pi_\mathrm{ref}(y_t) - \log \pi(y_t)$$
+
+    with `beta` $\beta$ on the estimate "k3" of the divergence from the reference, `entropy_coef` $c$, entropies $H_t$.
+    With `delta` ratios of tokens with a negative advantage are held below it, too (two-sided clipping,
+    arXiv:2505.07291; dual clip, arXiv:1912.09729). How losses of tokens become one, with $|y_i|$ counted tokens in the
+    i-th of $N$ sequences:
+
+    | `loss_type` | loss | source |
+    | --- | --- | --- |
+    | `"grpo"` | $\frac{1}{N} \sum_i \frac{1}{\lvert y_i\rvert} \sum_t$ | arXiv:2402.03300 |
+    | `"bnpo"` | $\frac{1}{\sum_i \lvert y_i\rvert} \sum_i \sum_t$, of this batch | TRL's first |
+    | `"dr_grpo"` | $\frac{1}{N L} \sum_i \sum_t$, $L$ is `max_completion_length` | arXiv:2503.20783 |
+    | `"dapo"` | $\frac{1}{\sum_i \lvert y_i\rvert} \sum_i \sum_t$, of the whole batch | arXiv:2503.14476 |
+    | `"cispo"` | as `"dapo"`, of $-\mathrm{sg}(c_t) A_t \log \pi(y_t)$ instead of the minimum | arXiv:2506.13585 |
+
+    with $c_t$ the clipped ratio, and $\mathrm{sg}$ for no gradient. `"bnpo"` and `"dapo"` differ in name only: a
+    batch gone through in parts is normalised as DAPO asks by passing a `normalizer`.
+
+    With `importance_sampling_level="sequence"` the ratio of every token is that of its sequence, $s_i = \exp
+    \frac{1}{\lvert y_i\rvert} \sum_t \log r_t$, and a token's gradient is $s_i A_t \nabla \log \pi(y_t)$ (GSPO, and for
+    advantages of tokens GSPO-token: arXiv:2507.18071). GSPO is that with `loss_type="grpo"`.
+
+    A sequence of which no token counts is left out of $N$. (TRL counts it.)
+
+    From log-ratios of 20 on, $e^x$ is continued as its tangent in all ratios and estimates: values and gradients stay
+    finite, and gradients keep their direction.
+
+    Args:
+      logprobs: of tokens, `[*B, T]`, such as those of `jliger.linear_logprobs`. They carry the gradient.
+      advantages: one a sequence, `[*B]`, or one a token, `[*B, T]`. They carry no gradient. Multiply them with weights
+        that correct for another sampler, if there are any.
+      where: bools `[*B, T]`, the tokens that count: those of the completion. What stands elsewhere does not matter.
+      old_logprobs: of the policy that the tokens were sampled from, `[*B, T]`. None is for sampling from the policy
+        itself: ratios are 1, and have their gradient. They carry no gradient.
+      ref_logprobs: of the reference, `[*B, T]`. They carry no gradient. With `beta=0` for the metric alone.
+      entropy: of each token's distribution, `[*B, T]`. It carries its gradient. With `entropy_coef=0` for the metric
+        alone.
+      loss_type: as in the table.
+      importance_sampling_level: `"token"` or `"sequence"`.
+      epsilon_low: at least 0. None is 0.2, and for `"cispo"` 1, which is no bound.
+      epsilon_high: at least 0. None is 0.2, and for `"cispo"` 4, so that ratios are held to at most 5. (TRL's
+        `epsilon_high` is that 5 itself.)
+      delta: a Python number above `1 + epsilon_high`, or None for no bound; not for `"cispo"`.
+      beta: `β`, at least 0.
+      entropy_coef: `c`.
+      max_completion_length: `L`, a Python integer, for `"dr_grpo"` alone.
+      normalizer: what to divide by instead of what is counted here: for `"grpo"` and `"dr_grpo"` a number of sequences,
+        for the others a number of tokens. For a batch gone through in parts, and inside a `jax.shard_map`, those of the
+        whole batch. It carries no gradient.
+
+    Returns:
+      The loss, `[]`, float32 (float64 for float64), 0 where nothing counts; and `PolicyMetrics`.
+
+    Raises:
+      ValueError: a shape that doesn't fit, an option out of its range or of no use with this `loss_type`, or a term
+        that lacks its argument.
+      TypeError: a dtype that isn't supported.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jliger import losses
+      >>> old_logprobs = jnp.log(jnp.array([[0.5, 0.5, 0.5], [0.5, 0.5, 1.0]]))
+      >>> logprobs = jnp.log(jnp.array([[0.5, 0.75, 0.5], [0.5, 0.25, 1.0]]))  # ratios 1, 1.5, 1 and 1, 0.5
+      >>> where = jnp.array([[True, True, True], [True, True, False]])
+      >>> loss, metrics = losses.grpo(logprobs, jnp.array([1.0, -1.0]), where=where, old_logprobs=old_logprobs)
+      >>> print(f"{loss:.2f} {metrics.clip_fraction_low:.1f} {metrics.clip_fraction_high:.1f}")  # -(3.2 - 1.8) / 5
+      -0.28 0.2 0.2
+    """
+    checks.check_choice("loss_type", loss_type, get_args(GRPOLossType))
+    checks.check_choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
+    is_cispo = loss_type == "cispo"
+    if is_cispo and delta is not None:
+        raise ValueError(
+            "delta is not for loss_type='cispo', which holds every ratio below 1 + epsilon_high; leave it out."
+        )
+    default_low, default_high = (1.0, 4.0) if is_cispo else (0.2, 0.2)
+    low = coefficient("epsilon_low", default_low if epsilon_low is None else epsilon_low, least=0)
+    high = coefficient("epsilon_high", default_high if epsilon_high is None else epsilon_high, least=0)
+    _check_delta(delta, high)
+    if (max_completion_length is not None) != (loss_type == "dr_grpo"):
+        raise ValueError(
+            f"max_completion_length got {max_completion_length!r} with loss_type={loss_type!r}; 'dr_grpo' needs it, "
+            "and the others have no use for it."
+        )
+    length = 1 if max_completion_length is None else max_completion_length
+    checks.check_number("max_completion_length", length, least=1)
+    terms = _terms(beta, ref_logprobs, entropy_coef, entropy)
+    tokens = _tokens(logprobs, old_logprobs, ref_logprobs, entropy, where)
+    if tokens.logprobs.ndim < 1:
+        raise ValueError("logprobs got a scalar; pass an array [*B, T].")
+    advantages = _advantages(advantages, tokens, one_a_sequence=True)
+    counts = tokens.counted.sum(axis=-1, keepdims=True)
+
+    log_ratios = tokens.log_ratios
+    if importance_sampling_level == "sequence":
+        of_sequence = jax.lax.stop_gradient(divided(log_ratios.sum(axis=-1, keepdims=True), counts))
+        # Each token has its sequence's ratio, and by itself the gradient.
+        log_ratios = of_sequence + (tokens.logprobs - jax.lax.stop_gradient(tokens.logprobs))
+    if is_cispo:
+        ratios = held(log_ratios, 1 - low, 1 + high)
+        policy_losses = -jax.lax.stop_gradient(ratios.values) * advantages * tokens.logprobs
+    else:
+        ratios = clipped(log_ratios, advantages, low, high, delta)
+        policy_losses = -ratios.values * advantages
+
+    weights = tokens.counted.astype(policy_losses.dtype) / length
+    if loss_type == "grpo":
+        weights = divided(weights, counts)
+    count = (counts > 0).sum() if loss_type in ("grpo", "dr_grpo") else counts.sum()
+    return _result(tokens, ratios, policy_losses, terms, weights, divisor(count, normalizer))
+
+
+def ppo_clip(
+    logprobs: Float[Array, "*B"],
+    old_logprobs: Float[Array, "*B"],
+    advantages: Float[Array, "*B"],
+    *,
+    where: Bool[Array, "*B"] | None = None,
+    entropy: Float[Array, "*B"] | None = None,
+    epsilon_low: Float[Array, ""] | float = 0.2,
+    epsilon_high: Float[Array, ""] | float = 0.2,
+    delta: float | None = None,
+    entropy_coef: Float[Array, ""] | float = 0.0,
+    normalizer: Normalizer = None,
+) -> tuple[Float[Array, ""], PolicyMetrics]:
+    r"""The clipped surrogate of proximal policy optimisation (Schulman et al., 2017, arXiv:1707.06347).
+
+    With ratios $r_t = \pi(y_t) / \pi_\mathrm{old}(y_t)$, advantages $A_t$ and entropies $H_t$, the mean over tokens of
+
+    $$-\min\big(r_t A_t,\ \mathrm{clip}(r_t, 1 - \varepsilon_\mathrm{low}, 1 + \varepsilon_\mathrm{high})\, A_t\big)
+      - c\, H_t$$
+
+    With `delta` ratios of tokens with a negative advantage are held below it, too (dual clip, Ye et al., 2020,
+    arXiv:1912.09729). From log-ratios of 20 on, $e^x$ is continued as its tangent. The loss of a value head is not part
+    of it, and a penalty on divergence is part of the rewards here; `grpo` has one in the loss.
+
+    Args:
+      logprobs: of tokens, `[*B]` of any shape, such as those of `jliger.linear_logprobs`. They carry the gradient.
+      old_logprobs: of the policy that the tokens were sampled from, `[*B]`. They carry no gradient.
+      advantages: `[*B]`. They carry no gradient.
+      where: bools `[*B]`, the tokens that count. What stands elsewhere does not matter.
+      entropy: of each token's distribution, `[*B]`. It carries its gradient. With `entropy_coef=0` for the metric
+        alone.
+      epsilon_low: at least 0.
+      epsilon_high: at least 0.
+      delta: a Python number above `1 + epsilon_high`, or None for no bound.
+      entropy_coef: `c`.
+      normalizer: what to divide by instead of the number of tokens that count here. For a batch gone through in parts,
+        and inside a `jax.shard_map`, the number of tokens of the whole batch. It carries no gradient.
+
+    Returns:
+      The loss, `[]`, float32 (float64 for float64), 0 where nothing counts; and `PolicyMetrics`.
+
+    Raises:
+      ValueError: a shape that doesn't fit, an option out of its range, or a term that lacks its argument.
+      TypeError: a dtype that isn't supported.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jliger import losses
+      >>> old_logprobs, logprobs = jnp.log(jnp.array([0.4, 0.4])), jnp.log(jnp.array([0.6, 0.44]))
+      >>> loss, metrics = losses.ppo_clip(logprobs, old_logprobs, jnp.array([1.0, -1.0]))  # -(1.2 - 1.1) / 2
+      >>> print(f"{loss:.2f} {metrics.clip_fraction_high:.1f}")
+      -0.05 0.5
+    """
+    epsilon_low = coefficient("epsilon_low", epsilon_low, least=0)
+    epsilon_high = coefficient("epsilon_high", epsilon_high, least=0)
+    _check_delta(delta, epsilon_high)
+    terms = _terms(0.0, None, entropy_coef, entropy)
+    tokens = _tokens(logprobs, old_logprobs, None, entropy, where)
+    advantages = _advantages(advantages, tokens)
+    ratios = clipped(tokens.log_ratios, advantages, epsilon_low, epsilon_high, delta)
+    weights = tokens.counted.astype(advantages.dtype)
+    count = tokens.counted.sum()
+    return _result(tokens, ratios, -ratios.values * advantages, terms, weights, divisor(count, normalizer))
+
+
+class _Tokens(NamedTuple):
+    """Tokens that count, and what is known of them; 0 where they don't count."""
+
+    counted: Bool[Array, "*B"]
+    logprobs: Float[Array, "*B"]
+    old_logprobs: Float[Array, "*B"]
+    ref_logprobs: Float[Array, "*B"] | None
+    entropy: Float[Array, "*B"] | None
+
+    @property
+    def log_ratios(self) -> Float[Array, "*B"]:
+        return self.logprobs - self.old_logprobs
+
+
+class _Terms(NamedTuple):
+    """Coefficients of what is added to the policy's loss."""
+
+    beta: Any
+    entropy_coef: Any
+
+
+def _check_delta(delta: Any, epsilon_high: Any) -> None:
+    if delta is None:
+        return
+    checks.check_number("delta", delta)
+    if isinstance(epsilon_high, float) and delta <= 1 + epsilon_high:
+        raise ValueError(f"delta got {delta}; pass a number above 1 + epsilon_high = {1 + epsilon_high}, or None.")
+
+
+def _terms(beta: Any, ref_logprobs: Any, entropy_coef: Any, entropy: Any) -> _Terms:
+    terms = _Terms(coefficient("beta", beta, least=0), coefficient("entropy_coef", entropy_coef))
+    for name, factor, needed, array in (
+        ("beta", terms.beta, "ref_logprobs", ref_logprobs),
+        ("entropy_coef", terms.entropy_coef, "entropy", entropy),
+    ):
+        if array is None and not (isinstance(factor, float) and factor == 0):
+            raise ValueError(f"{needed} is missing; pass it, or {name}=0.")
+    return terms
+
+
+def _tokens(logprobs: Any, old_logprobs: Any, ref_logprobs: Any, entropy: Any, where: Any) -> _Tokens:
+    given = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
+    given = {"logprobs": logprobs} | {name: array for name, array in given.items() if array is not None}
+    arrays = dict(zip(given, real_arrays(_TOKENS, **given), strict=True))
+    counted = mask("where", where, arrays["logprobs"], "one bool a token")
+    arrays = dict(zip(given, zero_unless(counted, *arrays.values()), strict=True))
+    old_logprobs, ref_logprobs = constant(arrays.get("old_logprobs", arrays["logprobs"]), arrays.get("ref_logprobs"))
+    return _Tokens(counted, arrays["logprobs"], old_logprobs, ref_logprobs, arrays.get("entropy"))
+
+
+def _advantages(advantages: Any, tokens: _Tokens, *, one_a_sequence: bool = False) -> Float[Array, "*B"]:
+    """One a token, without a gradient; 0 where a token doesn't count, whatever its sequence's advantage is."""
+    (advantages,) = constant(*real_arrays(_TOKENS, advantages=advantages))
+    shape = tokens.logprobs.shape
+    if one_a_sequence and advantages.shape == shape[:-1]:
+        advantages = jnp.broadcast_to(advantages[..., None], shape)
+    what = "one number a token, or one a sequence: logprobs' shape without or with its last dimension"
+    checks.check_shape("advantages", advantages, shape, what if one_a_sequence else _TOKENS)
+    (advantages,) = zero_unless(tokens.counted, advantages.astype(tokens.logprobs.dtype))
+    return advantages
+
+
+def _result(
+    tokens: _Tokens, ratios: Ratios, policy_losses: Array, terms: _Terms, weights: Array, divide_by: Any
+) -> tuple[Float[Array, ""], PolicyMetrics]:
+    """Terms together, the weighted sum divided, and metrics."""
+    losses = policy_losses
+    kl = None if tokens.ref_logprobs is None else k3(tokens.ref_logprobs - tokens.logprobs)
+    if kl is not None:
+        losses = losses + terms.beta * kl
+    if tokens.entropy is not None:
+        losses = losses - terms.entropy_coef * tokens.entropy
+
+    def share(flags: Bool[Array, "*B"]) -> Float[Array, ""]:
+        return mean(flags.astype(losses.dtype), tokens.counted)
+
+    metrics = PolicyMetrics(
+        count=tokens.counted.sum(dtype=jnp.int32),
+        policy_loss=divided(jnp.sum(weights * policy_losses), divide_by),
+        kl=None if kl is None else mean(kl, tokens.counted),
+        entropy=None if tokens.entropy is None else mean(tokens.entropy, tokens.counted),
+        old_kl=mean(k3(tokens.log_ratios), tokens.counted),
+        clip_fraction_low=share(ratios.below),
+        clip_fraction_high=share(ratios.above),
+    )
+    return divided(jnp.sum(weights * losses), divide_by), jax.lax.stop_gradient(metrics)

@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jliger import losses
+
+LOGPROBS = np.random.default_rng(0).uniform(-5, 0, (3, 4, 6)).astype(np.float32)
+WHERE = np.random.default_rng(1).random((3, 4, 6)) < 0.5
+WHERE[0, 1], WHERE[2, 3] = False, True
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_sums_and_means_over_the_tokens_that_count(reduction):
+    dirty = np.where(WHERE, LOGPROBS, np.nan)
+    found = losses.sequence_logprobs(dirty, WHERE, reduction=reduction)
+    wanted = np.where(WHERE, LOGPROBS, 0).astype(np.float64).sum(axis=-1)
+    if reduction == "mean":
+        wanted = wanted / np.maximum(WHERE.sum(axis=-1), 1)
+    assert found.logprobs.dtype == jnp.float32
+    np.testing.assert_allclose(found.logprobs, wanted, rtol=1e-6)
+    np.testing.assert_array_equal(found.counts, WHERE.sum(axis=-1))
+    assert found.logprobs[0, 1] == 0
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_gradients_with_any_cotangent(reduction):
+    cotangent = np.random.default_rng(2).normal(size=(3, 4)).astype(np.float32)
+    _, pull_back = jax.vjp(
+        lambda logprobs: losses.sequence_logprobs(logprobs, WHERE, reduction=reduction).logprobs,
+        np.where(WHERE, LOGPROBS, np.inf),
+    )
+    wanted = np.where(WHERE, cotangent[..., None], 0)
+    if reduction == "mean":
+        wanted = wanted / np.maximum(WHERE.sum(axis=-1), 1)[..., None]
+    np.testing.assert_allclose(pull_back(cotangent)[0], wanted, rtol=1e-6)
+
+
+def test_without_a_mask_all_count():
+    found = losses.sequence_logprobs(LOGPROBS)
+    np.testing.assert_array_equal(found.counts, np.full((3, 4), 6))
+    np.testing.assert_allclose(found.logprobs, LOGPROBS.astype(np.float64).sum(axis=-1), rtol=1e-6)
+
+
+def test_long_sequences_are_summed_in_float32():
+    # In bfloat16 a sum of ones would stop at 256.
+    found = losses.sequence_logprobs(jnp.full((2, 5000), -1, jnp.bfloat16))
+    np.testing.assert_array_equal(found.logprobs, [-5000, -5000])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_no_sequences_and_no_tokens(shape, reduction):
+    found = losses.sequence_logprobs(np.zeros(shape, np.float32), reduction=reduction)
+    np.testing.assert_array_equal(found.logprobs, np.zeros(shape[:1]))
+    np.testing.assert_array_equal(found.counts, np.zeros(shape[:1]))
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="reduction got 'none'"):
+        losses.sequence_logprobs(LOGPROBS, reduction="none")
+    with pytest.raises(ValueError, match=r"logprobs got a scalar; pass an array \[\*B, T\]"):
+        losses.sequence_logprobs(0.0)
+    with pytest.raises(ValueError, match=r"where got shape \(3, 4\)"):
+        losses.sequence_logprobs(LOGPROBS, WHERE[..., 0])
+    with pytest.raises(TypeError, match="logprobs got dtype int32"):
+        losses.sequence_logprobs(np.zeros((2, 3), np.int32))
