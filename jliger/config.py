@@ -12,6 +12,23 @@ KernelLayout = Literal["hv", "vh"]
 
 
 @dataclasses.dataclass(frozen=True)
+class TeacherConfig:
+    """A teacher's head, and by what the head's distribution is held against the teacher's.
+
+    Attributes:
+      head: how the teacher's logits come about.
+      beta: as in `jliger.rows.pairs.PairMap`.
+      temperature: divides the logits of both.
+      with_labels: whether labels have a say too.
+    """
+
+    head: "HeadConfig"
+    beta: float
+    temperature: float
+    with_labels: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class HeadConfig:
     """How hidden states and a kernel become logits, and how that is computed.
 
@@ -26,6 +43,7 @@ class HeadConfig:
       compute_capability: the GPU to compile for, or None for the one present.
       stats_wanted: which of the stats that not every loss needs.
       vocab_axes: inside a user's `shard_map`, the manual axes over which the kernel's columns are spread.
+      teacher: the head that this one is to learn from, or None.
     """
 
     kernel_layout: KernelLayout
@@ -38,6 +56,7 @@ class HeadConfig:
     compute_capability: int | None
     stats_wanted: StatsWanted
     vocab_axes: tuple[str, ...] = ()
+    teacher: TeacherConfig | None = None
 
     @property
     def vocab_dim(self) -> int:

@@ -8,7 +8,7 @@ of size zero: a residual tree that changed its structure would not survive a cac
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jliger import sharding
 from jliger.batching import vmappable
-from jliger.chunks import Grads, GradTypes, Head, Tokens, accumulator_dtype
+from jliger.chunks import Grads, GradTypes, Head, TeacherHead, Tokens, accumulator_dtype
 from jliger.config import HeadConfig
-from jliger.cross_entropy import CrossEntropy, Labels, LossWeights, coefficients_of
-from jliger.rows import Coefficients, RowStats
+from jliger.cross_entropy import coefficients_of
+from jliger.rows import RowStats
 from jliger.sharding import Form, Result
 
 
@@ -33,12 +33,33 @@ class Inputs(NamedTuple):
     adapter: Float[Array, "R V"] | None = None
 
 
+class Teacher(NamedTuple):
+    """A model to learn from."""
+
+    hidden: Float[Array, "*B G"]
+    kernel: Float[Array, "G V"] | Float[Array, "V G"]
+    bias: Float[Array, " V"] | None
+
+
 class Context(NamedTuple):
     """What carries none. `class_weights` are here for the row functions, to smooth labels with."""
 
     labels: Int[Array, "*B"]
     counted: Bool[Array, "*B"]
     class_weights: Float[Array, " V"] | None
+    teacher: Teacher | None = None
+
+
+class WeightedLoss(Protocol):
+    """A loss that is a weighted sum over tokens, such as `CrossEntropy`."""
+
+    def total(self, stats: Any, labels: Any, weights: Any) -> Float[Array, ""]:
+        """The sum."""
+        ...
+
+    def coefficients(self, labels: Any, weights: Any) -> Any:
+        """Those of its logit gradients, for the row functions; known before the stats are."""
+        ...
 
 
 # ---- the forward form ----------------------------------------------------------------------------------------
@@ -46,16 +67,16 @@ class Context(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def weighted_loss(
-    config: HeadConfig, loss: CrossEntropy, inputs: Inputs, context: Context, labels: Labels, weights: LossWeights
-) -> tuple[Float[Array, ""], RowStats]:
+    config: HeadConfig, loss: WeightedLoss, inputs: Inputs, context: Context, labels: Any, weights: Any
+) -> tuple[Float[Array, ""], Any]:
     """The weighted sum of token losses, and the tokens' stats, through which no gradient flows."""
     stats = _stats(Form("stats", config), inputs, context)
     return loss.total(stats, labels, weights), stats
 
 
 def _weighted_loss_fwd(
-    config: HeadConfig, loss: CrossEntropy, inputs: Any, context: Any, labels: Any, weights: Any
-) -> tuple[tuple[Float[Array, ""], RowStats], Any]:
+    config: HeadConfig, loss: WeightedLoss, inputs: Any, context: Any, labels: Any, weights: Any
+) -> tuple[tuple[Float[Array, ""], Any], Any]:
     perturbed = _perturbed(inputs)
     inputs, context, labels, weights = _values((inputs, context, labels, weights))
     sums = accumulator_dtype(inputs.hidden.dtype)
@@ -68,7 +89,7 @@ def _weighted_loss_fwd(
 
 
 def _weighted_loss_bwd(
-    config: HeadConfig, loss: CrossEntropy, residuals: Any, cotangents: Any
+    config: HeadConfig, loss: WeightedLoss, residuals: Any, cotangents: Any
 ) -> tuple[Inputs, None, None, None]:
     del loss
     grads, unit, like = residuals
@@ -116,15 +137,18 @@ token_stats.defvjp(_token_stats_fwd, _token_stats_bwd, symbolic_zeros=True)
 # ---- what both need ------------------------------------------------------------------------------------------
 
 
-def _stats(form: Form, inputs: Inputs, context: Context) -> RowStats:
+def _stats(form: Form, inputs: Inputs, context: Context) -> Any:
     stats = _run(form, inputs, context).stats
     assert stats is not None
     return stats
 
 
 def _run(form: Form, inputs: Inputs, context: Context, *per_token: Any) -> Result:
-    tokens = Tokens(inputs.hidden, context.labels, context.counted, inputs.adapted)
-    head = Head(inputs.kernel, inputs.bias, context.class_weights, inputs.adapter)
+    teacher_hidden = teacher_head = None
+    if context.teacher is not None:
+        teacher_hidden, teacher_head = context.teacher.hidden, TeacherHead(*context.teacher[1:])
+    tokens = Tokens(inputs.hidden, context.labels, context.counted, inputs.adapted, teacher_hidden)
+    head = Head(inputs.kernel, inputs.bias, context.class_weights, inputs.adapter, teacher_head)
 
     def run(tokens: Tokens, head: Head, *per_token: Any) -> Result:
         return sharding.run(form, tokens, head, per_token)
@@ -132,7 +156,7 @@ def _run(form: Form, inputs: Inputs, context: Context, *per_token: Any) -> Resul
     return vmappable(run, sums_tokens=form.sums_tokens)(tokens, head, *per_token)
 
 
-def _in_units(coefficients: Coefficients, hidden: Array) -> tuple[Coefficients, Float[Array, ""] | None]:
+def _in_units(coefficients: Any, hidden: Array) -> tuple[Any, Float[Array, ""] | None]:
     """Float16 holds nothing below 6e-8, which 1 / tokens soon is: its gradients are kept in units of the largest."""
     if hidden.dtype != jnp.float16:
         return coefficients, None

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 
-import numpy as np
 from jaxtyping import Array, Int
 
-from jliger.chunks.arrays import plus
 from jliger.chunks.blocks import Blocks
+from jliger.chunks.grad_sums import add_chunk, after_chunks, before_chunks
 from jliger.chunks.queue import Chunk, Queue, write_stats
 from jliger.chunks.sizes import forward_chunk
-from jliger.chunks.types import Grads, GradTypes, Head, Tokens, accumulator_dtype, empty_grads
+from jliger.chunks.types import Grads, GradTypes, Head, Tokens
 from jliger.config import HeadConfig
-from jliger.products import hidden_grad_product, kernel_grad_product, logits_product
+from jliger.products import logits_product
 from jliger.rows import Coefficients, RowStats, get_rows
 
 
@@ -35,7 +34,6 @@ def forward_form(
     """
     rows = get_rows(config.implementation, config.compute_capability)
     dtype = tokens.hidden.dtype
-    sums = accumulator_dtype(dtype)
     vocab = head.kernel.shape[config.vocab_dim]
     blocks = Blocks.make(config, head, dtype, rows.alignment)
     queue = Queue.make(tokens.counted, forward_chunk(config, tokens.labels.shape[0], vocab))
@@ -54,33 +52,8 @@ def forward_form(
             found = rows.row_stats(*parts, config.stats_wanted)
             all_columns = merge(found)
             logit_grads = rows.row_grads(*parts, all_columns.max, all_columns.log_sum, chunk_coefficients, dtype=dtype)
-        if grads.hidden is not None:
-            part = hidden_grad_product(config, logit_grads, columns.kernel, grads.hidden.dtype)
-            grads = grads._replace(hidden=chunk.put(grads.hidden, part))
-        if grads.adapted is not None and columns.adapter is not None:
-            part = hidden_grad_product(config.of_adapter, logit_grads, columns.adapter, grads.adapted.dtype)
-            grads = grads._replace(adapted=chunk.put(grads.adapted, part))
-        if wanted.kernel is not None:
-            part = kernel_grad_product(config, chunk.hidden, logit_grads, sums)
-            grads = grads._replace(kernel=plus(grads.kernel, part))
-        if wanted.adapter is not None and chunk.adapted is not None:
-            part = kernel_grad_product(config.of_adapter, chunk.adapted, logit_grads, sums)
-            grads = grads._replace(adapter=plus(grads.adapter, part))
-        if wanted.bias is not None:
-            grads = grads._replace(bias=plus(grads.bias, logit_grads.sum(axis=0, dtype=sums)))
-        return write_stats(stats, found, start), grads
+        return write_stats(stats, found, start), add_chunk(config, wanted, grads, chunk, columns, logit_grads)
 
-    grads = empty_grads(GradTypes(wanted.hidden, None, None, wanted.adapted, None), tokens, head)
-    stats, grads = queue.loop(step, (queue.empty_stats(config, tokens.hidden), grads), (queue.chunk,))
-    return queue.restore(stats), grads._replace(
-        kernel=_finished(grads.kernel, head.kernel, wanted.kernel),
-        bias=_finished(grads.bias, head.bias, wanted.bias),
-        adapter=_finished(grads.adapter, head.adapter, wanted.adapter),
-    )
-
-
-def _finished(grad: Array | None, like: Array | None, dtype: np.dtype | None) -> Array | None:
-    """Without padding, and rounded."""
-    if grad is None or like is None:
-        return None
-    return grad[tuple(map(slice, like.shape))].astype(dtype)
+    initial = (queue.empty_stats(config, tokens.hidden), before_chunks(wanted, tokens, head))
+    stats, grads = queue.loop(step, initial, (queue.chunk,))
+    return queue.restore(stats), after_chunks(wanted, grads, head)

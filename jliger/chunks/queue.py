@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.chunks.arrays import pad, whole
-from jliger.chunks.types import Tokens, accumulator_dtype
+from jliger.chunks.types import Tokens, accumulator_dtype, stats_of
 from jliger.config import HeadConfig
-from jliger.rows import RowStats
 
 
 class Queue(NamedTuple):
@@ -69,18 +68,11 @@ class Queue(NamedTuple):
     def slots(self, start: Int[Array, ""] | int, size: int) -> Int[Array, " size"]:
         return jax.lax.dynamic_slice(self.token_of, (start,), (size,))
 
-    def empty_stats(self, config: HeadConfig, hidden: Float[Array, "T H"]) -> RowStats:
+    def empty_stats(self, config: HeadConfig, hidden: Float[Array, "T H"]) -> Any:
         zeros = jnp.zeros_like(hidden, accumulator_dtype(hidden.dtype), shape=self.token_of.shape)
-        return RowStats(
-            max=zeros,
-            log_sum=zeros,
-            label_logit=zeros,
-            prediction=jnp.full_like(zeros, -1, jnp.int32),
-            weighted_sum=zeros if config.stats_wanted.weighted_sum else None,
-            mean_logit=zeros if config.stats_wanted.mean_logit else None,
-        )
+        return stats_of(config, zeros, jnp.full_like(zeros, -1, jnp.int32))
 
-    def restore(self, stats: RowStats) -> RowStats:
+    def restore(self, stats: Any) -> Any:
         """From the queue's order to the tokens' own; what didn't count gets the stats of an empty row."""
 
         def restored(field: Array) -> Array:
@@ -99,14 +91,15 @@ class Chunk(NamedTuple):
     hidden: Float[Array, "C H"]
     labels: Int[Array, " C"]
     adapted: Float[Array, "C R"] | None
+    teacher: Float[Array, "C G"] | None
 
     @classmethod
     def make(cls, slots: Int[Array, " C"], tokens: Tokens, alignment: int) -> "Chunk":
         def rows(array: Array) -> Array:
             return whole(pad(_take(array, slots, 0), (1,), alignment))
 
-        adapted = None if tokens.adapted is None else rows(tokens.adapted)
-        return cls(slots, rows(tokens.hidden), _take(tokens.labels, slots, -1), adapted)
+        adapted, teacher = (None if array is None else rows(array) for array in (tokens.adapted, tokens.teacher))
+        return cls(slots, rows(tokens.hidden), _take(tokens.labels, slots, -1), adapted, teacher)
 
     def take(self, tree: Any) -> Any:
         """The chunk's part of per-token arrays."""
@@ -117,7 +110,7 @@ class Chunk(NamedTuple):
         return full.at[self.slots].set(part, mode="drop", unique_indices=True, indices_are_sorted=True)
 
 
-def write_stats(stats: RowStats, part: RowStats, start: Int[Array, ""] | int) -> RowStats:
+def write_stats(stats: Any, part: Any, start: Int[Array, ""] | int) -> Any:
     """`stats` in the queue's order, with those of the chunk that starts at `start`."""
     return jax.tree.map(lambda full, new: jax.lax.dynamic_update_slice(full, new, (start,)), stats, part)
 

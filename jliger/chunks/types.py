@@ -1,13 +1,24 @@
 """What the chunk loops take and give."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jliger.config import HeadConfig
+from jliger.rows import RowStats
+from jliger.rows.pairs import PairStats, SoftmaxStats
+
 Kernel = Float[Array, "H V"] | Float[Array, "V H"]
+
+
+class TeacherHead(NamedTuple):
+    """The vocabulary's side of what is learnt from."""
+
+    kernel: Kernel
+    bias: Float[Array, " V"] | None
 
 
 class Head(NamedTuple):
@@ -18,12 +29,14 @@ class Head(NamedTuple):
       bias: added to the logits, or None.
       class_weights: of the row functions, or None for 1.
       adapter: what `Tokens.adapted` is multiplied with, to be added to the logits, or None.
+      teacher: the head to learn from, over the same columns, or None.
     """
 
     kernel: Kernel
     bias: Float[Array, " V"] | None
     class_weights: Float[Array, " V"] | None
     adapter: Float[Array, "R V"] | None = None
+    teacher: TeacherHead | None = None
 
 
 class Tokens(NamedTuple):
@@ -34,12 +47,14 @@ class Tokens(NamedTuple):
       labels: columns.
       counted: which tokens count.
       adapted: hidden states as an adapter has brought them to its rank, or None.
+      teacher: hidden states of the teacher, or None.
     """
 
     hidden: Float[Array, "T H"]
     labels: Int[Array, " T"]
     counted: Bool[Array, " T"]
     adapted: Float[Array, "T R"] | None = None
+    teacher: Float[Array, "T G"] | None = None
 
 
 class GradTypes(NamedTuple):
@@ -60,6 +75,35 @@ class Grads(NamedTuple):
     bias: Float[Array, " V"] | None
     adapted: Float[Array, "T R"] | None = None
     adapter: Float[Array, "R V"] | None = None
+
+
+class Comparison(NamedTuple):
+    """What is found of each token where there is a teacher.
+
+    Attributes:
+      pair: both softmaxes.
+      divergence: how far apart they are.
+    """
+
+    pair: PairStats
+    divergence: Float[Array, "*B"]
+
+
+Stats = RowStats | Comparison
+
+
+def stats_of(config: HeadConfig, number: Any, column: Any) -> Stats:
+    """Stats as `config` asks for them, of the same two things throughout: for numbers, and for columns."""
+    teacher = config.teacher
+    if teacher is None:
+        optional = (number if wanted else None for wanted in config.stats_wanted)
+        return RowStats(number, number, number, column, *optional)
+    softmax = SoftmaxStats(number, number, column)
+    with_labels = teacher.with_labels
+    with_hard_sum = with_labels and teacher.temperature != 1
+    return Comparison(
+        PairStats(softmax, softmax, number if with_labels else None, number if with_hard_sum else None), number
+    )
 
 
 def empty_grads(wanted: GradTypes, tokens: Tokens, head: Head) -> Grads:

@@ -24,6 +24,9 @@ _FACTORS: dict[str, dict[Role, str]] = {
         "vocab": "v",
         "adapted": "... r",
         "adapter": "r v",
+        "teacher": "... g",
+        "teacher kernel hv": "g v",
+        "teacher kernel vh": "v g",
     }
     for layout, kernel in (("hv", "h v"), ("vh", "v h"))
 }
@@ -32,7 +35,7 @@ _FACTORS: dict[str, dict[Role, str]] = {
 def run_partitioned(form: Form, tokens: Tokens, head: Head, per_token: Any) -> Result:
     """`run_share` on each device's share, as XLA chose it."""
     operands, tree = jax.tree.flatten((tokens, head, per_token))
-    roles = tuple(jax.tree.leaves(operand_roles(tokens, head, per_token)))
+    roles = tuple(jax.tree.leaves(operand_roles(form.config, tokens, head, per_token)))
     results = _partitioned(form, tree, roles)(*operands)
     return jax.tree.unflatten(jax.tree.structure(result_roles(form)), results)
 
@@ -65,7 +68,8 @@ def _partitioned(form: Form, tree: Any, roles: tuple[Role, ...]) -> Callable[...
 
     factors = _FACTORS[form.config.kernel_layout]
     rule = ", ".join(factors[role] for role in roles) + " -> " + ", ".join(factors[role] for role in results)
-    special: dict[str, Any] = {"need_replication_factors": ("h", "r") if "adapter" in roles else ("h",)}
+    inner = [factor for factor, role in (("h", "hidden"), ("r", "adapter"), ("g", "teacher")) if role in roles]
+    special: dict[str, Any] = {"need_replication_factors": tuple(inner)}
     if not {"kernel", "vocab", "adapter"} & set(results):
         special["reduction_factors"] = ("v",)
     whole.def_partition(partition=partition, sharding_rule=lambda *_: (rule, special))

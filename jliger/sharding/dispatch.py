@@ -106,7 +106,7 @@ def _run_explicit(form: Form, mesh: AbstractMesh, tokens: Tokens, head: Head, pe
 
     plan = Plan.make(dict(mesh.shape), sharded(tokens.hidden), sharded(head.kernel), form.config.vocab_dim)
     operands = (tokens, head, per_token)
-    in_specs = jax.tree.map(plan.spec, operand_roles(*operands))
+    in_specs = jax.tree.map(plan.spec, operand_roles(form.config, *operands))
     out_specs = jax.tree.map(lambda role: plan.spec(role, result=True), result_roles(form))
     operands = jax.tree.map(lambda array, spec: reshard(array, NamedSharding(mesh, spec)), operands, in_specs)
 

@@ -5,9 +5,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from jliger.chunks import Grads, GradTypes, Head, Tokens
+from jliger.chunks import Grads, GradTypes, Head, Stats, TeacherHead, Tokens, stats_of
 from jliger.config import HeadConfig
-from jliger.rows import RowStats
 
 NOTHING_WANTED = GradTypes(None, None, None)
 
@@ -18,7 +17,8 @@ class Form:
 
     Attributes:
       kind: `"stats"` for `chunks.token_stats`, `"forward"` for `chunks.forward_form`, whose per-token operands are
-        `Coefficients`, `"recompute"` for `chunks.recompute_form`, whose are max, log-sum and `Coefficients`.
+        `Coefficients`, `"recompute"` for `chunks.recompute_form`, whose are max, log-sum and `Coefficients`. With a
+        teacher, the first two are `chunks.distillation_form`, without and with `PairCoefficients`.
       config: how logits come about.
       wanted: which gradients, in which dtypes.
       lean: as `chunks.token_stats` takes it.
@@ -43,24 +43,37 @@ class Result(NamedTuple):
       grads: those wanted; None for stats alone.
     """
 
-    stats: RowStats | None
+    stats: Stats | None
     grads: Grads | None
 
 
-Role = Literal["hidden", "token", "kernel", "vocab", "adapted", "adapter"]
-"""Which dimensions an array has: `[*B, H]`, `[*B]`, the kernel's, `[V]`, `[*B, R]`, or `[R, V]`."""
+Role = Literal[
+    "hidden", "token", "kernel", "vocab", "adapted", "adapter", "teacher", "teacher kernel hv", "teacher kernel vh"
+]
+"""Which dimensions an array has: `[*B, H]`, `[*B]`, the kernel's, `[V]`, `[*B, R]`, `[R, V]`; of a teacher with hidden
+states of size `G`, `[*B, G]`, `[G, V]` and `[V, G]`."""
 
 
-def operand_roles(tokens: Tokens, head: Head, per_token: Any) -> Any:
+def operand_roles(config: HeadConfig, tokens: Tokens, head: Head, per_token: Any) -> Any:
     """The role of each operand, in the operands' own tree."""
 
     def role(name: Role, array: Any) -> Any:
         return None if array is None else name
 
+    teacher = None
+    if config.teacher is not None and head.teacher is not None:
+        layout = f"teacher kernel {config.teacher.head.kernel_layout}"
+        teacher = TeacherHead._make((layout, role("vocab", head.teacher.bias)))
     return (
-        Tokens._make(("hidden", "token", "token", role("adapted", tokens.adapted))),
+        Tokens._make(("hidden", "token", "token", role("adapted", tokens.adapted), role("teacher", tokens.teacher))),
         Head._make(
-            ("kernel", role("vocab", head.bias), role("vocab", head.class_weights), role("adapter", head.adapter))
+            (
+                "kernel",
+                role("vocab", head.bias),
+                role("vocab", head.class_weights),
+                role("adapter", head.adapter),
+                teacher,
+            )
         ),
         jax.tree.map(lambda _: "token", per_token),
     )
@@ -68,10 +81,7 @@ def operand_roles(tokens: Tokens, head: Head, per_token: Any) -> Any:
 
 def result_roles(form: Form) -> Result:
     """The role of each result, in the result's own tree."""
-    stats = None
-    if form.kind != "recompute":
-        optional = ("token" if wanted else None for wanted in form.config.stats_wanted)
-        stats = RowStats._make(("token", "token", "token", "token", *optional))
+    stats = None if form.kind == "recompute" else stats_of(form.config, "token", "token")
     if form.kind == "stats":
         return Result(stats, None)
     roles = zip(("hidden", "kernel", "vocab", "adapted", "adapter"), form.wanted, strict=True)

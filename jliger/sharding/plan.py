@@ -53,14 +53,16 @@ class Plan(NamedTuple):
     def spec(self, role: Role, *, result: bool = False) -> P:
         """How an array of this role is sharded as operand, or as result."""
         batch = [_entry(axes) for axes in self.batch]
-        if role in ("hidden", "adapted"):
+        if role in ("hidden", "adapted", "teacher"):
             return P(*batch, None)
         if role == "token":
             return P(*batch)
         if role == "vocab":
             return P(_entry(self.vocab))
-        if role == "adapter":
+        if role in ("adapter", "teacher kernel hv"):
             return P(None, _entry(self.vocab))
+        if role == "teacher kernel vh":
+            return P(_entry(self.vocab), None)
         vocab = [self.vocab if dim == self.vocab_dim else () for dim in range(2)]
         return P(*(_entry(axes + self.scattered[dim] if result else axes) for dim, axes in enumerate(vocab)))
 

@@ -12,6 +12,7 @@ from jliger import chunks
 from jliger.chunks import Grads, GradTypes, Head, Tokens
 from jliger.rows import RowStats
 from jliger.sharding.form import Form, Result
+from jliger.sharding.merge import merge_over, pair_merge
 from jliger.sharding.plan import Axes, Plan, first_column
 
 
@@ -31,20 +32,24 @@ def run_share(form: Form, plan: Plan, tokens: Tokens, head: Head, per_token: Any
         tokens.hidden.reshape(-1, tokens.hidden.shape[-1]),
         labels.reshape(-1),
         tokens.counted.reshape(-1),
-        None if tokens.adapted is None else tokens.adapted.reshape(-1, tokens.adapted.shape[-1]),
+        *(None if array is None else array.reshape(-1, array.shape[-1]) for array in (tokens.adapted, tokens.teacher)),
     )
     per_token = jax.tree.map(lambda array: array.reshape(-1), per_token)
     wanted = _in_sums(form.wanted, plan, tokens)
 
     merge = functools.partial(merge_over, plan.columns) if plan.columns else None
     stats, grads = None, None
-    if form.kind == "stats":
+    if form.config.teacher is not None:
+        coefficients = per_token[0] if per_token else None
+        merge_pairs = pair_merge(form.config.teacher.temperature, plan.columns, start) if plan.columns else None
+        stats, grads = chunks.distillation_form(form.config, wanted, flat, head, coefficients, merge=merge_pairs)
+    elif form.kind == "stats":
         stats = chunks.token_stats(form.config, flat, head, lean=form.lean)
     elif form.kind == "forward":
         stats, grads = chunks.forward_form(form.config, wanted, flat, head, *per_token, merge=merge)
     else:
         grads = chunks.recompute_form(form.config, wanted, flat, head, *per_token)
-    if stats is not None and merge is not None:
+    if isinstance(stats, RowStats) and merge is not None:
         stats = merge(stats._replace(prediction=jnp.where(flat.counted, stats.prediction + start, -1)))
     if stats is not None:
         stats = jax.tree.map(lambda array: array.reshape(tokens.labels.shape), stats)
@@ -54,28 +59,11 @@ def run_share(form: Form, plan: Plan, tokens: Tokens, head: Head, per_token: Any
 def _of_no_tokens(form: Form, plan: Plan, tokens: Tokens, head: Head) -> Result:
     """Stats of no rows, and gradients of zero."""
     rows = jnp.zeros_like(tokens.hidden, chunks.accumulator_dtype(tokens.hidden.dtype), shape=tokens.labels.shape)
-    optional = (rows if wanted else None for wanted in form.config.stats_wanted)
-    stats = RowStats(rows, rows, rows, rows.astype(jnp.int32), *optional)
+    stats = chunks.stats_of(form.config, rows, rows.astype(jnp.int32))
     if form.kind == "stats":
         return Result(stats, None)
     grads = chunks.empty_grads(form.wanted, tokens, head)
     return Result(stats if form.kind == "forward" else None, _summed(grads, form.wanted, plan, tokens))
-
-
-def merge_over(axes: Axes, stats: RowStats) -> RowStats:
-    """The stats of all columns from those of each device's: nothing larger than `[T]` moves."""
-    row_max = jax.lax.pmax(stats.max, axes)
-    sums = jax.tree.map(lambda part: jax.lax.psum(part, axes), chunks.shifted_sums(stats, row_max))
-    # The first column of those that have the maximum; devices without it offer a number past every column.
-    nowhere = jnp.iinfo(stats.prediction.dtype).max
-    return RowStats(
-        max=row_max,
-        log_sum=jnp.log(sums.sum_exp),
-        label_logit=jax.lax.psum(stats.label_logit, axes),
-        prediction=jax.lax.pmin(jnp.where(stats.max == row_max, stats.prediction, nowhere), axes),
-        weighted_sum=None if stats.weighted_sum is None else jax.lax.psum(stats.weighted_sum, axes),
-        mean_logit=None if sums.sum_exp_logit is None else sums.sum_exp_logit / sums.sum_exp,
-    )
 
 
 def _in_sums(wanted: GradTypes, plan: Plan, tokens: Tokens) -> GradTypes:
