@@ -4,6 +4,7 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger import gradients, sharding
@@ -141,9 +142,11 @@ def _linear_logprobs(
     # The label's logit and the maximum may be large and close: their difference comes first.
     logprobs = (stats.label_logit - stats.max) - stats.log_sum
     assert stats.mean_logit is not None
-    return LinearLogprobs(
+    found = LinearLogprobs(
         logprobs=logprobs * column_validity(columns, logprobs.dtype),
         logsumexp=stats.max + stats.log_sum,
         entropy=stats.log_sum - stats.mean_logit,
         predictions=stats.prediction,
     )
+    # Of several devices' columns even an empty row has a log-sum.
+    return LinearLogprobs(*(jnp.where(counted, field, none) for field, none in zip(found, (0, 0, 0, -1), strict=True)))

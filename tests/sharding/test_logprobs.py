@@ -1,0 +1,73 @@
+"""Per-token outputs and an adapter's gradients, wherever tokens, columns and the adapter's sides are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from sharded import BATCH, HIDDEN, IMPLEMENTATION, MODES, PLACES, VOCAB, assert_same, pick
+
+import jliger
+
+RANK = 4
+DIFFERENTIABLE = ("logprobs", "logsumexp", "entropy")
+
+
+def arrays():
+    random = np.random.default_rng(0)
+    shapes = {"hidden": (*BATCH, HIDDEN), "kernel": (HIDDEN, VOCAB), "bias": (VOCAB,), "a": (HIDDEN, RANK)}
+    inputs = {name: random.normal(size=shape) / 2 for name, shape in {**shapes, "b": (RANK, VOCAB)}.items()}
+    labels = random.integers(0, VOCAB, BATCH)
+    where = random.random(BATCH) < 0.8
+    return inputs, labels, where, random.normal(size=(3, *BATCH))
+
+
+def run(function, inputs, labels, where, cotangents, **options):
+    def outputs(inputs):
+        adapter = jliger.LinearAdapter(inputs["a"], inputs["b"], 0.5)
+        found = function(
+            inputs["hidden"], inputs["kernel"], labels, bias=inputs["bias"], where=where, adapter=adapter, **options
+        )
+        return [getattr(found, name) for name in DIFFERENTIABLE], found
+
+    _, pull_back, found = jax.vjp(outputs, inputs, has_aux=True)
+    return found, pull_back(list(cotangents))[0]
+
+
+@pytest.mark.parametrize("place", pick(list(PLACES), on_gpus=["fsdp-h", "dp+tp"], interpreted=["fsdp-h+tp"]))
+@pytest.mark.parametrize("mode", MODES)
+def test_equal_to_those_of_one_device(mode, place):
+    inputs, labels, where, cotangents = arrays()
+    with jax.enable_x64(True):
+        expected = run(
+            jliger.reference.linear_logprobs, jax.tree.map(jnp.asarray, inputs), labels, where, jnp.asarray(cotangents)
+        )
+        expected = jax.tree.map(np.asarray, expected)
+    place = PLACES[place]
+    mesh = place.mesh(mode)
+    kernel = place.spec("kernel", "hv")
+    specs = {
+        "hidden": place.tokens,
+        "kernel": kernel,
+        "bias": place.spec("bias", "hv"),
+        "a": P((*kernel, None)[0]),  # as the kernel's rows, as a trainer would shard it
+        "b": P(None, (*kernel, None, None)[1]),
+    }
+
+    def put(array, spec, dtype=None):
+        return jax.device_put(jnp.asarray(array, dtype), NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        sharded = {name: put(array, specs[name], jnp.float32) for name, array in inputs.items()}
+        operands = put(labels, place.tokens), put(where, place.tokens)
+        compiled = jax.jit(
+            lambda *arrays: run(
+                jliger.linear_logprobs, *arrays, implementation=IMPLEMENTATION, precision="highest", chunk_size=4
+            )
+        )
+        found = compiled(sharded, *operands, put(cotangents, P(None, *place.tokens), jnp.float32))
+    assert_same(jax.block_until_ready(found), expected)
+    for name, grad in found[1].items():
+        if mode == "explicit" or name in ("hidden", "kernel", "bias"):
+            assert grad.sharding.is_equivalent_to(sharded[name].sharding, grad.ndim), name
