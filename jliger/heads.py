@@ -13,24 +13,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jliger.adapter import LinearAdapter
 from jliger.api import fused_linear_cross_entropy
 from jliger.config import KernelLayout
+from jliger.logprobs import LinearLogprobs, linear_logprobs
 
 Promote = Callable[[Array, Array, Array | None], tuple[Array, Array, Array | None]]
 
 
-_ARRAYS = ("kernel", "bias")
+_ARRAYS = ("kernel", "bias", "adapter")
 _STATIC = ("kernel_layout", "logit_scale", "logit_softcap", "dtype", "promote", "logits_dtype", "precision")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=_STATIC)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearHead:
-    """`softcap(logit_scale · (hidden · kernel + bias))`, and in which dtypes.
+    """`softcap(logit_scale · (hidden · (kernel + adapter) + bias))`, and in which dtypes.
 
     Attributes:
       kernel: `[H, V]`, or `[V, H]` with `kernel_layout="vh"`.
       bias: `[V]`, or None.
+      adapter: of the kernel, or None.
       kernel_layout: `"hv"` or `"vh"`.
       logit_scale: multiplies the logits.
       logit_softcap: `c` in `c · tanh(z / c)`, or None.
@@ -42,6 +45,7 @@ class LinearHead:
 
     kernel: Float[Array, "H V"] | Float[Array, "V H"]
     bias: Float[Array, " V"] | None = None
+    adapter: LinearAdapter | None = None
     kernel_layout: KernelLayout = "hv"
     logit_scale: float = 1.0
     logit_softcap: float | None = None
@@ -61,6 +65,10 @@ class LinearHead:
             preferred_element_type=self.logits_dtype,
             out_sharding=out_sharding,
         )
+        if self.adapter is not None:
+            a, b = (side.astype(hidden.dtype) for side in (self.adapter.a, self.adapter.b))
+            adapted = jnp.dot(jnp.dot(hidden, a, precision=self.precision), b, precision=self.precision)
+            logits += (self.adapter.scale * adapted).astype(logits.dtype)
         if bias is not None:
             logits += bias.astype(logits.dtype)
         if self.logit_scale != 1:
@@ -69,25 +77,42 @@ class LinearHead:
 
     def loss(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> Any:
         """`jliger.fused_linear_cross_entropy` of this head."""
-        hidden, kernel, bias = self._promoted(hidden)
-        return fused_linear_cross_entropy(hidden, kernel, labels, bias=bias, **self._options(options))
+        hidden, kernel, options = self._arguments(hidden, options)
+        return fused_linear_cross_entropy(hidden, kernel, labels, **options)
+
+    def logprobs(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> LinearLogprobs:
+        """`jliger.linear_logprobs` of this head."""
+        hidden, kernel, options = self._arguments(hidden, options)
+        return linear_logprobs(hidden, kernel, labels, **options)
+
+    def product_dtype(self, hidden: Array) -> Any:
+        """What hidden states and parameters are cast to, by flax's rule."""
+        arrays = [array for array in (hidden, self.kernel, self.bias) if array is not None]
+        return jnp.result_type(*arrays) if self.dtype is None else jnp.dtype(self.dtype)
 
     def _promoted(self, hidden: Array) -> tuple[Array, Array, Array | None]:
         """Hidden states in the dtype of the products, and parameters in one that the operation takes with it."""
         if self.promote is not None:
             return self.promote(hidden, self.kernel, self.bias)
-        arrays = [array for array in (hidden, self.kernel, self.bias) if array is not None]
-        dtype = jnp.result_type(*arrays) if self.dtype is None else self.dtype
-        # Float32 parameters stay, for the operation to cast: so their gradients are summed and returned in float32.
-        kernel = self.kernel if self.kernel.dtype == jnp.float32 else self.kernel.astype(dtype)
-        return hidden.astype(dtype), kernel, self.bias
+        dtype = self.product_dtype(hidden)
+        return hidden.astype(dtype), _cast(self.kernel, dtype), self.bias
 
-    def _options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        for name in ("kernel", "bias", "kernel_layout"):
+    def _arguments(self, hidden: Array, options: Mapping[str, Any]) -> tuple[Array, Array, dict[str, Any]]:
+        hidden, kernel, bias = self._promoted(hidden)
+        own: dict[str, Any] = {"bias": bias, "kernel_layout": self.kernel_layout}
+        if self.adapter is not None:
+            a, b = (_cast(side, hidden.dtype) for side in (self.adapter.a, self.adapter.b))
+            own["adapter"] = self.adapter._replace(a=a, b=b)
+        for name in ("kernel", *own):
             if name in options:
                 raise TypeError(f"{name} comes with the head; leave it out.")
-        own = {name: getattr(self, name) for name in ("logit_scale", "logit_softcap", "logits_dtype", "precision")}
-        return {"kernel_layout": self.kernel_layout, **own, **options}
+        how = {name: getattr(self, name) for name in ("logit_scale", "logit_softcap", "logits_dtype", "precision")}
+        return hidden, kernel, {**own, **how, **options}
+
+
+def _cast(parameter: Array, dtype: Any) -> Array:
+    """Float32 parameters stay, for the operation to cast: then their gradients are summed and returned in float32."""
+    return parameter if parameter.dtype == jnp.float32 else parameter.astype(dtype)
 
 
 # ---- which layers are such heads -----------------------------------------------------------------------------

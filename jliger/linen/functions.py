@@ -8,6 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jliger.linen.layers import linear_head
+from jliger.logprobs import LinearLogprobs
 
 
 def fused_linear_cross_entropy(
@@ -56,3 +57,26 @@ def fused_linear_cross_entropy(
     """
     hidden = jnp.asarray(hidden)
     return linear_head(module, hidden).loss(hidden, labels, **options)
+
+
+def linear_logprobs(
+    module: nn.Module | Mapping[str, Any], hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any
+) -> LinearLogprobs:
+    """Log-probabilities, log-sum-exps, entropies and predictions of `module(hidden)`, a token each, without its logits.
+
+    Args:
+      module: the head, as `jliger.linen.fused_linear_cross_entropy` takes it.
+      hidden: the model's last hidden states, `[*B, H]`.
+      labels: the label of each token, `[*B]`. They are not shifted here.
+      **options: those of `jliger.linear_logprobs`. They come before what the module says.
+
+    Returns:
+      `jliger.LinearLogprobs`.
+
+    Raises:
+      NotImplementedError: a module that is no such head.
+      TypeError: an option that is the module's own, such as `bias`; what `jliger.linear_logprobs` raises.
+      ValueError: what `jliger.linear_logprobs` raises.
+    """
+    hidden = jnp.asarray(hidden)
+    return linear_head(module, hidden).logprobs(hidden, labels, **options)

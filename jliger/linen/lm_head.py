@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from jliger import heads
 from jliger.heads import LinearHead
 from jliger.linen import layers
+from jliger.logprobs import LinearLogprobs
 
 
 class LMHead(nn.Dense):
@@ -54,6 +55,10 @@ class LMHead(nn.Dense):
         """The loss of `self(hidden)`. Options, results and errors are those of `jliger.fused_linear_cross_entropy`."""
         return self.linear_head(hidden).loss(hidden, labels, **options)
 
+    def logprobs(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> LinearLogprobs:
+        """Log-probabilities and entropies of `self(hidden)`, a token each, as `jliger.linear_logprobs` gives them."""
+        return self.linear_head(hidden).logprobs(hidden, labels, **options)
+
     @nn.compact
     def linear_head(self, hidden: Float[Array, "*B H"]) -> LinearHead:
         """Parameters, and how they make logits."""
@@ -84,6 +89,10 @@ class TiedLMHead(nn.Module):
     def loss(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> Any:
         """The loss of `self(hidden)`. Options, results and errors are those of `jliger.fused_linear_cross_entropy`."""
         return self.linear_head(hidden).loss(hidden, labels, **options)
+
+    def logprobs(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> LinearLogprobs:
+        """Log-probabilities and entropies of `self(hidden)`, a token each, as `jliger.linear_logprobs` gives them."""
+        return self.linear_head(hidden).logprobs(hidden, labels, **options)
 
     def linear_head(self, hidden: Float[Array, "*B H"]) -> LinearHead:
         """Parameters, and how they make logits."""

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jliger.logprobs import LinearLogprobs
 from jliger.nnx.layers import linear_head
 
 
@@ -24,7 +25,7 @@ def fused_linear_cross_entropy(
       module: the head, from `[*B, H]` to `[*B, V]`: `jliger.nnx.LMHead` or `TiedLMHead`; `flax.nnx.Linear`;
         `flax.nnx.LinearGeneral` or `Einsum` that take one last axis to another; `flax.nnx.Embed`, whose `attend` is
         meant; `flax.nnx.LoRALinear`, or a `flax.nnx.LoRA` whose `base_module` is a linear one of these. A LoRA's
-        kernels are never merged.
+        kernels are never merged, and its products are taken in the base's dtype.
       hidden: the model's last hidden states, `[*B, H]`.
       labels: the label of each token, `[*B]`. They are not shifted here.
       **options: those of `jliger.fused_linear_cross_entropy`. They come before what the module says.
@@ -48,3 +49,26 @@ def fused_linear_cross_entropy(
     """
     hidden = jnp.asarray(hidden)
     return linear_head(module, hidden).loss(hidden, labels, **options)
+
+
+def linear_logprobs(
+    module: nnx.Module, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any
+) -> LinearLogprobs:
+    """Log-probabilities, log-sum-exps, entropies and predictions of `module(hidden)`, a token each, without its logits.
+
+    Args:
+      module: the head, as `jliger.nnx.fused_linear_cross_entropy` takes it.
+      hidden: the model's last hidden states, `[*B, H]`.
+      labels: the label of each token, `[*B]`. They are not shifted here.
+      **options: those of `jliger.linear_logprobs`. They come before what the module says.
+
+    Returns:
+      `jliger.LinearLogprobs`.
+
+    Raises:
+      NotImplementedError: a module that is no such head.
+      TypeError: an option that is the module's own, such as `bias`; what `jliger.linear_logprobs` raises.
+      ValueError: what `jliger.linear_logprobs` raises.
+    """
+    hidden = jnp.asarray(hidden)
+    return linear_head(module, hidden).logprobs(hidden, labels, **options)

@@ -1,5 +1,6 @@
 """layers: heads that a model already has, made of flax's own layers, as `LinearHead`."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,6 +10,7 @@ from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float
 
 from jliger import heads
+from jliger.adapter import LinearAdapter
 from jliger.heads import LinearHead, Promote
 
 
@@ -46,6 +48,40 @@ def _(module: nnx.Einsum, hidden: Array) -> LinearHead:
 def _(module: nnx.Embed, hidden: Array) -> LinearHead:
     heads.check_own_method(module, nnx.Embed, "attend")
     return of_embed(module)
+
+
+@linear_head.register
+def _(module: nnx.LoRALinear, hidden: Array) -> LinearHead:
+    heads.check_own_method(module, nnx.LoRALinear, "__call__")
+    base, adapter = of_linear(module), _adapter(module.lora)
+    # What the adapter adds may be of more precision than the base's logits; then so is the sum.
+    dtype = jnp.result_type(base.logits_dtype or base.product_dtype(hidden), _lora_dtype(module.lora, hidden, adapter))
+    return dataclasses.replace(base, adapter=adapter, logits_dtype=dtype)
+
+
+@linear_head.register
+def _(module: nnx.LoRA, hidden: Array) -> LinearHead:
+    heads.check_own_method(module, nnx.LoRA, "__call__")
+    adapter = _adapter(module)
+    if module.base_module is None or isinstance(module.base_module, nnx.Embed):
+        kind = type(module.base_module).__name__
+        raise NotImplementedError(f"module got a LoRA with base_module {kind}; as a head it needs a linear one.")
+    # The base gets hidden states as the adapter casts them.
+    hidden = hidden.astype(_lora_dtype(module, hidden, adapter))
+    base = linear_head(module.base_module, hidden)
+    if base.adapter is not None:
+        raise NotImplementedError("module got a LoRA of a LoRA; merge one of them into the kernel.")
+    return dataclasses.replace(base, adapter=adapter, dtype=base.product_dtype(hidden))
+
+
+def _adapter(lora: nnx.LoRA) -> LinearAdapter:
+    if lora.promote_dtype is not dtypes.promote_dtype:
+        raise NotImplementedError("module got a LoRA with a promote_dtype of its own; leave it at flax's.")
+    return LinearAdapter(lora.lora_a[...], lora.lora_b[...])
+
+
+def _lora_dtype(lora: nnx.LoRA, hidden: Array, adapter: LinearAdapter) -> Any:
+    return jnp.result_type(hidden, adapter.a, adapter.b) if lora.dtype is None else lora.dtype
 
 
 def of_linear(module: nnx.Linear, **changes: Any) -> LinearHead:

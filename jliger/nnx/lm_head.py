@@ -11,6 +11,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 from jaxtyping import Array, Float, Int
 
 from jliger.heads import LinearHead
+from jliger.logprobs import LinearLogprobs
 from jliger.nnx import layers
 
 
@@ -101,6 +102,10 @@ class LMHead(nnx.Linear):
         """The loss of `self(hidden)`. Options, results and errors are those of `jliger.fused_linear_cross_entropy`."""
         return self.linear_head().loss(hidden, labels, **options)
 
+    def logprobs(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> LinearLogprobs:
+        """Log-probabilities and entropies of `self(hidden)`, a token each, as `jliger.linear_logprobs` gives them."""
+        return self.linear_head().logprobs(hidden, labels, **options)
+
     def linear_head(self) -> LinearHead:
         """Parameters, and how they make logits."""
         return layers.of_linear(self, logit_scale=self.logit_scale, logit_softcap=self.logit_softcap)
@@ -131,6 +136,10 @@ class TiedLMHead(nnx.Module):
     def loss(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> Any:
         """The loss of `self(hidden)`. Options, results and errors are those of `jliger.fused_linear_cross_entropy`."""
         return self.linear_head().loss(hidden, labels, **options)
+
+    def logprobs(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> LinearLogprobs:
+        """Log-probabilities and entropies of `self(hidden)`, a token each, as `jliger.linear_logprobs` gives them."""
+        return self.linear_head().logprobs(hidden, labels, **options)
 
     def linear_head(self) -> LinearHead:
         """Parameters, and how they make logits."""
