@@ -42,8 +42,12 @@ def head_arguments(
     adapter: LinearAdapter | None,
     implementation: Implementation | None,
     stats_wanted: StatsWanted,
+    whose: str = "",
 ) -> Arguments:
-    """The arguments that every operation on a linear head takes, checked; errors name what is wrong with which."""
+    """The arguments that every operation on a linear head takes, checked; errors name what is wrong with which.
+
+    `whose` is what the names of the head's own arguments begin with, where there are two heads.
+    """
     checks.check_logit_options(
         kernel_layout=kernel_layout,
         logit_scale=logit_scale,
@@ -51,12 +55,15 @@ def head_arguments(
         ignore_index=ignore_index,
         chunk_size=chunk_size,
         implementation=implementation,
+        whose=whose,
     )
     vocab_axes = checks.check_axes("vocab_axis_name", vocab_axis_name)
     implementation = implementation or fitting_implementation()
     hidden, kernel, labels = jnp.asarray(hidden), jnp.asarray(kernel), jnp.asarray(labels)
     bias, where = (None if array is None else jnp.asarray(array) for array in (bias, where))
-    checks.check_operands(hidden, kernel, labels, bias, kernel_layout=kernel_layout, implementation=implementation)
+    checks.check_operands(
+        hidden, kernel, labels, bias, kernel_layout=kernel_layout, implementation=implementation, whose=whose
+    )
     if where is not None:
         checks.check_where(where, labels)
     logits_dtype = jnp.dtype(hidden.dtype if logits_dtype is None else logits_dtype)
@@ -75,7 +82,7 @@ def head_arguments(
     )
     if adapter is not None:
         adapter = jax.tree.map(jnp.asarray, LinearAdapter(*adapter))
-        checks.check_adapter(adapter, hidden, kernel, config.vocab_dim)
+        checks.check_adapter(adapter, hidden, kernel, config.vocab_dim, whose)
     return Arguments(config, Inputs(hidden, kernel, bias), labels, where, adapter)
 
 

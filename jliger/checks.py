@@ -37,14 +37,15 @@ def check_logit_options(
     ignore_index: Any,
     chunk_size: Any,
     implementation: Any,
+    whose: str = "",
 ) -> None:
-    """What `HeadConfig` is made of."""
-    check_choice("kernel_layout", kernel_layout, tuple(_LAYOUTS))
-    check_number("logit_scale", logit_scale)
+    """What `HeadConfig` is made of; `whose` is what the names of the head's own arguments begin with."""
+    check_choice(f"{whose}kernel_layout", kernel_layout, tuple(_LAYOUTS))
+    check_number(f"{whose}logit_scale", logit_scale)
     if logit_softcap is not None:
-        check_number("logit_softcap", logit_softcap)
+        check_number(f"{whose}logit_softcap", logit_softcap)
         if logit_softcap <= 0:
-            raise ValueError(f"logit_softcap got {logit_softcap!r}; pass a number above 0, or None for no cap.")
+            raise ValueError(f"{whose}logit_softcap got {logit_softcap!r}; pass a number above 0, or None for no cap.")
     _check_integer("ignore_index", ignore_index)
     if chunk_size is not None:
         _check_integer("chunk_size", chunk_size)
@@ -73,64 +74,75 @@ def check_axes(name: str, value: Any) -> tuple[str, ...]:
 
 
 def check_operands(
-    hidden: Any, kernel: Any, labels: Any, bias: Any, *, kernel_layout: KernelLayout, implementation: str
+    hidden: Any,
+    kernel: Any,
+    labels: Any,
+    bias: Any,
+    *,
+    kernel_layout: KernelLayout,
+    implementation: str,
+    whose: str = "",
 ) -> None:
-    """The arrays that make logits, and the labels."""
-    _check_floating("hidden", hidden)
-    _check_floating("kernel", kernel)
+    """The arrays that make logits, and the labels; `whose` is what the names of all but the labels begin with."""
+    _check_floating(f"{whose}hidden", hidden)
+    _check_floating(f"{whose}kernel", kernel)
     if hidden.ndim < 1:
-        raise ValueError("hidden got a scalar; pass an array [*B, H].")
+        raise ValueError(f"{whose}hidden got a scalar; pass an array [*B, H].")
     if kernel.ndim != 2:
         raise ValueError(
-            f"kernel got shape {kernel.shape}; pass {_LAYOUTS[kernel_layout]}, as kernel_layout={kernel_layout!r} says."
+            f"{whose}kernel got shape {kernel.shape}; pass {_LAYOUTS[kernel_layout]}, as "
+            f"{whose}kernel_layout={kernel_layout!r} says."
         )
     vocab_dim = 1 if kernel_layout == "hv" else 0
     if kernel.shape[1 - vocab_dim] != hidden.shape[-1]:
         other = "vh" if kernel_layout == "hv" else "hv"
         hint = f" Is its layout {other!r}?" if kernel.shape[vocab_dim] == hidden.shape[-1] else ""
         raise ValueError(
-            f"kernel got shape {kernel.shape}, which as {_LAYOUTS[kernel_layout]} does not fit hidden of shape "
-            f"{hidden.shape}; H must agree.{hint}"
+            f"{whose}kernel got shape {kernel.shape}, which as {_LAYOUTS[kernel_layout]} does not fit {whose}hidden of "
+            f"shape {hidden.shape}; H must agree.{hint}"
         )
     if kernel.shape[vocab_dim] == 0:
-        raise ValueError(f"kernel got shape {kernel.shape}; the vocabulary needs at least one column.")
+        raise ValueError(f"{whose}kernel got shape {kernel.shape}; the vocabulary needs at least one column.")
     if kernel.dtype not in (hidden.dtype, np.dtype("float32")):
         raise TypeError(
-            f"kernel got dtype {kernel.dtype} with hidden of {hidden.dtype}; pass a kernel of hidden's dtype or of "
-            "float32 (products are taken in hidden's dtype)."
+            f"{whose}kernel got dtype {kernel.dtype} with {whose}hidden of {hidden.dtype}; pass a kernel of hidden's "
+            "dtype or of float32 (products are taken in hidden's dtype)."
         )
     if hidden.dtype == np.dtype("float64") and implementation == "triton":
-        raise TypeError("hidden got dtype float64, which the Triton kernels do not take; pass implementation='xla'.")
+        raise TypeError(
+            f"{whose}hidden got dtype float64, which the Triton kernels do not take; pass implementation='xla'."
+        )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels got dtype {labels.dtype}; pass integers.")
     check_shape("labels", labels, hidden.shape[:-1], "hidden's leading dimensions")
     if bias is not None:
-        check_vocab_vector("bias", bias, kernel, vocab_dim)
+        check_vocab_vector(f"{whose}bias", bias, kernel, vocab_dim)
 
 
-def check_adapter(adapter: Any, hidden: Any, kernel: Any, vocab_dim: int) -> None:
-    """A `LinearAdapter` that fits the head."""
+def check_adapter(adapter: Any, hidden: Any, kernel: Any, vocab_dim: int, whose: str = "") -> None:
+    """A `LinearAdapter` that fits the head; `whose` is as in `check_operands`."""
     for name, side, dim, size, what in (
         ("a", adapter.a, 0, hidden.shape[-1], "[H, R]"),
         ("b", adapter.b, 1, kernel.shape[vocab_dim], "[R, V]"),
     ):
-        _check_floating(f"adapter.{name}", side)
+        _check_floating(f"{whose}adapter.{name}", side)
         if side.dtype not in (hidden.dtype, np.dtype("float32")):
             raise TypeError(
-                f"adapter.{name} got dtype {side.dtype} with hidden of {hidden.dtype}; pass hidden's dtype or float32."
+                f"{whose}adapter.{name} got dtype {side.dtype} with {whose}hidden of {hidden.dtype}; pass hidden's "
+                "dtype or float32."
             )
         if side.ndim != 2 or side.shape[dim] != size:
             raise ValueError(
-                f"adapter.{name} got shape {side.shape}; pass {what} for hidden of shape {hidden.shape} and a "
-                f"vocabulary of {kernel.shape[vocab_dim]} (whatever kernel_layout says)."
+                f"{whose}adapter.{name} got shape {side.shape}; pass {what} for {whose}hidden of shape {hidden.shape} "
+                f"and a vocabulary of {kernel.shape[vocab_dim]} (whatever {whose}kernel_layout says)."
             )
     if adapter.a.shape[1] != adapter.b.shape[0] or adapter.a.shape[1] == 0:
         raise ValueError(
-            f"adapter got a of shape {adapter.a.shape} and b of shape {adapter.b.shape}; pass [H, R] and [R, V] of one "
-            "rank R of at least 1."
+            f"{whose}adapter got a of shape {adapter.a.shape} and b of shape {adapter.b.shape}; pass [H, R] and [R, V] "
+            "of one rank R of at least 1."
         )
     if jnp.ndim(adapter.scale) != 0:
-        raise ValueError(f"adapter.scale got shape {jnp.shape(adapter.scale)}; pass a scalar.")
+        raise ValueError(f"{whose}adapter.scale got shape {jnp.shape(adapter.scale)}; pass a scalar.")
 
 
 def check_shape(name: str, array: Any, shape: tuple[int, ...], what: str) -> None:
