@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jliger.api import CrossEntropyMetrics
 from jliger.logprobs import LinearLogprobs
+from jliger.losses.distillation import DistillationMetrics
 
 
 def fused_linear_cross_entropy(
@@ -103,6 +104,116 @@ def linear_logprobs(
         entropy=jnp.where(counted, entropy, 0),
         predictions=jnp.where(counted, predictions, -1),
     )
+
+
+def fused_linear_kl(*operands: Any, direction: str = "forward", **options: Any) -> Any:
+    """`jliger.losses.fused_linear_kl`, with the same arguments and results, over full logits."""
+    return fused_linear_jsd(*operands, beta=0.0 if direction == "forward" else 1.0, **options)
+
+
+def fused_linear_jsd(
+    student_hidden: Float[Array, "*B H"],
+    student_kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    teacher_hidden: Float[Array, "*B G"],
+    teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"],
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    labels: Int[Array, "*B"] | None = None,
+    hard_weight: Any = 0.0,
+    soft_weight: Any = 1.0,
+    student_bias: Float[Array, " V"] | None = None,
+    teacher_bias: Float[Array, " V"] | None = None,
+    where: Bool[Array, "*B"] | None = None,
+    weights: Float[Array, "*B"] | None = None,
+    ignore_index: int = -100,
+    student_kernel_layout: str = "hv",
+    teacher_kernel_layout: str = "hv",
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_logit_softcap: float | None = None,
+    teacher_logit_softcap: float | None = None,
+    student_adapter: Any = None,
+    reduction: str = "mean",
+    normalizer: Float[Array, ""] | float | None = None,
+    return_metrics: bool = False,
+    logits_dtype: jax.typing.DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    **unused: Any,
+) -> Any:
+    """`jliger.losses.fused_linear_jsd`, with the same arguments and results, over full logits of both models."""
+    del unused
+    student = _logits(
+        student_hidden,
+        student_kernel,
+        student_bias,
+        student_adapter,
+        student_kernel_layout,
+        student_logit_scale,
+        student_logit_softcap,
+        logits_dtype,
+        precision,
+    )
+    teacher = _logits(
+        teacher_hidden,
+        teacher_kernel,
+        teacher_bias,
+        None,
+        teacher_kernel_layout,
+        teacher_logit_scale,
+        teacher_logit_softcap,
+        logits_dtype,
+        precision,
+    )
+    teacher, weights = jax.lax.stop_gradient((teacher, weights))
+    dtype = student.dtype
+    some_labels = jnp.zeros(student.shape[:-1], jnp.int32) if labels is None else labels
+    # Without labels every token counts, whatever ignore_index is.
+    index = -1 if labels is None else ignore_index
+    counted, inside, safe = _labels(some_labels, where, index, student.shape[-1])
+
+    log_p, log_r = jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
+    if beta == 0:
+        divergence = _kl(log_r, log_p)
+    elif beta == 1:
+        divergence = _kl(log_p, log_r)
+    else:
+        log_m = jnp.logaddexp(log_p + jnp.log1p(-beta), log_r + jnp.log(beta))
+        divergence = beta * _kl(log_r, log_m) + (1 - beta) * _kl(log_p, log_m)
+    cross_entropy = -jnp.take_along_axis(jax.nn.log_softmax(student), safe[..., None], axis=-1)[..., 0]
+    cross_entropy = jnp.where(inside, cross_entropy, jnp.nan)
+
+    token_weights = jnp.where(counted, 1.0 if weights is None else weights.astype(dtype), 0)
+    weight = token_weights.sum()
+    denominator = jnp.asarray(1.0 if reduction == "sum" else weight if normalizer is None else normalizer, dtype)
+
+    def reduced(values: Float[Array, "*B"]) -> Float[Array, ""]:
+        total = (jnp.where(counted, values, 0) * token_weights).sum()
+        return jnp.where(denominator == 0, 0, total / jnp.where(denominator == 0, 1, denominator))
+
+    def share_of_weight(true: Bool[Array, "*B"]) -> Float[Array, ""]:
+        return jnp.where(weight == 0, 0, (token_weights * true).sum() / jnp.where(weight == 0, 1, weight))
+
+    divergence, cross_entropy = reduced(divergence), reduced(cross_entropy)
+    with_labels = not isinstance(hard_weight, int | float) or hard_weight != 0
+    loss = soft_weight * divergence + (hard_weight * cross_entropy if with_labels else 0)
+    predictions, teacher_predictions = (
+        jnp.where(counted, jnp.argmax(logits, axis=-1).astype(jnp.int32), -1) for logits in (student, teacher)
+    )
+    metrics = DistillationMetrics(
+        weight=weight,
+        divergence=divergence,
+        cross_entropy=cross_entropy if with_labels else None,
+        accuracy=None if labels is None else share_of_weight(predictions == labels),
+        agreement=share_of_weight(predictions == teacher_predictions),
+        predictions=predictions,
+        teacher_predictions=teacher_predictions,
+    )
+    return (loss, jax.lax.stop_gradient(metrics)) if return_metrics else loss
+
+
+def _kl(log_p: Float[Array, "*B V"], log_q: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def _logits(

@@ -1,8 +1,13 @@
-"""Losses as flat functions of log-probabilities, in plain JAX: preferences and policy gradients.
+"""Losses as flat functions of log-probabilities, in plain JAX: preferences and policy gradients; and distillation.
 
-Each gives `(loss, metrics)`. They know nothing of models, and take what `jliger.linear_logprobs` gives.
+Each of the former gives `(loss, metrics)`. They know nothing of models, and take what `jliger.linear_logprobs` gives.
+Distillation compares whole distributions, and is fused with both models' heads, as
+`jliger.fused_linear_cross_entropy` is with one.
 """
 
+from jliger.losses.distillation import DistillationMetrics as DistillationMetrics
+from jliger.losses.distillation import fused_linear_jsd as fused_linear_jsd
+from jliger.losses.distillation import fused_linear_kl as fused_linear_kl
 from jliger.losses.dpo import DPOLossType as DPOLossType
 from jliger.losses.dpo import dpo as dpo
 from jliger.losses.kto import KTOMetrics as KTOMetrics
