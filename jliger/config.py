@@ -42,6 +42,7 @@ class HeadConfig:
       implementation: the backend of the row functions.
       compute_capability: the GPU to compile for, or None for the one present.
       stats_wanted: which of the stats that not every loss needs.
+      keep_logits: whether per-token stats keep logits for their backward pass, rather than compute them again.
       vocab_axes: inside a user's `shard_map`, the manual axes over which the kernel's columns are spread.
       teacher: the head that this one is to learn from, or None.
     """
@@ -56,6 +57,7 @@ class HeadConfig:
     compute_capability: int | None
     stats_wanted: StatsWanted
     vocab_axes: tuple[str, ...] = ()
+    keep_logits: bool = False
     teacher: TeacherConfig | None = None
 
     @property

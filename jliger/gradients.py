@@ -82,7 +82,7 @@ def _weighted_loss_fwd(
     sums = accumulator_dtype(inputs.hidden.dtype)
     wanted = _only(perturbed, GradTypes(inputs.hidden.dtype, sums, sums, inputs.hidden.dtype, sums))
     coefficients, unit = _in_units(loss.coefficients(labels, weights), inputs.hidden)
-    stats, grads = _run(Form("forward", config, wanted), inputs, context, coefficients)
+    stats, grads, _ = _run(Form("forward", config, wanted), inputs, context, coefficients)
     assert stats is not None
     # Of the inputs only their types are kept.
     return (loss.total(stats, labels, weights), stats), (_with_placeholders(grads), unit, _empty_like(inputs))
@@ -112,14 +112,16 @@ def token_stats(config: HeadConfig, inputs: Inputs, context: Context) -> RowStat
 def _token_stats_fwd(config: HeadConfig, inputs: Any, context: Any) -> tuple[RowStats, Any]:
     perturbed = _perturbed(inputs)
     inputs, context = _values((inputs, context))
-    stats = _stats(Form("stats", config, lean=True), inputs, context)
+    form = Form("kept stats", config) if config.keep_logits else Form("stats", config, lean=True)
+    stats, _, logits = _run(form, inputs, context)
+    assert isinstance(stats, RowStats)
     flags = [jnp.zeros((int(flag),), jnp.bool) for flag in perturbed]
     # From max and log-sum alone the row functions know every probability again.
-    return stats, (inputs, context, (stats.max, stats.log_sum), stats.mean_logit, flags)
+    return stats, (inputs, context, (stats.max, stats.log_sum), stats.mean_logit, logits, flags)
 
 
 def _token_stats_bwd(config: HeadConfig, residuals: Any, cotangents: Any) -> tuple[Inputs, None]:
-    inputs, context, kept, mean_logit, flags = residuals
+    inputs, context, kept, mean_logit, logits, flags = residuals
     if _is_symbolic_zero(cotangents.mean_logit):
         cotangents = cotangents._replace(mean_logit=None)  # nothing is computed for an entropy that nobody uses
     cotangents = jax.tree.map(_instantiated, cotangents, is_leaf=_is_symbolic_zero)
@@ -127,7 +129,8 @@ def _token_stats_bwd(config: HeadConfig, residuals: Any, cotangents: Any) -> tup
     coefficients = jax.tree.map(functools.partial(sharding.whole_cotangent, config), coefficients)
     coefficients, unit = _in_units(coefficients, inputs.hidden)
     wanted = _only([flag.size > 0 for flag in flags], GradTypes(*_own_dtypes(inputs)))
-    grads = _run(Form("recompute", config, wanted), inputs, context, *kept, coefficients).grads
+    form = Form("recompute" if logits is None else "kept", config, wanted)
+    grads = _run(form, inputs, context, *kept, coefficients, logits=logits).grads
     return _scaled(config, _with_placeholders(grads), unit, _empty_like(inputs)), None
 
 
@@ -143,11 +146,13 @@ def _stats(form: Form, inputs: Inputs, context: Context) -> Any:
     return stats
 
 
-def _run(form: Form, inputs: Inputs, context: Context, *per_token: Any) -> Result:
+def _run(
+    form: Form, inputs: Inputs, context: Context, *per_token: Any, logits: Float[Array, "*B V"] | None = None
+) -> Result:
     teacher_hidden = teacher_head = None
     if context.teacher is not None:
         teacher_hidden, teacher_head = context.teacher.hidden, TeacherHead(*context.teacher[1:])
-    tokens = Tokens(inputs.hidden, context.labels, context.counted, inputs.adapted, teacher_hidden)
+    tokens = Tokens(inputs.hidden, context.labels, context.counted, inputs.adapted, teacher_hidden, logits)
     head = Head(inputs.kernel, inputs.bias, context.class_weights, inputs.adapter, teacher_head)
 
     def run(tokens: Tokens, head: Head, *per_token: Any) -> Result:

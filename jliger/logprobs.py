@@ -1,5 +1,6 @@
 """logprobs: `linear_logprobs`, what reinforcement learning, preferences and distillation want of a linear head."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ def linear_logprobs(
     chunk_size: int | None = None,
     vocab_axis_name: str | tuple[str, ...] | None = None,
     adapter: LinearAdapter | None = None,
+    keep_logits: bool = False,
     implementation: Implementation | None = None,
 ) -> LinearLogprobs:
     r"""Log-probabilities of labels under a linear head, with log-sum-exp and entropy, without logits `[tokens, V]`.
@@ -63,7 +65,8 @@ def linear_logprobs(
     entropy that is not used.
 
     A temperature $T$ is `logit_scale=1 / T`. Logits are computed again in the backward pass, over blocks of the
-    vocabulary: four products, and the memory of `fused_linear_cross_entropy` with `reduction="none"`.
+    vocabulary: four products, and the memory of `fused_linear_cross_entropy` with `reduction="none"`. With
+    `keep_logits` they are kept, in `logits_dtype`: three products, and `tokens · V` of memory.
 
     Args:
       hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only).
@@ -81,6 +84,8 @@ def linear_logprobs(
       vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, over which the kernel's columns are spread.
       adapter: a `jliger.LinearAdapter`: logits become those of `hidden · (kernel + scale · a · b)`, and gradients flow
         to `a`, `b` and `scale` too.
+      keep_logits: keep the logits for the backward pass, where memory allows. Tokens that don't count then take as
+        much time and memory as others. Where nothing is differentiated it has no effect.
       implementation: `"triton"` for NVIDIA GPUs, `"xla"` for any device, None for what fits the default device.
 
     Returns:
@@ -123,6 +128,7 @@ def linear_logprobs(
         implementation=implementation,
         stats_wanted=StatsWanted(mean_logit=True),
     )
+    config = dataclasses.replace(config, keep_logits=bool(keep_logits))
     return _linear_logprobs(config, int(ignore_index), inputs, adapter, labels, where)
 
 

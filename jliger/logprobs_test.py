@@ -26,6 +26,7 @@ PAIRS = every_pair(
         "where": [None, "some"],
         "ignored": [0.0, 0.3],
         "chunk_size": [None, 8],
+        "keep_logits": [False, True],
         "logit_softcap": [None, 2.0],
         "logit_scale": [1.0, 0.6],
         "batch": [(5,), (3, 7)],
@@ -125,9 +126,10 @@ def test_activation_scales(scale, dtypes, implementation):
     check(problem, implementation)
 
 
+@pytest.mark.parametrize("keep_logits", [False, True])
 @pytest.mark.parametrize("where", ["none", "some", "all"])
-def test_what_does_not_count_is_zero(where, implementation):
-    problem = make(5, where=where)
+def test_what_does_not_count_is_zero(where, keep_logits, implementation):
+    problem = make(5, where=where, keep_logits=keep_logits)
     hidden = jnp.where(problem.options["where"][..., None], problem.inputs["hidden"], jnp.nan)
     ours, _ = check(problem, implementation)
     poisoned = outputs_and_grads(

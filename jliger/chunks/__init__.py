@@ -13,6 +13,8 @@ their number asks for.
 from jliger.chunks.distillation import PairMerge as PairMerge
 from jliger.chunks.distillation import distillation_form as distillation_form
 from jliger.chunks.forward import forward_form as forward_form
+from jliger.chunks.kept import kept_form as kept_form
+from jliger.chunks.kept import kept_stats as kept_stats
 from jliger.chunks.recompute import recompute_form as recompute_form
 from jliger.chunks.stats import merge_stats as merge_stats
 from jliger.chunks.stats import shifted_sums as shifted_sums

@@ -48,6 +48,7 @@ class Tokens(NamedTuple):
       counted: which tokens count.
       adapted: hidden states as an adapter has brought them to its rank, or None.
       teacher: hidden states of the teacher, or None.
+      logits: the product as it was kept, or None.
     """
 
     hidden: Float[Array, "T H"]
@@ -55,6 +56,7 @@ class Tokens(NamedTuple):
     counted: Bool[Array, " T"]
     adapted: Float[Array, "T R"] | None = None
     teacher: Float[Array, "T G"] | None = None
+    logits: Float[Array, "T V"] | None = None
 
 
 class GradTypes(NamedTuple):

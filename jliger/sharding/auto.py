@@ -27,6 +27,7 @@ _FACTORS: dict[str, dict[Role, str]] = {
         "teacher": "... g",
         "teacher kernel hv": "g v",
         "teacher kernel vh": "v g",
+        "logits": "... v",
     }
     for layout, kernel in (("hv", "h v"), ("vh", "v h"))
 }
@@ -70,7 +71,7 @@ def _partitioned(form: Form, tree: Any, roles: tuple[Role, ...]) -> Callable[...
     rule = ", ".join(factors[role] for role in roles) + " -> " + ", ".join(factors[role] for role in results)
     inner = [factor for factor, role in (("h", "hidden"), ("r", "adapter"), ("g", "teacher")) if role in roles]
     special: dict[str, Any] = {"need_replication_factors": tuple(inner)}
-    if not {"kernel", "vocab", "adapter"} & set(results):
+    if not {"kernel", "vocab", "adapter", "logits"} & set(results):
         special["reduction_factors"] = ("v",)
     whole.def_partition(partition=partition, sharding_rule=lambda *_: (rule, special))
     return whole

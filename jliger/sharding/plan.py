@@ -57,6 +57,8 @@ class Plan(NamedTuple):
             return P(*batch, None)
         if role == "token":
             return P(*batch)
+        if role == "logits":
+            return P(*batch, _entry(self.vocab))
         if role == "vocab":
             return P(_entry(self.vocab))
         if role in ("adapter", "teacher kernel hv"):

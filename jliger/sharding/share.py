@@ -32,19 +32,26 @@ def run_share(form: Form, plan: Plan, tokens: Tokens, head: Head, per_token: Any
         tokens.hidden.reshape(-1, tokens.hidden.shape[-1]),
         labels.reshape(-1),
         tokens.counted.reshape(-1),
-        *(None if array is None else array.reshape(-1, array.shape[-1]) for array in (tokens.adapted, tokens.teacher)),
+        *(
+            None if array is None else array.reshape(-1, array.shape[-1])
+            for array in (tokens.adapted, tokens.teacher, tokens.logits)
+        ),
     )
     per_token = jax.tree.map(lambda array: array.reshape(-1), per_token)
     wanted = _in_sums(form.wanted, plan, tokens)
 
     merge = functools.partial(merge_over, plan.columns) if plan.columns else None
-    stats, grads = None, None
+    stats, grads, logits = None, None, None
     if form.config.teacher is not None:
         coefficients = per_token[0] if per_token else None
         merge_pairs = pair_merge(form.config.teacher.temperature, plan.columns, start) if plan.columns else None
         stats, grads = chunks.distillation_form(form.config, wanted, flat, head, coefficients, merge=merge_pairs)
     elif form.kind == "stats":
         stats = chunks.token_stats(form.config, flat, head, lean=form.lean)
+    elif form.kind == "kept stats":
+        stats, logits = chunks.kept_stats(form.config, flat, head)
+    elif form.kind == "kept":
+        grads = chunks.kept_form(form.config, wanted, flat, head, *per_token)
     elif form.kind == "forward":
         stats, grads = chunks.forward_form(form.config, wanted, flat, head, *per_token, merge=merge)
     else:
@@ -53,7 +60,11 @@ def run_share(form: Form, plan: Plan, tokens: Tokens, head: Head, per_token: Any
         stats = merge(stats._replace(prediction=jnp.where(flat.counted, stats.prediction + start, -1)))
     if stats is not None:
         stats = jax.tree.map(lambda array: array.reshape(tokens.labels.shape), stats)
-    return Result(stats, None if grads is None else _summed(grads, form.wanted, plan, tokens))
+    return Result(
+        stats,
+        None if grads is None else _summed(grads, form.wanted, plan, tokens),
+        None if logits is None else logits.reshape(*tokens.labels.shape, width),
+    )
 
 
 def _of_no_tokens(form: Form, plan: Plan, tokens: Tokens, head: Head) -> Result:
@@ -62,6 +73,9 @@ def _of_no_tokens(form: Form, plan: Plan, tokens: Tokens, head: Head) -> Result:
     stats = chunks.stats_of(form.config, rows, rows.astype(jnp.int32))
     if form.kind == "stats":
         return Result(stats, None)
+    if form.kind == "kept stats":
+        shape = (*tokens.labels.shape, head.kernel.shape[plan.vocab_dim])
+        return Result(stats, None, jnp.zeros_like(tokens.hidden, form.config.logits_dtype, shape=shape))
     grads = chunks.empty_grads(form.wanted, tokens, head)
     return Result(stats if form.kind == "forward" else None, _summed(grads, form.wanted, plan, tokens))
 

@@ -37,7 +37,8 @@ def run(function, inputs, labels, where, cotangents, **options):
 
 @pytest.mark.parametrize("place", pick(list(PLACES), on_gpus=["fsdp-h", "dp+tp"], interpreted=["fsdp-h+tp"]))
 @pytest.mark.parametrize("mode", MODES)
-def test_equal_to_those_of_one_device(mode, place):
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_equal_to_those_of_one_device(keep_logits, mode, place):
     inputs, labels, where, cotangents = arrays()
     with jax.enable_x64(True):
         expected = run(
@@ -63,7 +64,12 @@ def test_equal_to_those_of_one_device(mode, place):
         operands = put(labels, place.tokens), put(where, place.tokens)
         compiled = jax.jit(
             lambda *arrays: run(
-                jliger.linear_logprobs, *arrays, implementation=IMPLEMENTATION, precision="highest", chunk_size=4
+                jliger.linear_logprobs,
+                *arrays,
+                implementation=IMPLEMENTATION,
+                precision="highest",
+                chunk_size=4,
+                keep_logits=keep_logits,
             )
         )
         found = compiled(sharded, *operands, put(cotangents, P(None, *place.tokens), jnp.float32))
