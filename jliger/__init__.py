@@ -5,6 +5,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from jliger import accumulation as accumulation
+from jliger import losses as losses
 from jliger import reference as reference
 from jliger.accumulation import accumulate_gradients as accumulate_gradients
 from jliger.accumulation import weighted_multi_steps as weighted_multi_steps
