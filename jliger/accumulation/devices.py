@@ -11,6 +11,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from jliger.chunks import accumulator_dtype
+
 Axes = tuple[str, ...]
 Tree = Any
 
@@ -23,11 +25,17 @@ class Placement(NamedTuple):
       summed: all others.
       by_slices: whether to sum and take a slice of that, which XLA may make one operation of: a reduce-scatter would
         first gather what other axes spread.
+      others: how Auto axes that don't share the batch spread it; None where they don't.
     """
 
     scattered: tuple[Axes, ...]
     summed: Axes
     by_slices: bool = False
+    others: P | None = None
+
+    def spread(self, gradient: Array) -> Array:
+        """A gradient, or its sum so far, as other axes spread the array: XLA might keep it whole."""
+        return gradient if self.others is None else jax.lax.with_sharding_constraint(gradient, self.others)
 
     def total(self, gradient: Array) -> Array:
         """The sum of all devices' gradients, spread as the array is."""
@@ -35,12 +43,12 @@ class Placement(NamedTuple):
         if not self.by_slices:
             for dim, axes in spread:
                 gradient = jax.lax.psum_scatter(gradient, axes, scatter_dimension=dim, tiled=True)
-            return jax.lax.psum(gradient, self.summed) if self.summed else gradient
+            return self.spread(jax.lax.psum(gradient, self.summed) if self.summed else gradient)
         gradient = jax.lax.psum(gradient, self.summed + tuple(axis for _, axes in spread for axis in axes))
         for dim, axes in spread:
             size = gradient.shape[dim] // math.prod(map(jax.lax.axis_size, axes))
             gradient = jax.lax.dynamic_slice_in_dim(gradient, jax.lax.axis_index(axes) * size, size, dim)
-        return gradient
+        return self.spread(gradient)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +68,14 @@ class Devices:
         leaves, structure = jax.tree.flatten(tree)
         return structure.unflatten(
             _as_varying(leaf, place.summed) for place, leaf in zip(self.placements, leaves, strict=True)
+        )
+
+    def no_gradients(self, tree: Tree) -> Tree:
+        """Zeros to add gradients to, in the dtype of their sum."""
+        leaves, structure = jax.tree.flatten(tree)
+        return structure.unflatten(
+            place.spread(jnp.zeros_like(leaf, accumulator_dtype(leaf.dtype)))
+            for place, leaf in zip(self.placements, leaves, strict=True)
         )
 
     def total_gradients(self, tree: Tree) -> Tree:
@@ -157,7 +173,8 @@ class Layout(NamedTuple):
             summed = tuple(axis for axis in self.axes if axis not in used)
             # Beside Explicit axes of another kind, jax has no reduce-scatter.
             by_slices = not used <= set(self.axes) or bool(set(self.mesh.explicit_axes) - set(self.axes))
-            placements.append(Placement(scattered, summed, by_slices))
+            others = tuple(axis for axis in self.mesh.auto_axes if axis in used and axis not in self.axes)
+            placements.append(Placement(scattered, summed, by_slices, _only(spec, others) if others else None))
         return Devices(self.axes, tuple(placements))
 
     def run(self, function: Callable[..., Any], operands: Tree, in_specs: Tree, out_specs: Tree) -> Any:

@@ -233,7 +233,7 @@ def _accumulate(plan: _Plan, call: Call, group: Devices, operands: Operands) -> 
     types = jax.eval_shape(lambda: _forward(plan, call, of_microbatch(jnp.int32(0), operands.state)))
     start = (
         jax.tree.map(devices.zeros_of_type, types.sums),
-        jax.tree.map(lambda leaf: jnp.zeros_like(leaf, accumulator_dtype(leaf.dtype)), differentiated),
+        group.no_gradients(differentiated),
         [None if after is None else before for before, after in zip(operands.state, types.state, strict=True)],
     )
     (sums, gradients, state), rows = jax.lax.scan(add, start, jnp.arange(count), unroll=count == 1)

@@ -36,20 +36,20 @@ def initial():
 
 
 def by_whole_batches(optimizer, updates):
-    params = initial()
+    params, update = initial(), jax.jit(optimizer.update)
     state = optimizer.init(params)
     for calls in updates:
-        changes, state = optimizer.update(jax.grad(loss)(params, jnp.concatenate(calls)), state, params)
+        changes, state = update(jax.grad(loss)(params, jnp.concatenate(calls)), state, params)
         params = optax.apply_updates(params, changes)
     return params
 
 
-def by_calls(optimizer, updates, **weights):
-    params = initial()
+def by_calls(optimizer, updates, *, weighted=True):
+    params, update = initial(), jax.jit(optimizer.update)
     state = optimizer.init(params)
     for rows in (rows for calls in updates for rows in calls):
-        weight = {"weight": len(rows)} if not weights else {}
-        changes, state = optimizer.update(jax.grad(loss)(params, rows), state, params, **weight)
+        weight = {"weight": len(rows)} if weighted else {}
+        changes, state = update(jax.grad(loss)(params, rows), state, params, **weight)
         params = optax.apply_updates(params, changes)
     return params
 
@@ -78,7 +78,7 @@ def test_unweighted_means_are_not():
     with jax.enable_x64(True):
         updates = rows_of_calls()
         expected = by_whole_batches(OPTIMIZERS["sgd"](), updates)
-        found = by_calls(optax.MultiSteps(OPTIMIZERS["sgd"](), 3), updates, weight=None)
+        found = by_calls(optax.MultiSteps(OPTIMIZERS["sgd"](), 3), updates, weighted=False)
         assert np.linalg.norm(found["kernel"] - expected["kernel"]) > 0.01
 
 
@@ -88,9 +88,10 @@ def test_one_call_an_update_is_the_optimizer_itself():
     inner = optax.sgd(0.25, momentum=0.5)
     optimizer = jliger.weighted_multi_steps(inner, 1)
     state, inner_state = optimizer.init(params), inner.init(params)
+    of_call = jax.jit(optimizer.update)
     for seed in range(3):
         grads = random_like(params, seed)
-        found, state = optimizer.update(grads, state, params, weight=17)
+        found, state = of_call(grads, state, params, weight=17)
         expected, inner_state = inner.update(grads, inner_state, params)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
         assert state.has_updated
@@ -98,11 +99,11 @@ def test_one_call_an_update_is_the_optimizer_itself():
 
 def test_how_many_calls_may_change():
     optimizer = jliger.weighted_multi_steps(optax.sgd(1.0), lambda updates: updates + 1)
-    state = optimizer.init(0.0)
+    state, of_call = optimizer.init(0.0), jax.jit(optimizer.update)
     assert not state.has_updated
     seen = []
     for call in range(10):
-        update, state = optimizer.update(jnp.float32(call), state, 0.0, weight=1)
+        update, state = of_call(jnp.float32(call), state, 0.0, weight=1)
         seen.append((float(update), bool(state.has_updated)))
     last = {0: 0.0, 2: 1.5, 5: 4.0, 9: 7.5}
     assert seen == [(-last.get(call, 0.0), call in last) for call in range(10)]
@@ -112,9 +113,9 @@ def test_schedules_count_updates():
     learning_rates = []
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=lambda count: 10.0 ** -count.astype(float))
     optimizer = jliger.weighted_multi_steps(optimizer, 2)
-    state = optimizer.init(1.0)
+    state, of_call = optimizer.init(1.0), jax.jit(optimizer.update)
     for _ in range(6):
-        _, state = optimizer.update(jnp.float32(1), state, 1.0, weight=1)
+        _, state = of_call(jnp.float32(1), state, 1.0, weight=1)
         learning_rates.append(float(state.inner_state.hyperparams["learning_rate"]))
     np.testing.assert_allclose(learning_rates, [1, 1, 1, 0.1, 0.1, 0.01], rtol=1e-6)
 
@@ -134,8 +135,9 @@ def test_clipping_sees_the_mean():
 def run(optimizer, gradients_and_weights):
     """Updates of calls for one parameter."""
     state, found = optimizer.init(jnp.float32(0)), []
+    of_call = jax.jit(optimizer.update)
     for gradient, weight in gradients_and_weights:
-        update, state = optimizer.update(jnp.float32(gradient), state, jnp.float32(0), weight=weight)
+        update, state = of_call(jnp.float32(gradient), state, jnp.float32(0), weight=weight)
         found.append(float(update))
     return found
 
@@ -177,10 +179,12 @@ def test_a_checkpoint_in_the_middle_of_an_update(tmp_path):
     params = initial()
     gradients = [random_like(params, seed) for seed in range(6)]
 
+    of_call = jax.jit(optimizer.update)
+
     def go_on(state, calls):
         updates = []
         for call in calls:
-            update, state = optimizer.update(gradients[call], state, params, weight=1 + call)
+            update, state = of_call(gradients[call], state, params, weight=1 + call)
             updates.append(update)
         return updates, state
 
@@ -240,9 +244,9 @@ def test_the_optimizer_is_only_run_for_updates():
 def test_extra_arguments_are_the_optimizers():
     plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
     optimizer = jliger.weighted_multi_steps(optax.chain(optax.sgd(1.0), plateau), 2)
-    state = optimizer.init(0.0)
+    state, of_call = optimizer.init(0.0), jax.jit(optimizer.update)
     for value in (9.0, 1.0, 9.0, 2.0, 9.0, 3.0, 9.0, 4.0):
-        update, state = optimizer.update(jnp.float32(1), state, 0.0, weight=1, value=value)
+        update, state = of_call(jnp.float32(1), state, 0.0, weight=1, value=value)
     # The values of the calls that update are 1, 2, 3, 4: three that are no better than the first.
     assert float(update) == -0.125
     assert state.inner_state[1].best_value == 1
