@@ -8,11 +8,11 @@ Distillation compares whole distributions, and is fused with both models' heads,
 from jliger.losses.distillation import DistillationMetrics as DistillationMetrics
 from jliger.losses.distillation import fused_linear_jsd as fused_linear_jsd
 from jliger.losses.distillation import fused_linear_kl as fused_linear_kl
-from jliger.losses.dpo import DPOLossType as DPOLossType
-from jliger.losses.dpo import dpo as dpo
-from jliger.losses.kto import KTOMetrics as KTOMetrics
-from jliger.losses.kto import kto as kto
-from jliger.losses.kto import kto_kl as kto_kl
+from jliger.losses.dpo_losses import DPOLossType as DPOLossType
+from jliger.losses.dpo_losses import dpo as dpo
+from jliger.losses.kto_loss import KTOMetrics as KTOMetrics
+from jliger.losses.kto_loss import kto as kto
+from jliger.losses.kto_loss import kto_kl as kto_kl
 from jliger.losses.pairs import PreferenceMetrics as PreferenceMetrics
 from jliger.losses.policy import GRPOLossType as GRPOLossType
 from jliger.losses.policy import PolicyMetrics as PolicyMetrics
