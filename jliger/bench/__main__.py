@@ -1,14 +1,14 @@
-"""`python -m jliger.bench [head|mesh]`: measures on the devices at hand, prints tables, writes JSON and a plot."""
+"""`python -m jliger.bench WHAT`: measures on the devices at hand, prints tables, writes JSON and a plot."""
 
 import argparse
 from pathlib import Path
 
-from jliger.bench import head, mesh, plot
+from jliger.bench import head, logprobs, mesh, plot
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m jliger.bench", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("head", "mesh"), default="head", help="one device, or several")
+    parser.add_argument("what", nargs="?", choices=("head", "logprobs", "mesh"), default="head", help="what to measure")
     parser.add_argument("--out", type=Path, help="the JSON file to write; runs/bench/WHAT.json if not given")
     parser.add_argument("--rounds", type=int, default=5, help="how often each function is timed at least")
     parser.add_argument("--seconds", type=float, default=6, help="what the rounds of one shape may take beyond that")
@@ -18,11 +18,14 @@ def main() -> None:
     if arguments.rounds < 1:
         parser.error(f"--rounds got {arguments.rounds}; pass at least 1")
     out = arguments.out or Path(f"runs/bench/{arguments.what}.json")
+    effort = head.Effort(arguments.rounds, arguments.seconds)
     if arguments.what == "mesh":
         mesh.run(out, rounds=arguments.rounds, seconds=arguments.seconds)
         picture = plot.mesh_plot(out)
+    elif arguments.what == "logprobs":
+        logprobs.run(out, effort)
+        picture = plot.head_plot(out)
     else:
-        effort = head.Effort(arguments.rounds, arguments.seconds)
         head.run(out, effort, with_peers=arguments.peers, only=arguments.only)
         picture = plot.head_plot(out)
     print("wrote", out, "and", picture)
