@@ -1,4 +1,4 @@
-"""in_turn: a sum of losses, each differentiated as soon as it is known, so that only sums of gradients are kept.
+"""in_turn: a sum of losses, each differentiated along with its value, so that only sums of gradients are kept.
 
 Differentiating a sum as it is written down keeps what each term needs for its backward pass until the last term is
 done. This is to several losses what the forward form (`jliger.gradients`) is to one.
@@ -17,55 +17,49 @@ from jliger import sharding
 Term = Callable[[Any, Array, Any], tuple[Float[Array, ""], Any]]
 
 
-def sum_in_turn(
-    term: Term, parts: Sequence[Any], shared: Float[Array, "..."], contexts: Sequence[Any]
-) -> tuple[Float[Array, ""], tuple[Any, ...]]:
-    """The sum of `term(part, shared, context)[0]`, and a tuple of what each term has beside its value.
+def sum_in_turn(term: Term, parts: Any, shared: Float[Array, "..."], contexts: Any) -> tuple[Float[Array, ""], Any]:
+    """The sum of `term(part, shared, context)[0]`, and what each term has beside its value, stacked.
 
     Args:
-      term: gives a scalar, and other things that carry no gradient. It is hashable, and closes over no array.
-      parts: trees of arrays that one term each is differentiated in.
+      term: gives a scalar, and other arrays that carry no gradient. It is hashable, and closes over no array.
+      parts: a tree of arrays with a leading axis of terms, which are each differentiated in its own.
       shared: what all terms are differentiated in.
-      contexts: trees of arrays that carry no gradient, one for each term.
+      contexts: a tree of arrays with a leading axis of terms that carry no gradient.
     """
     # Float16 underflows without the cotangent of the sum, a loss scale, which is not known here.
     function = _sum if shared.dtype == jnp.float16 else _sum_in_turn
-    return function(term, tuple(parts), shared, tuple(contexts))
+    return function(term, parts, shared, contexts)
 
 
-def _sum(term: Term, parts: tuple[Any, ...], shared: Array, contexts: tuple[Any, ...]) -> tuple[Array, tuple[Any, ...]]:
-    total, others = jnp.float32(0), []
-    for part, context in zip(parts, contexts, strict=True):
-        value, other = term(part, shared, context)
-        total = total + value
-        shared, total = _after(shared, total)
-        others.append(other)
-    return total, tuple(others)
+def _sum(term: Term, parts: Any, shared: Array, contexts: Any) -> tuple[Float[Array, ""], Any]:
+    def step(_: None, part_and_context: tuple[Any, Any]) -> tuple[None, Any]:
+        part, context = part_and_context
+        return None, term(part, shared, context)
+
+    values, others = jax.lax.scan(step, None, (parts, contexts))[1]
+    return values.sum(), others
 
 
 _sum_in_turn = jax.custom_vjp(_sum, nondiff_argnums=(0,))
 
 
 def _fwd(term: Term, *primals: Any) -> tuple[Any, Any]:
-    perturbed = jax.tree.map(lambda primal: primal.perturbed, primals, is_leaf=_is_primal)
+    perturbed = jax.tree.map(lambda primal: primal.perturbed, primals[:2], is_leaf=_is_primal)
     parts, shared, contexts = jax.tree.map(lambda primal: primal.value, primals, is_leaf=_is_primal)
     like = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, shape=(0,)), (parts, shared))
     # Gradients stay each device's own until its cotangent has come.
     parts, shared = _varying_as_the_sum(term, parts, shared, contexts)
 
-    total, others, grads, shared_grad = jnp.float32(0), [], [], None
-    for part, context, of_part in zip(parts, contexts, perturbed[0], strict=True):
-        value, other, (grad, more) = _value_and_grad(term, (part, shared), context, (of_part, perturbed[1]))
-        total = total + value
-        if more is not None:
-            more = more.astype(jnp.promote_types(more.dtype, jnp.float32))
-            shared_grad = more if shared_grad is None else shared_grad + more
-        shared, (total, grad, shared_grad) = _after(shared, (total, grad, shared_grad))
-        others.append(other)
-        grads.append(grad)
-    # In place of what is not asked for an array of size zero, for the reason given in `jliger.gradients`.
-    kept = jax.tree.map(lambda _, grad: jnp.zeros((0,)) if grad is None else grad, like, (tuple(grads), shared_grad))
-    return (total, tuple(others)), (kept, like)
+    def step(shared_grad: Array, part_and_context: tuple[Any, Any]) -> tuple[Array, Any]:
+        part, context = part_and_context
+        value, other, (grad, more) = _value_and_grad(term, (part, shared), context, perturbed)
+        return shared_grad + more.astype(shared_grad.dtype), (value, other, grad)
+
+    # In place of what is not asked for there are arrays of size zero, for the reason given in `jliger.gradients`.
+    dtype = jnp.promote_types(shared.dtype, jnp.float32)
+    start = jnp.zeros_like(shared, dtype) if perturbed[1] else jnp.zeros((0,))
+    shared_grad, (values, others, grads) = jax.lax.scan(step, start, (parts, contexts))
+    return (values.sum(), others), ((grads, shared_grad), like)
 
 
 def _bwd(term: Term, residuals: Any, cotangents: Any) -> tuple[Any, Any, None]:
@@ -86,8 +80,8 @@ _sum_in_turn.defvjp(_fwd, _bwd, symbolic_zeros=True)
 
 def _value_and_grad(
     term: Term, differentiated: tuple[Any, Array], context: Any, perturbed: Any
-) -> tuple[Array, Any, tuple[Any, Array | None]]:
-    """A term, what it has beside its value, and its gradients, None for those that are not asked for."""
+) -> tuple[Array, Any, tuple[Any, Array]]:
+    """A term, what it has beside its value, and its gradients, of size zero where they are not asked for."""
     leaves, tree = jax.tree.flatten(differentiated)
     flags = jax.tree.leaves(perturbed)
 
@@ -104,12 +98,7 @@ def _value_and_grad(
     wanted = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
     value, pull_back, other = jax.vjp(function, wanted, has_aux=True)
     (grads,) = pull_back(jnp.ones_like(value))
-    return value, other, merged(grads, [None] * len(leaves))
-
-
-def _after(shared: Array, results: Any) -> tuple[Array, Any]:
-    """What the next term reads, not before this one's results are there: XLA might work on both at once."""
-    return jax.lax.optimization_barrier((shared, results))
+    return value, other, merged(grads, [jnp.zeros((0,))] * len(leaves))
 
 
 def _varying_as_the_sum(term: Term, parts: Any, shared: Array, contexts: Any) -> tuple[Any, Array]:

@@ -16,27 +16,26 @@ from jliger.in_turn import sum_in_turn
 DECAY = 0.8
 
 _PER_TOKEN = ("where", "weights")
-_WHOLE = ("class_weights", "normalizer")
+_ARRAYS = (*_PER_TOKEN, "class_weights", "normalizer")
 
 
-class MedusaHead(NamedTuple):
-    """Layers `[H, H]` of residual blocks, and a head `[H, V]`."""
+class MedusaHeads(NamedTuple):
+    """Linear layers `[K, H, H]` of residual blocks, and heads `[K, H, V]`; without `K`, one head."""
 
     blocks: tuple[LinearHead, ...]
-    head: LinearHead
+    heads: LinearHead
 
     def features(self, hidden: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
         for block in self.blocks:
             hidden = hidden + jax.nn.silu(block.logits(hidden))
         return hidden
 
-
-def logits(heads: Sequence[MedusaHead], hidden: Float[Array, "*B H"]) -> Float[Array, "K ... V"]:
-    return jnp.stack([head.head.logits(head.features(hidden)) for head in heads])
+    def logits(self, hidden: Float[Array, "*B H"]) -> Float[Array, "K ... V"]:
+        return jax.vmap(lambda head: head.heads.logits(head.features(hidden)))(self)
 
 
 def loss(
-    heads: Sequence[MedusaHead],
+    heads: MedusaHeads,
     hidden: Float[Array, "*B H"],
     labels: Int[Array, "K ..."],
     *,
@@ -46,7 +45,7 @@ def loss(
     **options: Any,
 ) -> Any:
     """The weighted sum of the heads' losses; with metrics, those of each head, stacked."""
-    count = len(heads)
+    count = len(heads.heads.kernel)
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
     if labels.shape != (count, *hidden.shape[:-1]):
         raise ValueError(
@@ -59,20 +58,17 @@ def loss(
     if len(head_weights) != count:
         raise ValueError(f"head_weights got {len(head_weights)} numbers for {count} heads; pass one for each.")
 
-    given = {name: jnp.asarray(options.pop(name)) for name in _PER_TOKEN + _WHOLE if options.get(name) is not None}
-    per_token = {name: jnp.broadcast_to(given.pop(name), labels.shape) for name in _PER_TOKEN if name in given}
-    contexts = [
-        {
-            "labels": labels[i],
-            "head_weight": jnp.float32(head_weights[i]),
-            **{n: a[i] for n, a in per_token.items()},
-            **given,
-        }
-        for i in range(count)
-    ]
+    contexts = {"labels": labels, "head_weight": jnp.asarray(head_weights, jnp.float32)}
+    for name in [name for name in _ARRAYS if options.get(name) is not None]:
+        array = jnp.asarray(options.pop(name))
+        if name in _PER_TOKEN and array.shape not in (labels.shape, labels.shape[1:]):
+            shapes = f"{labels.shape}, each head's, or {labels.shape[1:]}"
+            raise ValueError(f"{name} got shape {array.shape}; pass {shapes}.")
+        own = name in _PER_TOKEN and array.ndim == labels.ndim
+        contexts[name] = array if own else jnp.broadcast_to(array, (count, *array.shape))
     term = _HeadLoss((("reduction", reduction), *sorted(options.items())))
     total, metrics = sum_in_turn(term, heads, hidden, contexts)
-    return (total, jax.tree.map(lambda *each: jnp.stack(each), *metrics)) if return_metrics else total
+    return (total, metrics) if return_metrics else total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +78,9 @@ class _HeadLoss:
     options: tuple[tuple[str, Any], ...]
 
     def __call__(
-        self, head: MedusaHead, hidden: Array, context: dict[str, Array]
+        self, head: MedusaHeads, hidden: Array, context: dict[str, Array]
     ) -> tuple[Float[Array, ""], CrossEntropyMetrics]:
         context = dict(context)
         head_weight, features = context.pop("head_weight"), head.features(hidden)
-        value, metrics = head.head.loss(features, **context, **dict(self.options), return_metrics=True)
+        value, metrics = head.heads.loss(features, **context, **dict(self.options), return_metrics=True)
         return head_weight * value, metrics

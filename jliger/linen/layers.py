@@ -76,10 +76,9 @@ def of_embed(module: nn.Embed, hidden: Array, **changes: Any) -> LinearHead:
 
 def of_params(module: Any, params: Mapping[str, Array], **changes: Any) -> LinearHead:
     """A layer's parameters, without the boxes of `nn.with_partitioning`, and how it casts them."""
-    bias = params.get("bias")
     return LinearHead(
         kernel=params["kernel"],
-        bias=None if bias is None else jnp.reshape(bias, -1),
+        bias=params.get("bias"),
         dtype=module.dtype,
         promote=_promote(module),
         logits_dtype=getattr(module, "preferred_element_type", None),

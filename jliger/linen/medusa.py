@@ -10,7 +10,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int
 
 from jliger import medusa
-from jliger.linen.layers import linear_head
+from jliger.heads import LinearHead
 from jliger.linen.lm_head import LMHead
 
 
@@ -26,7 +26,8 @@ class MedusaHeads(nn.Module):
     `jax.lax.stop_gradient`, no gradient of them is computed, and heads and blocks still learn. Stage 2 adds this loss,
     times some small number, to the model's.
 
-    Parameters are those of submodules: `blocks_i_j` (`nn.Dense`) and `heads_i` (`LMHead`), counted from 0.
+    Parameters are `heads/kernel` `[K, H, V]`, with a bias `heads/bias` `[K, V]`, and of each block, counted from 0,
+    `blocks_0/kernel` `[K, H, H]` and `blocks_0/bias` `[K, H]`.
 
     Attributes:
       num_heads: `K`.
@@ -67,7 +68,7 @@ class MedusaHeads(nn.Module):
 
     def __call__(self, hidden: Float[Array, "*B H"]) -> Float[Array, "K ... V"]:
         """All heads' logits, for sampling."""
-        return medusa.logits(self._heads(hidden), hidden)
+        return self.medusa_heads(hidden).logits(hidden)
 
     def loss(
         self,
@@ -94,31 +95,37 @@ class MedusaHeads(nn.Module):
           ValueError: labels or weights that are not one for each head; what `jliger.fused_linear_cross_entropy` raises.
           TypeError: what `jliger.fused_linear_cross_entropy` raises.
         """
-        return medusa.loss(self._heads(hidden), hidden, labels, head_weights=head_weights, **options)
+        return medusa.loss(self.medusa_heads(hidden), hidden, labels, head_weights=head_weights, **options)
 
     @nn.compact
-    def _heads(self, hidden: Array) -> list[medusa.MedusaHead]:
-        of_all: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "precision": self.precision}
+    def medusa_heads(self, hidden: Float[Array, "*B H"]) -> medusa.MedusaHeads:
+        """Parameters, and how they make logits."""
 
-        def block(index: int, depth: int) -> nn.Dense:
-            return nn.Dense(hidden.shape[-1], kernel_init=self.block_init, name=f"blocks_{index}_{depth}", **of_all)
-
-        def head(index: int) -> LMHead:
-            return LMHead(
-                self.features,
-                logit_scale=self.logit_scale,
-                logit_softcap=self.logit_softcap,
-                use_bias=self.use_bias,
-                kernel_init=self.kernel_init,
-                bias_init=self.bias_init,
-                name=f"heads_{index}",
-                **of_all,
+        def stacked(features: int, **options: Any) -> LinearHead:
+            """Of each head, a layer's parameters."""
+            layers = nn.vmap(
+                LMHead,
+                in_axes=None,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                axis_size=self.num_heads,
+                metadata_params={nn.PARTITION_NAME: None},
+                methods=["linear_head"],
             )
+            dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype, "precision": self.precision}
+            return layers(features, **dtypes, **options).linear_head(hidden)
 
-        return [
-            medusa.MedusaHead(
-                tuple(linear_head(block(index, depth), hidden) for depth in range(self.num_blocks)),
-                linear_head(head(index), hidden),
-            )
-            for index in range(self.num_heads)
-        ]
+        blocks = tuple(
+            stacked(hidden.shape[-1], kernel_init=self.block_init, name=f"blocks_{depth}")
+            for depth in range(self.num_blocks)
+        )
+        heads = stacked(
+            self.features,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+            use_bias=self.use_bias,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            name="heads",
+        )
+        return medusa.MedusaHeads(blocks, heads)

@@ -96,7 +96,7 @@ def of_embed(module: nnx.Embed, **changes: Any) -> LinearHead:
 def _head(module: Any, kernel: nnx.Variable, bias: nnx.Variable | None = None, **changes: Any) -> LinearHead:
     return LinearHead(
         kernel=kernel[...],
-        bias=None if bias is None else jnp.reshape(bias[...], -1),
+        bias=None if bias is None else bias[...],
         dtype=module.dtype,
         promote=_promote(module),
         logits_dtype=getattr(module, "preferred_element_type", None),

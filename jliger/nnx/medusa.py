@@ -49,8 +49,8 @@ class MedusaHeads(nnx.Module):
       block_metadata: of the blocks' kernels.
 
     Attributes:
-      blocks: a list for each head, of `nnx.Linear` `[H, H]`.
-      heads: `LMHead` `[H, V]`.
+      blocks: `num_blocks` times `nnx.Linear`, with parameters `[K, H, H]` and `[K, H]`.
+      heads: `LMHead`, with parameters `[K, H, V]`, and `[K, V]` with a bias.
 
     Example:
       >>> import jax.numpy as jnp, jliger
@@ -83,41 +83,38 @@ class MedusaHeads(nnx.Module):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         block_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
-        def block() -> nnx.Linear:
+        of_all = {"dtype": dtype, "param_dtype": param_dtype, "precision": precision}
+
+        @nnx.split_rngs(splits=num_heads)
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
+        def blocks(rngs: nnx.Rngs) -> nnx.Linear:
             return nnx.Linear(
-                in_features,
-                in_features,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                precision=precision,
-                kernel_init=block_init,
-                rngs=rngs,
-                kernel_metadata=block_metadata,
+                in_features, in_features, kernel_init=block_init, rngs=rngs, kernel_metadata=block_metadata, **of_all
             )
 
-        def head() -> LMHead:
+        @nnx.split_rngs(splits=num_heads)
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
+        def heads(rngs: nnx.Rngs) -> LMHead:
             return LMHead(
                 in_features,
                 out_features,
                 logit_scale=logit_scale,
                 logit_softcap=logit_softcap,
                 use_bias=use_bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                precision=precision,
                 kernel_init=kernel_init,
                 bias_init=bias_init,
                 rngs=rngs,
                 kernel_metadata=kernel_metadata,
                 bias_metadata=bias_metadata,
+                **of_all,
             )
 
-        self.blocks = nnx.List([nnx.List([block() for _ in range(num_blocks)]) for _ in range(num_heads)])
-        self.heads = nnx.List([head() for _ in range(num_heads)])
+        self.blocks = nnx.List([blocks(rngs) for _ in range(num_blocks)])
+        self.heads = heads(rngs)
 
     def __call__(self, hidden: Float[Array, "*B H"]) -> Float[Array, "K ... V"]:
         """All heads' logits, for sampling."""
-        return medusa.logits(self._heads(hidden), hidden)
+        return self.medusa_heads(hidden).logits(hidden)
 
     def loss(
         self,
@@ -144,10 +141,10 @@ class MedusaHeads(nnx.Module):
           ValueError: labels or weights that are not one for each head; what `jliger.fused_linear_cross_entropy` raises.
           TypeError: what `jliger.fused_linear_cross_entropy` raises.
         """
-        return medusa.loss(self._heads(hidden), hidden, labels, head_weights=head_weights, **options)
+        return medusa.loss(self.medusa_heads(hidden), hidden, labels, head_weights=head_weights, **options)
 
-    def _heads(self, hidden: Array) -> list[medusa.MedusaHead]:
-        return [
-            medusa.MedusaHead(tuple(linear_head(block, hidden) for block in blocks), linear_head(head, hidden))
-            for blocks, head in zip(self.blocks, self.heads, strict=True)
-        ]
+    def medusa_heads(self, hidden: Float[Array, "*B H"]) -> medusa.MedusaHeads:
+        """Parameters, and how they make logits."""
+        return medusa.MedusaHeads(
+            tuple(linear_head(block, hidden) for block in self.blocks), linear_head(self.heads, hidden)
+        )
