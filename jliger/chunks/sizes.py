@@ -15,20 +15,21 @@ def forward_chunk(config: HeadConfig, num_tokens: int, vocab: int) -> int:
 
 
 def stats_chunk(config: HeadConfig, num_tokens: int, vocab: int) -> int:
-    """Tokens a chunk for stats within the recompute form's memory, over the whole vocabulary: 256 MiB of logits."""
+    """Tokens a chunk for stats within the recompute form's memory, over the whole vocabulary: 0.5 GiB of logits."""
     return even_chunk(
-        num_tokens, config.chunk_size or _within(config, vocab, gpu=(27, 128, 8192), other=(23, 128, 1024))
+        num_tokens, config.chunk_size or _within(config, vocab, gpu=(28, 128, 8192), other=(23, 128, 1024))
     )
 
 
 def recompute_tile(config: HeadConfig, num_tokens: int, vocab: int) -> tuple[int, int]:
     """Tokens a chunk and columns a block in the recompute form.
 
-    Each chunk adds to the whole kernel's gradient, so chunks are large; blocks are what then fits in about 0.5 GiB.
+    Each chunk adds to the whole kernel's gradient, so chunks are large; blocks are what then fits in about 0.5 GiB,
+    next to hidden states and their gradient.
     """
     on_gpu = config.implementation == "triton"
     chunk = even_chunk(num_tokens, config.chunk_size or (8192 if on_gpu else 1024))
-    most = max(1024, floor_power_of_two((2**26 if on_gpu else 2**21) // chunk))
+    most = max(1024, floor_power_of_two((2**26 if on_gpu else 2**21) // chunk) * 3 // 4)
     num_blocks = -(-vocab // most)
     return chunk, min(vocab, round_up(-(-vocab // num_blocks), 128))
 
