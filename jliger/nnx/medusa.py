@@ -39,8 +39,7 @@ class MedusaHeads(nnx.Module):
       dtype: of the products; None for what hidden states and parameters promote to.
       param_dtype: of the parameters.
       precision: of the products.
-      kernel_init: makes the heads' kernels. `lambda key, shape, dtype: head.kernel[...].astype(dtype)` begins with the
-        model's own, as the paper does.
+      kernel_init: makes the heads' kernels. The paper begins with the model's own: `lambda *_: head.kernel[...]`.
       bias_init: makes the heads' biases.
       block_init: makes the blocks' kernels.
       rngs: random keys.

@@ -326,6 +326,47 @@ def test_a_lora_of_low_precision(implementation):
     assert_rule_of_two(found, theirs, truth)
 
 
+# ---- Medusa --------------------------------------------------------------------------------------------------
+
+
+def test_medusa_heads(implementation):
+    heads = jliger.nnx.MedusaHeads(3, *SIZES, logit_softcap=2.0, rngs=nnx.Rngs(0))
+    hidden, labels = make_hidden(), jnp.stack([make_labels(seed) for seed in range(3)])
+    # Blocks begin as the identity, and heads each with numbers of their own, as large as one alone would have.
+    kernels = heads.heads.kernel[...]
+    np.testing.assert_allclose(heads(hidden), 2.0 * jnp.tanh(hidden @ kernels[:, None] / 2.0), atol=1e-6)
+    assert len(np.unique(kernels)) == kernels.size
+    assert 0.5 < float(kernels.std()) * np.sqrt(HIDDEN_SIZE) < 1.5
+    nnx.update(heads, randomized(nnx.state(heads)))
+
+    def loss(heads, hidden):
+        return heads.loss(hidden, labels, head_weights=[1.0, 0.3, 0.5], implementation=implementation)
+
+    def unfused_loss(heads, hidden):
+        kernels, block = heads.heads.kernel[...], heads.blocks[0]
+        features = [hidden + nnx.silu(hidden @ block.kernel[i] + block.bias[i]) for i in range(3)]
+        return sum(
+            weight * loss_of_logits(features[i] @ kernels[i], labels[i], softcap=2.0)
+            for i, weight in enumerate([1.0, 0.3, 0.5])
+        )
+
+    assert_as_its_logits(heads, loss, hidden, unfused_loss)
+
+
+def test_medusa_heads_that_begin_as_the_models_own():
+    head = jliger.nnx.LMHead(*SIZES, use_bias=False, rngs=RNGS)
+    heads = jliger.nnx.MedusaHeads(2, *SIZES, kernel_init=lambda *_: head.kernel[...], rngs=RNGS)
+    for logits in heads(make_hidden()):
+        np.testing.assert_allclose(logits, head(make_hidden()), atol=1e-6)
+
+
+def test_the_sharding_of_medusa_heads():
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        heads = jliger.nnx.MedusaHeads(2, *SIZES, kernel_metadata={"out_sharding": ("data", "model")}, rngs=RNGS)
+    assert nnx.get_partition_spec(nnx.state(heads)).heads.kernel.get_value() == jax.P(None, "data", "model")
+
+
 # ---- what is refused, and what comes first -------------------------------------------------------------------
 
 
