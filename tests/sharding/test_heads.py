@@ -11,6 +11,12 @@ from sharded import IMPLEMENTATION
 import jliger
 from jliger import medusa
 from jliger.heads import LinearHead
+from jliger.oracle_for_tests import INTERPRETED
+
+pytestmark = [
+    pytest.mark.skipif(jax.device_count() < 4, reason="made for 4 devices or more"),
+    pytest.mark.skipif(INTERPRETED, reason="the same kernels as one loss has, of which there are tests"),
+]
 
 NUM_HEADS, HIDDEN_SIZE, VOCAB = 3, 16, 64
 random = np.random.default_rng(0)
