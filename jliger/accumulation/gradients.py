@@ -208,35 +208,23 @@ def _on_mesh(plan: _Plan, call: Call, operands: Operands) -> tuple[AccumulatedLo
 def _accumulate(plan: _Plan, call: Call, group: Devices, operands: Operands) -> tuple[AccumulatedLoss, Tree, State]:
     """One device's microbatches in a loop, and then what all devices found together."""
     count = plan.num_microbatches
-    differentiated = group.own(operands.differentiated)
+    operands = operands._replace(differentiated=group.own(operands.differentiated))
     batch = split_rows(operands.batch, count)
     keys = jax.tree.map(lambda key: jax.random.split(key, count), operands.keys)
 
     def of_microbatch(index: Int[Array, ""], state: Sequence[Array | None]) -> Operands:
-        return Operands(
-            differentiated=differentiated,
+        return operands._replace(
             batch=microbatch(batch, index),
             keys=jax.tree.map(lambda each: each[index], keys),
             state=_latest(operands.state, state),
-            rest=operands.rest,
         )
 
-    def add(carry: tuple[_Sums, Tree, State], index: Int[Array, ""]) -> tuple[tuple[_Sums, Tree, State], Tree]:
-        sums, gradients, state = carry
-        found, more = _forward_and_backward(plan, call, of_microbatch(index, state))
-        return (
-            jax.tree.map(jnp.add, sums, found.sums),
-            jax.tree.map(jnp.add, gradients, more),
-            found.state,
-        ), found.rows
-
-    types = jax.eval_shape(lambda: _forward(plan, call, of_microbatch(jnp.int32(0), operands.state)))
-    start = (
-        jax.tree.map(devices.zeros_of_type, types.sums),
-        group.no_gradients(differentiated),
-        [None if after is None else before for before, after in zip(operands.state, types.state, strict=True)],
-    )
-    (sums, gradients, state), rows = jax.lax.scan(add, start, jnp.arange(count), unroll=count == 1)
+    if count == 1:
+        found, gradients = _forward_and_backward(plan, call, of_microbatch(jnp.int32(0), operands.state))
+        sums, state = found.sums, found.state
+        rows = jax.tree.map(lambda array: array[None], found.rows)
+    else:
+        sums, gradients, state, rows = _loop(plan, call, group, operands, of_microbatch)
 
     sums = jax.tree.map(group.total, sums)
     divide_by = divisor(sums.weight)
@@ -253,6 +241,31 @@ def _accumulate(plan: _Plan, call: Call, group: Devices, operands: Operands) -> 
         is_leaf=lambda leaf: leaf is None,
     )
     return AccumulatedLoss(sums.loss / divide_by, sums.weight, aux), gradients, state
+
+
+def _loop(
+    plan: _Plan,
+    call: Call,
+    group: Devices,
+    operands: Operands,
+    of_microbatch: Callable[[Int[Array, ""], Sequence[Array | None]], Operands],
+) -> tuple[_Sums, Tree, State, Tree]:
+    """Microbatches one after the other: what is summed, gradients, state after the last one, and all rows of aux."""
+
+    def add(carry: tuple[_Sums, Tree, State], index: Int[Array, ""]) -> tuple[tuple[_Sums, Tree, State], Tree]:
+        sums, gradients, state = carry
+        found, more = _forward_and_backward(plan, call, of_microbatch(index, state))
+        sums, gradients = jax.tree.map(jnp.add, (sums, gradients), (found.sums, more))
+        return (sums, gradients, found.state), found.rows
+
+    types = jax.eval_shape(lambda: _forward(plan, call, of_microbatch(jnp.int32(0), operands.state)))
+    start = (
+        jax.tree.map(devices.zeros_of_type, types.sums),
+        group.no_gradients(operands.differentiated),
+        [None if after is None else before for before, after in zip(operands.state, types.state, strict=True)],
+    )
+    (sums, gradients, state), rows = jax.lax.scan(add, start, jnp.arange(plan.num_microbatches))
+    return sums, gradients, state, rows
 
 
 def _forward_and_backward(plan: _Plan, call: Call, operands: Operands) -> tuple[_Found, Tree]:
