@@ -122,14 +122,15 @@ def test_a_gpu_gets_triton_by_itself(train_lm, options):
     pytest.importorskip("jax_cuda13_plugin")
     config = train_lm.ModelConfig(512, 16, 1, 2, False, "float32")
     with jliger.compute_capability(90):
-        program = train_lm.build_program("jliger", train_lm.parse_args(options), config, 0)
+        program = train_lm.program_of("jliger", train_lm.parse_args(options), config, 0)
         assert "triton_kernel_call" in program.step.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_resuming_a_killed_run_gives_the_uninterrupted_curve(train_lm, options, finished, tmp_path, monkeypatch):
     out = tmp_path / "run"
     killed_at = 7
-    write = train_lm.MetricsFile.write
+    metrics_file = sys.modules["reporting"].MetricsFile
+    write = metrics_file.write
 
     def kill(self, event, step, **values):
         if event == "train" and step == killed_at:
@@ -138,7 +139,7 @@ def test_resuming_a_killed_run_gives_the_uninterrupted_curve(train_lm, options, 
 
     arguments = [*options, "--out", str(out), "--head", "jliger"]
     with monkeypatch.context() as patch:
-        patch.setattr(train_lm.MetricsFile, "write", kill)
+        patch.setattr(metrics_file, "write", kill)
         assert "--resume" in refusal(train_lm, arguments)
     assert list(losses(out, "jliger")) == list(range(1, killed_at))
     with (out / "jliger" / "metrics.jsonl").open("a") as file:
@@ -246,7 +247,7 @@ def test_overwrite_starts_anew_and_keeps_other_files(train_lm, options, finished
 
 def test_a_diverging_run_ends_with_a_message_and_its_checkpoints(train_lm, options, tmp_path):
     arguments = [*options, "--out", str(tmp_path), "--head", "full", "--learning-rate", "1e38"]
-    assert "lower --learning-rate" in refusal(train_lm, arguments)
+    assert "lower learning rate" in refusal(train_lm, arguments)
     assert (tmp_path / "full" / "metrics.jsonl").exists()
 
 

@@ -1,0 +1,93 @@
+"""Command-line options that the examples of training a small language model share, a group of them a function."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from corpus import SMALLEST_VOCAB
+from language_model import DTYPES
+from runs import positive
+
+# What an option's `type` may be: finite numbers.
+COUNT, COUNT_OR_ZERO = positive(int), positive(int, zero=True)
+NUMBER, NUMBER_OR_ZERO = positive(float), positive(float, zero=True)
+
+
+def add_corpus_options(parser: argparse.ArgumentParser) -> Any:
+    """Adds what `corpus.load_corpus` takes; gives the group, as each of these functions does."""
+    group = parser.add_argument_group("corpus")
+    add = group.add_argument
+    add("--corpus", type=Path, nargs="+", metavar="PATH", help="files and folders of text (default: Python's library)")
+    add("--max-bytes", type=COUNT, default=16_000_000, metavar="N", help="read this much text at most (%(default)s)")
+    add("--vocab-size", type=COUNT, default=32768, metavar="N", help="tokens of the byte-level BPE (%(default)s)")
+    add("--heldout-fraction", type=NUMBER, default=0.05, metavar="X", help="share of the text held out (%(default)s)")
+    add("--cache-dir", type=Path, default=Path("runs/cache"), help="keeps tokenizers and tokens (%(default)s)")
+    return group
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> Any:
+    """Adds what a `language_model.ModelConfig` has beside the vocabulary."""
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--hidden-size", type=COUNT, default=128, metavar="N", help="size of a hidden state (%(default)s)")
+    add("--layers", type=COUNT, default=2, metavar="N", help="transformer blocks (%(default)s)")
+    add("--heads", type=COUNT, default=4, metavar="N", help="attention heads per block (%(default)s)")
+    add("--tie-embeddings", action="store_true", help="the embedding is the last layer's kernel, too")
+    add("--dtype", choices=list(DTYPES), default="float32", help="of the arithmetic (%(default)s); parameters: float32")
+    return group
+
+
+def add_training_options(parser: argparse.ArgumentParser, heads: Sequence[str]) -> Any:
+    """Adds the head to train with and what a `training.TrainingConfig` has."""
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--head", choices=["both", *heads], default="both", help="last layer and loss to train with (%(default)s)")
+    add("--implementation", choices=["triton", "xla"], help="jliger's backend (default: what fits the device)")
+    add("--chunk-size", type=COUNT, metavar="N", help="tokens per chunk of jliger (default: what fits the device)")
+    add("--steps", type=COUNT, default=100, metavar="N", help="optimizer steps (%(default)s)")
+    add("--batch-size", type=COUNT, default=8, metavar="N", help="sequences per step (%(default)s)")
+    add("--length", type=COUNT, default=128, metavar="N", help="tokens per sequence (%(default)s)")
+    add("--learning-rate", type=NUMBER, default=3e-3, metavar="X", help="the highest, after warmup (%(default)s)")
+    add("--warmup-steps", type=COUNT_OR_ZERO, default=10, metavar="N", help="steps up to it (%(default)s)")
+    add("--weight-decay", type=NUMBER_OR_ZERO, default=0.1, metavar="X", help="of AdamW (%(default)s)")
+    add("--seed", type=COUNT_OR_ZERO, default=0, metavar="N", help="of parameters and data order (%(default)s)")
+    return group
+
+
+def add_run_options(parser: argparse.ArgumentParser, out: Path) -> Any:
+    """Adds the run's folder, and how often what is written to it."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=Path, default=out, help="the run's folder (%(default)s)")
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    either.add_argument("--overwrite", action="store_true", help="remove the run in --out first")
+    add = group.add_argument
+    add("--checkpoint-every", type=COUNT, default=50, metavar="N", help="steps between checkpoints (%(default)s)")
+    add("--keep-checkpoints", type=COUNT, default=2, metavar="N", help="how many, the latest (%(default)s)")
+    add("--eval-every", type=COUNT, default=25, metavar="N", help="steps between evaluations (%(default)s)")
+    add("--eval-batches", type=COUNT, default=8, metavar="N", help="held-out batches each, at most (%(default)s)")
+    add("--no-progress", action="store_true", help="draw no progress bar")
+    return group
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program with a message where options don't go together."""
+    if args.vocab_size < SMALLEST_VOCAB:
+        parser.error(f"--vocab-size {args.vocab_size}: a byte-level BPE needs {SMALLEST_VOCAB} or more")
+    if args.heldout_fraction >= 1:
+        parser.error(f"--heldout-fraction {args.heldout_fraction}: must be below 1")
+    check_size(parser, args.hidden_size, args.heads)
+    if args.warmup_steps >= args.steps:
+        parser.error(f"--warmup-steps {args.warmup_steps} must be below --steps {args.steps}")
+    if args.seed >= 2**31:
+        parser.error(f"--seed {args.seed}: must be below 2**31")
+    if args.implementation == "triton" and jax.default_backend() != "gpu":
+        parser.error(f"--implementation triton needs a GPU; JAX's default backend here is {jax.default_backend()}")
+
+
+def check_size(parser: argparse.ArgumentParser, hidden_size: int, heads: int, prefix: str = "") -> None:
+    """Ends the program with a message where heads, whose rotary positions are pairs, don't divide a hidden state."""
+    if hidden_size % heads or (hidden_size // heads) % 2:
+        parser.error(f"--{prefix}hidden-size {hidden_size} must be an even multiple of --{prefix}heads {heads}")

@@ -1,0 +1,211 @@
+"""Training of the small language model: a step traced by itself, and a loop with metrics, evaluation, checkpoints."""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from checkpoints import Checkpoints
+from corpus import Batches
+from flax import nnx
+from language_model import LanguageModel, ModelConfig
+from reporting import MetricsFile, memory_of, read_metrics
+from runs import CHECKPOINTS, METRICS, RunError, inputs_and_labels
+from tqdm import tqdm
+
+import jliger
+
+# Of a model, tokens `[B, T+1]`, and what else the step is given.
+Loss = Callable[..., jax.Array]
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What shapes the curve, beside model, data and loss."""
+
+    steps: int
+    batch_size: int
+    length: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    seed: int
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Self:
+        """As the command line has it (`options.add_training_options`)."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+    def schedule(self) -> optax.Schedule:
+        """The learning rate: up in a line, down in a cosine."""
+        return optax.warmup_cosine_decay_schedule(
+            init_value=self.learning_rate / 10,
+            peak_value=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.steps,
+            end_value=self.learning_rate / 10,
+        )
+
+
+@dataclass(frozen=True)
+class Program:
+    """A training step and what belongs to it; the state is model and optimizer in one."""
+
+    config: TrainingConfig
+    step: jax.stages.Traced
+    abstract_state: nnx.State
+    initial_state: Callable[[], nnx.State]
+    heldout_sums: Callable[[nnx.State, np.ndarray], tuple[jax.Array, jax.Array, jax.Array]]
+    model_of: Callable[[nnx.State], LanguageModel]
+
+
+def heldout_sums(
+    model: LanguageModel, tokens: jax.Array, end_of_text: int, **options: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Summed cross entropy, right predictions and counted tokens of a held-out batch."""
+    inputs, labels, where = inputs_and_labels(tokens, end_of_text)
+    hidden = model(inputs)
+    kernel, layout = model.last_layer()
+    loss, metrics = jliger.fused_linear_cross_entropy(
+        hidden,
+        kernel,
+        labels,
+        where=where,
+        kernel_layout=layout,
+        reduction="sum",
+        return_metrics=True,
+        **options,
+    )
+    return loss, metrics.accuracy * metrics.weight, metrics.weight
+
+
+def build_program(
+    loss: Loss, model_config: ModelConfig, config: TrainingConfig, end_of_text: int, *given: Any, **options: Any
+) -> Program:
+    """Traces a training step; nothing is compiled, run or written yet.
+
+    `given` are trees of arrays, or of their shapes, that the step is called with after state and tokens, and the loss
+    after model and tokens. `options` are jliger's, for the evaluation.
+    """
+    # Weight decay is for matrices: a norm's scale is a vector.
+    adamw = optax.adamw(
+        config.schedule(),
+        b2=0.95,
+        weight_decay=config.weight_decay,
+        mask=partial(jax.tree.map, lambda leaf: leaf.ndim > 1),
+    )
+    transformation = optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+    def create() -> tuple[LanguageModel, nnx.Optimizer]:
+        model = LanguageModel(model_config, nnx.Rngs(config.seed))
+        return model, nnx.Optimizer(model, transformation, wrt=nnx.Param)
+
+    graphdef, abstract_state = nnx.split(nnx.eval_shape(create))
+
+    def step(state: nnx.State, tokens: jax.Array, *given: Any) -> tuple[nnx.State, jax.Array]:
+        model, optimizer = nnx.merge(graphdef, state)
+        value, gradients = nnx.value_and_grad(loss)(model, tokens, *given)
+        optimizer.update(model, gradients)
+        return nnx.state((model, optimizer)), value
+
+    def model_of(state: nnx.State) -> LanguageModel:
+        return nnx.merge(graphdef, state)[0]
+
+    def heldout(state: nnx.State, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return heldout_sums(model_of(state), tokens, end_of_text, **options)
+
+    batch = jax.ShapeDtypeStruct((config.batch_size, config.length + 1), jnp.int32)
+    try:
+        # The step's result takes over the memory of the state that it replaces.
+        traced = jax.jit(step, donate_argnums=0).trace(abstract_state, batch, *given)
+    # What jliger refuses, it names with the argument and what to do instead.
+    except (ValueError, NotImplementedError) as error:
+        raise RunError(str(error)) from error
+    return Program(config, traced, abstract_state, jax.jit(lambda: nnx.state(create())), jax.jit(heldout), model_of)
+
+
+def evaluate(program: Program, state: nnx.State, batches: Sequence[np.ndarray]) -> dict[str, float]:
+    """Mean loss, perplexity and accuracy over the counted tokens of all batches."""
+    sums = np.sum([[float(value) for value in program.heldout_sums(state, batch)] for batch in batches], axis=0)
+    loss, right, tokens = (float(value) for value in sums)
+    mean = loss / max(tokens, 1.0)
+    # A perplexity beyond float64 would be no JSON number.
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "accuracy": right / max(tokens, 1.0)}
+
+
+def train(
+    name: str,
+    folder: Path,
+    program: Program,
+    tokens: np.ndarray,
+    heldout: Sequence[np.ndarray],
+    args: argparse.Namespace,
+    *given: Any,
+    stop_at: int | None = None,
+) -> nnx.State:
+    """Trains on a stream of tokens, from the latest checkpoint in the folder or from the seed; gives the last state.
+
+    `args` has what `options.add_run_options` adds. `stop_at` is a step to stop at under the schedule of all.
+    """
+    config, schedule = program.config, program.config.schedule()
+    batches = Batches(tokens, config.batch_size, config.length, config.seed)
+    last = config.steps if stop_at is None else stop_at
+    with Checkpoints(folder / CHECKPOINTS, args.keep_checkpoints) as checkpoints:
+        restored = checkpoints.restore_latest(nnx.to_pure_dict(program.abstract_state))
+        if restored is None:
+            start, state = 0, program.initial_state()
+        else:
+            start, tree, batches.position = restored
+            state = jax.tree.map(lambda leaf: leaf, program.abstract_state)
+            nnx.replace_by_pure_dict(state, tree)
+        if start >= last and "compiled" in read_metrics(folder / METRICS):
+            return state
+        began = time.perf_counter()
+        # One compilation serves the memory figures and the training.
+        lowered = program.step.lower()
+        step_function = lowered.compile()
+        with (
+            MetricsFile(folder / METRICS) as metrics,
+            tqdm(total=last, initial=start, desc=name, unit="step", disable=args.no_progress) as bar,
+        ):
+            metrics.write(
+                "compiled",
+                0,
+                seconds=time.perf_counter() - began,
+                memory=memory_of(step_function.memory_analysis()),
+                # Read off the program itself, not off what was asked for.
+                rows_by="triton" if "triton_kernel_call" in lowered.as_text() else "xla",
+            )
+            for step in range(start + 1, last + 1):
+                began = time.perf_counter()
+                state, value = step_function(state, next(batches), *given)
+                loss = float(value)
+                seconds = time.perf_counter() - began
+                if not math.isfinite(loss):
+                    raise RunError(
+                        f"the loss of {name} is {loss} at step {step}: try a lower learning rate. "
+                        f"The steps before are in {folder}"
+                    )
+                metrics.write(
+                    "train",
+                    step,
+                    loss=loss,
+                    learning_rate=float(schedule(step - 1)),
+                    tokens=config.batch_size * config.length,
+                    seconds=seconds,
+                )
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                bar.update()
+                if step % args.eval_every == 0 or step == last:
+                    metrics.write("eval", step, **evaluate(program, state, heldout))
+                if step % args.checkpoint_every == 0 or step == last:
+                    checkpoints.save(step, nnx.to_pure_dict(state), batches.position)
+    return state
