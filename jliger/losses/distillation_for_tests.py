@@ -180,6 +180,19 @@ def _with_own_bias(problem: Problem) -> Problem:
     return problem.replace(inputs={**problem.inputs, "student_bias": jnp.broadcast_to(bias, (*shape, bias.size))})
 
 
+def rounding_of_divergence(problem: Problem, oracle: dict[str, Any]) -> dict[str, float]:
+    """What float32 leaves uncertain of a sum of `p · log p`, which cancel: the loss itself may be far smaller.
+
+    Terms of a token are rounded to half a unit of at most `log V`, each token by itself.
+    """
+    vocab = oracle["student_kernel"].shape[problem.options["student_kernel_layout"].index("v")]
+    weight, options = float(oracle["weight"]), problem.options
+    divisor = 1.0 if options.get("reduction") == "sum" else float(options.get("normalizer", weight or 1.0))
+    num_counted = max(1, int(np.sum(oracle["predictions"] >= 0)))
+    error = np.finfo(np.float32).eps / 2 * np.log(vocab) * weight / divisor / np.sqrt(num_counted)
+    return {"loss": options.get("soft_weight", 1.0) * error, "divergence": error}
+
+
 def check(problem: Problem, implementation: str, what: str = "") -> dict[str, Any]:
     """Holds jliger to the rule of two on a problem; returns what it found."""
     ours, theirs, oracle = fused(problem, implementation), unfused(problem), exact(problem)
@@ -190,7 +203,7 @@ def check(problem: Problem, implementation: str, what: str = "") -> dict[str, An
         np.testing.assert_array_equal(ours[name], theirs[name], name)
         assert ours[name].dtype == jnp.int32
     real = [{k: v for k, v in found.items() if "predictions" not in k} for found in (ours, theirs, oracle)]
-    assert_rule_of_two(*real, what, rounding_of_bias_grad(problem))
+    assert_rule_of_two(*real, what, rounding_of_bias_grad(problem) | rounding_of_divergence(problem, oracle))
     for name in LEARNT[:3]:
         if name in problem.inputs:
             assert ours[name].dtype == problem.inputs[name].dtype, name

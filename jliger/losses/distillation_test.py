@@ -22,7 +22,6 @@ OPTIONS = {
     "hard_weight": [0.0, 0.3],
     "dtypes": [dtypes for dtypes in DTYPES if not INTERPRETED or "bfloat16" not in dtypes],
     "biases": [(False, False), (True, False), (True, True)],
-    "adapter": [False, True],
     "where": [None, "some"],
     "weights": [False, True],
     "reduction": ["mean", "sum"],
@@ -40,15 +39,26 @@ def test_every_pair_of_options(options, implementation):
     check(make_problem(precision="highest", **options), implementation, str(options))
 
 
-@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2], DTYPES[4]], ids="-".join)
-@pytest.mark.parametrize("scale", [30, 1000])
-@pytest.mark.parametrize("beta", BETAS)
-def test_large_logits(beta, scale, dtypes, implementation):
-    check(make_problem(1, beta=beta, scale=scale, dtypes=dtypes, precision="highest"), implementation)
+@pytest.mark.parametrize("kernel_layout", ["hv", "vh"])
+def test_an_adapter_of_the_student(kernel_layout, implementation):
+    problem = make_problem(
+        19, beta=0.5, adapter=True, biases=(True, False), kernel_layouts=(kernel_layout, "hv"), chunk_size=8,
+        precision="highest",
+    )  # fmt: skip
+    check(problem, implementation)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5])
-@pytest.mark.parametrize(("tokens", "vocab"), [(1, 1), (1, 2), (7, 9), (8, 16), (9, 130), (17, 1025)])
+LARGE = {"beta": BETAS, "scale": [30, 1000], "dtypes": [DTYPES[0], DTYPES[2], DTYPES[4]]}
+
+
+@pytest.mark.parametrize("options", every_pair(LARGE), ids=itertools.count())
+def test_large_logits(options, implementation):
+    check(make_problem(1, precision="highest", **options), implementation, str(options))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "beta"), [(1, 1, 0.5), (1, 2, 0.0), (7, 9, 1.0), (8, 16, 0.5), (9, 130, 0.0), (17, 1025, 0.5)]
+)
 def test_sizes_about_those_of_chunks_and_tiles(tokens, vocab, beta, implementation):
     problem = make_problem(
         2, batch=(tokens,), vocab=vocab, beta=beta, chunk_size=8, biases=(True, True), labels=True, hard_weight=0.5,
@@ -57,11 +67,10 @@ def test_sizes_about_those_of_chunks_and_tiles(tokens, vocab, beta, implementati
     check(problem, implementation)
 
 
-@pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_any_chunk_size_gives_the_same(beta, implementation):
-    problem = make_problem(3, batch=(17,), beta=beta, biases=(True, False), where="some", precision="highest")
+def test_any_chunk_size_gives_the_same(implementation):
+    problem = make_problem(3, batch=(17,), beta=0.1, biases=(True, False), where="some", precision="highest")
     expected = fused(problem, implementation)
-    for chunk_size in (1, 2, 5, 8, 9, 16, 18, 1000):
+    for chunk_size in (1, 8, 9, 1000):
         found = fused(problem.replace(chunk_size=chunk_size), implementation)
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=2e-6, err_msg=f"{name}, {chunk_size}")
@@ -82,8 +91,7 @@ def test_float64():
 # ---- what counts ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["all", "some", "none"])
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize(("where", "beta"), [("all", 0.5), ("some", 0.0), ("some", 1.0), ("none", 0.1), ("none", 1.0)])
 def test_what_does_not_count_does_not_matter(beta, where, implementation):
     problem = make_problem(
         5, beta=beta, where=where, chunk_size=8, biases=(True, True), labels=True, ignored=0.2, hard_weight=0.5,
@@ -222,10 +230,10 @@ def test_with_hintons_factor_gradients_outlast_the_temperature(jsd_of_logits):
     centred = [logits - logits.mean(1, keepdims=True) for logits in (student, teacher)]
     expected = (centred[0] - centred[1]) / 10 / 4  # columns, tokens
     for beta in (0.0, 1.0):
-        grad = jax.grad(
-            lambda z, beta=beta: jsd_of_logits(z, teacher, beta=beta, temperature=300.0, soft_weight=300.0**2)
-        )(jnp.asarray(student))
-        np.testing.assert_allclose(grad, expected, atol=2e-3 * np.abs(expected).max())
+        grad = jax.grad(lambda z, beta=beta: jsd_of_logits(z, teacher, beta=beta, temperature=1000.0, soft_weight=1e6))(
+            jnp.asarray(student)
+        )
+        np.testing.assert_allclose(grad, expected, atol=5e-3 * np.abs(expected).max())  # logits / temperature
 
 
 def test_the_hard_part_is_the_cross_entropy(implementation):
@@ -278,22 +286,20 @@ def num_products(function, *args):
     return sum(e.primitive.name == "dot_general" for e in equations(jax.make_jaxpr(function)(*args)))
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_nothing_is_computed_that_is_not_asked_for(beta, implementation):
-    problem = make_problem(12, beta=beta, biases=(True, True))  # one chunk, so that products are counted once
+def test_nothing_is_computed_that_is_not_asked_for(implementation):
+    problem = make_problem(12, beta=0.5, biases=(True, True))  # one chunk, so that products are counted once
     loss = loss_of(problem, implementation)
     expected = jax.grad(loss)(problem.inputs)
     assert num_products(loss, problem.inputs) == 2
-    for size in (1, 2, 3):
-        for names in itertools.combinations(problem.inputs, size):
-            wanted = {name: problem.inputs[name] for name in names}
+    for names in itertools.chain(*(itertools.combinations(problem.inputs, size) for size in (1, 2))):
+        wanted = {name: problem.inputs[name] for name in names}
 
-            def partial(wanted):
-                return loss({**problem.inputs, **wanted})
+        def partial(wanted):
+            return loss({**problem.inputs, **wanted})
 
-            for name, grad in jax.grad(partial)(wanted).items():
-                np.testing.assert_array_equal(grad, expected[name])
-            assert num_products(jax.grad(partial), wanted) == 2 + len({"student_hidden", "student_kernel"} & {*names})
+        for name, grad in jax.grad(partial)(wanted).items():
+            np.testing.assert_array_equal(grad, expected[name])
+        assert num_products(jax.grad(partial), wanted) == 2 + len({"student_hidden", "student_kernel"} & {*names})
 
 
 def test_the_teacher_has_no_gradient(implementation):
@@ -366,7 +372,6 @@ def test_vmap(batched, implementation):
     kernels = [jnp.stack([a, 2 * a, -a, a + 1]) if batched == f"{name}_kernel" else a for name, a in (
         ("student", kernel), ("teacher", teacher_kernel),
     )]  # fmt: skip
-    axes = (0, None, 0, None) if batched == "tokens" else (0, *(a.ndim - 2 or None for a in kernels[:1]), 0, None)
     axes = (0, 0 if kernels[0].ndim == 3 else None, 0, 0 if kernels[1].ndim == 3 else None)
 
     def grads(hidden, kernel, teacher_hidden, teacher_kernel):

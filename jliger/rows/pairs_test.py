@@ -146,11 +146,8 @@ def check_pair(implementation, products, block, pair_map, coefficients, dtype="f
         np.testing.assert_allclose(found[:, :width], grads, rtol=half_unit, atol=rounding * size + subnormal)
 
 
-OPTIONS = list(itertools.product([1.0, 0.5, 3.0], [False, True]))
-
-
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize(("temperature", "labels"), OPTIONS)
+@pytest.mark.parametrize(("temperature", "labels"), [(1.0, False), (1.0, True), (0.5, True), (3.0, False)])
 def test_every_divergence(temperature, labels, beta, implementation):
     products, block, coefficients = make_pair(301, padding=3, labels=labels, scale=3)
     pair_map = make_map(301, beta, temperature=temperature, labels=labels)
@@ -172,19 +169,25 @@ def test_maps_of_either_side(options, implementation):
     check_pair(implementation, products, block, pair_map, coefficients)
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5])
-@pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 255, 256, 257, 2049, 8192, 8193, 33000])
-def test_widths_about_those_of_tiles(width, beta, implementation):
+@pytest.mark.parametrize("width", [1, 2, 8, 9, 255, 256, 257, 2049, 8192, 8193, 33000])
+def test_widths_about_those_of_tiles(width, implementation):
     if INTERPRETED and width > 9000:
         pytest.skip("minutes, interpreted")
+    beta = BETAS[width % 3]
     products, block, coefficients = make_pair(width, padding=-width % 8, biases=(True, True))
     check_pair(implementation, products, block, make_map(width, beta, temperature=1.5), coefficients)
 
 
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("dtypes", [("float32", "float16"), ("float16", "float32"), ("bfloat16", "bfloat16")])
-@pytest.mark.parametrize("scale", [1, 30, 1000])
-def test_dtypes_and_scales(scale, dtypes, beta, implementation):
+SCALES = {
+    "beta": BETAS,
+    "dtypes": [("float32", "float16"), ("float16", "float32"), ("bfloat16", "bfloat16")],
+    "scale": [1, 30, 1000],
+}
+
+
+@pytest.mark.parametrize("options", every_pair(SCALES), ids=itertools.count())
+def test_dtypes_and_scales(options, implementation):
+    scale, dtypes, beta = options["scale"], options["dtypes"], options["beta"]
     if INTERPRETED and "bfloat16" in dtypes:
         pytest.skip("Triton's interpreter truncates where it should round to bfloat16")
     products, block, coefficients = make_pair(90, padding=6, dtypes=dtypes, biases=(True, False), scale=scale)
@@ -219,7 +222,7 @@ def test_disjoint_rows_are_as_far_apart_as_can_be(beta, implementation):
         np.testing.assert_allclose(grads, pull * coefficients.soft[:, None], atol=1e-5)
 
 
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_a_column_that_both_mask_has_no_say(beta, implementation):
     products, block, coefficients = make_pair(40, biases=(True, True))
     masked = PairBlock(*(side._replace(bias=side.bias.at[7].set(-jnp.inf)) for side in block))
@@ -254,7 +257,7 @@ def test_a_coefficient_of_zero_keeps_an_infinite_divergence_out(implementation):
         assert not np.any(grads)
 
 
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("beta", [0.0, 0.5])
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_logit_that_is_not_a_number_is_not_hidden(side, beta, implementation):
     products, block, coefficients = make_pair(40)
