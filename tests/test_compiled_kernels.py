@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 import jliger
-from jliger.launches_for_tests import HAS_PLUGIN, launches, lowered
+from jliger import losses
+from jliger.launches_for_tests import HAS_PLUGIN, launches, lowered, pointers, written_parameters
 from jliger.oracle_for_tests import every_pair
 from jliger.rows import Block, Coefficients, LogitMap, StatsWanted, get_rows
+from jliger.rows.pairs import PairBlock, PairCoefficients, PairMap, Products, get_pair_rows
 
 pytestmark = pytest.mark.skipif(not HAS_PLUGIN, reason="lowering for a GPU needs jax-cuda13-plugin")
 
@@ -67,6 +69,50 @@ def all_kernels(branch, capability):
     return call, (shape(tokens, stride, dtype=branch["dtype"]), block, coefficients)
 
 
+# With the GPU among them: each value of each is compiled for each GPU.
+PAIR_BRANCHES = {
+    "capability": CAPABILITIES,
+    "beta": [0.0, 0.5, 1.0],
+    "temperature": [1.0, 2.0],
+    "labels": [False, True],
+    "biases": [(False, False), (True, False), (False, True)],
+    "softcaps": [(None, None), (30.0, None), (None, 30.0)],
+    "dtypes": [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "bfloat16")],
+    "width": [301, 512, 262144],
+}
+
+
+def all_pair_kernels(branch):
+    """A function that calls all four kernels of pairs in one form, and its arguments' shapes."""
+    tokens, width = 4, branch["width"]
+    stride = width + -width % 8
+    rows = get_pair_rows("triton", branch["capability"])
+
+    def shape(*dims, dtype="float32"):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    labels = shape(tokens, dtype="int32")
+    block = PairBlock(*(Block(shape(stride) if bias else None, None, labels) for bias in branch["biases"]))
+    of_labels = (shape(tokens) if branch["labels"] else None,) * 2
+    pair_map = PairMap(
+        *(LogitMap(0.5, softcap, width) for softcap in branch["softcaps"]),
+        branch["beta"],
+        branch["temperature"],
+        branch["labels"],
+    )
+    dtype = jnp.dtype(branch["dtypes"][0])
+
+    def call(products, block, coefficients):
+        stats = rows.pair_stats(products, block, pair_map)
+        divergence = rows.pair_divergence(products, block, pair_map, stats)
+        grads = rows.pair_grads(products, block, pair_map, stats, divergence.slope, coefficients, dtype=dtype)
+        at_once = rows.pair_stats_and_grads(products, block, pair_map, coefficients, dtype=dtype)
+        return stats, divergence, grads, at_once
+
+    products = Products(*(shape(tokens, stride, dtype=dtype) for dtype in branch["dtypes"]))
+    return call, (products, block, PairCoefficients(shape(tokens), *of_labels))
+
+
 def assemble(ptx, capability, folder):
     """What the GPU's driver would do with a kernel when it is loaded."""
     from triton import knobs
@@ -98,6 +144,52 @@ def test_every_branch_of_every_kernel(capability, branch, tmp_path):
     assert [launch.name for launch in found] == ["row_stats_kernel", "row_grads_kernel", "row_stats_and_grads_kernel"]
     for launch in found:
         assemble(launch.ptx, capability, tmp_path)
+
+
+@pytest.mark.parametrize("branch", every_pair(PAIR_BRANCHES), ids=itertools.count())
+def test_every_branch_of_every_kernel_of_pairs(branch, tmp_path):
+    call, shapes = all_pair_kernels(branch)
+    found = launches(lowered(call, *shapes, capability=branch["capability"]))
+    kinds = ("stats", "divergence", "grads", "stats_and_grads")
+    assert [launch.name for launch in found] == [f"pair_{kind}_kernel" for kind in kinds]
+    for launch in found:
+        assemble(launch.ptx, branch["capability"], tmp_path)
+        assert "alias" not in launch.text
+        assert pointers(launch.ptx) == launch.operands + launch.results
+        assert written_parameters(launch.ptx) == set(range(launch.operands, launch.operands + launch.results))
+        assert "atom." not in launch.ptx
+        assert "red.global" not in launch.ptx
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_distillation_step_is_exported(capability):
+    tokens, vocab = 16400, 50257
+
+    def step(student_hidden, student_kernel, teacher_hidden, teacher_kernel, labels):
+        def loss(*student):
+            return losses.fused_linear_jsd(
+                *student, teacher_hidden, teacher_kernel, labels=labels, hard_weight=0.5, temperature=2.0
+            )
+
+        return jax.grad(loss, (0, 1))(student_hidden, student_kernel), loss(student_hidden, student_kernel)
+
+    shapes = [
+        jax.ShapeDtypeStruct(dims, dtype)
+        for dims, dtype in [
+            ((tokens, 128), "bfloat16"),
+            ((128, vocab), "float32"),
+            ((tokens, 256), "bfloat16"),
+            ((256, vocab), "bfloat16"),
+            ((tokens,), "int32"),
+        ]
+    ]
+    module = lowered(step, *shapes, capability=capability)
+    assert {launch.name for launch in launches(module)} == {
+        "pair_stats_and_grads_kernel",
+        "pair_stats_kernel",
+        "pair_divergence_kernel",
+    }
+    assert f"{tokens}x{vocab}" not in module, "logits of all tokens"
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
