@@ -95,7 +95,8 @@ def _run_manual(form: Form, tokens: Tokens, head: Head, per_token: Any) -> Resul
     operands = (tokens, head, per_token)
     varying = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(operands)))
     tokens, head, per_token = jax.tree.map(lambda leaf: _as_varying(leaf, varying), operands)
-    return run_share(form, local_plan(form.config.vocab_axes, form.config.vocab_dim), tokens, head, per_token)
+    result = run_share(form, local_plan(form.config.vocab_axes, form.config.vocab_dim), tokens, head, per_token)
+    return result._replace(stats=jax.tree.map(functools.partial(_as_equal, form.config.vocab_axes), result.stats))
 
 
 def _run_explicit(form: Form, mesh: AbstractMesh, tokens: Tokens, head: Head, per_token: Any) -> Result:
@@ -145,6 +146,12 @@ def _is_explicit(mesh: AbstractMesh) -> bool:
             "type, or call from inside a jax.shard_map."
         )
     return not mesh.empty and mesh.are_all_axes_explicit
+
+
+def _as_equal(axes: Axes, array: Array) -> Array:
+    """Typed as equal on devices along these axes, as it is: a loop's carry, which varies, may have hidden that."""
+    axes = tuple(axis for axis in axes if axis in _varying(array))
+    return jax.lax.pmax(array, axes) if axes else array
 
 
 def _varying(array: Array) -> frozenset[str]:
