@@ -1,0 +1,84 @@
+"""What heads are, whichever framework holds them."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jliger
+from jliger import heads
+from jliger.heads_for_tests import BATCH, HIDDEN_SIZE, VOCAB, loss_of_logits, make_hidden, make_labels, randomized
+
+
+@pytest.mark.parametrize(
+    ("equation", "layout"),
+    [
+        ("...d,dv->...v", "hv"),
+        ("...d,vd->...v", "vh"),
+        ("BTD,DV->BTV", "hv"),
+        ("b t d, v d -> b t v", "vh"),
+        ("b...th,hv->b...tv", "hv"),
+        ("d,dv->v", "hv"),
+    ],
+)
+def test_einsums_that_are_heads(equation, layout):
+    assert heads.einsum_layout(equation) == layout
+    hidden, kernel = make_hidden(batch=() if equation[0] == "d" else BATCH), make_hidden(1, batch=(VOCAB,))
+    found = heads.LinearHead(kernel=kernel, kernel_layout="vh").logits(hidden)
+    np.testing.assert_allclose(found, jnp.einsum(equation, hidden, kernel if layout == "vh" else kernel.T), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "equation",
+    [
+        "btd,dv->bvt",
+        "btd,dv->btd",
+        "btd,bv->btv",
+        "bdt,dv->btv",
+        "dtd,dv->dtv",
+        "btd,dnv->btnv",
+        "btd,d->bt",
+        "btd,dv->...v",
+        "btd,dv",
+        "",
+    ],
+)
+def test_einsums_that_are_none(equation):
+    with pytest.raises(NotImplementedError, match="a head takes the last axis to one axis"):
+        heads.einsum_layout(equation)
+
+
+def test_one_head_several_tokens_ahead(implementation):
+    # As the guide has it: hidden states and labels of each depth are tokens like any others.
+    depths, weights = 3, np.array([0.5, 0.3, 0.2], np.float32)
+    hidden, kernel = (
+        make_hidden(batch=(depths, *BATCH)),
+        randomized(jax.ShapeDtypeStruct((HIDDEN_SIZE, VOCAB), "float32")),
+    )
+    tokens = jnp.maximum(make_labels(), 0)
+    labels = jliger.shift_labels(tokens, by=range(1, depths + 1))
+
+    def loss(hidden, kernel):
+        head = heads.LinearHead(kernel=kernel)
+        per_token = jnp.broadcast_to(weights[:, None, None], labels.shape)
+        return head.loss(hidden, labels, weights=per_token, reduction="sum", implementation=implementation)
+
+    def unfused_loss(hidden, kernel):
+        counts = jnp.sum(labels != -100, (1, 2))
+        return sum(
+            w * n * loss_of_logits(x @ kernel, y) for w, n, x, y in zip(weights, counts, hidden, labels, strict=True)
+        )
+
+    found, expected = (jax.value_and_grad(function, (0, 1))(hidden, kernel) for function in (loss, unfused_loss))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), found, expected)
+
+
+def test_flax_is_imported_on_first_use():
+    program = "import sys, jliger; assert 'flax' not in sys.modules; print(jliger.nnx.LMHead, jliger.linen.LMHead)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.count("LMHead") == 2, done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'torch'"):
+        _ = jliger.torch
