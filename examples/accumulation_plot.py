@@ -1,0 +1,121 @@
+"""Plots of what gradient_accumulation.py found: a panel for each section that a results file has."""
+
+import math
+import os
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from reporting import COLORS, TITLES, Record
+
+GIB = 2**30
+LABELS = {**TITLES, "means": "mean of means"}
+ALL_COLORS = {**COLORS, "means": "tab:red"}
+
+
+def plot(found: Record, path: Path) -> None:
+    """Writes a figure with all panels in a row."""
+    panels = [panel for panel in PANELS if panel[0] in found]
+    if not panels:
+        return
+    figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
+    for axes, (section, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw(axes, found[section])
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    figure.savefig(beside, dpi=110)
+    beside.replace(path)
+
+
+def exactness(axes: Axes, section: Record) -> None:
+    """Distance of the gradients from the whole batch's, with unequal tokens."""
+    markers = {"float64": "o", "float32": "s", "bfloat16": "^"}
+    for way in ("full", "jliger", "means"):
+        for dtype, marker in markers.items():
+            records = [r for r in section["records"] if r["dtype"] == dtype and r["tokens"] == "unequal"]
+            # What is equal has no place on a logarithmic axis.
+            points = [(r["microbatches"], r[way]["gradient"] or math.nan) for r in records]
+            if points and (way != "means" or dtype == "float64"):
+                style = {"marker": marker, "color": ALL_COLORS[way], "fillstyle": "none" if way == "full" else "full"}
+                label = LABELS[way] if way == "means" else f"{LABELS[way]}, {dtype}"
+                axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(title="Gradients, unequal tokens", xlabel="microbatches", ylabel="distance from the whole batch's")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.legend(fontsize="x-small")
+
+
+def stability(axes: Axes, section: Record) -> None:
+    """The variance of the loss over cycles, for each seed."""
+    for way, marker in (("full", "o"), ("jliger", "x"), ("means", "+")):
+        points = [(r["seed"], r["loss_variance"]) for r in section["records"] if r["way"] == way]
+        axes.plot(*zip(*points, strict=True), marker, color=ALL_COLORS[way], label=LABELS[way], markersize=9)
+    axes.set(title="Variance of the loss over cycles", xlabel="seed", ylabel="variance", ylim=(0, None))
+    axes.legend()
+
+
+def train(axes: Axes, section: Record) -> None:
+    """How far each training's losses are from the first's."""
+    first = section["records"][0]["losses"]
+    for record in section["records"][1:]:
+        pairs = zip(record["losses"], first, strict=True)
+        apart = [abs(one - other) / other or math.nan for one, other in pairs]
+        axes.plot(range(1, len(first) + 1), apart, label=record["way"], linewidth=1)
+    axes.set(
+        title="Training: distance from full logits, whole batch", xlabel="update", ylabel="of the loss", yscale="log"
+    )
+    axes.legend(fontsize="x-small")
+
+
+def memory(axes: Axes, section: Record) -> None:
+    """XLA's temporary memory of each program."""
+    names, amounts, colors = [], [], []
+    for record in section["records"]:
+        if record["out_of_memory"]:
+            continue
+        what = [record["what"], record["dtype"], TITLES[record["head"]]]
+        what += [f"chunks of {record['chunk_size']}"] if record.get("chunk_size") else []
+        what += [f"{record['microbatches']} microbatches"] if record.get("microbatches", 1) > 1 else []
+        names.append(", ".join(what))
+        amounts.append(record["memory_bytes"]["temporary"] / GIB)
+        colors.append(COLORS[record["head"]])
+    bars = axes.barh(names[::-1], amounts[::-1], color=colors[::-1])
+    axes.bar_label(bars, fmt="%.2f", fontsize="x-small")
+    axes.tick_params(axis="y", labelsize="x-small")
+    axes.set(title="Memory beside arguments and results", xlabel="GiB")
+
+
+def long_context(axes: Axes, section: Record) -> None:
+    """Memory of whole steps against the length."""
+    for head in ("full", "jliger"):
+        records = [r for r in section["records"] if r["head"] == head and not r["out_of_memory"]]
+        points = sorted((r["length"], memory_of(r) / GIB) for r in records)
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=COLORS[head], label=TITLES[head])
+    refused = [
+        (r["length"], r["bytes_limit"] / GIB) for r in section["records"] if r["out_of_memory"] and r["bytes_limit"]
+    ]
+    if refused:
+        axes.plot(*zip(*refused, strict=True), "x", color="black", label="out of memory at this limit")
+    limits = sorted({r["limit_gb"] for r in section["records"] if r["limit_gb"] is not None})
+    for limit in limits:
+        axes.axhline(limit * 1e9 / GIB, color="gray", linestyle=":")
+        axes.annotate(
+            f"{limit:g} GB", (0.01, limit * 1e9 / GIB), xycoords=("axes fraction", "data"), fontsize="x-small"
+        )
+    axes.set(title="Whole steps on one sequence", xlabel="tokens", ylabel="GiB", ylim=(0, None))
+    axes.set_xscale("log", base=2)
+    axes.legend()
+
+
+def memory_of(record: Record) -> int:
+    """Bytes of the device at most in use; where devices don't say (CPUs), XLA's account."""
+    return record["memory_bytes"]["total"] if record["peak_bytes"] is None else record["peak_bytes"]
+
+
+PANELS = (
+    ("exactness", exactness),
+    ("stability", stability),
+    ("train", train),
+    ("memory", memory),
+    ("long_context", long_context),
+)
