@@ -29,7 +29,7 @@ class LinearAdapter(NamedTuple):
       >>> def loss(a, b):
       ...     return jliger.fused_linear_cross_entropy(hidden, kernel, labels, adapter=jliger.LinearAdapter(a, b, 0.5))
       >>> merged = jliger.fused_linear_cross_entropy(hidden, kernel + 0.5 * a @ b, labels)
-      >>> print(bool(jnp.allclose(loss(a, b), merged, rtol=1e-5)), jax.grad(loss)(a, b).shape)
+      >>> print(bool(jnp.allclose(loss(a, b), merged, rtol=1e-2)), jax.grad(loss)(a, b).shape)
       True (8, 2)
     """
 

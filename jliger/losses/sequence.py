@@ -55,7 +55,7 @@ def sequence_logprobs(
       >>> logprobs = jnp.log(jnp.array([[0.5, 0.25, 0.1], [0.1, 0.1, 0.1]]))
       >>> where = jnp.array([[True, True, False], [False, False, False]])
       >>> chosen = losses.sequence_logprobs(logprobs, where)
-      >>> print(jnp.exp(chosen.logprobs), chosen.counts)
+      >>> print(jnp.exp(chosen.logprobs).round(3), chosen.counts)
       [0.125 1.   ] [2 0]
       >>> rejected = losses.sequence_logprobs(logprobs[:, ::-1], where)
       >>> _, metrics = losses.cpo(chosen.logprobs, rejected.logprobs, where=(chosen.counts > 0) & (rejected.counts > 0))
