@@ -3,12 +3,13 @@
 import argparse
 from pathlib import Path
 
-from jliger.bench import head, logprobs, mesh, plot
+from jliger.bench import distillation, head, logprobs, mesh, plot
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m jliger.bench", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("head", "logprobs", "mesh"), default="head", help="what to measure")
+    choices = ("head", "logprobs", "distillation", "mesh")
+    parser.add_argument("what", nargs="?", choices=choices, default="head", help="what to measure")
     parser.add_argument("--out", type=Path, help="the JSON file to write; runs/bench/WHAT.json if not given")
     parser.add_argument("--rounds", type=int, default=5, help="how often each function is timed at least")
     parser.add_argument("--seconds", type=float, default=6, help="what the rounds of one shape may take beyond that")
@@ -25,6 +26,9 @@ def main() -> None:
     elif arguments.what == "logprobs":
         logprobs.run(out, effort)
         picture = plot.head_plot(out)
+    elif arguments.what == "distillation":
+        distillation.run(out, effort)
+        picture = plot.head_plot(out, floor="four products")
     else:
         head.run(out, effort, with_peers=arguments.peers, only=arguments.only)
         picture = plot.head_plot(out)

@@ -126,34 +126,27 @@ def _floors(samples: dict[str, Sample]) -> dict[str, float]:
 
 
 def _floor_records(shape: Shape, samples: dict[str, Sample]) -> list[report.Record]:
-    return [
-        {
-            "shape": str(shape),
-            "name": f"floor: {name}",
-            "milliseconds": floor * 1e3,
-            "of_floor": 1.0,
-            "floor": name,
-            "tflops": (3 if name == "three products" else 1) * shape.product_flops / floor / 1e12,
-        }
-        for name, floor in _floors(samples).items()
-    ]
+    return [report.floor(shape, name, seconds, _flops(name, shape)) for name, seconds in _floors(samples).items()]
+
+
+def _flops(floor: str, shape: Shape) -> int:
+    return (3 if floor == "three products" else 1) * shape.product_flops
 
 
 def _record(way: Way, shape: Shape, samples: dict[str, Sample], extra: int | None) -> report.Record:
-    sample, floor = samples[way.name], _floors(samples)[way.floor]
+    sample = samples[way.name]
+    speed = report.speed(
+        sample,
+        floor=way.floor,
+        floor_seconds=_floors(samples)[way.floor],
+        flops=_flops(way.floor, shape),
+        least=way.least,
+        extra=extra,
+    )
     return {
         "shape": str(shape),
         "name": way.name,
-        "milliseconds": sample.median * 1e3,
-        "least_milliseconds": sample.least * 1e3,
-        "most_milliseconds": sample.most * 1e3,
-        "rounds": sample.rounds,
-        "of_floor": floor / sample.median,
-        "floor": way.floor,
-        "floor_milliseconds": floor * 1e3,
-        "least": way.least,
+        **speed,
         "of_beside": None if way.beside is None else samples[way.beside].median / sample.median,
         "least_beside": way.least_beside,
-        "tflops": (3 if way.floor == "three products" else 1) * shape.product_flops / sample.median / 1e12,
-        "extra_mib": None if extra is None else extra / 2**20,
     }

@@ -9,10 +9,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def head_plot(path: Path) -> Path:
-    """Speed and extra memory of each way, a group a shape; written beside `path`."""
+def head_plot(path: Path, floor: str = "three products") -> Path:
+    """Speed and extra memory of each way that is held against `floor`, a group a shape; written beside `path`."""
     found = json.loads(path.read_text())
-    records = [r for r in found["records"] if not r["name"].startswith("floor") and r["floor"] == "three products"]
+    records = [r for r in found["records"] if not r["name"].startswith("floor") and r["floor"] == floor]
     shapes = list(dict.fromkeys(r["shape"] for r in records))
     common = [n for n in dict.fromkeys(r["name"] for r in records) if _is_shown(n)]
     figure, axes = plt.subplots(2, 1, figsize=(11, 7.5), sharex=True, layout="constrained")

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from jliger.bench.timing import Sample
+
 Record = dict[str, Any]
 
 
@@ -19,6 +21,45 @@ def extra_memory(compiled: jax.stages.Compiled) -> int | None:
     """Bytes that a program needs beside its arguments and results, as XLA reports them."""
     analysis = compiled.memory_analysis()
     return None if analysis is None else analysis.temp_size_in_bytes
+
+
+def speed(
+    sample: Sample, *, floor: str, floor_seconds: float, flops: float, least: float | None, extra: int | None
+) -> Record:
+    """What was measured of one way, beside the products alone.
+
+    Args:
+      sample: its times.
+      floor: which products it is compared with, in words.
+      floor_seconds: their time.
+      flops: what these products compute.
+      least: the share of their speed that it is meant to reach, or None.
+      extra: bytes of memory, or None.
+    """
+    return {
+        "milliseconds": sample.median * 1e3,
+        "least_milliseconds": sample.least * 1e3,
+        "most_milliseconds": sample.most * 1e3,
+        "rounds": sample.rounds,
+        "of_floor": floor_seconds / sample.median,
+        "floor": floor,
+        "floor_milliseconds": floor_seconds * 1e3,
+        "least": least,
+        "tflops": flops / sample.median / 1e12,
+        "extra_mib": None if extra is None else extra / 2**20,
+    }
+
+
+def floor(shape: object, name: str, seconds: float, flops: float) -> Record:
+    """Products alone, as a way of their own."""
+    return {
+        "shape": str(shape),
+        "name": f"floor: {name}",
+        "milliseconds": seconds * 1e3,
+        "of_floor": 1.0,
+        "floor": name,
+        "tflops": flops / seconds / 1e12,
+    }
 
 
 def environment() -> Record:
