@@ -100,9 +100,20 @@ def ways_table(path: Path, page: Path) -> str:
     del page
     found = json.loads(path.read_text(encoding="utf-8"))
     shapes = list(dict.fromkeys(record["shape"] for record in found["records"]))
-    shape = "(8192, 4096, 128256)" if "(8192, 4096, 128256)" in shapes else shapes[0]
+    return _ways_at("(8192, 4096, 128256)" if "(8192, 4096, 128256)" in shapes else shapes[0], found["records"])
+
+
+def shapes_table(path: Path, page: Path) -> str:
+    """Every way that was measured, at every shape."""
+    del page
+    found = json.loads(path.read_text(encoding="utf-8"))
+    shapes = dict.fromkeys(record["shape"] for record in found["records"])
+    return "\n\n".join([*(_ways_at(shape, found["records"]) for shape in shapes), environment(found)])
+
+
+def _ways_at(shape: str, records: Sequence[Record]) -> str:
     rows = []
-    for record in found["records"]:
+    for record in records:
         if record["shape"] != shape:
             continue
         is_floor = record["name"].startswith("floor: ")
@@ -200,6 +211,7 @@ def text(path: Path, page: Path) -> str:
 KINDS: dict[str, Callable[[Path, Path], str]] = {
     "main": main_table,
     "ways": ways_table,
+    "shapes": shapes_table,
     "mesh": mesh_table,
     "plot": plot,
     "train": train_table,
