@@ -13,6 +13,13 @@ from jliger import heads
 from jliger.heads_for_tests import BATCH, HIDDEN_SIZE, VOCAB, loss_of_logits, make_hidden, make_labels, randomized
 
 
+@pytest.fixture(autouse=True)
+def float32_products():
+    """On GPUs too, where those of TensorFloat-32 would be further off than what is allowed here."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 @pytest.mark.parametrize(
     ("equation", "layout"),
     [

@@ -34,6 +34,13 @@ LAYERS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def float32_products():
+    """On GPUs too, where those of TensorFloat-32 would be further off than what is allowed here."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def logits_of(module, hidden):
     return module.attend(hidden) if isinstance(module, nn.Embed) else module(hidden)
 

@@ -30,11 +30,11 @@ from jliger.oracle_for_tests import (
 SIZES = (HIDDEN_SIZE, VOCAB)
 
 
-class ScaledEmbed(nnx.Embed):
-    """As in flax's gemma example: a lookup of its own, and `attend` as it is."""
-
-    def __call__(self, inputs, out_sharding=None):
-        return super().__call__(inputs, out_sharding) * np.sqrt(self.features)
+@pytest.fixture(autouse=True)
+def float32_products():
+    """On GPUs too, where those of TensorFloat-32 would be further off than what is allowed here."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def lora(base):
@@ -44,15 +44,11 @@ def lora(base):
 RNGS = nnx.Rngs(0)
 LAYERS = {
     "Linear": lambda: nnx.Linear(*SIZES, rngs=RNGS),
-    "Linear without a bias": lambda: nnx.Linear(*SIZES, use_bias=False, precision="highest", rngs=RNGS),
     "LinearGeneral": lambda: nnx.LinearGeneral(*SIZES, rngs=RNGS),
-    "Einsum": lambda: nnx.Einsum("...d,dv->...v", SIZES, rngs=RNGS),
     "Einsum with a bias": lambda: nnx.Einsum("BTD,DV->BTV", SIZES, (VOCAB,), rngs=RNGS),
     "Einsum [V, H]": lambda: nnx.Einsum("b t d, v d -> b t v", SIZES[::-1], (VOCAB,), rngs=RNGS),
     "Embed": lambda: nnx.Embed(VOCAB, HIDDEN_SIZE, rngs=RNGS),
-    "ScaledEmbed": lambda: ScaledEmbed(VOCAB, HIDDEN_SIZE, rngs=RNGS),
     "LoRALinear": lambda: nnx.LoRALinear(*SIZES, lora_rank=2, rngs=RNGS),
-    "LoRA of Linear": lambda: lora(nnx.Linear(*SIZES, rngs=RNGS)),
     "LoRA of Einsum": lambda: lora(nnx.Einsum("...d,vd->...v", SIZES[::-1], rngs=RNGS)),
     "LMHead": lambda: jliger.nnx.LMHead(*SIZES, rngs=RNGS),
     "TiedLMHead": lambda: jliger.nnx.LMHead.tied(nnx.Embed(VOCAB, HIDDEN_SIZE, rngs=RNGS)),
@@ -103,7 +99,7 @@ def test_layers_of_flax(name, implementation):
     assert_as_its_logits(module, loss, make_hidden(), unfused_loss)
 
 
-@pytest.mark.parametrize("name", ["Einsum [V, H]", "LoRALinear", "LMHead", "TiedLMHead"])
+@pytest.mark.parametrize("name", ["LoRALinear", "TiedLMHead"])
 def test_logprobs_of_layers_of_flax(name, implementation):
     module = LAYERS[name]()
     nnx.update(module, randomized(nnx.state(module)))
@@ -134,10 +130,8 @@ def test_logprobs_of_layers_of_flax(name, implementation):
         ("LMHead", None, "float32", "float32"),
         ("LMHead", None, "float32", "bfloat16"),
         ("LMHead", None, "bfloat16", "float32"),
-        ("LMHead", None, "bfloat16", "bfloat16"),
         ("LMHead", "bfloat16", "float32", "float32"),
         ("LMHead", "float32", "bfloat16", "bfloat16"),
-        ("Embed", None, "bfloat16", "float32"),
         ("Embed", "bfloat16", "float32", "float32"),
     ],
 )
@@ -271,7 +265,7 @@ def test_a_tied_head_that_is_kept_shares_its_parameter():
 # ---- LoRA ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["LoRALinear", "LoRA of Linear"])
+@pytest.mark.parametrize("name", ["LoRALinear", "LoRA of Einsum"])
 def test_kernels_of_a_lora_are_never_merged(name):
     module = LAYERS[name]()
     graphdef, adapter, rest = nnx.split(module, nnx.LoRAParam, ...)
