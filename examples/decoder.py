@@ -73,6 +73,8 @@ def mlp(weights: Tree, x: jax.Array, pieces: int) -> jax.Array:
     def of_piece(x: jax.Array) -> jax.Array:
         return (jax.nn.silu(x @ weights["gate"]) * (x @ weights["up"])) @ weights["down"]
 
+    if pieces == 1:
+        return of_piece(x)
     batch, length, size = x.shape
     split = x.reshape(batch, pieces, length // pieces, size).swapaxes(0, 1)
     return jax.lax.map(jax.checkpoint(of_piece, prevent_cse=False), split).swapaxes(0, 1).reshape(x.shape)

@@ -1,0 +1,216 @@
+"""examples/gradient_accumulation.py at sizes where each study takes seconds, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("tokenizers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# Several commands in one process: JAX is imported once.
+SEVERAL = """
+import json, sys
+import gradient_accumulation
+for arguments in json.loads(sys.argv[1]):
+    gradient_accumulation.main(arguments)
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """The results file after all commands, and what was printed."""
+    folder = tmp_path_factory.mktemp("accumulation")
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for path in sorted(Path(os.__file__).parent.glob("[a-f]*.py"))[:24]:
+        (corpus / path.name).write_bytes(path.read_bytes()[:4000])
+    small = "--vocab-size 512 --rows 8 --length 16 --no-progress"
+    commands = [
+        f"exactness {small} --dtypes float64 --microbatches 4",
+        f"stability {small} --seeds 2 --cycles 3 --microbatches 4",
+        f"train {small} --microbatches 4 --steps 10 --corpus {corpus} --cache-dir {folder}",
+        "memory --tokens 512 --vocab 2048 --chunk-sizes 128 --length 64 --microbatches 1 4 --rows 4",
+        "long-context --runs jliger:64 full:64 --timed-steps 1",
+    ]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    environment = {
+        **kept,
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)]),
+        # Compiling is most of the time, and what is compared here doesn't depend on it.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    arguments = [[*command.split(), "--out", str(folder / "results.json")] for command in commands]
+    ended = subprocess.run(
+        [sys.executable, "-c", SEVERAL, json.dumps(arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / "results.json").read_text()), ended.stdout
+
+
+def records(found, section):
+    return found[0][section]["records"]
+
+
+def test_each_section_says_how_it_was_found(found):
+    assert list(found[0]) == ["exactness", "stability", "train", "memory", "long_context"]
+    for name, section in found[0].items():
+        assert section["environment"]["command"].startswith(
+            f"python examples/gradient_accumulation.py {name.replace('_', '-')} "
+        )
+        assert section["environment"]["versions"]["jax"]
+    assert found[1].count("written: ") == 5
+
+
+def test_float64_is_exact_and_the_mean_of_means_is_not(found):
+    for record in records(found, "exactness"):
+        for way in ("full", "jliger"):
+            assert record[way]["loss"] < 1e-14
+            assert record[way]["gradient"] < 1e-14
+        assert (record["means"]["gradient"] > 0.01) == (record["tokens"] == "unequal")
+    assert len(records(found, "exactness")) == 2
+
+
+def test_both_heads_vary_alike_and_repeat_to_the_bit(found):
+    by_way = {(record["seed"], record["way"]): record for record in records(found, "stability")}
+    assert len(by_way) == 6
+    for seed in range(2):
+        full, fused, means = (by_way[seed, way] for way in ("full", "jliger", "means"))
+        for name in ("loss_mean", "loss_variance", "gradient_variance"):
+            assert fused[name] == pytest.approx(full[name], rel=1e-4)
+        assert fused["repeat_difference"] == full["repeat_difference"] == 0
+        assert fused["largest_gradient_difference"] < 1e-5
+        assert means["largest_gradient_difference"] > 0.01
+
+
+def test_five_trainings_are_one_and_the_sixth_is_not(found):
+    first, *others = records(found, "train")
+    assert first["losses"][-1] < first["losses"][0] - 0.2
+    assert first["tokens_per_row"]["least"] < first["tokens_per_row"]["most"]
+    *same, means = others
+    for record in same:
+        assert record["losses"] == pytest.approx(first["losses"], rel=1e-5), record["way"]
+        assert record["heldout_loss"] == pytest.approx(first["heldout_loss"], rel=1e-5), record["way"]
+    assert len(same) == 4
+    assert means["losses"] != pytest.approx(first["losses"], rel=1e-4)
+
+
+def test_memory_of_the_loss_and_of_steps(found):
+    found_records = records(found, "memory")
+    temporary = {
+        (r["what"], r["dtype"], r["head"], r.get("chunk_size"), r.get("microbatches")): r["memory_bytes"]["temporary"]
+        for r in found_records
+    }
+    assert len(temporary) == len(found_records) == 2 + 4 + 2 * 2
+    assert temporary["loss", "float32", "jliger", 128, None] < temporary["loss", "float32", "full", None, None] / 2
+    for head in ("full", "jliger"):
+        assert temporary["step", "float32", head, None, 4] < temporary["step", "float32", head, None, 1]
+    # A CPU keeps no account of its memory.
+    assert all(record["peak_bytes"] is None for record in found_records)
+
+
+def test_long_sequences(found):
+    found_records = records(found, "long_context")
+    assert [(record["head"], record["length"]) for record in found_records] == [("jliger", 64), ("full", 64)]
+    for record in found_records:
+        assert record["tokens_per_second"] == pytest.approx(1e3 * record["length"] / record["milliseconds"])
+        assert record["losses"][-1] < record["losses"][0]
+    # The same model on the same text.
+    assert found_records[0]["losses"] == pytest.approx(found_records[1]["losses"], rel=1e-5)
+
+
+# ---- without running anything ----------------------------------------------------------------------------------
+
+
+def import_example(name: str) -> ModuleType:
+    """An example as a module; its helpers lie beside it."""
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        return __import__(name)
+    finally:
+        sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    return import_example("gradient_accumulation")
+
+
+def test_runs_are_parsed(program):
+    assert program.parse_run("jliger@24:16384,65536") == ("jliger", 24.0, [16384, 65536])
+    assert program.parse_run("full:128") == ("full", None, [128])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("long-context --runs full", "write HEAD:LENGTHS or HEAD@GB:LENGTHS"),
+        ("long-context --runs half:12", "write HEAD:LENGTHS or HEAD@GB:LENGTHS"),
+        ("long-context --runs full:0", "write HEAD:LENGTHS or HEAD@GB:LENGTHS"),
+        ("train --rows 16 --microbatches 5", "--microbatches 5 doesn't divide --rows 16"),
+        ("exactness --rows 16 --microbatches 1 3", "--microbatches 3 doesn't divide --rows 16"),
+        ("stability --cycles 1", "--cycles 1: a variance needs 2 or more"),
+        ("", "the following arguments are required: COMMAND"),
+    ],
+)
+def test_bad_arguments(program, capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        program.main(arguments.split())
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_limit_is_a_fraction_of_the_gpus_memory(program, monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setattr(program, "_gpu_mebibytes", lambda: 100_000.0)
+    assert program.variables_for(None)["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.95"
+    fraction = float(program.variables_for(24.0)["XLA_PYTHON_CLIENT_MEM_FRACTION"])
+    assert fraction * 100_000 * 2**20 == pytest.approx(24e9, rel=1e-4)
+    monkeypatch.setattr(program, "_gpu_mebibytes", lambda: None)
+    with pytest.raises(SystemExit, match="a memory limit is for GPUs"):
+        program.variables_for(24.0)
+
+
+def test_out_of_memory_is_a_record(tmp_path, monkeypatch):
+    measuring = import_example("accumulation_memory")
+
+    def refuse(args, compiled, run):
+        raise measuring.DeviceMemoryError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    monkeypatch.setattr(measuring, "measured", refuse)
+    out = tmp_path / "records.json"
+    options = ["--head", "jliger", "--what", "loss", "--tokens", "8", "--vocab", "64", "--chunk-sizes", "4"]
+    measuring.main([*options, "--out", str(out)])
+    (record,) = json.loads(out.read_text())["records"]
+    assert record["out_of_memory"] is True
+    assert "RESOURCE_EXHAUSTED" in record["reason"]
+
+
+def test_a_limit_that_is_not_kept_is_refused(tmp_path, monkeypatch):
+    measuring = import_example("accumulation_memory")
+    monkeypatch.setattr(measuring, "device_memory", lambda figure: 30 * 10**9)
+    with pytest.raises(SystemExit, match="--limit 24 GB, and JAX may use 30000000000 bytes"):
+        measuring.main(["--head", "full", "--limit", "24", "--out", str(tmp_path / "records.json")])
+
+
+def test_a_program_that_needs_more_than_there_is_does_not_run(monkeypatch):
+    measuring = import_example("accumulation_memory")
+    monkeypatch.setattr(measuring, "device_memory", lambda figure: 1)
+    args = measuring.parse_args(["--head", "full", "--what", "loss", "--tokens", "8", "--vocab", "64", "--out", "x"])
+    (_, measure), _ = measuring.loss_tasks(args)
+    with pytest.raises(measuring.DeviceMemoryError, match=r"needs \d+ bytes of 1"):
+        measure()
