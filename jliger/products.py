@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jliger.config import HeadConfig
@@ -44,10 +45,13 @@ def kernel_grad_product(
 def _dot(
     config: HeadConfig, left: Any, right: Any, left_dim: int, right_dim: int, dtype: jax.typing.DTypeLike
 ) -> Array:
+    # GPU libraries do not multiply numbers of 16 bits into such of another kind.
+    kinds = {left.dtype, jnp.dtype(dtype)}
+    through_float32 = len(kinds) == 2 and all(kind.itemsize == 2 for kind in kinds)
     return jax.lax.dot_general(
         left,
         right,
         (((left_dim,), (right_dim,)), ((), ())),
         precision=config.precision,
-        preferred_element_type=dtype,
-    )
+        preferred_element_type=jnp.float32 if through_float32 else dtype,
+    ).astype(dtype)

@@ -29,7 +29,7 @@ def recompute_tile(config: HeadConfig, num_tokens: int, vocab: int) -> tuple[int
     """
     on_gpu = config.implementation == "triton"
     chunk = even_chunk(num_tokens, config.chunk_size or (8192 if on_gpu else 1024))
-    most = max(1024, floor_power_of_two((2**26 if on_gpu else 2**21) // chunk) * 3 // 4)
+    most = max(1024, floor_power_of_two((2**26 if on_gpu else 2**21) // chunk) * 11 // 16)
     num_blocks = -(-vocab // most)
     return chunk, min(vocab, round_up(-(-vocab // num_blocks), 128))
 
