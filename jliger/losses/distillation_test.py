@@ -18,14 +18,14 @@ BETAS = [0.0, 0.1, 0.5, 1.0]
 
 OPTIONS = {
     "beta": BETAS,
-    "temperature": [1.0, 0.5, 3.0],
+    "temperature": [1.0, 3.0],
     "hard_weight": [0.0, 0.3],
-    "dtypes": [dtypes for dtypes in DTYPES if not INTERPRETED or "bfloat16" not in dtypes],
-    "biases": [(False, False), (True, False), (True, True)],
+    "dtypes": DTYPES[::5] if INTERPRETED else [DTYPES[0], *DTYPES[2:5]],
+    "biases": [(False, False), (True, True)],
     "where": [None, "some"],
     "weights": [False, True],
     "reduction": ["mean", "sum"],
-    "kernel_layouts": [("hv", "hv"), ("vh", "hv"), ("hv", "vh")],
+    "kernel_layouts": [("vh", "hv"), ("hv", "vh")],
     "logit_scales": [(1.0, 1.0), (0.5, -2.0)],
     "logit_softcaps": [(None, None), (2.0, None), (2.0, 5.0)],
     "chunk_size": [None, 8],
@@ -48,7 +48,7 @@ def test_an_adapter_of_the_student(kernel_layout, implementation):
     check(problem, implementation)
 
 
-LARGE = {"beta": BETAS, "scale": [30, 1000], "dtypes": [DTYPES[0], DTYPES[2], DTYPES[4]]}
+LARGE = {"beta": BETAS, "scale": [30, 1000], "dtypes": DTYPES[1::2]}
 
 
 @pytest.mark.parametrize("options", every_pair(LARGE), ids=itertools.count())
