@@ -57,6 +57,7 @@ def make_problem(
     vocab: int = 11,
     dtypes: tuple[str, str, str, str] = DTYPES[0],
     scale: float = 1.0,
+    coarse: bool = False,
     biases: tuple[bool, bool] = (False, False),
     adapter: bool = False,
     where: str | None = None,
@@ -69,14 +70,22 @@ def make_problem(
     logit_softcaps: tuple[float | None, float | None] = (None, None),
     **options: Any,
 ) -> Problem:
-    """Random models whose logits have a deviation of `scale`; what is a pair is the student's and the teacher's."""
+    """Random models whose logits have a deviation of `scale`; what is a pair is the student's and the teacher's.
+
+    Values are of few bits if `coarse`, with a `scale` that is a power of two: products are exact then, in whichever
+    order they are summed, and all round them alike. Where one unit of a logit in low precision is a factor of e⁴ in a
+    probability, there is nothing else to compare.
+    """
     if INTERPRETED and "bfloat16" in dtypes:
         pytest.skip("Triton's interpreter truncates where it should round to bfloat16")
     random = np.random.default_rng(seed)
 
     def model(size: int, dtype: str, kernel_dtype: str, layout: str) -> tuple[Any, Any]:
         kernel = random.normal(size=(size, vocab)) / np.sqrt(size)
-        hidden = jnp.asarray(random.normal(size=(*batch, size)) * scale, dtype)
+        hidden = random.normal(size=(*batch, size))
+        if coarse:
+            hidden, kernel = np.round(hidden * 16) / 16, np.round(kernel * 64) / 64
+        hidden = jnp.asarray(hidden * scale, dtype)
         return hidden, jnp.asarray(kernel if layout == "hv" else kernel.T, kernel_dtype)
 
     student = model(hidden_sizes[0], *dtypes[:2], kernel_layouts[0])

@@ -16,6 +16,13 @@ from jliger.oracle_for_tests import INTERPRETED, equations, every_pair
 
 BETAS = [0.0, 0.1, 0.5, 1.0]
 
+
+def assert_close(found, expected):
+    """What two programs find of the same: equal up to a few float32 roundings of terms of about 1."""
+    little = 8 * np.finfo(np.float32).eps * max(np.abs(np.asarray(expected)).max(), 1)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=little)
+
+
 OPTIONS = {
     "beta": BETAS,
     "temperature": [1.0, 3.0],
@@ -48,12 +55,12 @@ def test_an_adapter_of_the_student(kernel_layout, implementation):
     check(problem, implementation)
 
 
-LARGE = {"beta": BETAS, "scale": [30, 1000], "dtypes": DTYPES[1::2]}
+LARGE = {"beta": BETAS, "scale": [32.0, 1024.0], "dtypes": DTYPES[1::2]}
 
 
 @pytest.mark.parametrize("options", every_pair(LARGE), ids=itertools.count())
 def test_large_logits(options, implementation):
-    check(make_problem(1, precision="highest", **options), implementation, str(options))
+    check(make_problem(1, coarse=True, precision="highest", **options), implementation, str(options))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +139,7 @@ def test_labels_without_a_hard_part_say_what_counts(implementation):
     labels = problem.options["labels"]
     masked = problem.replace(labels=None, where=labels != -100)
     for name, value in fused(masked, implementation).items():
-        np.testing.assert_array_equal(found[name], value)
+        assert_close(found[name], value)
     # Which label it is does not matter, not even whether it is a column.
     other = fused(problem.replace(labels=jnp.where(labels == -100, -100, 10**6)), implementation)
     np.testing.assert_array_equal(found["loss"], other["loss"])
@@ -265,7 +272,7 @@ def test_kl_is_jsd_at_the_ends(direction, implementation):
         *problem.inputs.values(), *problem.teacher, direction=direction, implementation=implementation
     )
     found = fused(problem.replace(beta={"forward": 0.0, "reverse": 1.0}[direction]), implementation)
-    np.testing.assert_array_equal(kl, found["loss"])
+    assert_close(kl, found["loss"])
     reference = jliger.reference.fused_linear_kl(*problem.inputs.values(), *problem.teacher, direction=direction)
     np.testing.assert_allclose(kl, reference, rtol=1e-5)
 
@@ -298,7 +305,7 @@ def test_nothing_is_computed_that_is_not_asked_for(implementation):
             return loss({**problem.inputs, **wanted})
 
         for name, grad in jax.grad(partial)(wanted).items():
-            np.testing.assert_array_equal(grad, expected[name])
+            assert_close(grad, expected[name])
         assert num_products(jax.grad(partial), wanted) == 2 + len({"student_hidden", "student_kernel"} & {*names})
 
 
@@ -318,7 +325,7 @@ def test_the_teacher_has_no_gradient(implementation):
             {"student_hidden": hidden, "student_kernel": kernel}, (hidden + 1, problem.inputs["student_kernel"])
         )
 
-    np.testing.assert_array_equal(jax.grad(with_itself)(kernel), jax.grad(with_another)(kernel))
+    assert_close(jax.grad(with_itself)(kernel), jax.grad(with_another)(kernel))
     assert num_products(jax.grad(loss, 1), problem.inputs, problem.teacher) == 2
 
 
@@ -339,13 +346,11 @@ def test_weights_of_both_parts_may_be_traced(implementation):
         return loss_of(problem.replace(hard_weight=hard_weight, soft_weight=soft_weight), implementation)(inputs)
 
     weights = jnp.float32(0.25), jnp.float32(0.75)
-    np.testing.assert_allclose(traced(problem.inputs, *weights), loss(problem.inputs), rtol=1e-6)
+    assert_close(traced(problem.inputs, *weights), loss(problem.inputs))
     # They carry no gradient, and one of 0 takes nothing away.
     assert not any(map(np.any, jax.grad(traced, (1, 2))(problem.inputs, *weights)))
-    np.testing.assert_allclose(
-        traced(problem.inputs, 0.0, 1.0), loss_of(problem.replace(hard_weight=0.0), implementation)(problem.inputs),
-        rtol=1e-6,
-    )  # fmt: skip
+    without = loss_of(problem.replace(hard_weight=0.0), implementation)
+    assert_close(traced(problem.inputs, 0.0, 1.0), without(problem.inputs))
 
 
 def test_inside_checkpoint_and_scan(implementation):
