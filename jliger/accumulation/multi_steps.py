@@ -1,17 +1,19 @@
 """An optimizer that is called with the parts of a batch, one after the other."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.accumulation.devices import zeros_of_type
 from jliger.accumulation.weights import divisor
 from jliger.chunks import accumulator_dtype
+
+if TYPE_CHECKING:
+    import optax
 
 
 class WeightedMultiStepsState(NamedTuple):
@@ -38,8 +40,8 @@ class WeightedMultiStepsState(NamedTuple):
 
 
 def weighted_multi_steps(
-    optimizer: optax.GradientTransformation, every_k_schedule: int | Callable[[Int[Array, ""]], Any]
-) -> optax.GradientTransformationExtraArgs:
+    optimizer: "optax.GradientTransformation", every_k_schedule: int | Callable[[Int[Array, ""]], Any]
+) -> "optax.GradientTransformationExtraArgs":
     r"""`optax.MultiSteps`, in which each call's gradients count by their weight.
 
     Of k calls the last updates the parameters, by what `optimizer` makes of
@@ -80,6 +82,8 @@ def weighted_multi_steps(
       [0.] False
       [-2.] True
     """
+    import optax  # here, so that `import jliger` does not take its time
+
     inner = optax.with_extra_args_support(optimizer)
     if not callable(every_k_schedule):
         if isinstance(every_k_schedule, bool) or not isinstance(every_k_schedule, int | np.integer):
