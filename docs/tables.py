@@ -12,30 +12,18 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from accumulation_tables import ACCUMULATION_KINDS
+from cells import NOTHING, markdown, mib, percent
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table: (\S+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MIB = 2**20
-NOTHING = "–"
 
 Record = dict[str, Any]
-
-
-def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table whose columns after the first `left` are aligned to the right."""
-    rules = ["---" if i < left else "---:" for i in range(len(headings))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rules, *rows))
-
-
-def percent(share: float | None) -> str:
-    return NOTHING if share is None else f"{100 * share:.1f} %"
-
-
-def mib(amount: float | None) -> str:
-    return NOTHING if amount is None else f"{amount:,.0f}"
 
 
 def aim(record: Record) -> tuple[str, str]:
@@ -216,6 +204,7 @@ KINDS: dict[str, Callable[[Path, Path], str]] = {
     "plot": plot,
     "train": train_table,
     "text": text,
+    **ACCUMULATION_KINDS,
 }
 
 # ---- pages -----------------------------------------------------------------------------------------------------

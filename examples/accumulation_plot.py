@@ -31,17 +31,19 @@ def exactness(axes: Axes, section: Record) -> None:
     markers = {"float64": "o", "float32": "s", "bfloat16": "^"}
     for way in ("full", "jliger", "means"):
         for dtype, marker in markers.items():
-            records = [r for r in section["records"] if r["dtype"] == dtype and r["tokens"] == "unequal"]
+            records = [r for r in section["records"] if r["dtype"] == dtype and r["tokens"] == "unequal" and way in r]
             # What is equal has no place on a logarithmic axis.
             points = [(r["microbatches"], r[way]["gradient"] or math.nan) for r in records]
-            if points and (way != "means" or dtype == "float64"):
-                style = {"marker": marker, "color": ALL_COLORS[way], "fillstyle": "none" if way == "full" else "full"}
+            if points:
+                style = {"marker": marker, "color": ALL_COLORS[way]}
+                # Below the other head's, which they coincide with.
+                style |= {"markersize": 11, "fillstyle": "none", "linewidth": 4, "alpha": 0.6} if way == "full" else {}
                 label = LABELS[way] if way == "means" else f"{LABELS[way]}, {dtype}"
                 axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set(title="Gradients, unequal tokens", xlabel="microbatches", ylabel="distance from the whole batch's")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.legend(fontsize="x-small")
+    axes.legend(fontsize="x-small", loc="lower center", bbox_to_anchor=(0.5, 0.2))
 
 
 def stability(axes: Axes, section: Record) -> None:
@@ -50,6 +52,7 @@ def stability(axes: Axes, section: Record) -> None:
         points = [(r["seed"], r["loss_variance"]) for r in section["records"] if r["way"] == way]
         axes.plot(*zip(*points, strict=True), marker, color=ALL_COLORS[way], label=LABELS[way], markersize=9)
     axes.set(title="Variance of the loss over cycles", xlabel="seed", ylabel="variance", ylim=(0, None))
+    axes.set_xticks(sorted({record["seed"] for record in section["records"]}))
     axes.legend()
 
 
@@ -79,7 +82,8 @@ def memory(axes: Axes, section: Record) -> None:
         amounts.append(record["memory_bytes"]["temporary"] / GIB)
         colors.append(COLORS[record["head"]])
     bars = axes.barh(names[::-1], amounts[::-1], color=colors[::-1])
-    axes.bar_label(bars, fmt="%.2f", fontsize="x-small")
+    axes.bar_label(bars, fmt="%.2f", fontsize="x-small", padding=2)
+    axes.margins(x=0.15)
     axes.tick_params(axis="y", labelsize="x-small")
     axes.set(title="Memory beside arguments and results", xlabel="GiB")
 

@@ -195,7 +195,8 @@ def table_of(name: str, section: Record) -> str:
 def _exactness(section: Record) -> list[list[str]]:
     rows = [["dtype", "tokens", "microbatches", *(f"{way}: {what}" for way in WAYS for what in ("loss", "gradient"))]]
     for record in section["records"]:
-        figures = [f"{record[way][what]:.1e}" for way in WAYS for what in ("loss", "gradient")]
+        found = [record.get(way) for way in WAYS]
+        figures = [f"{each[what]:.1e}" if each else "-" for each in found for what in ("loss", "gradient")]
         rows.append([record["dtype"], record["tokens"], str(record["microbatches"]), *figures])
     return rows
 
