@@ -116,7 +116,7 @@ def test_every_pair_of_options(row, implementation):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
-@pytest.mark.parametrize("scale", [1, 30, 1000])
+@pytest.mark.parametrize("scale", [30, 1000])
 def test_activation_scales(scale, dtypes, implementation):
     precision = "highest" if dtypes[0] == "float32" else None
     problem = make(

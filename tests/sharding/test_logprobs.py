@@ -35,10 +35,15 @@ def run(function, inputs, labels, where, cotangents, **options):
     return found, pull_back(list(cotangents))[0]
 
 
-@pytest.mark.parametrize("place", pick(list(PLACES), on_gpus=["fsdp-h", "dp+tp"], interpreted=["fsdp-h+tp"]))
+CASES = [
+    *((place, False) for place in pick(list(PLACES), on_gpus=["fsdp-h", "dp+tp"], interpreted=["fsdp-h+tp"])),
+    *((place, True) for place in pick(["dp+sp", "fsdp-v+tp"], on_gpus=["dp+tp"], interpreted=["dp+tp"])),
+]
+
+
+@pytest.mark.parametrize(("place", "keep_logits"), CASES)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("keep_logits", [False, True])
-def test_equal_to_those_of_one_device(keep_logits, mode, place):
+def test_equal_to_those_of_one_device(mode, place, keep_logits):
     inputs, labels, where, cotangents = arrays()
     with jax.enable_x64(True):
         expected = run(
