@@ -205,13 +205,14 @@ class Layout(NamedTuple):
         return jax.tree.map(placed, tree)
 
 
-def device_keys(axes: Axes, tree: Tree) -> Tree:
-    """For each device keys of its own, in place of those that all of them have; other arrays as they are."""
+def device_keys(axes: Axes, keys: Tree) -> Tree:
+    """For each device keys of its own, in place of those that all of them have."""
+    return jax.tree.map(lambda key: jax.random.fold_in(key, jax.lax.axis_index(axes)), keys)
 
-    def own(leaf: Array) -> Array:
-        return jax.random.fold_in(leaf, jax.lax.axis_index(axes)) if is_key(leaf) else leaf
 
-    return jax.tree.map(own, tree) if axes else tree
+def device_state(axes: Axes, state: list[Array]) -> list[Array]:
+    """State in which keys are each device's own."""
+    return [device_keys(axes, leaf) if is_key(leaf) else leaf for leaf in state]
 
 
 def is_key(leaf: Any) -> bool:

@@ -192,8 +192,9 @@ def _on_mesh(plan: _Plan, call: Call, operands: Operands) -> tuple[AccumulatedLo
     check_rows(operands.batch, plan.num_microbatches, layout.shares)
 
     def share(operands: Operands) -> tuple[AccumulatedLoss, Tree, State]:
-        keys, state = (devices.device_keys(plan.axes, tree) for tree in (operands.keys, operands.state))
-        own = operands._replace(keys=keys, state=state)
+        own = operands._replace(
+            keys=devices.device_keys(plan.axes, operands.keys), state=devices.device_state(plan.axes, operands.state)
+        )
         loss, gradients, written = _accumulate(plan, call, layout.devices(), own)
         return loss, gradients, devices.shared_state(plan.axes, operands.state, written)
 

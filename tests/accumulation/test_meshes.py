@@ -239,15 +239,16 @@ def test_devices_have_keys_of_their_own():
     mesh = make_mesh("auto", (8, 1))
     rows = jax.device_put(jnp.ones((ROWS,)), NamedSharding(mesh, P("data")))
 
-    def sums(param, rows, key):
-        return jnp.sum(param * rows), rows.size, jax.random.bits(key, rows.shape)
+    def sums(param, rows, keys):
+        return jnp.sum(param * rows), rows.size, jax.tree.map(lambda key: jax.random.bits(key, rows.shape), keys)
 
     step = jax.jit(
         jliger.accumulate_gradients(sums, COUNT, key_argnums=2, aux_reduction="concatenate", batch_axes="data")
     )
     with jax.set_mesh(mesh):
-        found, _ = step(1.0, rows, jax.random.key(0))
-    assert len(set(np.asarray(found.aux).tolist())) == ROWS
+        found, _ = step(1.0, rows, {"typed": jax.random.key(0), "raw": jax.random.PRNGKey(1)})
+    for drawn in found.aux.values():
+        assert len(set(np.asarray(drawn).tolist())) == ROWS
 
 
 class Model(nnx.Module):
