@@ -83,3 +83,13 @@ class LanguageModel(nnx.Module):
         if self.head is None:
             return self.embedding.embedding[...].astype(self.dtype), "vh"
         return self.head.kernel[...].astype(self.dtype), "hv"
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states `[..., H]` to float32 logits `[..., V]`, all of them in memory."""
+        kernel, layout = self.last_layer()
+        logits = jnp.einsum("...h,hv->...v" if layout == "hv" else "...h,vh->...v", hidden, kernel)
+        return logits.astype(jnp.float32)
+
+    def full_logits(self, tokens: jax.Array) -> jax.Array:
+        """`[B, T]` tokens to float32 logits `[B, T, V]`."""
+        return self.logits(self(tokens))

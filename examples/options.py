@@ -1,12 +1,13 @@
 """Command-line options that the examples of training a small language model share, a group of them a function."""
 
 import argparse
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from corpus import SMALLEST_VOCAB
+from corpus import SMALLEST_VOCAB, Corpus, load_corpus
 from language_model import DTYPES
 from runs import positive
 
@@ -27,6 +28,26 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> Any:
     return group
 
 
+def corpus_of(args: argparse.Namespace) -> Corpus:
+    """The corpus that the options ask for; prints how much there is of it."""
+    began = time.perf_counter()
+    corpus = load_corpus(
+        args.corpus,
+        vocab_size=args.vocab_size,
+        max_bytes=args.max_bytes,
+        heldout_fraction=args.heldout_fraction,
+        cache_dir=args.cache_dir,
+    )
+    print(
+        f"corpus: {corpus.documents} files, {corpus.size / 1e6:.1f} MB, {len(corpus.train)} tokens to train "
+        f"on, {len(corpus.heldout)} held out, vocabulary {corpus.vocab_size} "
+        f"({time.perf_counter() - began:.1f} s)"
+    )
+    if corpus.vocab_size < args.vocab_size:
+        print(f"the corpus has too few distinct pairs for --vocab-size {args.vocab_size}")
+    return corpus
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> Any:
     """Adds what a `language_model.ModelConfig` has beside the vocabulary."""
     group = parser.add_argument_group("model")
@@ -39,21 +60,28 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
     return group
 
 
-def add_training_options(parser: argparse.ArgumentParser, heads: Sequence[str]) -> Any:
+def add_training_options(parser: argparse.ArgumentParser, heads: Sequence[str], chunk_size: int | None = None) -> Any:
     """Adds the head to train with and what a `training.TrainingConfig` has."""
     group = parser.add_argument_group("training")
+    add_head_options(group, heads, chunk_size)
     add = group.add_argument
-    add("--head", choices=["both", *heads], default="both", help="last layer and loss to train with (%(default)s)")
-    add("--implementation", choices=["triton", "xla"], help="jliger's backend (default: what fits the device)")
-    add("--chunk-size", type=COUNT, metavar="N", help="tokens per chunk of jliger (default: what fits the device)")
     add("--steps", type=COUNT, default=100, metavar="N", help="optimizer steps (%(default)s)")
     add("--batch-size", type=COUNT, default=8, metavar="N", help="sequences per step (%(default)s)")
     add("--length", type=COUNT, default=128, metavar="N", help="tokens per sequence (%(default)s)")
     add("--learning-rate", type=NUMBER, default=3e-3, metavar="X", help="the highest, after warmup (%(default)s)")
     add("--warmup-steps", type=COUNT_OR_ZERO, default=10, metavar="N", help="steps up to it (%(default)s)")
     add("--weight-decay", type=NUMBER_OR_ZERO, default=0.1, metavar="X", help="of AdamW (%(default)s)")
-    add("--seed", type=COUNT_OR_ZERO, default=0, metavar="N", help="of parameters and data order (%(default)s)")
     return group
+
+
+def add_head_options(group: Any, heads: Sequence[str], chunk_size: int | None = None) -> None:
+    """Adds the head to train with, what jliger's has, and the seed under which all heads have one curve."""
+    chunk = "default: what fits the device" if chunk_size is None else chunk_size
+    add = group.add_argument
+    add("--head", choices=["both", *heads], default="both", help="last layer and loss to train with (%(default)s)")
+    add("--implementation", choices=["triton", "xla"], help="jliger's backend (default: what fits the device)")
+    add("--chunk-size", type=COUNT, default=chunk_size, metavar="N", help=f"tokens per chunk of jliger ({chunk})")
+    add("--seed", type=COUNT_OR_ZERO, default=0, metavar="N", help="of parameters and data order (%(default)s)")
 
 
 def add_run_options(parser: argparse.ArgumentParser, out: Path) -> Any:
@@ -81,6 +109,11 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     check_size(parser, args.hidden_size, args.heads)
     if args.warmup_steps >= args.steps:
         parser.error(f"--warmup-steps {args.warmup_steps} must be below --steps {args.steps}")
+    check_head_options(parser, args)
+
+
+def check_head_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program with a message where there is no such seed, or no device for the backend."""
     if args.seed >= 2**31:
         parser.error(f"--seed {args.seed}: must be below 2**31")
     if args.implementation == "triton" and jax.default_backend() != "gpu":

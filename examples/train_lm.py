@@ -8,7 +8,6 @@ step doesn't. docs/train_lm.md has the options and says what a run leaves behind
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,8 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from checkpoints import CheckpointError
-from corpus import Batches, CorpusError, heldout_batches, load_corpus
+from corpus import Batches, heldout_batches
 from language_model import LanguageModel, ModelConfig
 from options import (
     COUNT,
@@ -29,10 +27,11 @@ from options import (
     add_run_options,
     add_training_options,
     check_options,
+    corpus_of,
 )
 from reporting import curve_table, plot, read_metrics, summarize, summary_table, verdict, write_json
-from runs import METRICS, SUMMARY, TOKENIZER, RunError, begin_folder, check_folder, inputs_and_labels
-from training import Program, TrainingConfig, build_program, train
+from runs import METRICS, SUMMARY, TOKENIZER, begin_folder, check_folder, inputs_and_labels
+from training import Program, TrainingConfig, build_program, run_program, train
 
 import jliger
 
@@ -52,10 +51,7 @@ PLOT = "plot.png"
 def full_loss(model: LanguageModel, tokens: jax.Array, end_of_text: int) -> jax.Array:
     """Mean cross entropy the usual way: `[B, T, V]` logits in memory."""
     inputs, labels, where = inputs_and_labels(tokens, end_of_text)
-    hidden = model(inputs)
-    kernel, layout = model.last_layer()
-    logits = jnp.einsum("bth,hv->btv" if layout == "hv" else "bth,vh->btv", hidden, kernel)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    losses = optax.softmax_cross_entropy_with_integer_labels(model.full_logits(inputs), labels)
     return jnp.sum(losses, where=where) / jnp.maximum(jnp.sum(where), 1)
 
 
@@ -98,20 +94,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Corpus, training of each head, report."""
     began = time.perf_counter()
-    corpus = load_corpus(
-        args.corpus,
-        vocab_size=args.vocab_size,
-        max_bytes=args.max_bytes,
-        heldout_fraction=args.heldout_fraction,
-        cache_dir=args.cache_dir,
-    )
-    print(
-        f"corpus: {corpus.documents} files, {corpus.size / 1e6:.1f} MB, {len(corpus.train)} tokens to train "
-        f"on, {len(corpus.heldout)} held out, vocabulary {corpus.vocab_size} "
-        f"({time.perf_counter() - began:.1f} s)"
-    )
-    if corpus.vocab_size < args.vocab_size:
-        print(f"the corpus has too few distinct pairs for --vocab-size {args.vocab_size}")
+    corpus = corpus_of(args)
     config = ModelConfig(corpus.vocab_size, args.hidden_size, args.layers, args.heads, args.tie_embeddings, args.dtype)
     # What shapes the curve: a run is only ever resumed under the same values.
     settings = {"corpus": corpus.digest, **asdict(config), **asdict(TrainingConfig.of(args))}
@@ -144,18 +127,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: a user's mistake ends in one line, not in a traceback."""
-    args = parse_args(argv)
-    # GPUs would otherwise round float32 products to fewer bits, which is not what the curves are compared
-    # under.
-    precision = "highest" if args.dtype == "float32" else "default"
-    try:
-        with jax.default_matmul_precision(precision):
-            run(args)
-    except (RunError, CheckpointError, CorpusError, OSError) as error:
-        sys.exit(f"train_lm: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("train_lm: interrupted; --resume goes on from the latest checkpoint, where there is one")
+    """Command line."""
+    run_program("train_lm", run, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -13,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from checkpoints import Checkpoints
-from corpus import Batches
+from checkpoints import CheckpointError, Checkpoints
+from corpus import Batches, CorpusError
 from flax import nnx
 from language_model import LanguageModel, ModelConfig
 from reporting import MetricsFile, memory_of, read_metrics
@@ -54,17 +55,31 @@ class TrainingConfig:
             end_value=self.learning_rate / 10,
         )
 
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW, after gradients are clipped."""
+        # Weight decay is for matrices: a norm's scale is a vector.
+        adamw = optax.adamw(
+            self.schedule(),
+            b2=0.95,
+            weight_decay=self.weight_decay,
+            mask=partial(jax.tree.map, lambda leaf: leaf.ndim > 1),
+        )
+        return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
 
 @dataclass(frozen=True)
 class Program:
     """A training step and what belongs to it; the state is model and optimizer in one."""
 
+    model_config: ModelConfig
     config: TrainingConfig
     step: jax.stages.Traced
     abstract_state: nnx.State
     initial_state: Callable[[], nnx.State]
+    # The model without its parameters, and a state's parameters without the optimizer's.
+    graphdef: nnx.GraphDef[LanguageModel]
+    parameters_of: Callable[[nnx.State], nnx.State]
     heldout_sums: Callable[[nnx.State, np.ndarray], tuple[jax.Array, jax.Array, jax.Array]]
-    model_of: Callable[[nnx.State], LanguageModel]
 
 
 def heldout_sums(
@@ -95,32 +110,27 @@ def build_program(
     `given` are trees of arrays, or of their shapes, that the step is called with after state and tokens, and the loss
     after model and tokens. `options` are jliger's, for the evaluation.
     """
-    # Weight decay is for matrices: a norm's scale is a vector.
-    adamw = optax.adamw(
-        config.schedule(),
-        b2=0.95,
-        weight_decay=config.weight_decay,
-        mask=partial(jax.tree.map, lambda leaf: leaf.ndim > 1),
-    )
-    transformation = optax.chain(optax.clip_by_global_norm(1.0), adamw)
+    transformation = config.optimizer()
 
     def create() -> tuple[LanguageModel, nnx.Optimizer]:
         model = LanguageModel(model_config, nnx.Rngs(config.seed))
         return model, nnx.Optimizer(model, transformation, wrt=nnx.Param)
 
-    graphdef, abstract_state = nnx.split(nnx.eval_shape(create))
+    abstract = nnx.eval_shape(create)
+    training_graphdef, abstract_state = nnx.split(abstract)
+    graphdef = nnx.graphdef(abstract[0])
 
     def step(state: nnx.State, tokens: jax.Array, *given: Any) -> tuple[nnx.State, jax.Array]:
-        model, optimizer = nnx.merge(graphdef, state)
+        model, optimizer = nnx.merge(training_graphdef, state)
         value, gradients = nnx.value_and_grad(loss)(model, tokens, *given)
         optimizer.update(model, gradients)
         return nnx.state((model, optimizer)), value
 
-    def model_of(state: nnx.State) -> LanguageModel:
-        return nnx.merge(graphdef, state)[0]
+    def parameters_of(state: nnx.State) -> nnx.State:
+        return nnx.state(nnx.merge(training_graphdef, state)[0])
 
-    def heldout(state: nnx.State, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return heldout_sums(model_of(state), tokens, end_of_text, **options)
+    def heldout(parameters: nnx.State, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return heldout_sums(nnx.merge(graphdef, parameters), tokens, end_of_text, **options)
 
     batch = jax.ShapeDtypeStruct((config.batch_size, config.length + 1), jnp.int32)
     try:
@@ -129,12 +139,21 @@ def build_program(
     # What jliger refuses, it names with the argument and what to do instead.
     except (ValueError, NotImplementedError) as error:
         raise RunError(str(error)) from error
-    return Program(config, traced, abstract_state, jax.jit(lambda: nnx.state(create())), jax.jit(heldout), model_of)
+    return Program(
+        model_config=model_config,
+        config=config,
+        step=traced,
+        abstract_state=abstract_state,
+        initial_state=jax.jit(lambda: nnx.state(create())),
+        graphdef=graphdef,
+        parameters_of=parameters_of,
+        heldout_sums=jax.jit(heldout),
+    )
 
 
-def evaluate(program: Program, state: nnx.State, batches: Sequence[np.ndarray]) -> dict[str, float]:
+def evaluate(program: Program, parameters: nnx.State, batches: Sequence[np.ndarray]) -> dict[str, float]:
     """Mean loss, perplexity and accuracy over the counted tokens of all batches."""
-    sums = np.sum([[float(value) for value in program.heldout_sums(state, batch)] for batch in batches], axis=0)
+    sums = np.sum([[float(value) for value in program.heldout_sums(parameters, batch)] for batch in batches], axis=0)
     loss, right, tokens = (float(value) for value in sums)
     mean = loss / max(tokens, 1.0)
     # A perplexity beyond float64 would be no JSON number.
@@ -151,7 +170,7 @@ def train(
     *given: Any,
     stop_at: int | None = None,
 ) -> nnx.State:
-    """Trains on a stream of tokens, from the latest checkpoint in the folder or from the seed; gives the last state.
+    """Trains on a stream of tokens, from the latest checkpoint in the folder or the seed; gives the last parameters.
 
     `args` has what `options.add_run_options` adds. `stop_at` is a step to stop at under the schedule of all.
     """
@@ -167,7 +186,7 @@ def train(
             state = jax.tree.map(lambda leaf: leaf, program.abstract_state)
             nnx.replace_by_pure_dict(state, tree)
         if start >= last and "compiled" in read_metrics(folder / METRICS):
-            return state
+            return program.parameters_of(state)
         began = time.perf_counter()
         # One compilation serves the memory figures and the training.
         lowered = program.step.lower()
@@ -205,7 +224,25 @@ def train(
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 bar.update()
                 if step % args.eval_every == 0 or step == last:
-                    metrics.write("eval", step, **evaluate(program, state, heldout))
+                    metrics.write("eval", step, **evaluate(program, program.parameters_of(state), heldout))
                 if step % args.checkpoint_every == 0 or step == last:
                     checkpoints.save(step, nnx.to_pure_dict(state), batches.position)
-    return state
+    return program.parameters_of(state)
+
+
+def run_program(
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    args: argparse.Namespace,
+    interrupted: str = "--resume goes on from the latest checkpoint, where there is one",
+) -> None:
+    """Runs a program whose user's mistakes, and interruption, end in one line, not in a traceback."""
+    # GPUs would otherwise round float32 products to fewer bits, which is not what curves are compared under.
+    precision = "highest" if args.dtype == "float32" else "default"
+    try:
+        with jax.default_matmul_precision(precision):
+            run(args)
+    except (RunError, CheckpointError, CorpusError, OSError) as error:
+        sys.exit(f"{name}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted; {interrupted}")

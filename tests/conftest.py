@@ -1,6 +1,59 @@
-"""Tests that need several devices are left to a process that has them."""
+"""What tests of the examples share; and tests that need several devices are left to a process that has them."""
 
+import importlib
 import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # tests/test_sharding.py starts such processes; on a machine with several GPUs set the variable by hand.
 collect_ignore_glob = [] if os.environ.get("JLIGER_SHARDING_TESTS") == "1" else ["sharding/*"]
+
+
+@pytest.fixture(scope="session")
+def import_example() -> Callable[[str], ModuleType]:
+    """Imports an example as a module; its helpers lie beside it."""
+
+    def import_it(name: str) -> ModuleType:
+        folder = str(Path(__file__).parent.parent / "examples")
+        sys.path.insert(0, folder)
+        try:
+            return importlib.import_module(name)
+        finally:
+            sys.path.remove(folder)
+
+    return import_it
+
+
+@pytest.fixture(scope="session")
+def corpus_folder(tmp_path_factory) -> Path:
+    """Real text, little of it: the beginnings of some modules of the standard library."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for path in sorted(Path(os.__file__).parent.glob("[a-f]*.py"))[:24]:
+        (folder / path.name).write_bytes(path.read_bytes()[:4000])
+    (folder / "binary.txt").write_bytes(b"\xff\xfe\x00 no UTF-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(tmp_path_factory) -> Iterator[None]:
+    """Keeps what XLA compiles, and optimizes it less: most of a run of seconds is compiling the same programs again."""
+    options = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -1,7 +1,6 @@
 """examples/train_lm.py end to end, at sizes where a run takes seconds."""
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,29 +16,14 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def train_lm() -> ModuleType:
-    """The example as a module; its helpers lie beside it."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        import train_lm
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return train_lm
-
-
-@pytest.fixture(scope="module")
-def corpus_folder(tmp_path_factory) -> Path:
-    """Real text, little of it: the beginnings of some modules of the standard library."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for path in sorted(Path(os.__file__).parent.glob("[a-f]*.py"))[:24]:
-        (folder / path.name).write_bytes(path.read_bytes()[:4000])
-    (folder / "binary.txt").write_bytes(b"\xff\xfe\x00 no UTF-8")
-    return folder
+def train_lm(import_example) -> ModuleType:
+    return import_example("train_lm")
 
 
 @pytest.fixture(scope="module")
