@@ -48,8 +48,11 @@ def positive(convert: Callable[[str], Any], zero: bool = False) -> Callable[[str
     return parse
 
 
-def check_folder(out: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Refuses a folder that this run may not go on in or begin in; changes nothing."""
+def check_folder(out: Path, settings: dict[str, Any], *, resume: bool | None, overwrite: bool) -> None:
+    """Refuses a folder that this run may not go on in or begin in; changes nothing.
+
+    `resume` is None for a program that has no such option.
+    """
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file")
     is_run = (out / CONFIG).is_file()
@@ -66,9 +69,8 @@ def check_folder(out: Path, settings: dict[str, Any], *, resume: bool, overwrite
             raise RunError(f"--resume: the run in {out} has other settings: {changes}. Nothing was changed")
         return
     if is_run and not overwrite:
-        raise RunError(
-            f"{out} holds a run: --resume goes on with it, --overwrite removes it, --out names another folder"
-        )
+        goes_on = "" if resume is None else "--resume goes on with it, "
+        raise RunError(f"{out} holds a run: {goes_on}--overwrite removes it, --out names another folder")
     if not is_run and out.exists() and any(out.iterdir()):
         raise RunError(f"{out} holds files that are no run of this program; --out names another folder")
 

@@ -12,8 +12,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +43,7 @@ from llama import (
     parameter_count,
     parameters,
 )
-from reporting import MIB, MetricsFile, Record, memory_of, write_json
+from reporting import MIB, MetricsFile, Record, write_json
 from runs import (
     CHECKPOINTS,
     METRICS,
@@ -56,6 +55,7 @@ from runs import (
     inputs_and_labels,
     positive,
 )
+from steps import OUT_OF_MEMORY_EXIT, DeviceMemoryError, compile_step, device_memory, device_memory_errors
 from tqdm import tqdm
 
 import jliger
@@ -66,22 +66,6 @@ HEADS = ("jliger", "full")
 DEFAULTS = {"tiny": (8, 128, 3e-3), "llama3-1b": (64, 512, 3e-4), "llama3-8b": (64, 512, 3e-4)}
 # Dense bfloat16 operations per second of an H100 or H200 (SXM) by NVIDIA's data sheets, in 10¹².
 HOPPER_TFLOPS = 989.0
-OUT_OF_MEMORY_EXIT = 3
-
-
-class DeviceMemoryError(RunError):
-    """The step, or the state, doesn't fit into a device's memory."""
-
-
-@contextmanager
-def device_memory_errors() -> Iterator[None]:
-    """Raises XLA's running out of memory, while compiling or running, as DeviceMemoryError."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
-            raise
-        raise DeviceMemoryError(str(error).strip().splitlines()[0]) from None
 
 
 # ---- the step --------------------------------------------------------------------------------------------------
@@ -202,35 +186,7 @@ def on_devices(batch: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(BATCH)), batch, batch.shape)
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """The step, ready to run, and what the compiler says about it."""
-
-    step: Callable[[Tree, jax.Array], tuple[Tree, jax.Array]]
-    seconds: float
-    memory: dict[str, int]
-    rows_by: str
-
-
-def compile_step(program: Program) -> Compiled:
-    """Compiles; figures of memory are of one device."""
-    began = time.perf_counter()
-    with device_memory_errors():
-        step = program.step.lower().compile()
-    seconds = time.perf_counter() - began
-    # Read off the program itself, not off what was asked for.
-    rows_by = "triton" if "triton_kernel_call" in step.as_text() else "xla"
-    return Compiled(step, seconds, memory_of(step.memory_analysis()), rows_by)
-
-
 # ---- figures ---------------------------------------------------------------------------------------------------
-
-
-def device_memory(figure: str) -> int | None:
-    """The largest of a figure of `memory_stats` over this process's devices; None where they keep none (CPUs)."""
-    statistics_of = [device.memory_stats() for device in jax.local_devices()]
-    found = [each[figure] for each in statistics_of if each and figure in each]
-    return max(found, default=None)
 
 
 def rates(args: argparse.Namespace, config: LlamaConfig, batch_size: int, seconds: float) -> Record:
@@ -285,7 +241,7 @@ def train(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus: Cor
         if start >= last:
             say(f"the run in {args.out} is at step {start} already")
             return
-        compiled = compile_step(program)
+        compiled = compile_step(program.step.lower())
         metrics = MetricsFile(args.out / METRICS) if is_first else None
         bar = tqdm(total=last, initial=start, desc=args.head, unit="step", disable=args.no_progress or not is_first)
         if metrics is not None:
@@ -367,7 +323,7 @@ def measure(
 ) -> tuple[Record, Tree]:
     """One batch size's record, and the state after its steps."""
     program = build_program(args, config, mesh, batch_size, corpus.end_of_text)
-    compiled = compile_step(program)
+    compiled = compile_step(program.step.lower())
     limit = device_memory("bytes_limit")
     if limit is not None and compiled.memory["total"] > limit:
         raise DeviceMemoryError(f"the compiled step needs {compiled.memory['total']} bytes of {limit}")

@@ -18,8 +18,9 @@ from checkpoints import CheckpointError, Checkpoints
 from corpus import Batches, CorpusError
 from flax import nnx
 from language_model import LanguageModel, ModelConfig
-from reporting import MetricsFile, memory_of, read_metrics
+from reporting import MetricsFile, read_metrics
 from runs import CHECKPOINTS, METRICS, RunError, inputs_and_labels
+from steps import compile_step
 from tqdm import tqdm
 
 import jliger
@@ -187,25 +188,15 @@ def train(
             nnx.replace_by_pure_dict(state, tree)
         if start >= last and "compiled" in read_metrics(folder / METRICS):
             return program.parameters_of(state)
-        began = time.perf_counter()
-        # One compilation serves the memory figures and the training.
-        lowered = program.step.lower()
-        step_function = lowered.compile()
+        compiled = compile_step(program.step.lower())
         with (
             MetricsFile(folder / METRICS) as metrics,
             tqdm(total=last, initial=start, desc=name, unit="step", disable=args.no_progress) as bar,
         ):
-            metrics.write(
-                "compiled",
-                0,
-                seconds=time.perf_counter() - began,
-                memory=memory_of(step_function.memory_analysis()),
-                # Read off the program itself, not off what was asked for.
-                rows_by="triton" if "triton_kernel_call" in lowered.as_text() else "xla",
-            )
+            metrics.write("compiled", 0, **compiled.record())
             for step in range(start + 1, last + 1):
                 began = time.perf_counter()
-                state, value = step_function(state, next(batches), *given)
+                state, value = compiled.step(state, next(batches), *given)
                 loss = float(value)
                 seconds = time.perf_counter() - began
                 if not math.isfinite(loss):
