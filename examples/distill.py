@@ -267,17 +267,18 @@ def model_summary(program: Program, tokens: np.ndarray, heldout: Record) -> Reco
 def report(students: Mapping[str, Events], runs: Mapping[str, Events], summary: Record) -> str:
     """Who learned from what, what the student has of its teacher, and what the head makes of the step's memory."""
     gain = summary["gain"]
-    rows = [["", "parameters", "steps", "tokens a step", "of", "held-out loss"]]
+    rows = [["", "parameters", "steps", "tokens a step", "of", "held-out loss", "accuracy"]]
     for name, model in summary["models"].items():
         title = f"student, {STUDENTS[name]}" if name in STUDENTS else name
         sizes = [model[key] for key in ("parameters", "steps", "tokens_per_step", "tokens")]
-        rows.append([title, *(f"{size:,}" for size in sizes), f"{model['heldout']['loss']:.4f}"])
+        loss, accuracy = model["heldout"]["loss"], model["heldout"]["accuracy"]
+        rows.append([title, *(f"{size:,}" for size in sizes), f"{loss:.4f}", f"{accuracy:.4f}"])
     better = "lower" if gain["last"] > 0 else "NOT lower"
     parts = [
         table(rows),
         heldout_table(students),
-        f"With the teacher the student's held-out loss is {better}: by {gain['last']:.4f} nats after the last step, "
-        f"and by {gain['lowest']:.4f} at the lowest of each.",
+        f"With the teacher the student's held-out loss is {better}: {-gain['last']:+.4f} nats after the last step, "
+        f"{-gain['lowest']:+.4f} at the lowest of each.",
         f"The training with the teacher, by last layer. {curve_table(runs)}",
         summary_table(summary),
     ]
@@ -298,7 +299,9 @@ def plot(students: Mapping[str, Events], runs: Mapping[str, Events], summary: Re
     label = f"the teacher, after its {teacher['steps']} steps"
     curves.axhline(teacher["heldout"]["loss"], color="black", linestyle=":", label=label)
     curves.set(title="Held-out loss", xlabel="step", ylabel="cross entropy (nats per token)")
-    curves.legend()
+    # Room for the legend below the teacher's line.
+    curves.margins(y=0.4)
+    curves.legend(loc="lower left")
     draw_difference(difference, runs)
     draw_memory(memory, summary)
     save_figure(figure, path)
@@ -318,7 +321,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--teacher-hidden-size", type=COUNT, default=128, metavar="N", help="size of a hidden state (%(default)s)")
     add("--teacher-layers", type=COUNT, default=2, metavar="N", help="transformer blocks (%(default)s)")
     add("--teacher-heads", type=COUNT, default=4, metavar="N", help="attention heads per block (%(default)s)")
-    add("--teacher-steps", type=COUNT, default=240, metavar="N", help="optimizer steps (%(default)s)")
+    add("--teacher-steps", type=COUNT, default=200, metavar="N", help="optimizer steps (%(default)s)")
     add("--teacher-learning-rate", type=NUMBER, default=3e-3, metavar="X", help="the highest (%(default)s)")
 
     group = parser.add_argument_group("distillation")
@@ -334,7 +337,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_run_options(parser, Path("runs/distill"))
     # About two minutes of two CPU cores.
     parser.set_defaults(max_bytes=2_000_000, vocab_size=8192, hidden_size=32, heads=2)
-    parser.set_defaults(steps=120, learning_rate=1e-2, eval_every=20)
+    parser.set_defaults(steps=100, learning_rate=1e-2, eval_every=20, eval_batches=4)
     args = parser.parse_args(argv)
     check_options(parser, args)
     check_size(parser, args.teacher_hidden_size, args.teacher_heads, "teacher-")
