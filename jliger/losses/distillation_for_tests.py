@@ -212,7 +212,13 @@ def check(problem: Problem, implementation: str, what: str = "") -> dict[str, An
         np.testing.assert_array_equal(ours[name], theirs[name], name)
         assert ours[name].dtype == jnp.int32
     real = [{k: v for k, v in found.items() if "predictions" not in k} for found in (ours, theirs, oracle)]
-    assert_rule_of_two(*real, what, rounding_of_bias_grad(problem) | rounding_of_divergence(problem, oracle))
+    more = rounding_of_bias_grad(problem) | rounding_of_divergence(problem, oracle)
+    if "adapter.scale" in oracle:
+        # One number that many terms cancel in: a few roundings of their sizes.
+        adapter = problem.inputs["student_adapter"]
+        terms = np.asarray(adapter.a, np.float64) * oracle["adapter.a"] / adapter.scale
+        more["adapter.scale"] = 4 * np.finfo(np.float32).eps * float(np.abs(terms).sum())
+    assert_rule_of_two(*real, what, more)
     for name in LEARNT[:3]:
         if name in problem.inputs:
             assert ours[name].dtype == problem.inputs[name].dtype, name
