@@ -233,11 +233,13 @@ def _stats_of_row(
     if WITH_MEAN_LOGIT:
         mean_logit = tl.sum(_moved_down(lane_mean, lane_sum, step) * tl.exp(step), axis=0) / sum_exp
 
-    # Lanes remember the tile of their maximum; which column of it that was is read again.
-    columns = lane_start[:, None] + _tile(LANES, VECTOR)
+    # Lanes remember the tile of their maximum: in columns' order the first lane's vector there is known, and of its
+    # columns the first that holds the maximum is read again.
+    vectors = tl.where(lane_max == row_max, lane_start + tl.arange(0, LANES) * VECTOR, WIDTH)
+    columns = tl.min(vectors, axis=0) + tl.arange(0, VECTOR)
     inside = _inside(columns, first, WIDTH, HAS_FIRST, WHOLE=False)
     logits, _ = _load_logits(row_ptr, bias_ptr, columns, inside, SCALE, SOFTCAP, HAS_BIAS, "evict_last")
-    prediction = tl.min(tl.min(tl.where(inside & (logits == row_max), columns, WIDTH - 1), axis=1), axis=0)
+    prediction = tl.min(tl.where(inside & (logits == row_max), columns, WIDTH - 1), axis=0)
     return row_max, tl.log(sum_exp), tl.where(has_label, label_logit, 0.0), weighted_sum, mean_logit, prediction
 
 
@@ -361,6 +363,27 @@ def _store_grads_of_row(
     VECTOR: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
+    # First, for the tiles need not wait for it.
+    has_label = _inside(label, first, WIDTH, HAS_FIRST, WHOLE=False) & (label >= 0)
+    label_grad = _logit_grads(
+        row_ptr,
+        bias_ptr,
+        class_weights_ptr,
+        label,
+        has_label,
+        row_max,
+        per_exp,
+        per_exp_logit,
+        label_coefficient,
+        smoothing,
+        SCALE,
+        SOFTCAP,
+        HAS_BIAS,
+        HAS_CLASS_WEIGHTS,
+        HAS_SMOOTHING,
+        HAS_LOGIT,
+        "",
+    )
     TILE: tl.constexpr = LANES * VECTOR
     WHOLE_TILES: tl.constexpr = WIDTH // TILE * TILE
     for start in tl.static_range(WHOLE_TILES, STRIDE, TILE):
@@ -413,27 +436,7 @@ def _store_grads_of_row(
             VECTOR,
             WHOLE=True,
         )
-    # The label's column again, now as one. The barrier puts this store behind that of whichever thread wrote it before.
-    has_label = _inside(label, first, WIDTH, HAS_FIRST, WHOLE=False) & (label >= 0)
-    label_grad = _logit_grads(
-        row_ptr,
-        bias_ptr,
-        class_weights_ptr,
-        label,
-        has_label,
-        row_max,
-        per_exp,
-        per_exp_logit,
-        label_coefficient,
-        smoothing,
-        SCALE,
-        SOFTCAP,
-        HAS_BIAS,
-        HAS_CLASS_WEIGHTS,
-        HAS_SMOOTHING,
-        HAS_LOGIT,
-        "",
-    )
+    # The label's column again. The barrier puts this store behind that of whichever thread wrote it before.
     tl.debug_barrier()
     tl.store(grads_ptr + label, label_grad.to(grads_ptr.dtype.element_ty), mask=has_label)
 
@@ -450,8 +453,6 @@ def _load_first(first_ptr, HAS_FIRST: tl.constexpr):
 @triton.jit
 def _load_coefficients(
     row,
-    row_max,
-    log_sum,
     probability_ptr,  # [T]
     probability_lse_ptr,  # [T]
     label_coefficient_ptr,  # [T]
@@ -462,19 +463,20 @@ def _load_coefficients(
     HAS_LOGIT: tl.constexpr,
 ):
     probability = tl.load(probability_ptr + row)
-    if HAS_LSE:
-        probability += tl.load(probability_lse_ptr + row) * (row_max + log_sum)
+    probability_lse = tl.load(probability_lse_ptr + row) if HAS_LSE else 0.0
     label_coefficient = tl.load(label_coefficient_ptr + row)
-    if HAS_SMOOTHING:
-        smoothing = tl.load(smoothing_ptr + row)
-    else:
-        smoothing = 0.0
-    if HAS_LOGIT:
-        probability_logit = tl.load(probability_logit_ptr + row)
-    else:
-        probability_logit = 0.0
+    smoothing = tl.load(smoothing_ptr + row) if HAS_SMOOTHING else 0.0
+    probability_logit = tl.load(probability_logit_ptr + row) if HAS_LOGIT else 0.0
+    return probability, probability_lse, label_coefficient, smoothing, probability_logit
+
+
+@triton.jit
+def _per_exp(probability, probability_lse, probability_logit, row_max, log_sum, HAS_LSE: tl.constexpr):
+    """What `exp(z − max)` is multiplied with, and `exp(z − max) · (z − max)`."""
+    if HAS_LSE:
+        probability += probability_lse * (row_max + log_sum)
     per_sum = tl.exp(-log_sum)
-    return probability * per_sum, probability_logit * per_sum, label_coefficient, smoothing
+    return probability * per_sum, probability_logit * per_sum
 
 
 @triton.jit
@@ -560,11 +562,8 @@ def row_grads_kernel(
     UNROLL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    row_max = tl.load(max_ptr + row)
-    per_exp, per_exp_logit, label_coefficient, smoothing = _load_coefficients(
+    probability, probability_lse, label_coefficient, smoothing, probability_logit = _load_coefficients(
         row,
-        row_max,
-        tl.load(log_sum_ptr + row),
         probability_ptr,
         probability_lse_ptr,
         label_coefficient_ptr,
@@ -574,6 +573,9 @@ def row_grads_kernel(
         HAS_SMOOTHING,
         HAS_LOGIT,
     )
+    row_max = tl.load(max_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    per_exp, per_exp_logit = _per_exp(probability, probability_lse, probability_logit, row_max, log_sum, HAS_LSE)
     _store_grads_of_row(
         grads_ptr + row * STRIDE,
         product_ptr + row * STRIDE,
@@ -640,6 +642,18 @@ def row_stats_and_grads_kernel(
     row_ptr = product_ptr + row * STRIDE
     label = tl.load(labels_ptr + row)
     first = _load_first(first_ptr, HAS_FIRST)
+    # First, for the second pass need not wait for them.
+    probability, probability_lse, label_coefficient, smoothing, probability_logit = _load_coefficients(
+        row,
+        probability_ptr,
+        probability_lse_ptr,
+        label_coefficient_ptr,
+        smoothing_ptr,
+        probability_logit_ptr,
+        HAS_LSE,
+        HAS_SMOOTHING,
+        HAS_LOGIT,
+    )
     row_max, log_sum, label_logit, weighted_sum, mean_logit, prediction = _stats_of_row(
         row_ptr,
         bias_ptr,
@@ -664,19 +678,7 @@ def row_stats_and_grads_kernel(
     tl.store(weighted_sum_ptr + row, weighted_sum)
     tl.store(mean_logit_ptr + row, mean_logit)
     tl.store(prediction_ptr + row, prediction)
-    per_exp, per_exp_logit, label_coefficient, smoothing = _load_coefficients(
-        row,
-        row_max,
-        log_sum,
-        probability_ptr,
-        probability_lse_ptr,
-        label_coefficient_ptr,
-        smoothing_ptr,
-        probability_logit_ptr,
-        HAS_LSE,
-        HAS_SMOOTHING,
-        HAS_LOGIT,
-    )
+    per_exp, per_exp_logit = _per_exp(probability, probability_lse, probability_logit, row_max, log_sum, HAS_LSE)
     _store_grads_of_row(
         grads_ptr + row * STRIDE,
         row_ptr,

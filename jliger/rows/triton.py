@@ -92,10 +92,10 @@ def row_stats_and_grads(
 def _launch(product: Float[Array, "T V"], *, passes: int) -> dict[str, Any]:
     """One program a row, of as many warps as measured best on an H200 (docs/tuning.md).
 
-    With two passes few large programs are best: rows in flight then fit the cache that the second pass reads from.
+    With two passes few large programs are best: of the fewer rows in flight the cache holds more for the second pass.
     """
     rows, width = product.shape
-    warps = 4 if passes == 1 else 32 if width <= 160_000 else 16
+    warps = 4 if passes == 1 else 32
     lanes = max(32, min(32 * warps, triton.next_power_of_2(width) // _VECTOR))
     return {
         "grid": (rows,),
