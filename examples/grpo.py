@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import jax
@@ -55,7 +56,7 @@ from training import run_program
 from jliger import LinearLogprobs, losses
 
 # How far apart the two losses of a step may lie, and still be called one. A token's loss is about as large as an
-# advantage, of order 1. Rounding grows as in train_lm.py, and the more, the surer the policy is of itself: there a
+# advantage, of order 1. Rounding grows from step to step, and the more, the surer the policy is of itself: there a
 # small change of its parameters is a large one of an unlikely token's log-probability.
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
@@ -300,16 +301,18 @@ def train(
 # ---- the run ---------------------------------------------------------------------------------------------------
 
 
-def compare(full: Events, fused: Events) -> Record:
-    """How far apart two runs are that learnt from the same completions."""
+def compare(full: Events, fused: Events, tolerance: float) -> Record:
+    """How far apart two runs are that learnt from the same completions, and for how many steps they are one."""
 
-    def largest(event: str, figure: str) -> float:
-        return max(abs(record[figure] - fused[event][step][figure]) for step, record in full[event].items())
+    def differences(event: str, figure: str) -> dict[int, float]:
+        return {step: abs(record[figure] - fused[event][step][figure]) for step, record in full[event].items()}
 
+    of_losses = differences("train", "loss")
     return {
-        "largest_difference": largest("train", "loss"),
-        "largest_difference_of_entropies": largest("train", "entropy"),
-        "largest_difference_of_evaluations": largest("eval", "reward"),
+        "largest_difference": max(of_losses.values()),
+        "largest_difference_of_entropies": max(differences("train", "entropy").values()),
+        "largest_difference_of_evaluations": max(differences("eval", "reward").values()),
+        "agreeing_steps": sum(1 for _ in takewhile(lambda difference: difference <= tolerance, of_losses.values())),
     }
 
 
@@ -344,13 +347,14 @@ def report(runs: dict[str, Events], summary: Record) -> str:
         f"({'  '.join(after['answers'])}).",
     ]
     if "comparison" in summary:
-        found, dtype = summary["comparison"], summary["dtype"]
-        difference, bound = found["largest_difference"], LOSS_TOLERANCE[dtype]
-        within = "the same curve" if difference <= bound else "NOT the same curve"
+        found, tolerance = summary["comparison"], LOSS_TOLERANCE[summary["dtype"]]
+        agreeing, steps = found["agreeing_steps"], found["steps"]
+        how_long = f"all {steps} steps" if agreeing == steps else f"the first {agreeing} of {steps} steps"
         parts.append(
-            f"From the same completions, over {found['steps']} steps, the losses differ by at most {difference:.1e}, "
-            f"the entropies by {found['largest_difference_of_entropies']:.1e}, the rewards of the likeliest answers by "
-            f"{found['largest_difference_of_evaluations']:.1e}: {within} to {dtype} rounding (bound: {bound:.0e})."
+            f"From the same completions the losses agree within {tolerance:.0e} for {how_long}. Rounding grows in "
+            f"training by reward: at most they differ by {found['largest_difference']:.1e}, the entropies by "
+            f"{found['largest_difference_of_entropies']:.1e}, the rewards of the likeliest answers by "
+            f"{found['largest_difference_of_evaluations']:.1e}."
         )
     return "\n\n".join(["", *parts])
 
@@ -425,7 +429,7 @@ def run(args: argparse.Namespace) -> None:
     runs = {head: read_metrics(args.out / head / METRICS) for head in programs}
     found = summarize(runs)
     if len(runs) == 2:
-        found["comparison"] |= compare(runs["full"], runs["jliger"])
+        found["comparison"] |= compare(runs["full"], runs["jliger"], LOSS_TOLERANCE[args.dtype])
     summary = {"device": device.device_kind, "jax": jax.__version__, **settings, **found}
     write_json(args.out / SUMMARY, summary)
     plot(runs, summary, args.out / PLOT)

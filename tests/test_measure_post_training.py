@@ -1,0 +1,137 @@
+"""examples/measure_post_training.py and the sweep over it, with a tiny model."""
+
+import json
+from types import ModuleType
+
+import jax
+import pytest
+
+import jliger
+
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("tokenizers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SMALL = ["--config", "tiny", "--sequences", "8", "--length", "32", "--dtype", "float32", "--chunk-size", "64"]
+FIGURES = {"milliseconds": 1.0, "tokens_per_second": 100.0, "model_flop_utilisation": 0.5}
+
+
+@pytest.fixture(scope="module")
+def measure(import_example) -> ModuleType:
+    return import_example("measure_post_training")
+
+
+@pytest.fixture(scope="module")
+def sweep(import_example) -> ModuleType:
+    return import_example("sweep_post_training")
+
+
+@pytest.mark.parametrize("loss", ["dpo", "grpo"])
+def test_both_heads_take_the_same_steps(measure, tmp_path, loss, capsys):
+    records = {}
+    for head in ("full", "jliger"):
+        file = tmp_path / f"{head}.json"
+        # GPUs round float32 operands of products otherwise.
+        with jax.default_matmul_precision("highest"):
+            measure.main([*SMALL, "--loss", loss, "--head", head, "--prompt-length", "8", "--out", str(file)])
+        found = json.loads(file.read_text())
+        (records[head],) = found["records"]
+        assert f"{loss}, {head}: " in capsys.readouterr().out
+    full, fused = records["full"], records["jliger"]
+    assert fused["losses"] == pytest.approx(full["losses"], rel=1e-5)
+    # One step to warm up and two that are timed, each of which changes the parameters.
+    assert len(set(full["losses"])) == 3
+    assert fused["memory_bytes"]["temporary"] < full["memory_bytes"]["temporary"]
+    assert full["tokens_per_second"] == pytest.approx(8 * 32 / (full["milliseconds"] / 1e3))
+    assert full["out_of_memory"] is False
+    if jax.default_backend() == "cpu":
+        # It keeps no account of its memory, and its peak rate is not known.
+        assert full["peak_bytes"] is full["model_flop_utilisation"] is None
+    assert found["environment"]["parameters"] > 1e6
+
+
+def test_a_gpu_gets_triton_by_itself(measure):
+    pytest.importorskip("jax_triton")
+    pytest.importorskip("jax_cuda13_plugin")
+    args = measure.parse_args([*SMALL, "--loss", "grpo", "--head", "jliger", "--out", "record.json"])
+    args.dtype = "bfloat16"
+    with jliger.compute_capability(90):
+        traced, _ = measure.build_step(args, measure.decoder.CONFIGS["tiny"])
+        assert "triton_kernel_call" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_out_of_memory_is_a_record_and_a_code(measure, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise measure.DeviceMemoryError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    monkeypatch.setattr(measure, "compile_step", refuse)
+    file = tmp_path / "record.json"
+    with pytest.raises(SystemExit) as ended:
+        measure.main([*SMALL, "--loss", "orpo", "--head", "full", "--out", str(file)])
+    assert ended.value.code == measure.OUT_OF_MEMORY_EXIT
+    (record,) = json.loads(file.read_text())["records"]
+    assert record["out_of_memory"] is True
+    assert "RESOURCE_EXHAUSTED" in record["reason"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss", "orpo", "--sequences", "3"], "must be even for --loss orpo"),
+        (["--loss", "grpo", "--prompt-length", "33"], "leaves nothing of --length 32"),
+        (["--loss", "kto"], "invalid choice"),
+        (["--loss", "grpo", "--config", "llama9"], "invalid choice"),
+    ],
+)
+def test_bad_arguments(measure, tmp_path, capsys, arguments, message):
+    file = tmp_path / "record.json"
+    with pytest.raises(SystemExit) as ended:
+        measure.main([*SMALL, "--head", "full", "--out", str(file), *arguments])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not file.exists()
+
+
+def test_a_sweep_of_processes_that_wait_for_one_another(measure, sweep, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    file = tmp_path / "sweep.json"
+    arguments = ["--out", str(file), "--losses", "orpo", "--no-progress"]
+    sweep.main([*arguments, "--", *SMALL])
+    found = json.loads(file.read_text())
+    assert [(record["loss"], record["head"]) for record in found["records"]] == [("orpo", "jliger"), ("orpo", "full")]
+    assert found["environment"]["command"].startswith("python examples/sweep_post_training.py --out")
+    text = file.with_suffix(".txt").read_text()
+    # The head's own line, with the share that it saves.
+    assert text.splitlines()[1].endswith(" %")
+    assert "full logits" in text.splitlines()[2]
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="--overwrite replaces it"):
+        sweep.main(arguments)
+    file.with_suffix(".txt").unlink()
+    sweep.main([*arguments, "--plot-only"])
+    assert file.with_suffix(".txt").read_text() == text
+
+
+def test_a_sweep_whose_processes_fail(sweep, tmp_path, capfd):
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        sweep.main(["--out", str(tmp_path / "none.json"), "--losses", "orpo", "--heads", "full", "--", "--no-such"])
+    assert "the process of orpo, full ended with code 2" in capfd.readouterr().err
+
+
+def test_the_saving_is_of_the_peak_with_full_logits(sweep):
+    records = [
+        {"loss": "orpo", "head": "jliger", "peak_bytes": 30 * sweep.GIB},
+        {"loss": "orpo", "head": "full", "peak_bytes": 60 * sweep.GIB},
+        {"loss": "grpo", "head": "jliger", "peak_bytes": None},
+        {"loss": "grpo", "head": "full", "out_of_memory": True},
+    ]
+    memory = {"temporary": sweep.GIB, "total": 2 * sweep.GIB}
+    records = [{"out_of_memory": False, "memory_bytes": memory, **FIGURES, **record} for record in records]
+    lines = sweep.summary_table(records).splitlines()
+    assert lines[1].endswith("30.00  50.0 %")
+    assert lines[2].endswith("60.00       -")
+    assert lines[3].split()[-2:] == ["2.00", "-"]
+    assert "out of memory" in lines[4]
