@@ -215,6 +215,36 @@ def distill_table(path: Path, page: Path) -> str:
     )
 
 
+def post_training_table(path: Path, page: Path) -> str:
+    """Steps of examples/sweep_post_training.py, each head beside the other."""
+    del page
+    found = json.loads(path.read_text(encoding="utf-8"))
+    at = {(record["loss"], record["head"]): record for record in found["records"]}
+    rows = []
+    for loss in dict.fromkeys(record["loss"] for record in found["records"]):
+        full, fused = at[loss, "full"], at[loss, "jliger"]
+        peaks = [record["peak_bytes"] / 2**30 for record in (full, fused)]
+        speeds = [f"{record['tokens_per_second']:,.0f}" for record in (full, fused)]
+        saved = percent(1 - peaks[1] / peaks[0])
+        rows.append([loss.upper(), str(fused["sequences"]), *(f"{peak:.1f}" for peak in peaks), saved, *speeds])
+    headings = (
+        "loss",
+        "sequences",
+        "full logits, peak GiB",
+        "jliger, peak GiB",
+        "saved",
+        "full, tokens/s",
+        "jliger, tokens/s",
+    )
+    about, first = found["environment"], found["records"][0]
+    return (
+        markdown(headings, rows)
+        + f"\n\n{first['config']} ({about['parameters']:,} parameters in {first['parameters']}, arithmetic in "
+        f"{first['dtype']}), {first['length']} tokens a sequence, AdamW, on one {about['device']}, jax "
+        f"{about['versions']['jax']}, by `{about['command']}`."
+    )
+
+
 def text(path: Path, page: Path) -> str:
     """A program's output, as it is."""
     del page
@@ -229,6 +259,7 @@ KINDS: dict[str, Callable[[Path, Path], str]] = {
     "plot": plot,
     "train": train_table,
     "distill": distill_table,
+    "post_training": post_training_table,
     "text": text,
     **ACCUMULATION_KINDS,
 }
