@@ -1,5 +1,6 @@
 """Under vmap: a batch of anything gives what a loop over it gives."""
 
+import functools
 import itertools
 
 import jax
@@ -44,6 +45,13 @@ def grad_of(loss):
     return jax.value_and_grad(total, (0, 1, 2), has_aux=True)
 
 
+@functools.cache
+def of_a_member(reduction, implementation):
+    """Loss, and loss and gradients, compiled once for all tests that compare with them."""
+    loss = make_loss(reduction, implementation)
+    return jax.jit(loss), jax.jit(grad_of(loss))
+
+
 def assert_same(found, expected):
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
@@ -77,7 +85,7 @@ def test_a_batch_is_a_loop(in_axes, reduction, implementation):
     def stack(results):
         return jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
-    one, one_grad = jax.jit(loss), jax.jit(grad_of(loss))
+    one, one_grad = of_a_member(reduction, implementation)
     assert_same(jax.jit(jax.vmap(loss, in_axes))(*args), stack([one(*member(i)) for i in range(BATCH)]))
     found = jax.jit(jax.vmap(grad_of(loss), in_axes))(*args)
     assert_same(found, stack([one_grad(*member(i)) for i in range(BATCH)]))

@@ -13,6 +13,7 @@ from jliger.oracle_for_tests import (
     assert_rule_of_two,
     equations,
     every_pair,
+    found_by,
     make_problem,
 )
 
@@ -53,7 +54,7 @@ def adapter_of(inputs):
     return jliger.LinearAdapter(inputs["a"], inputs["b"], inputs["scale"]) if "a" in inputs else None
 
 
-def outputs_and_grads(function, inputs, labels, cotangents, **options):
+def outputs_and_grads(function, inputs, labels, cotangents, options):
     """What the function finds, and the gradient of every input by the outputs that have a cotangent."""
 
     def outputs(inputs):
@@ -70,22 +71,20 @@ def outputs_and_grads(function, inputs, labels, cotangents, **options):
 def check(problem, implementation, what=""):
     """The rule of two, for values and gradients."""
     options = problem.options
-    ours = jax.jit(
-        lambda inputs, labels, cotangents: outputs_and_grads(
-            jliger.linear_logprobs, inputs, labels, cotangents, implementation=implementation, **options
-        )
-    )(problem.inputs, problem.labels, problem.cotangent)
-    theirs = outputs_and_grads(
-        jliger.reference.linear_logprobs, problem.inputs, problem.labels, problem.cotangent, **options
+
+    def found(function, inputs, cotangents, options):
+        return found_by(outputs_and_grads, function, inputs, problem.labels, cotangents, options=options)
+
+    ours = found(
+        jliger.linear_logprobs, problem.inputs, problem.cotangent, {"implementation": implementation, **options}
     )
+    theirs = found(jliger.reference.linear_logprobs, problem.inputs, problem.cotangent, options)
     with jax.enable_x64(True):
         as_float64 = jax.tree.map(
             lambda array: jnp.asarray(np.asarray(array), jnp.float64), (problem.inputs, problem.cotangent)
         )
-        oracle = outputs_and_grads(
-            jliger.reference.linear_logprobs, as_float64[0], problem.labels, as_float64[1],
-            **{name: value for name, value in options.items() if name not in ("precision", "logits_dtype")},
-        )  # fmt: skip
+        options = {name: value for name, value in options.items() if name not in ("precision", "logits_dtype")}
+        oracle = found(jliger.reference.linear_logprobs, *as_float64, options)
         oracle = {name: np.asarray(value) for name, value in oracle.items()}
     # The bias's gradient is a sum of logit gradients that are rounded to hidden's dtype; the reference sums first.
     half_unit = float(jnp.finfo(problem.inputs["hidden"].dtype).eps) / 2
@@ -134,7 +133,7 @@ def test_what_does_not_count_is_zero(where, keep_logits, implementation):
     ours, _ = check(problem, implementation)
     poisoned = outputs_and_grads(
         jliger.linear_logprobs, {**problem.inputs, "hidden": hidden}, problem.labels, problem.cotangent,
-        implementation=implementation, **problem.options,
+        {"implementation": implementation, **problem.options},
     )  # fmt: skip
     for name, value in poisoned.items():
         np.testing.assert_array_equal(value, ours[name], err_msg=name)
@@ -199,7 +198,7 @@ def test_an_entropy_that_is_not_used_has_no_part_in_the_backward_pass(used, impl
 
     def grads(inputs):
         return outputs_and_grads(
-            jliger.linear_logprobs, inputs, problem.labels, problem.cotangent, implementation=implementation
+            jliger.linear_logprobs, inputs, problem.labels, problem.cotangent, {"implementation": implementation}
         )
 
     jax.jit(grads).lower(problem.inputs)

@@ -1,6 +1,7 @@
 """What the tests are held to: `jliger.reference` in float64, by the rule of two. Not part of the wheel."""
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Iterator
@@ -122,25 +123,30 @@ def loss_and_grads(function: Any, inputs: Any, labels: Any, cotangent: Any, opti
     return found if metrics is None else {**found, **metrics._asdict()}
 
 
+@functools.cache
+def _jitted(finder: Any, function: Any, static: tuple[tuple[str, Any], ...]) -> Any:
+    return jax.jit(lambda *arrays: finder(function, *arrays[:-1], {**dict(static), **arrays[-1]}))
+
+
+def found_by(finder: Any, function: Any, *arrays: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """`finder(function, *arrays, options)` under jit; what was compiled for the same options is used again."""
+    static = {name: value for name, value in options.items() if not isinstance(value, jax.Array)}
+    rest = {name: value for name, value in options.items() if name not in static}
+    return _jitted(finder, function, tuple(static.items()))(*arrays, rest)
+
+
 def fused(problem: Problem, implementation: str | None = None) -> dict[str, Any]:
-    """What jliger finds, under one jit."""
-    static = {name: value for name, value in problem.options.items() if not isinstance(value, jax.Array)}
-    arrays = {name: value for name, value in problem.options.items() if isinstance(value, jax.Array)}
-
-    @jax.jit
-    def run(inputs: Any, labels: Any, cotangent: Any, arrays: Any) -> dict[str, Any]:
-        options = {"implementation": implementation, **static, **arrays}
-        return loss_and_grads(jliger.fused_linear_cross_entropy, inputs, labels, cotangent, options)
-
-    return run(problem.inputs, problem.labels, problem.cotangent, arrays)
+    """What jliger finds."""
+    options = {"implementation": implementation, **problem.options}
+    arrays = (problem.inputs, problem.labels, problem.cotangent)
+    return found_by(loss_and_grads, jliger.fused_linear_cross_entropy, *arrays, options=options)
 
 
 def unfused(problem: Problem) -> dict[str, Any]:
     """What plain JAX finds in the same dtypes."""
     options = {name: value for name, value in problem.options.items() if name not in _OF_THE_FUSED_ONE}
-    return loss_and_grads(
-        jliger.reference.fused_linear_cross_entropy, problem.inputs, problem.labels, problem.cotangent, options
-    )
+    arrays = (problem.inputs, problem.labels, problem.cotangent)
+    return found_by(loss_and_grads, jliger.reference.fused_linear_cross_entropy, *arrays, options=options)
 
 
 def exact(problem: Problem) -> dict[str, Any]:
@@ -149,7 +155,8 @@ def exact(problem: Problem) -> dict[str, Any]:
     options = {name: value for name, value in problem.options.items() if name not in dropped}
     with jax.enable_x64(True):
         inputs, cotangent, options = jax.tree.map(_as_float64, (problem.inputs, problem.cotangent, options))
-        found = loss_and_grads(jliger.reference.fused_linear_cross_entropy, inputs, problem.labels, cotangent, options)
+        arrays = (inputs, problem.labels, cotangent)
+        found = found_by(loss_and_grads, jliger.reference.fused_linear_cross_entropy, *arrays, options=options)
         return {name: np.asarray(value) for name, value in found.items()}
 
 

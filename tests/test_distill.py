@@ -108,10 +108,11 @@ def test_both_losses_are_one(distill, config, tie_embeddings):
     tokens[1, 5], tokens[2, 9:] = 0, -1
     graphdef, parameters = nnx.split(teacher)
     shared = {"graphdef": graphdef, "config": distill.DistillationConfig(*config), "end_of_text": 0}
-    (full, full_grads), (fused, fused_grads) = (
-        nnx.value_and_grad(partial(loss, **shared))(student, jnp.asarray(tokens), parameters)
-        for loss in (distill.full_loss, partial(distill.fused_loss, chunk_size=8))
-    )
+    with jax.default_matmul_precision("highest"):
+        (full, full_grads), (fused, fused_grads) = (
+            nnx.value_and_grad(partial(loss, **shared))(student, jnp.asarray(tokens), parameters)
+            for loss in (distill.full_loss, partial(distill.fused_loss, chunk_size=8))
+        )
     np.testing.assert_allclose(fused, full, rtol=2e-6)
     for one, other in zip(jax.tree.leaves(fused_grads), jax.tree.leaves(full_grads), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())

@@ -10,7 +10,7 @@ import pytest
 
 import jliger
 from jliger.losses import fused_linear_jsd
-from jliger.oracle_for_tests import INTERPRETED, assert_rule_of_two
+from jliger.oracle_for_tests import INTERPRETED, assert_rule_of_two, found_by
 
 # Student's hidden states and kernel, teacher's hidden states and kernel.
 DTYPES = [
@@ -137,22 +137,16 @@ def loss_and_grads(
 
 
 def fused(problem: Problem, implementation: str | None = None) -> dict[str, Any]:
-    """What jliger finds, under one jit."""
-    static = {name: value for name, value in problem.options.items() if not isinstance(value, jax.Array)}
-    arrays = {name: value for name, value in problem.options.items() if isinstance(value, jax.Array)}
-
-    @jax.jit
-    def run(inputs: Any, teacher: Any, cotangent: Any, arrays: Any) -> dict[str, Any]:
-        options = {"implementation": implementation, **static, **arrays}
-        return loss_and_grads(fused_linear_jsd, inputs, teacher, cotangent, options)
-
-    return run(problem.inputs, problem.teacher, problem.cotangent, arrays)
+    """What jliger finds."""
+    options = {"implementation": implementation, **problem.options}
+    arrays = (problem.inputs, problem.teacher, problem.cotangent)
+    return found_by(loss_and_grads, fused_linear_jsd, *arrays, options=options)
 
 
 def unfused(problem: Problem) -> dict[str, Any]:
     """What plain JAX finds in the same dtypes."""
-    reference = jliger.reference.fused_linear_jsd
-    return loss_and_grads(reference, problem.inputs, problem.teacher, problem.cotangent, problem.options)
+    arrays = (problem.inputs, problem.teacher, problem.cotangent)
+    return found_by(loss_and_grads, jliger.reference.fused_linear_jsd, *arrays, options=problem.options)
 
 
 def exact(problem: Problem) -> dict[str, Any]:
@@ -160,7 +154,8 @@ def exact(problem: Problem) -> dict[str, Any]:
     options = {name: value for name, value in problem.options.items() if name not in _NOT_EXACT}
     with jax.enable_x64(True):
         arguments = (problem.inputs, problem.teacher, problem.cotangent, options)
-        found = loss_and_grads(jliger.reference.fused_linear_jsd, *jax.tree.map(_as_float64, arguments))
+        *arrays, options = jax.tree.map(_as_float64, arguments)
+        found = found_by(loss_and_grads, jliger.reference.fused_linear_jsd, *arrays, options=options)
         return {name: np.asarray(value) for name, value in found.items()}
 
 

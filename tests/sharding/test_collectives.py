@@ -39,6 +39,15 @@ def lowered(problem, place, mode):
         return jitted(problem).lower(put(problem, PLACES[place], mesh))
 
 
+def in_turn(places):
+    """Each place in each mode, with one form in the one and the other in the other."""
+    return [
+        (mode, place, REDUCTIONS[(number + turn) % 2])
+        for turn, mode in enumerate(MODES)
+        for number, place in enumerate(places)
+    ]
+
+
 def shares(place, mode="auto"):
     """How many devices share the batch, the sequence, the kernel's rows, and its columns; and whose columns differ."""
     sizes = dict(PLACES[place].mesh(mode).shape)
@@ -113,9 +122,7 @@ def test_collectives_are_those_one_would_write(mode, place, reduction):
 
 
 @pytest.mark.skipif(IMPLEMENTATION != "xla", reason="what is summed doesn't depend on the row functions")
-@pytest.mark.parametrize("place", ["dp", "fsdp-h", "fsdp-v", "dp+tp"])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "place", "reduction"), in_turn(["dp", "fsdp-h", "fsdp-v", "dp+tp"]))
 def test_sums_over_devices_are_float32_also_of_bfloat16(mode, place, reduction):
     problem = problem_of(reduction, dtype="bfloat16", kernel_dtype="bfloat16", bias="bfloat16", chunk_size=CHUNK)
     # Before compilation: the CPU's compiler has no bfloat16 sums, and would make them float32 by itself.
@@ -138,9 +145,9 @@ def _recording(function, seen):
     return recorded
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("place", pick(list(PLACES), on_gpus=["dp+tp"], interpreted=[]))
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "place", "reduction"), pick(in_turn(list(PLACES)), on_gpus=in_turn(["dp+tp"]), interpreted=[])
+)
 def test_each_device_works_on_its_own_tokens_and_columns(mode, place, reduction, monkeypatch):
     seen = []
     for name in ("token_stats", "forward_form", "recompute_form"):
