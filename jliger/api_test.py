@@ -76,8 +76,7 @@ def test_every_pair_of_options(row, implementation):
 # ---- dtypes and scales ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
+@pytest.mark.parametrize(("dtypes", "reduction"), list(zip(DTYPES, itertools.cycle(["mean", "none"]))), ids=str)
 def test_activation_scales(dtypes, reduction, implementation):
     for scale in (1, 30, 1000):
         problem = make_problem(

@@ -69,8 +69,12 @@ BATCHED = {
 }
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("in_axes", BATCHED.values(), ids=BATCHED)
+# Each form in turn, and both where everything has a batch.
+@pytest.mark.parametrize(
+    ("in_axes", "reduction"),
+    [*zip(BATCHED.values(), itertools.cycle(["mean", "none"])), (BATCHED["everything"], "none")],
+    ids=[*BATCHED, "everything, per token"],
+)
 def test_a_batch_is_a_loop(in_axes, reduction, implementation):
     arrays = stacked(reduction)
     loss = make_loss(reduction, implementation)

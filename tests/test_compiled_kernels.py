@@ -161,8 +161,7 @@ def test_every_branch_of_every_kernel_of_pairs(branch, tmp_path):
         assert "red.global" not in launch.ptx
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_a_distillation_step_is_exported(capability):
+def test_a_distillation_step_is_exported():
     tokens, vocab = 16400, 50257
 
     def step(student_hidden, student_kernel, teacher_hidden, teacher_kernel, labels):
@@ -183,7 +182,7 @@ def test_a_distillation_step_is_exported(capability):
             ((tokens,), "int32"),
         ]
     ]
-    module = lowered(step, *shapes, capability=capability)
+    module = lowered(step, *shapes, capability=90)
     assert {launch.name for launch in launches(module)} == {
         "pair_stats_and_grads_kernel",
         "pair_stats_kernel",
@@ -192,9 +191,16 @@ def test_a_distillation_step_is_exported(capability):
     assert f"{tokens}x{vocab}" not in module, "logits of all tokens"
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float16", "float16")], ids="-".join)
-@pytest.mark.parametrize("capability", CAPABILITIES)
+# What differs from GPU to GPU is in the kernels, each form of which is compiled for each above.
+@pytest.mark.parametrize(
+    ("capability", "dtypes", "reduction"),
+    [
+        (80, ("bfloat16", "float32"), "mean"),
+        (90, ("bfloat16", "float32"), "none"),
+        (90, ("float16", "float16"), "mean"),
+        (100, ("float16", "float16"), "none"),
+    ],
+)
 def test_a_training_step_is_exported(capability, dtypes, reduction):
     # Of a size at which the recompute form goes through blocks, the last one overlapping.
     tokens, hidden_size, vocab = 16400, 128, 50257

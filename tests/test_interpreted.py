@@ -16,7 +16,6 @@ PACKAGE = Path(jliger.__file__).parent
 # Those that differ by what a kernel does, and not by what JAX does around it.
 TESTS = [
     "rows",
-    "reference_test.py",
     "api_test.py::test_every_pair_of_options",
     "api_test.py::test_what_does_not_count_does_not_matter",
     "api_test.py::test_a_label_out_of_range_poisons_its_token",

@@ -68,15 +68,19 @@ def test_every_argument_sharded(mode, place, reduction, layout):
     check(problem_of(reduction, layout, chunk_size=4, **EVERYTHING), place, mode)
 
 
-@pytest.mark.parametrize("reduction", pick(REDUCTIONS, on_gpus=["none"], interpreted=["mean"]))
-@pytest.mark.parametrize("place", pick(["dp", "fsdp-v+tp"], on_gpus=["dp+tp"], interpreted=["dp+tp"]))
+@pytest.mark.parametrize(
+    ("place", "reduction"),
+    pick([("dp", "none"), ("fsdp-v+tp", "mean")], on_gpus=[("dp+tp", "none")], interpreted=[("dp+tp", "mean")]),
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_without_a_mesh_set(mode, place, reduction):
     check(problem_of(reduction, chunk_size=4, **EVERYTHING), place, mode, set_mesh=False)
 
 
-@pytest.mark.parametrize("reduction", pick(REDUCTIONS, on_gpus=["mean"], interpreted=["none"]))
-@pytest.mark.parametrize("set_mesh", pick([True, False], on_gpus=[True], interpreted=[True]))
+@pytest.mark.parametrize(
+    ("set_mesh", "reduction"),
+    pick([(True, "mean"), (False, "none")], on_gpus=[(True, "mean")], interpreted=[(True, "none")]),
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_eager(mode, set_mesh, reduction):
     problem = problem_of(reduction, "vh", chunk_size=4, **EVERYTHING)
@@ -138,8 +142,14 @@ def test_tokens_of_one_leading_dimension(mode):
 # ---- shares --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", pick(["dp", "fsdp-h", "dp+tp"], on_gpus=["dp+tp"], interpreted=[]))
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("place", "reduction"),
+    pick(
+        [("dp", "mean"), ("fsdp-h", "none"), ("dp+tp", "mean"), ("dp+tp", "none")],
+        on_gpus=[("dp+tp", "mean"), ("dp+tp", "none")],
+        interpreted=[],
+    ),
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_device_without_tokens_that_count(mode, reduction, place):
     # Devices go through different numbers of chunks, some through none, and still meet wherever they sum.
