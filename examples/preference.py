@@ -58,6 +58,9 @@ from jliger import losses
 
 # The weight of the preference where none is given. The paper's is 0.1 for ORPO, whose models know more to begin with.
 BETA = {"orpo": 1.0, "dpo": 0.1}
+# How much farther apart two curves may lie than two of a language model's, and still be called one. ORPO's loss is such
+# a model's with something added. DPO's comes from a difference of sums of log-probabilities, of a hundred nats or more.
+TOLERANCE_FACTOR = {"orpo": 1, "dpo": 10}
 # The pretraining's folder in a run's own; each head has one, too.
 PRETRAINING = "pretraining"
 
@@ -292,7 +295,9 @@ def report(runs: dict[str, Events], summary: Record) -> str:
         f"accuracy from {first['accuracy']:.4f} to {last['accuracy']:.4f}.",
     ]
     if "comparison" in summary:
-        parts.append(verdict(summary["comparison"], summary["dtype"], CURVE_TOLERANCE[summary["dtype"]]))
+        dtype = summary["dtype"]
+        tolerance = TOLERANCE_FACTOR[summary["loss"]] * CURVE_TOLERANCE[dtype]
+        parts.append(verdict(summary["comparison"], dtype, tolerance))
     return "\n\n".join(["", *parts])
 
 
