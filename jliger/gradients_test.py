@@ -246,8 +246,7 @@ def _twice(loss, inputs):
     return jax.grad(loss)(inputs), jax.grad(lambda inputs: loss(inputs) * 1.0)(inputs)
 
 
-@pytest.mark.parametrize("bias", [None, "float32"])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("reduction", "bias"), [("mean", "float32"), ("none", "float32"), ("mean", None)])
 def test_every_transformation_gives_the_same_gradients(reduction, bias, implementation):
     problem = make(reduction=reduction, bias=bias or "float32")
     if bias is None:

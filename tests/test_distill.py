@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from example_runs import content, losses
 from flax import nnx
 
 import jliger
@@ -47,17 +48,6 @@ def finished(distill, options, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "finished"
     distill.main([*options, "--out", str(out)])
     return out
-
-
-def losses(run: Path) -> dict[int, float]:
-    """Training loss by step, the last record of a step."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record["loss"] for record in records if record["event"] == "train"}
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_teacher_helps_and_jliger_takes_less_memory(finished):

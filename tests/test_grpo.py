@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from example_runs import content, records
 from flax import nnx
 
 import jliger
@@ -42,17 +43,6 @@ def finished(grpo, options, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "finished"
     grpo.main([*options, "--beta", "0.001", "--out", str(out)])
     return out
-
-
-def records(run: Path, event: str) -> dict[int, dict]:
-    """An event's records by step."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record for record in found if record["event"] == event}
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_reward_rises_from_nothing(finished):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from example_runs import content, records, refusal
 from flax import nnx
 
 import jliger
@@ -47,25 +48,6 @@ def finished(preference, options, tmp_path_factory, request) -> Path:
     rate = {"orpo": "0.01", "dpo": "0.003"}[request.param]
     preference.main([*options, "--loss", request.param, "--learning-rate", rate, "--out", str(out)])
     return out
-
-
-def records(run: Path, event: str) -> dict[int, dict]:
-    """An event's records by step."""
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record for record in found if record["event"] == event}
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refusal(preference, arguments: list[str]) -> str:
-    """The message with which the program ends (which is a message, not a traceback)."""
-    with pytest.raises(SystemExit) as ended:
-        preference.main(arguments)
-    assert isinstance(ended.value.code, str)
-    return ended.value.code
 
 
 def test_margin_and_accuracy_rise_on_heldout_pairs(finished):

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from example_runs import content, losses, refusal
 
 import jliger
 
@@ -46,28 +47,8 @@ def finished(train_lm, options, tmp_path_factory) -> Path:
     return out
 
 
-def losses(run: Path, head: str) -> dict[int, float]:
-    """Training loss by step, the last record of a step."""
-    lines = (run / head / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    return {record["step"]: record["loss"] for record in records if record["event"] == "train"}
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refusal(train_lm, arguments: list[str]) -> str:
-    """The message with which the program ends (which is a message, not a traceback)."""
-    with pytest.raises(SystemExit) as ended:
-        train_lm.main(arguments)
-    assert isinstance(ended.value.code, str)
-    return ended.value.code
-
-
 def test_both_heads_have_one_curve_and_jliger_less_memory(finished):
-    full, fused = losses(finished, "full"), losses(finished, "jliger")
+    full, fused = losses(finished / "full"), losses(finished / "jliger")
     assert list(full) == list(fused) == list(range(1, STEPS + 1))
     # A loss near 6 has a spacing of 5e-7; the parameters' rounding differences grow over the steps by then.
     np.testing.assert_allclose(list(fused.values()), list(full.values()), rtol=1e-5)
@@ -96,7 +77,7 @@ def test_tied_embeddings_in_bfloat16(train_lm, options, tmp_path, capsys):
     out = tmp_path / "run"
     train_lm.main([*options, "--out", str(out), "--steps", "4", "--tie-embeddings", "--dtype", "bfloat16"])
     assert "the same curve to bfloat16 rounding" in capsys.readouterr().out
-    full, fused = losses(out, "full"), losses(out, "jliger")
+    full, fused = losses(out / "full"), losses(out / "jliger")
     # bfloat16 keeps 8 bits: each hidden state and logit is rounded by up to 2**-9 of itself.
     np.testing.assert_allclose(list(fused.values()), list(full.values()), rtol=2e-2)
 
@@ -125,14 +106,14 @@ def test_resuming_a_killed_run_gives_the_uninterrupted_curve(train_lm, options, 
     with monkeypatch.context() as patch:
         patch.setattr(metrics_file, "write", kill)
         assert "--resume" in refusal(train_lm, arguments)
-    assert list(losses(out, "jliger")) == list(range(1, killed_at))
+    assert list(losses(out / "jliger")) == list(range(1, killed_at))
     with (out / "jliger" / "metrics.jsonl").open("a") as file:
         file.write('{"event": "train", "st')
     # As if killed between the checkpoint and its manifest.
     (out / "jliger" / "checkpoints" / "4" / "sha256.json").unlink()
     train_lm.main([*arguments, "--resume"])
     # To the bit: the same program on the same numbers.
-    assert losses(out, "jliger") == losses(finished, "jliger")
+    assert losses(out / "jliger") == losses(finished / "jliger")
     lines = (out / "jliger" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines if line.endswith("}") and '"train"' in line]
     # From the checkpoint of step 4, and nothing was taken out of the file.
@@ -189,7 +170,7 @@ def test_going_on_from_the_checkpoint_before_a_corrupt_one(train_lm, options, fi
     shutil.copytree(finished, out)
     shutil.move(out / "jliger" / "checkpoints" / str(STEPS), tmp_path / "moved away")
     train_lm.main([*options, "--out", str(out), "--head", "jliger", "--resume"])
-    assert losses(out, "jliger") == losses(finished, "jliger")
+    assert losses(out / "jliger") == losses(finished / "jliger")
     assert (out / "jliger" / "checkpoints" / str(STEPS)).is_dir()
 
 
@@ -224,7 +205,7 @@ def test_overwrite_starts_anew_and_keeps_other_files(train_lm, options, finished
     shutil.copytree(finished, out)
     (out / "notes.txt").write_text("mine")
     train_lm.main([*options, "--out", str(out), "--head", "full", "--overwrite", "--stop-at", "2"])
-    assert losses(out, "full") == {step: losses(finished, "full")[step] for step in (1, 2)}
+    assert losses(out / "full") == {step: losses(finished / "full")[step] for step in (1, 2)}
     assert not (out / "jliger").exists()
     assert (out / "notes.txt").read_text() == "mine"
 

@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from example_runs import losses
 
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tokenizers")
@@ -33,14 +34,6 @@ for arguments in json.loads(sys.argv[1]):
     except SystemExit as ended:
         print(f"ended: {ended.code}")
 """
-
-
-def losses(run: Path) -> dict[int, float]:
-    """Training loss by step, the last record of a step."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    return {record["step"]: record["loss"] for record in records if record["event"] == "train"}
 
 
 def environment() -> dict[str, str]:

@@ -84,9 +84,14 @@ def test_what_a_collective_makes_is_counted_once(operation, shapes):
     assert [one.shape for one in collectives(text)] == shapes
 
 
-@pytest.mark.parametrize("reduction", pick(REDUCTIONS, on_gpus=["mean"], interpreted=REDUCTIONS))
-@pytest.mark.parametrize("place", pick(list(PLACES), on_gpus=["dp", "fsdp-h", "dp+tp"], interpreted=["fsdp-h+tp"]))
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "place", "reduction"),
+    pick(
+        in_turn(list(PLACES)),
+        on_gpus=[(mode, place, "mean") for mode in MODES for place in ("dp", "fsdp-h", "dp+tp")],
+        interpreted=in_turn(["fsdp-h+tp"]),
+    ),
+)
 def test_collectives_are_those_one_would_write(mode, place, reduction):
     problem = problem_of(reduction, chunk_size=CHUNK, z_loss=0.1, ignored=0.1)
     found = collectives(lowered(problem, place, mode).compile().as_text())

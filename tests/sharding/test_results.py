@@ -32,13 +32,6 @@ from sharded import (
 import jliger
 from jliger.oracle_for_tests import ON_GPU
 
-# Each place with each form in each mode, and with each layout in one of the two.
-EVERY_CASE = [
-    (mode, place, reduction, LAYOUTS[(number + turn) % 2])
-    for number, mode in enumerate(MODES)
-    for place in PLACES
-    for turn, reduction in enumerate(REDUCTIONS)
-]
 # Each place once in each mode, with forms and layouts in turn.
 EACH_PLACE = [
     (mode, place, REDUCTIONS[(number + turn) % 2], LAYOUTS[(number // 2 + turn) % 2])
@@ -59,7 +52,7 @@ def check(problem, place, mode, *, set_mesh=True, eager=False):
 @pytest.mark.parametrize(
     ("mode", "place", "reduction", "layout"),
     pick(
-        EVERY_CASE,
+        EACH_PLACE,
         on_gpus=EACH_PLACE[: len(PLACES) : 2] + EACH_PLACE[len(PLACES) + 1 :: 2],
         interpreted=[case for case in EACH_PLACE if case[1] in ("dp+sp", "fsdp-v", "fsdp-h+tp")],
     ),
