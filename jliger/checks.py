@@ -46,9 +46,9 @@ def check_logit_options(
         check_number(f"{whose}logit_softcap", logit_softcap)
         if logit_softcap <= 0:
             raise ValueError(f"{whose}logit_softcap got {logit_softcap!r}; pass a number above 0, or None for no cap.")
-    _check_integer("ignore_index", ignore_index)
+    check_integer("ignore_index", ignore_index)
     if chunk_size is not None:
-        _check_integer("chunk_size", chunk_size)
+        check_integer("chunk_size", chunk_size)
         if chunk_size < 1:
             raise ValueError(
                 f"chunk_size got {chunk_size}; pass a number of tokens of at least 1, or None for the rule."
@@ -179,6 +179,6 @@ def _check_floating(name: str, array: Any) -> None:
         raise TypeError(f"{name} got dtype {array.dtype}; pass float32, bfloat16, float16 or (XLA only) float64.")
 
 
-def _check_integer(name: str, value: Any) -> None:
+def check_integer(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} got {value!r}; pass a Python integer.")
