@@ -172,13 +172,13 @@ def fused_linear_cross_entropy(
         stats_wanted=StatsWanted(weighted_sum=label_smoothing > 0),
     )
     if weights is not None:
-        weights = jnp.asarray(weights)
+        weights = checks.as_array("weights", weights)
         checks.check_weights(weights, labels)
     if class_weights is not None:
-        class_weights = jnp.asarray(class_weights)
+        class_weights = checks.as_array("class_weights", class_weights)
         checks.check_vocab_vector("class_weights", class_weights, inputs.kernel, config.vocab_dim)
     if normalizer is not None:
-        normalizer = jnp.asarray(normalizer)
+        normalizer = checks.as_array("normalizer", normalizer)
         checks.check_shape("normalizer", normalizer, (), "a scalar")
 
     call = _Call(

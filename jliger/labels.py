@@ -67,7 +67,7 @@ def shift_labels(
         return jnp.stack(shifted)
     if isinstance(by, bool) or by < 0:
         raise ValueError(f"by got {by!r}; pass how many tokens to look ahead, at least 0.")
-    tokens = jnp.asarray(tokens)
+    tokens = checks.as_array("tokens", tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"tokens got dtype {tokens.dtype}; pass integers.")
     if tokens.ndim < 1:
@@ -77,20 +77,23 @@ def shift_labels(
         tokens = tokens.astype(jnp.int32)
     labels = _ahead(tokens, by, ignore_index)
     if mask is not None:
-        mask = jnp.asarray(mask)
+        mask = checks.as_array("mask", mask)
         if mask.dtype != jnp.bool:
             raise TypeError(f"mask got dtype {mask.dtype}; pass bools (`mask != 0`).")
         checks.check_shape("mask", mask, tokens.shape, "one bool a token")
         labels = jnp.where(_ahead(mask, by, False), labels, ignore_index)
     if segment_ids is not None:
-        segment_ids = jnp.asarray(segment_ids)
+        segment_ids = checks.as_array("segment_ids", segment_ids)
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
             raise TypeError(f"segment_ids got dtype {segment_ids.dtype}; pass integers.")
         checks.check_shape("segment_ids", segment_ids, tokens.shape, "one integer a token")
         same = _ahead(segment_ids, by, 0) == segment_ids
         if padding_segment is not None:
             checks.check_integer("padding_segment", padding_segment)
-            same &= segment_ids != padding_segment
+            # A dtype that cannot hold padding_segment has no such segment; a comparison would wrap it around.
+            limits = jnp.iinfo(segment_ids.dtype)
+            if limits.min <= padding_segment <= limits.max:
+                same &= segment_ids != padding_segment
         labels = jnp.where(same, labels, ignore_index)
     return labels
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from jliger.heads import hidden_of
 from jliger.linen.layers import linear_head
 from jliger.logprobs import LinearLogprobs
 
@@ -55,7 +55,7 @@ def fused_linear_cross_entropy(
       >>> print(variables["params"]["logits"]["kernel"].shape, Model().apply(variables, tokens, tokens).shape)
       (8, 32) ()
     """
-    hidden = jnp.asarray(hidden)
+    hidden = hidden_of(module, hidden)
     return linear_head(module, hidden).loss(hidden, labels, **options)
 
 
@@ -78,5 +78,5 @@ def linear_logprobs(
       TypeError: an option that is the module's own, such as `bias`; what `jliger.linear_logprobs` raises.
       ValueError: what `jliger.linear_logprobs` raises.
     """
-    hidden = jnp.asarray(hidden)
+    hidden = hidden_of(module, hidden)
     return linear_head(module, hidden).logprobs(hidden, labels, **options)

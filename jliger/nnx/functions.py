@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jliger.heads import hidden_of
 from jliger.logprobs import LinearLogprobs
 from jliger.nnx.layers import linear_head
 
@@ -47,7 +47,7 @@ def fused_linear_cross_entropy(
       >>> print(grads.kernel.shape, grads.bias.shape)
       (8, 32) (32,)
     """
-    hidden = jnp.asarray(hidden)
+    hidden = hidden_of(module, hidden)
     return linear_head(module, hidden).loss(hidden, labels, **options)
 
 
@@ -70,5 +70,5 @@ def linear_logprobs(
       TypeError: an option that is the module's own, such as `bias`; what `jliger.linear_logprobs` raises.
       ValueError: what `jliger.linear_logprobs` raises.
     """
-    hidden = jnp.asarray(hidden)
+    hidden = hidden_of(module, hidden)
     return linear_head(module, hidden).logprobs(hidden, labels, **options)
