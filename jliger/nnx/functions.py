@@ -35,7 +35,8 @@ def fused_linear_cross_entropy(
 
     Raises:
       NotImplementedError: a module that is no such head.
-      TypeError: an array as `module`; an option that is the module's own, such as `bias`; what `jliger.fused_linear_cross_entropy` raises.
+      TypeError: an array as `module`; an option that is the module's own, such as `bias`; what
+        `jliger.fused_linear_cross_entropy` raises.
       ValueError: what `jliger.fused_linear_cross_entropy` raises.
 
     Example:
@@ -67,7 +68,8 @@ def linear_logprobs(
 
     Raises:
       NotImplementedError: a module that is no such head.
-      TypeError: an array as `module`; an option that is the module's own, such as `bias`; what `jliger.linear_logprobs` raises.
+      TypeError: an array as `module`; an option that is the module's own, such as `bias`; what
+        `jliger.linear_logprobs` raises.
       ValueError: what `jliger.linear_logprobs` raises.
     """
     hidden = hidden_of(module, hidden)
