@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -223,6 +224,20 @@ def test_a_warmup_that_is_not_given_fits(train_lm):
     for steps, warmup in ((1, 0), (5, 0), (40, 4), (100, 10), (1000, 10)):
         assert train_lm.parse_args(["--steps", str(steps)]).warmup_steps == warmup
     assert train_lm.parse_args(["--steps", "5", "--warmup-steps", "4"]).warmup_steps == 4
+
+
+def test_ctrl_c_waits_for_a_checkpoint(train_lm):
+    done = []
+
+    @sys.modules["checkpoints"].interrupted_afterwards()
+    def save():
+        signal.raise_signal(signal.SIGINT)
+        done.append("written")
+
+    with pytest.raises(KeyboardInterrupt):
+        save()
+    assert done == ["written"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_more_memory_is_not_called_saved(train_lm):
