@@ -26,7 +26,7 @@ import optax
 from accumulation_losses import HEADS, full_sums, jliger_sums, sums_of
 from language_model import DTYPES
 from reporting import Record, memory_of, write_json
-from runs import positive
+from runs import interruptible, positive
 from train_sharded import DeviceMemoryError, device_memory, device_memory_errors, rates
 
 import jliger
@@ -176,6 +176,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@interruptible("accumulation_memory")
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, and writes the records after each measurement."""
     args = parse_args(argv)

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -47,6 +50,19 @@ def verify(folder: Path) -> None:
             raise ValueError(f"file {name} {'has changed' if name in found else 'is missing'}")
 
 
+@contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """Ctrl-C takes effect after this block: Orbax, interrupted in it, leaves threads that end in tracebacks."""
+    arrived: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if arrived:
+        raise KeyboardInterrupt
+
+
 class Checkpoints:
     """Orbax checkpoints of step, training state and data position, each with a manifest of its files.
 
@@ -67,13 +83,17 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, step: int, state: Any, position: int) -> None:
-        """Writes a checkpoint; it counts only once it is whole, so a kill meanwhile leaves the one before."""
+        """Writes a checkpoint; it counts only once it is whole, so a kill meanwhile leaves the one before.
+
+        Ctrl-C meanwhile takes effect once it is written.
+        """
         data = {"step": step, "position": position}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
-        self._manager.save(step, args=arguments, force=True)
-        if jax.process_index() == 0:
-            folder = self.directory / str(step)
-            write_json(folder / MANIFEST, hashes_of(folder))
+        with interrupted_afterwards():
+            self._manager.save(step, args=arguments, force=True)
+            if jax.process_index() == 0:
+                folder = self.directory / str(step)
+                write_json(folder / MANIFEST, hashes_of(folder))
 
     def restore_latest(self, abstract_state: Any) -> tuple[int, Any, int] | None:
         """Step, state and data position of the latest checkpoint, or None where there is none.
@@ -86,7 +106,8 @@ class Checkpoints:
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
         try:
             verify(self.directory / str(step))
-            restored = self._manager.restore(step, args=arguments)
+            with interrupted_afterwards():
+                restored = self._manager.restore(step, args=arguments)
             position = int(restored["data"]["position"])
         # Whatever a damaged file makes Orbax or TensorStore raise, it is the same to the user.
         except Exception as error:

@@ -339,10 +339,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(max_bytes=2_000_000, vocab_size=8192, hidden_size=32, heads=2)
     parser.set_defaults(steps=100, learning_rate=1e-2, eval_every=20, eval_batches=4)
     args = parser.parse_args(argv)
-    check_options(parser, args)
+    check_options(parser, args, "teacher_steps")
     check_size(parser, args.teacher_hidden_size, args.teacher_heads, "teacher-")
-    if args.warmup_steps >= args.teacher_steps:
-        parser.error(f"--warmup-steps {args.warmup_steps} must be below --teacher-steps {args.teacher_steps}")
     if args.beta >= 1:
         parser.error(f"--beta {args.beta}: must be below 1; --divergence reverse is what it nears there")
     if args.hard_weight > 1:

@@ -28,7 +28,7 @@ from accumulation_losses import HEADS
 from corpus import CorpusError, load_corpus
 from language_model import DTYPES
 from reporting import Record, table, write_json
-from runs import positive
+from runs import interruptible, positive
 
 from jliger.bench.report import environment
 
@@ -342,6 +342,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@interruptible("gradient_accumulation")
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse_args(argv)

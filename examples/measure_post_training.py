@@ -24,7 +24,7 @@ from llama import LlamaConfig
 from post_training import Head, Tree
 from preference import BETA, pair_loss
 from reporting import Record, write_json
-from runs import RunError, positive
+from runs import RunError, interruptible, positive
 from steps import OUT_OF_MEMORY_EXIT, DeviceMemoryError, compile_step, device_memory, device_memory_errors
 from train_lm import HEADS
 from train_sharded import in_words, rates
@@ -156,6 +156,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@interruptible("measure_post_training")
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, and writes the record; a step that doesn't fit is a record, too."""
     args = parse_args(argv)

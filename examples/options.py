@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from corpus import SMALLEST_VOCAB, Corpus, load_corpus
 from language_model import DTYPES
-from runs import positive
+from runs import fit_warmup, positive
 
 # What an option's `type` may be: finite numbers.
 COUNT, COUNT_OR_ZERO = positive(int), positive(int, zero=True)
@@ -69,7 +69,7 @@ def add_training_options(parser: argparse.ArgumentParser, heads: Sequence[str], 
     add("--batch-size", type=COUNT, default=8, metavar="N", help="sequences per step (%(default)s)")
     add("--length", type=COUNT, default=128, metavar="N", help="tokens per sequence (%(default)s)")
     add("--learning-rate", type=NUMBER, default=3e-3, metavar="X", help="the highest, after warmup (%(default)s)")
-    add("--warmup-steps", type=COUNT_OR_ZERO, default=10, metavar="N", help="steps up to it (%(default)s)")
+    add("--warmup-steps", type=COUNT_OR_ZERO, metavar="N", help="steps up to it (a tenth of the steps, at most 10)")
     add("--weight-decay", type=NUMBER_OR_ZERO, default=0.1, metavar="X", help="of AdamW (%(default)s)")
     return group
 
@@ -100,15 +100,17 @@ def add_run_options(parser: argparse.ArgumentParser, out: Path) -> Any:
     return group
 
 
-def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program with a message where options don't go together."""
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace, *more_steps: str) -> None:
+    """Ends the program with a message where options don't go together.
+
+    `more_steps` name the options with the steps of further trainings that have the same warmup.
+    """
     if args.vocab_size < SMALLEST_VOCAB:
         parser.error(f"--vocab-size {args.vocab_size}: a byte-level BPE needs {SMALLEST_VOCAB} or more")
     if args.heldout_fraction >= 1:
         parser.error(f"--heldout-fraction {args.heldout_fraction}: must be below 1")
     check_size(parser, args.hidden_size, args.heads)
-    if args.warmup_steps >= args.steps:
-        parser.error(f"--warmup-steps {args.warmup_steps} must be below --steps {args.steps}")
+    fit_warmup(parser, args, "steps", *more_steps)
     check_head_options(parser, args)
 
 

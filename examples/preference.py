@@ -326,20 +326,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = group.add_argument
     add("--eval-every", type=COUNT, default=10, metavar="N", help="steps between evaluations (%(default)s)")
     add("--eval-batches", type=COUNT, default=16, metavar="N", help="held-out batches each, at most (%(default)s)")
-    parser.set_defaults(
-        max_bytes=4_000_000, vocab_size=8192, steps=50, batch_size=32, length=48, learning_rate=2e-3, warmup_steps=5
-    )
+    parser.set_defaults(max_bytes=4_000_000, vocab_size=8192, steps=50, batch_size=32, length=48, learning_rate=2e-3)
     args = parser.parse_args(argv)
     args.beta = BETA[args.loss] if args.beta is None else args.beta
-    check_options(parser, args)
+    check_options(parser, args, "pretraining_steps")
     if args.batch_size % 2:
         parser.error(f"--batch-size {args.batch_size} must be even: its sequences are pairs")
     if args.prompt_length > args.length:
         parser.error(f"--prompt-length {args.prompt_length} leaves nothing of --length {args.length} to complete")
     if args.corruption > 1:
         parser.error(f"--corruption {args.corruption}: must be at most 1")
-    if args.warmup_steps >= args.pretraining_steps:
-        parser.error(f"--warmup-steps {args.warmup_steps} must be below --pretraining-steps {args.pretraining_steps}")
     return args
 
 

@@ -171,6 +171,11 @@ LOSSES = (
 )
 
 
+def saved(percent: float) -> str:
+    """A saving in words: one below 0 is more that was needed."""
+    return f"{abs(percent):.1f} % {'saved' if percent >= 0 else 'more'}"
+
+
 def summary_table(summary: Mapping[str, Any], figures: Sequence[Row] = LOSSES) -> str:
     """The last figures, one column per head, with the memory saving in percent."""
     heads = summary["heads"]
@@ -180,7 +185,7 @@ def summary_table(summary: Mapping[str, Any], figures: Sequence[Row] = LOSSES) -
         return [name, *map(cell, heads.values()), *([last] if comparison else [])]
 
     def memory_row(kind: str) -> list[str]:
-        saving = f"{comparison[f'{kind}_memory_saving_percent']:.1f} % saved" if comparison else ""
+        saving = saved(comparison[f"{kind}_memory_saving_percent"]) if comparison else ""
         return row(f"XLA {kind} memory of the step", lambda head: f"{head['memory_bytes'][kind] / MIB:.1f} MiB", saving)
 
     rows = [

@@ -4,7 +4,9 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from reporting import write_json
 # Files that every run's folder has.
 CONFIG, TOKENIZER, SUMMARY = "config.json", "tokenizer.json", "summary.json"
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+# 128 and the number of SIGINT.
+INTERRUPTED_EXIT = 130
 
 
 class RunError(Exception):
@@ -46,6 +50,30 @@ def positive(convert: Callable[[str], Any], zero: bool = False) -> Callable[[str
         return value
 
     return parse
+
+
+def fit_warmup(parser: argparse.ArgumentParser, args: argparse.Namespace, *trainings: str, share: int = 10) -> None:
+    """Sets `args.warmup_steps` where it isn't given; ends the program with a message where it is too long.
+
+    `trainings` name the options that say how many steps a training has. The default is the shortest one's steps
+    divided by `share`, and at most 10.
+    """
+    steps = {name: getattr(args, name) for name in trainings}
+    if args.warmup_steps is None:
+        args.warmup_steps = min(10, min(steps.values()) // share)
+    for name, count in steps.items():
+        if args.warmup_steps >= count:
+            parser.error(f"--warmup-steps {args.warmup_steps} must be below --{name.replace('_', '-')} {count}")
+
+
+@contextmanager
+def interruptible(name: str, then: str = "") -> Iterator[None]:
+    """Ends a program that Ctrl-C interrupts with a line, not a traceback, and the exit status that shells expect."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted{then and '; '}{then}", file=sys.stderr)
+        sys.exit(INTERRUPTED_EXIT)
 
 
 def check_folder(out: Path, settings: dict[str, Any], *, resume: bool | None, overwrite: bool) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from reporting import COLORS, TITLES, Record, save_figure, table, write_json
-from runs import positive
+from runs import interruptible, positive
 from tqdm import tqdm
 
 # Those of measure_post_training.py, which is not imported: JAX would take some of a GPU's memory for this process, too.
@@ -153,6 +153,7 @@ def plot(found: Record, path: Path) -> None:
     save_figure(figure, path)
 
 
+@interruptible("sweep_post_training")
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="sweep_post_training", description=(__doc__ or "").partition("\n")[0])

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from reporting import COLORS, TITLES, Record, table, write_json
-from runs import positive
+from runs import interruptible, positive
 
 HEADS = ("jliger", "full")
 GIB = 2**30
@@ -115,6 +115,7 @@ def plot(found: Record, path: Path) -> None:
     beside.replace(path)
 
 
+@interruptible("sweep_sharded")
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="sweep_sharded", description=(__doc__ or "").partition("\n")[0])

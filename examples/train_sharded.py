@@ -52,7 +52,9 @@ from runs import (
     RunError,
     begin_folder,
     check_folder,
+    fit_warmup,
     inputs_and_labels,
+    interruptible,
     positive,
 )
 from steps import OUT_OF_MEMORY_EXIT, DeviceMemoryError, compile_step, device_memory, device_memory_errors
@@ -235,6 +237,8 @@ def train(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus: Cor
         restored = checkpoints.restore_latest(program.abstract_state)
         if restored is None:
             start, state = 0, program.initial_state()
+            if args.resume:
+                say("begins with step 1, as there is no checkpoint")
         else:
             start, state, batches.position = restored
             say(f"goes on from the checkpoint of step {start}")
@@ -477,7 +481,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--length", type=count, metavar="N", help=f"tokens per sequence ({lengths})")
     add("--accumulate", type=count, default=1, metavar="K", help="parts that a batch is gone through in (%(default)s)")
     add("--learning-rate", type=number, metavar="X", help=f"the highest, after warmup ({learning_rates})")
-    add("--warmup-steps", type=count_or_zero, default=10, metavar="N", help="steps up to it (%(default)s)")
+    add("--warmup-steps", type=count_or_zero, metavar="N", help="steps up to it (a third of the steps, at most 10)")
     add("--weight-decay", type=number_or_zero, default=0.1, metavar="X", help="of AdamW (%(default)s)")
     add("--seed", type=count_or_zero, default=0, metavar="N", help="of parameters and data order (%(default)s)")
 
@@ -520,8 +524,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--vocab-size {args.vocab_size}: {args.config} has {CONFIGS[args.config].vocab_size}")
     if args.heldout_fraction >= 1:
         parser.error(f"--heldout-fraction {args.heldout_fraction}: must be below 1")
-    if args.warmup_steps >= args.steps:
-        parser.error(f"--warmup-steps {args.warmup_steps} must be below --steps {args.steps}")
+    fit_warmup(parser, args, "steps", share=3)
     if args.stop_at is not None and args.stop_at > args.steps:
         parser.error(f"--stop-at {args.stop_at} is beyond --steps {args.steps}")
     if args.seed >= 2**31:
@@ -649,6 +652,7 @@ def run(args: argparse.Namespace) -> None:
             benchmark(args, config, mesh, corpus)
 
 
+@interruptible("train_sharded", "--resume goes on from the latest checkpoint, where there is one")
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: a user's mistake ends in one line, not in a traceback."""
     args = parse_args(argv)
@@ -659,8 +663,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(OUT_OF_MEMORY_EXIT)
     except (RunError, CheckpointError, CorpusError, OSError) as error:
         sys.exit(f"train_sharded: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("train_sharded: interrupted; --resume goes on from the latest checkpoint, where there is one")
 
 
 if __name__ == "__main__":

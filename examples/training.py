@@ -19,7 +19,7 @@ from corpus import Batches, CorpusError
 from flax import nnx
 from language_model import LanguageModel, ModelConfig
 from reporting import MetricsFile, read_metrics
-from runs import CHECKPOINTS, METRICS, RunError, inputs_and_labels
+from runs import CHECKPOINTS, METRICS, RunError, inputs_and_labels, interruptible
 from steps import compile_step
 from tqdm import tqdm
 
@@ -186,6 +186,8 @@ def train(
             start, tree, batches.position = restored
             state = jax.tree.map(lambda leaf: leaf, program.abstract_state)
             nnx.replace_by_pure_dict(state, tree)
+        if args.resume:
+            print(f"{name}: {f'goes on from step {start}' if start else 'begins with step 1, as it has no checkpoint'}")
         if start >= last and "compiled" in read_metrics(folder / METRICS):
             return program.parameters_of(state)
         compiled = compile_step(program.step.lower())
@@ -231,9 +233,7 @@ def run_program(
     # GPUs would otherwise round float32 products to fewer bits, which is not what curves are compared under.
     precision = "highest" if args.dtype == "float32" else "default"
     try:
-        with jax.default_matmul_precision(precision):
+        with interruptible(name, interrupted), jax.default_matmul_precision(precision):
             run(args)
     except (RunError, CheckpointError, CorpusError, OSError) as error:
         sys.exit(f"{name}: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: interrupted; {interrupted}")

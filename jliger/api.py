@@ -132,8 +132,8 @@ def fused_linear_cross_entropy(
       and the metrics.
 
     Raises:
-      ValueError: a shape that doesn't fit, or an option out of its range.
-      TypeError: a dtype that isn't supported, or an option that is not a Python number.
+      ValueError: a shape that doesn't fit, an option out of its range, or `"triton"` where there is no GPU.
+      TypeError: something that is no array, a dtype that isn't supported, or an option that is not a Python number.
       NotImplementedError: a combination that isn't supported.
 
     Example:
@@ -172,13 +172,13 @@ def fused_linear_cross_entropy(
         stats_wanted=StatsWanted(weighted_sum=label_smoothing > 0),
     )
     if weights is not None:
-        weights = jnp.asarray(weights)
+        weights = checks.as_array("weights", weights)
         checks.check_weights(weights, labels)
     if class_weights is not None:
-        class_weights = jnp.asarray(class_weights)
+        class_weights = checks.as_array("class_weights", class_weights)
         checks.check_vocab_vector("class_weights", class_weights, inputs.kernel, config.vocab_dim)
     if normalizer is not None:
-        normalizer = jnp.asarray(normalizer)
+        normalizer = checks.as_array("normalizer", normalizer)
         checks.check_shape("normalizer", normalizer, (), "a scalar")
 
     call = _Call(

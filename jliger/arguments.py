@@ -59,15 +59,17 @@ def head_arguments(
     )
     vocab_axes = checks.check_axes("vocab_axis_name", vocab_axis_name)
     implementation = implementation or fitting_implementation()
-    hidden, kernel, labels = jnp.asarray(hidden), jnp.asarray(kernel), jnp.asarray(labels)
-    bias, where = (None if array is None else jnp.asarray(array) for array in (bias, where))
+    checks.check_precision(precision)
+    hidden, kernel = checks.as_array(f"{whose}hidden", hidden), checks.as_array(f"{whose}kernel", kernel)
+    labels = checks.as_array("labels", labels)
+    bias = None if bias is None else checks.as_array(f"{whose}bias", bias)
+    where = None if where is None else checks.as_array("where", where)
     checks.check_operands(
         hidden, kernel, labels, bias, kernel_layout=kernel_layout, implementation=implementation, whose=whose
     )
     if where is not None:
         checks.check_where(where, labels)
-    logits_dtype = jnp.dtype(hidden.dtype if logits_dtype is None else logits_dtype)
-    checks.check_logits_dtype(logits_dtype, hidden, implementation)
+    logits_dtype = checks.as_logits_dtype(logits_dtype, hidden, implementation)
     config = HeadConfig(
         kernel_layout=kernel_layout,
         logit_scale=float(logit_scale),
@@ -81,7 +83,10 @@ def head_arguments(
         vocab_axes=vocab_axes,
     )
     if adapter is not None:
-        adapter = jax.tree.map(jnp.asarray, LinearAdapter(*adapter))
+        if not isinstance(adapter, tuple) or len(adapter) not in (2, 3):
+            raise TypeError(f"{whose}adapter got a {type(adapter).__name__}; pass a jliger.LinearAdapter.")
+        named = LinearAdapter(*adapter)._asdict().items()
+        adapter = LinearAdapter(*(checks.as_array(f"{whose}adapter.{name}", array) for name, array in named))
         checks.check_adapter(adapter, hidden, kernel, config.vocab_dim, whose)
     return Arguments(config, Inputs(hidden, kernel, bias), labels, where, adapter)
 

@@ -1,6 +1,7 @@
 """Errors at trace time: each names the argument, what it got, and what to do."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jliger.config import KernelLayout
-from jliger.platform import has_triton
+from jliger.platform import can_run_triton, has_triton
 
 _LAYOUTS = {"hv": "[H, V]", "vh": "[V, H]"}
 
@@ -18,9 +19,48 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise ValueError(f"{name} got {value!r}; pass one of {', '.join(map(repr, choices))}.")
 
 
-def check_number(name: str, value: Any, *, least: float | None = None, most: float | None = None) -> None:
-    """A finite Python number in `[least, most]`: it becomes part of the compiled program."""
-    if isinstance(value, jax.core.Tracer) or not isinstance(value, int | float | np.number):
+def is_array(value: Any) -> bool:
+    """Whether `jnp.asarray` takes it as one array: a box, a module or a list of arrays is none."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind not in "OSU"
+    if isinstance(value, jax.Array | np.generic | int | float | complex):
+        return True
+    return hasattr(type(value), "__jax_array__") or hasattr(type(value), "__array__")
+
+
+def as_array(name: str, value: Any) -> jax.Array:
+    """`value` as a JAX array."""
+    if is_array(value):
+        return jnp.asarray(value)
+    if value is None:
+        raise TypeError(f"{name} got None; pass an array.")
+    if isinstance(value, list | tuple | np.ndarray):
+        instead = "pass one array of numbers, such as jnp.asarray or jnp.stack makes."
+    elif isinstance(value, Mapping):
+        instead = "pass one of its arrays; the functions of jliger.linen take a layer's variables."
+    elif hasattr(value, "unbox"):
+        instead = "pass the array in this box: flax.linen.meta.unbox takes all boxes off."
+    else:
+        instead = (
+            "pass an array. Of a Flax layer pass the kernel (an Embed's embedding with kernel_layout='vh'); the "
+            "functions of jliger.nnx and jliger.linen take the layer itself."
+        )
+    raise TypeError(f"{name} got a {type(value).__name__}; {instead}")
+
+
+def check_number(
+    name: str, value: Any, *, least: float | None = None, most: float | None = None, instead: str = ""
+) -> None:
+    """A finite Python number in `[least, most]`: it becomes part of the compiled program.
+
+    `instead` is what else to do with a traced number.
+    """
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{name} got a traced value; pass a Python number, since it becomes part of the compiled kernel (jax.jit "
+            f"keeps one as it is with static_argnames){instead}."
+        )
+    if not isinstance(value, int | float | np.number):
         raise TypeError(
             f"{name} got {type(value).__name__}; pass a Python number, since it becomes part of the compiled kernel."
         )
@@ -41,14 +81,14 @@ def check_logit_options(
 ) -> None:
     """What `HeadConfig` is made of; `whose` is what the names of the head's own arguments begin with."""
     check_choice(f"{whose}kernel_layout", kernel_layout, tuple(_LAYOUTS))
-    check_number(f"{whose}logit_scale", logit_scale)
+    check_number(f"{whose}logit_scale", logit_scale, instead=f", or multiply {whose}hidden and {whose}bias by it")
     if logit_softcap is not None:
         check_number(f"{whose}logit_softcap", logit_softcap)
         if logit_softcap <= 0:
             raise ValueError(f"{whose}logit_softcap got {logit_softcap!r}; pass a number above 0, or None for no cap.")
-    _check_integer("ignore_index", ignore_index)
+    check_integer("ignore_index", ignore_index)
     if chunk_size is not None:
-        _check_integer("chunk_size", chunk_size)
+        check_integer("chunk_size", chunk_size)
         if chunk_size < 1:
             raise ValueError(
                 f"chunk_size got {chunk_size}; pass a number of tokens of at least 1, or None for the rule."
@@ -58,11 +98,16 @@ def check_logit_options(
         raise ValueError(
             "implementation got 'triton', but triton and jax-triton are not installed; install them, or pass 'xla'."
         )
+    if implementation == "triton" and not can_run_triton():
+        raise ValueError(
+            f"implementation got 'triton', but JAX has no GPU here (its default backend is {jax.default_backend()}); "
+            "pass 'xla' or None. To compile for a GPU of another machine, use jliger.compute_capability."
+        )
 
 
 def check_axes(name: str, value: Any) -> tuple[str, ...]:
     """Names of manual mesh axes, as a tuple."""
-    axes = (value,) if isinstance(value, str) else tuple(value or ())
+    axes = (value,) if isinstance(value, str) or not isinstance(value, list | tuple | None) else tuple(value or ())
     manual = jax.sharding.get_abstract_mesh().manual_axes
     for axis in axes:
         if axis not in manual:
@@ -96,7 +141,12 @@ def check_operands(
     vocab_dim = 1 if kernel_layout == "hv" else 0
     if kernel.shape[1 - vocab_dim] != hidden.shape[-1]:
         other = "vh" if kernel_layout == "hv" else "hv"
-        hint = f" Is its layout {other!r}?" if kernel.shape[vocab_dim] == hidden.shape[-1] else ""
+        hint = (
+            f" If the kernel is {_LAYOUTS[other]}, pass {whose}kernel_layout={other!r}; if {whose}hidden is logits, "
+            "pass the hidden states that they are made of."
+            if kernel.shape[vocab_dim] == hidden.shape[-1]
+            else ""
+        )
         raise ValueError(
             f"{whose}kernel got shape {kernel.shape}, which as {_LAYOUTS[kernel_layout]} does not fit {whose}hidden of "
             f"shape {hidden.shape}; H must agree.{hint}"
@@ -167,11 +217,36 @@ def check_weights(weights: Any, labels: Any) -> None:
     check_shape("weights", weights, labels.shape, "one weight a token")
 
 
-def check_logits_dtype(dtype: Any, hidden: Any, implementation: str) -> None:
+def as_logits_dtype(dtype: Any, hidden: Any, implementation: str) -> np.dtype:
+    try:
+        dtype = jnp.dtype(hidden.dtype if dtype is None else dtype)
+    except TypeError as error:
+        raise TypeError(
+            f"logits_dtype got {dtype!r}; pass a floating-point dtype, such as jnp.bfloat16 or 'bfloat16', or None for "
+            "hidden's."
+        ) from error
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"logits_dtype got {dtype}; pass a floating-point dtype, or None for hidden's.")
     if implementation == "triton" and dtype not in (np.dtype("float32"), np.dtype("float16"), jnp.dtype("bfloat16")):
         raise TypeError(f"logits_dtype got {dtype}; the Triton kernels take float32, bfloat16 and float16.")
+    return dtype
+
+
+def check_precision(precision: Any) -> None:
+    """Whatever `jax.lax.dot_general` takes; as part of the compiled program it has to be hashable, too."""
+    try:
+        _try_precision(precision)
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"precision got {precision!r}; pass what jax.lax.dot_general takes: None, a string such as 'highest', a "
+            "jax.lax.Precision, a tuple of two of these, or a jax.lax.DotAlgorithmPreset."
+        ) from error
+
+
+@functools.cache
+def _try_precision(precision: Any) -> None:
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    jax.eval_shape(lambda a, b: jax.lax.dot_general(a, b, (((), ()), ((), ())), precision), number, number)
 
 
 def _check_floating(name: str, array: Any) -> None:
@@ -179,6 +254,6 @@ def _check_floating(name: str, array: Any) -> None:
         raise TypeError(f"{name} got dtype {array.dtype}; pass float32, bfloat16, float16 or (XLA only) float64.")
 
 
-def _check_integer(name: str, value: Any) -> None:
+def check_integer(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} got {value!r}; pass a Python integer.")

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 
 import jliger
-from jliger import checks
+from jliger import checks, losses
+from jliger.oracle_for_tests import INTERPRETED, ON_GPU
 
 HIDDEN, KERNEL, LABELS = jnp.zeros((2, 3, 4)), jnp.zeros((4, 7)), jnp.zeros((2, 3), jnp.int32)
 
@@ -46,6 +48,25 @@ MISTAKES = [
     ({"kernel": jnp.zeros(4)}, ValueError, ["kernel", "(4,)", "[H, V]", "'hv'"]),
     ({"kernel": jnp.zeros((5, 7))}, ValueError, ["kernel", "(5, 7)", "[H, V]", "(2, 3, 4)", "H must agree"]),
     ({"kernel": jnp.zeros((7, 4))}, ValueError, ["kernel", "(7, 4)", "[H, V]", "'vh'"]),
+    ({"hidden": HIDDEN @ KERNEL}, ValueError, ["kernel", "(4, 7)", "hidden is logits", "hidden states"]),
+    ({"hidden": None}, TypeError, ["hidden", "None", "an array"]),
+    ({"hidden": [HIDDEN[0], HIDDEN[1]]}, TypeError, ["hidden", "list", "jnp.stack"]),
+    ({"kernel": nnx.Linear(4, 7, rngs=nnx.Rngs(0))}, TypeError, ["kernel", "Linear", "pass the kernel", "jliger.nnx"]),
+    ({"kernel": linen.Dense(7)}, TypeError, ["kernel", "Dense", "pass the kernel", "jliger.linen"]),
+    ({"kernel": linen.Partitioned(KERNEL, (None, None))}, TypeError, ["kernel", "Partitioned", "meta.unbox"]),
+    ({"kernel": {"kernel": KERNEL}}, TypeError, ["kernel", "dict", "one of its arrays", "jliger.linen"]),
+    ({"kernel": jax.ShapeDtypeStruct((4, 7), "float32")}, TypeError, ["kernel", "ShapeDtypeStruct", "an array"]),
+    ({"labels": np.array([[1, 2], [3]], object)}, TypeError, ["labels", "ndarray", "numbers"]),
+    ({"where": [[True] * 3] * 2}, TypeError, ["where", "list", "jnp.asarray"]),
+    ({"bias": linen.Partitioned(KERNEL[0], (None,))}, TypeError, ["bias", "Partitioned", "unbox"]),
+    ({"weights": [[1.0] * 3] * 2}, TypeError, ["weights", "list", "jnp.asarray"]),
+    ({"normalizer": [3.0]}, TypeError, ["normalizer", "list"]),
+    ({"adapter": KERNEL}, TypeError, ["adapter", "ArrayImpl", "jliger.LinearAdapter"]),
+    ({"adapter": (KERNEL, None)}, TypeError, ["adapter.b", "None", "an array"]),
+    ({"precision": ["high", "high"]}, TypeError, ["precision", "['high', 'high']", "'highest'", "tuple"]),
+    ({"precision": "hi"}, ValueError, ["precision", "'hi'", "'highest'"]),
+    ({"logits_dtype": "bf16"}, TypeError, ["logits_dtype", "'bf16'", "'bfloat16'"]),
+    ({"vocab_axis_name": 0}, ValueError, ["vocab_axis_name", "0", "shard_map"]),
     ({"kernel_layout": "vh"}, ValueError, ["kernel", "(4, 7)", "[V, H]", "'hv'"]),
     ({"kernel": jnp.zeros((4, 0))}, ValueError, ["kernel", "(4, 0)", "at least one column"]),
     ({"kernel": jnp.zeros((4, 7), jnp.bfloat16)}, TypeError, ["kernel", "bfloat16", "float32", "hidden's dtype"]),
@@ -80,13 +101,47 @@ def test_each_mistake_is_named(changes, error, says):
 def test_what_is_right_raises_nothing():
     jax.eval_shape(lambda: call())
     jax.eval_shape(lambda: call(logit_scale=np.float32(2), label_smoothing=1, z_loss=0, chunk_size=np.int64(3)))
-    jax.eval_shape(lambda: call(weights=jnp.ones((2, 3), int), normalizer=3))
+    jax.eval_shape(lambda: call(weights=jnp.ones((2, 3), int), normalizer=3, precision=("high", "highest")))
+    jax.eval_shape(lambda: call(kernel=nnx.Param(KERNEL), labels=np.zeros((2, 3), np.int8)))
 
 
 def test_options_cannot_be_traced():
     for name in ("logit_scale", "logit_softcap", "label_smoothing", "z_loss"):
         with pytest.raises(TypeError, match=f"{name} got .*Python number"):
             jax.jit(lambda value, name=name: call(**{name: value}))(0.5)
+
+
+def test_a_traced_scale_has_another_way():
+    with pytest.raises(TypeError, match=r"logit_scale got a traced value.*multiply hidden and bias"):
+        jax.eval_shape(lambda scale: call(logit_scale=scale), 2.0)
+
+
+def test_other_operations_name_them_too():
+    layer, box = nnx.Linear(4, 7, rngs=nnx.Rngs(0)), linen.Partitioned(KERNEL, (None, None))
+    for problem, says in (
+        (lambda: jliger.linear_logprobs(HIDDEN, layer, LABELS), "^kernel got a Linear"),
+        (lambda: jliger.linear_logprobs(None, KERNEL, LABELS), "^hidden got None"),
+        (lambda: losses.fused_linear_kl(HIDDEN, KERNEL, HIDDEN, layer), "^teacher_kernel got a Linear"),
+        (lambda: losses.fused_linear_jsd(HIDDEN, box, HIDDEN, KERNEL), "^student_kernel got a Partitioned"),
+        (lambda: losses.fused_linear_kl(HIDDEN, KERNEL, None, KERNEL), "^teacher_hidden got None"),
+        (lambda: losses.fused_linear_kl(HIDDEN, KERNEL, HIDDEN, KERNEL, precision=["high"]), "^precision got"),
+        (lambda: losses.fused_linear_kl(HIDDEN, KERNEL, HIDDEN, KERNEL, logits_dtype="bf16"), "^logits_dtype got"),
+    ):
+        with pytest.raises(TypeError, match=says):
+            problem()
+
+
+@pytest.mark.skipif(INTERPRETED or ON_GPU, reason="there Triton runs")
+def test_triton_without_a_gpu():
+    for problem in (
+        lambda: call(implementation="triton"),
+        lambda: jliger.linear_logprobs(HIDDEN, KERNEL, LABELS, implementation="triton"),
+        lambda: losses.fused_linear_kl(HIDDEN, KERNEL, HIDDEN, KERNEL, implementation="triton"),
+    ):
+        with pytest.raises(ValueError, match=r"implementation got 'triton'.*no GPU.*cpu.*'xla'.*compute_capability"):
+            problem()
+        with jliger.compute_capability(90):
+            jax.eval_shape(problem)
 
 
 def test_what_triton_does_not_take():
@@ -96,7 +151,7 @@ def test_what_triton_does_not_take():
     with pytest.raises(TypeError, match=r"hidden got dtype float64.*implementation='xla'"):
         checks.check_operands(hidden, kernel, labels, None, kernel_layout="hv", implementation="triton")
     with pytest.raises(TypeError, match=r"logits_dtype got float64.*float32, bfloat16 and float16"):
-        checks.check_logits_dtype(np.dtype("float64"), hidden, "triton")
+        checks.as_logits_dtype(np.dtype("float64"), hidden, "triton")
 
 
 def test_triton_that_is_not_installed(monkeypatch):

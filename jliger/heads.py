@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jliger import checks
 from jliger.adapter import LinearAdapter
 from jliger.api import fused_linear_cross_entropy
 from jliger.config import KernelLayout
@@ -98,7 +99,7 @@ class LinearHead:
         return hidden.astype(dtype), _cast(self.kernel, dtype), self.bias
 
     def _arguments(self, hidden: Array, options: Mapping[str, Any]) -> tuple[Array, Array, dict[str, Any]]:
-        hidden, kernel, bias = self._promoted(hidden)
+        hidden, kernel, bias = self._promoted(checks.as_array("hidden", hidden))
         own: dict[str, Any] = {"bias": bias, "kernel_layout": self.kernel_layout}
         if self.adapter is not None:
             a, b = (_cast(side, hidden.dtype) for side in (self.adapter.a, self.adapter.b))
@@ -115,7 +116,26 @@ def _cast(parameter: Array, dtype: Any) -> Array:
     return parameter if parameter.dtype == jnp.float32 else parameter.astype(dtype)
 
 
+def hidden_of(module: Any, hidden: Any) -> Array:
+    """Hidden states as an array, where they are passed after a head."""
+    if checks.is_array(module):
+        raise TypeError(
+            f"module got an array of shape {jnp.shape(module)}; the order is (module, hidden, labels). A head's arrays "
+            "go to jliger.fused_linear_cross_entropy(hidden, kernel, labels)."
+        )
+    return checks.as_array("hidden", hidden)
+
+
 # ---- which layers are such heads -----------------------------------------------------------------------------
+
+
+def check_embed(embed: Any, layer: type, package: str) -> None:
+    """A tied head takes an embedding alone."""
+    if not isinstance(embed, layer):
+        raise TypeError(
+            f"embed got a {type(embed).__name__}; pass a flax.{package}.Embed. Other layers go to "
+            f"jliger.{package}.fused_linear_cross_entropy(module, hidden, labels) as they are."
+        )
 
 
 def check_own_method(module: Any, layer: type, method: str) -> None:

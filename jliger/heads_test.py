@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 
 import jliger
 from jliger import heads
@@ -81,6 +82,26 @@ def test_one_head_several_tokens_ahead(implementation):
 
     found, expected = (jax.value_and_grad(function, (0, 1))(hidden, kernel) for function in (loss, unfused_loss))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("package", [jliger.nnx, jliger.linen])
+def test_a_head_in_the_wrong_place(package):
+    hidden, labels, kernel = jnp.ones((2, 4)), jnp.zeros(2, int), jnp.ones((4, 7))
+    layer = nnx.Linear(4, 7, rngs=nnx.Rngs(0)) if package is jliger.nnx else {"kernel": kernel}
+    for operation in (package.fused_linear_cross_entropy, package.linear_logprobs):
+        with pytest.raises(TypeError, match=r"module got an array of shape \(2, 4\); the order is \(module, hidden, "):
+            operation(hidden, layer, labels)
+        with pytest.raises(TypeError, match=r"hidden got None; pass an array"):
+            operation(layer, None, labels)
+        with pytest.raises(ValueError, match=r"kernel got shape \(4, 7\).*if hidden is logits, pass the hidden states"):
+            operation(layer, hidden @ kernel, labels)
+
+
+def test_a_tied_head_of_something_else():
+    with pytest.raises(TypeError, match=r"embed got a Linear; pass a flax.nnx.Embed. .*jliger.nnx.fused_linear"):
+        jliger.nnx.LMHead.tied(nnx.Linear(4, 7, rngs=nnx.Rngs(0)))
+    with pytest.raises(TypeError, match=r"embed got a Dense; pass a flax.linen.Embed. .*jliger.linen.fused_linear"):
+        jliger.linen.LMHead.tied(linen.Dense(7))
 
 
 def test_flax_is_imported_on_first_use():

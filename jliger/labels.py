@@ -16,6 +16,7 @@ def shift_labels(
     by: int | Sequence[int] = 1,
     *,
     segment_ids: Int[Array, "*B L"] | None = None,
+    padding_segment: int | None = 0,
     ignore_index: int = -100,
 ) -> Int[Array, "*B L"] | Int[Array, "K *B L"]:
     """The token that comes `by` positions later, as each position's label; `ignore_index` where there is none.
@@ -35,6 +36,8 @@ def shift_labels(
       by: how far ahead, at least 0; or several of that, for labels with a leading axis of one entry each.
       segment_ids: `[*B, L]`, integers that tell packed documents apart. A label of another document than its position
         is ignored.
+      padding_segment: the segment id of padding, whose labels are all ignored: 0, as in T5X and MaxText. None if every
+        segment is a document, such as where documents are numbered from 0. It has no effect without `segment_ids`.
       ignore_index: the label of what doesn't count.
 
     Returns:
@@ -52,15 +55,19 @@ def shift_labels(
       [[   6    7    8 -100]]
       >>> print(jliger.shift_labels(tokens, mask=jnp.array([[False, False, True, True]]), by=range(1, 3)).tolist())
       [[[-100, 7, 8, -100]], [[7, 8, -100, -100]]]
+      >>> tokens, segments = jnp.array([[5, 6, 7, 8, 0, 0]]), jnp.array([[1, 1, 2, 2, 0, 0]])
+      >>> print(jliger.shift_labels(tokens, segment_ids=segments).tolist())
+      [[6, -100, 8, -100, -100, -100]]
     """
     if not isinstance(by, int | np.integer):
-        shifted = [shift_labels(tokens, mask, one, segment_ids=segment_ids, ignore_index=ignore_index) for one in by]
+        options = {"segment_ids": segment_ids, "padding_segment": padding_segment, "ignore_index": ignore_index}
+        shifted = [shift_labels(tokens, mask, one, **options) for one in by]
         if not shifted:
             raise ValueError("by got no distances; pass at least one.")
         return jnp.stack(shifted)
     if isinstance(by, bool) or by < 0:
         raise ValueError(f"by got {by!r}; pass how many tokens to look ahead, at least 0.")
-    tokens = jnp.asarray(tokens)
+    tokens = checks.as_array("tokens", tokens)
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise TypeError(f"tokens got dtype {tokens.dtype}; pass integers.")
     if tokens.ndim < 1:
@@ -70,15 +77,24 @@ def shift_labels(
         tokens = tokens.astype(jnp.int32)
     labels = _ahead(tokens, by, ignore_index)
     if mask is not None:
-        mask = jnp.asarray(mask)
+        mask = checks.as_array("mask", mask)
         if mask.dtype != jnp.bool:
             raise TypeError(f"mask got dtype {mask.dtype}; pass bools (`mask != 0`).")
         checks.check_shape("mask", mask, tokens.shape, "one bool a token")
         labels = jnp.where(_ahead(mask, by, False), labels, ignore_index)
     if segment_ids is not None:
-        segment_ids = jnp.asarray(segment_ids)
+        segment_ids = checks.as_array("segment_ids", segment_ids)
+        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+            raise TypeError(f"segment_ids got dtype {segment_ids.dtype}; pass integers.")
         checks.check_shape("segment_ids", segment_ids, tokens.shape, "one integer a token")
-        labels = jnp.where(_ahead(segment_ids, by, 0) == segment_ids, labels, ignore_index)
+        same = _ahead(segment_ids, by, 0) == segment_ids
+        if padding_segment is not None:
+            checks.check_integer("padding_segment", padding_segment)
+            # A dtype that cannot hold padding_segment has no such segment; a comparison would wrap it around.
+            limits = jnp.iinfo(segment_ids.dtype)
+            if limits.min <= padding_segment <= limits.max:
+                same &= segment_ids != padding_segment
+        labels = jnp.where(same, labels, ignore_index)
     return labels
 
 

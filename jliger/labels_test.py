@@ -11,10 +11,11 @@ LENGTH = 7
 
 
 def by_hand(tokens, mask, by, segment_ids, ignore_index):
+    """With segment 0 as padding."""
     labels = np.full_like(tokens, ignore_index)
     for row in np.ndindex(tokens.shape[:-1]):
         for here in range(tokens.shape[-1] - by):
-            same = segment_ids is None or segment_ids[row][here] == segment_ids[row][here + by]
+            same = segment_ids is None or 0 != segment_ids[row][here] == segment_ids[row][here + by]
             if same and (mask is None or mask[row][here + by]):
                 labels[row][here] = tokens[row][here + by]
     return labels
@@ -43,6 +44,18 @@ def test_several_distances():
     np.testing.assert_array_equal(found, [jliger.shift_labels(tokens, mask, by=by) for by in (1, 2, 3)])
 
 
+def test_padding_segment():
+    tokens, segment_ids = np.array([5, 6, 7, 8, 9, 0, 0, 0]), np.array([1, 1, 2, 2, 2, 0, 0, 0])
+    for options, right in (
+        ({}, [6, -100, 8, 9, -100, -100, -100, -100]),
+        ({"by": 0}, [5, 6, 7, 8, 9, -100, -100, -100]),
+        ({"by": [0]}, [[5, 6, 7, 8, 9, -100, -100, -100]]),
+        ({"padding_segment": None}, [6, -100, 8, 9, -100, 0, 0, -100]),
+        ({"padding_segment": 2}, [6, -100, -100, -100, -100, 0, 0, -100]),
+    ):
+        assert jliger.shift_labels(tokens, segment_ids=segment_ids, **options).tolist() == right
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32", "int16"])
 def test_ignore_index_always_fits(dtype):
     found = jliger.shift_labels(np.array([1, 2, 100], dtype))
@@ -57,6 +70,8 @@ def test_ignore_index_always_fits(dtype):
         (TypeError, "mask got dtype int32", {"mask": np.ones((2, 3), np.int32)}),
         (ValueError, r"mask got shape \(3,\)", {"mask": np.ones(3, bool)}),
         (ValueError, r"segment_ids got shape \(2, 1\)", {"segment_ids": np.ones((2, 1), int)}),
+        (TypeError, "segment_ids got dtype bool", {"segment_ids": np.ones((2, 3), bool)}),
+        (TypeError, "padding_segment got '0'", {"segment_ids": np.ones((2, 3), int), "padding_segment": "0"}),
         (TypeError, "tokens got dtype float32", {"tokens": np.ones((2, 3), np.float32)}),
         (ValueError, "tokens got a scalar", {"tokens": 3}),
     ],

@@ -92,8 +92,8 @@ def linear_logprobs(
       `LinearLogprobs`, float32 (float64 for float64 hidden states) and int32, `[*B]`.
 
     Raises:
-      ValueError: a shape that doesn't fit, or an option out of its range.
-      TypeError: a dtype that isn't supported, or an option that is not a Python number.
+      ValueError: a shape that doesn't fit, an option out of its range, or `"triton"` where there is no GPU.
+      TypeError: something that is no array, a dtype that isn't supported, or an option that is not a Python number.
       NotImplementedError: a combination that isn't supported.
 
     Example:

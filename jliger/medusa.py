@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jliger import checks
 from jliger.api import CrossEntropyMetrics
 from jliger.heads import LinearHead
 from jliger.in_turn import sum_in_turn
@@ -46,7 +47,7 @@ def loss(
 ) -> Any:
     """The weighted sum of the heads' losses; with metrics, those of each head, stacked."""
     count = len(heads.heads.kernel)
-    hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
+    hidden, labels = checks.as_array("hidden", hidden), checks.as_array("labels", labels)
     if labels.shape != (count, *hidden.shape[:-1]):
         raise ValueError(
             f"labels got shape {labels.shape}; pass each head's, {(count, *hidden.shape[:-1])}, as "
@@ -60,12 +61,13 @@ def loss(
 
     contexts = {"labels": labels, "head_weight": jnp.asarray(head_weights, jnp.float32)}
     for name in [name for name in _ARRAYS if options.get(name) is not None]:
-        array = jnp.asarray(options.pop(name))
+        array = checks.as_array(name, options.pop(name))
         if name in _PER_TOKEN and array.shape not in (labels.shape, labels.shape[1:]):
             shapes = f"{labels.shape}, each head's, or {labels.shape[1:]}"
             raise ValueError(f"{name} got shape {array.shape}; pass {shapes}.")
         own = name in _PER_TOKEN and array.ndim == labels.ndim
         contexts[name] = array if own else jnp.broadcast_to(array, (count, *array.shape))
+    checks.check_precision(options.get("precision"))
     term = _HeadLoss((("reduction", reduction), *sorted(options.items())))
     total, metrics = sum_in_turn(term, heads, hidden, contexts)
     return (total, metrics) if return_metrics else total

@@ -55,5 +55,17 @@ def fitting_implementation() -> Implementation:
     return "triton" if is_nvidia and has_triton() else "xla"
 
 
+def can_run_triton() -> bool:
+    """Whether a Triton kernel can be compiled or interpreted here; triton must be installed."""
+    import triton
+
+    if target_compute_capability() is not None or triton.knobs.runtime.interpret:
+        return True
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:
+        return False
+
+
 def has_triton() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("triton", "jax_triton"))

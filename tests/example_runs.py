@@ -26,6 +26,14 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def interruption(example: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message with which an interrupted example ends, and the status that shells know it by."""
+    with pytest.raises(SystemExit) as ended:
+        example.main(arguments)
+    assert ended.value.code == 130
+    return capsys.readouterr().err
+
+
 def refusal(example: ModuleType, arguments: list[str]) -> str:
     """The message with which an example ends (which is a message, not a traceback)."""
     with pytest.raises(SystemExit) as ended:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from example_runs import content, losses
+from example_runs import content, interruption, losses
 from flax import nnx
 
 import jliger
@@ -147,7 +147,9 @@ def test_a_teacher_that_cannot_be_read_is_trained_anew(distill, options, finishe
     assert [path.name for path in copied.glob("*teacher-*")] == [teacher.name]
 
 
-def test_resuming_a_killed_run_gives_the_uninterrupted_curves(distill, options, finished, tmp_path, monkeypatch):
+def test_resuming_a_killed_run_gives_the_uninterrupted_curves(
+    distill, options, finished, tmp_path, monkeypatch, capsys
+):
     from reporting import MetricsFile
 
     out = tmp_path / "run"
@@ -161,8 +163,7 @@ def test_resuming_a_killed_run_gives_the_uninterrupted_curves(distill, options, 
     arguments = [*options, "--out", str(out), "--head", "jliger"]
     with monkeypatch.context() as patch:
         patch.setattr(MetricsFile, "write", kill)
-        with pytest.raises(SystemExit, match="--resume"):
-            distill.main(arguments)
+        assert "--resume" in interruption(distill, arguments, capsys)
     assert list(losses(out / "distilled" / "jliger")) == list(range(1, 11))
     distill.main([*arguments, "--resume"])
     for folder in ("alone", "distilled/jliger"):

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
-from example_runs import content, losses, refusal
+from example_runs import content, interruption, losses, refusal
 
 import jliger
 
@@ -91,7 +92,9 @@ def test_a_gpu_gets_triton_by_itself(train_lm, options):
         assert "triton_kernel_call" in program.step.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_resuming_a_killed_run_gives_the_uninterrupted_curve(train_lm, options, finished, tmp_path, monkeypatch):
+def test_resuming_a_killed_run_gives_the_uninterrupted_curve(
+    train_lm, options, finished, tmp_path, monkeypatch, capsys
+):
     out = tmp_path / "run"
     killed_at = 7
     metrics_file = sys.modules["reporting"].MetricsFile
@@ -105,13 +108,14 @@ def test_resuming_a_killed_run_gives_the_uninterrupted_curve(train_lm, options, 
     arguments = [*options, "--out", str(out), "--head", "jliger"]
     with monkeypatch.context() as patch:
         patch.setattr(metrics_file, "write", kill)
-        assert "--resume" in refusal(train_lm, arguments)
+        assert "--resume" in interruption(train_lm, arguments, capsys)
     assert list(losses(out / "jliger")) == list(range(1, killed_at))
     with (out / "jliger" / "metrics.jsonl").open("a") as file:
         file.write('{"event": "train", "st')
     # As if killed between the checkpoint and its manifest.
     (out / "jliger" / "checkpoints" / "4" / "sha256.json").unlink()
     train_lm.main([*arguments, "--resume"])
+    assert "jliger: goes on from step 4\n" in capsys.readouterr().out
     # To the bit: the same program on the same numbers.
     assert losses(out / "jliger") == losses(finished / "jliger")
     lines = (out / "jliger" / "metrics.jsonl").read_text().splitlines()
@@ -214,6 +218,31 @@ def test_a_diverging_run_ends_with_a_message_and_its_checkpoints(train_lm, optio
     arguments = [*options, "--out", str(tmp_path), "--head", "full", "--learning-rate", "1e38"]
     assert "lower learning rate" in refusal(train_lm, arguments)
     assert (tmp_path / "full" / "metrics.jsonl").exists()
+
+
+def test_a_warmup_that_is_not_given_fits(train_lm):
+    for steps, warmup in ((1, 0), (5, 0), (40, 4), (100, 10), (1000, 10)):
+        assert train_lm.parse_args(["--steps", str(steps)]).warmup_steps == warmup
+    assert train_lm.parse_args(["--steps", "5", "--warmup-steps", "4"]).warmup_steps == 4
+
+
+def test_ctrl_c_waits_for_a_checkpoint(train_lm):
+    done = []
+
+    @sys.modules["checkpoints"].interrupted_afterwards()
+    def save():
+        signal.raise_signal(signal.SIGINT)
+        done.append("written")
+
+    with pytest.raises(KeyboardInterrupt):
+        save()
+    assert done == ["written"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_more_memory_is_not_called_saved(train_lm):
+    saved = sys.modules["reporting"].saved
+    assert [saved(15.34), saved(-15.34)] == ["15.3 % saved", "15.3 % more"]
 
 
 @pytest.mark.parametrize(

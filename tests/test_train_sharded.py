@@ -157,6 +157,11 @@ def train_sharded() -> ModuleType:
     return train_sharded
 
 
+def test_a_warmup_that_is_not_given_fits(train_sharded):
+    for steps, warmup in ((1, 0), (5, 1), (30, 10), (100, 10)):
+        assert train_sharded.parse_args(["--steps", str(steps)]).warmup_steps == warmup
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from jliger.heads import hidden_of
 from jliger.linen.layers import linear_head
 from jliger.logprobs import LinearLogprobs
 
@@ -38,7 +38,8 @@ def fused_linear_cross_entropy(
 
     Raises:
       NotImplementedError: a module that is no such head.
-      TypeError: an option that is the module's own, such as `bias`; what `jliger.fused_linear_cross_entropy` raises.
+      TypeError: an array as `module`; an option that is the module's own, such as `bias`; what
+        `jliger.fused_linear_cross_entropy` raises.
       ValueError: a module that is not bound, or variables of something else; what
         `jliger.fused_linear_cross_entropy` raises.
 
@@ -55,7 +56,7 @@ def fused_linear_cross_entropy(
       >>> print(variables["params"]["logits"]["kernel"].shape, Model().apply(variables, tokens, tokens).shape)
       (8, 32) ()
     """
-    hidden = jnp.asarray(hidden)
+    hidden = hidden_of(module, hidden)
     return linear_head(module, hidden).loss(hidden, labels, **options)
 
 
@@ -75,8 +76,9 @@ def linear_logprobs(
 
     Raises:
       NotImplementedError: a module that is no such head.
-      TypeError: an option that is the module's own, such as `bias`; what `jliger.linear_logprobs` raises.
+      TypeError: an array as `module`; an option that is the module's own, such as `bias`; what
+        `jliger.linear_logprobs` raises.
       ValueError: what `jliger.linear_logprobs` raises.
     """
-    hidden = jnp.asarray(hidden)
+    hidden = hidden_of(module, hidden)
     return linear_head(module, hidden).logprobs(hidden, labels, **options)

@@ -5,7 +5,7 @@ from typing import Any
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from jliger import heads
+from jliger import checks, heads
 from jliger.heads import LinearHead
 from jliger.linen import layers
 from jliger.logprobs import LinearLogprobs
@@ -45,6 +45,7 @@ class LMHead(nn.Dense):
     @staticmethod
     def tied(embed: nn.Embed, *, logit_scale: float = 1.0, logit_softcap: float | None = None) -> "TiedLMHead":
         """The head whose kernel is `embed`'s embedding `[V, H]`."""
+        heads.check_embed(embed, nn.Embed, "linen")
         return TiedLMHead(embed, logit_scale=logit_scale, logit_softcap=logit_softcap)
 
     def __call__(self, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
@@ -63,6 +64,7 @@ class LMHead(nn.Dense):
     def linear_head(self, hidden: Float[Array, "*B H"]) -> LinearHead:
         """Parameters, and how they make logits."""
         heads.check_product(self, self.dot_general, self.dot_general_cls)
+        hidden = checks.as_array("hidden", hidden)
         params = {"kernel": self.param("kernel", self.kernel_init, (hidden.shape[-1], self.features), self.param_dtype)}
         if self.use_bias:
             params["bias"] = self.param("bias", self.bias_init, (self.features,), self.param_dtype)

@@ -152,8 +152,8 @@ def fused_linear_kl(
       The loss, float32 (float64 for float64 hidden states), `[]`. With `return_metrics`, that and the metrics.
 
     Raises:
-      ValueError: a shape that doesn't fit, or an option out of its range.
-      TypeError: a dtype that isn't supported, or an option that is not a Python number.
+      ValueError: a shape that doesn't fit, an option out of its range, or `"triton"` where there is no GPU.
+      TypeError: something that is no array, a dtype that isn't supported, or an option that is not a Python number.
       NotImplementedError: a combination that isn't supported.
 
     Example:
@@ -273,7 +273,8 @@ def fused_linear_jsd(
     checks.check_choice("reduction", reduction, ("mean", "sum"))
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
-    student_hidden, teacher_hidden = jnp.asarray(student_hidden), jnp.asarray(teacher_hidden)
+    student_hidden = checks.as_array("student_hidden", student_hidden)
+    teacher_hidden = checks.as_array("teacher_hidden", teacher_hidden)
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
             f"teacher_hidden got shape {teacher_hidden.shape} with student_hidden of shape {student_hidden.shape}; "
@@ -333,7 +334,7 @@ def fused_linear_jsd(
             f"for one of {vocab}; pass heads over the same vocabulary."
         )
     if weights is not None:
-        weights = jnp.asarray(weights)
+        weights = checks.as_array("weights", weights)
         checks.check_weights(weights, some_labels)
     call = _Call(
         config=dataclasses.replace(

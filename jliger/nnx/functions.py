@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jliger.heads import hidden_of
 from jliger.logprobs import LinearLogprobs
 from jliger.nnx.layers import linear_head
 
@@ -35,7 +35,8 @@ def fused_linear_cross_entropy(
 
     Raises:
       NotImplementedError: a module that is no such head.
-      TypeError: an option that is the module's own, such as `bias`; what `jliger.fused_linear_cross_entropy` raises.
+      TypeError: an array as `module`; an option that is the module's own, such as `bias`; what
+        `jliger.fused_linear_cross_entropy` raises.
       ValueError: what `jliger.fused_linear_cross_entropy` raises.
 
     Example:
@@ -47,7 +48,7 @@ def fused_linear_cross_entropy(
       >>> print(grads.kernel.shape, grads.bias.shape)
       (8, 32) (32,)
     """
-    hidden = jnp.asarray(hidden)
+    hidden = hidden_of(module, hidden)
     return linear_head(module, hidden).loss(hidden, labels, **options)
 
 
@@ -67,8 +68,9 @@ def linear_logprobs(
 
     Raises:
       NotImplementedError: a module that is no such head.
-      TypeError: an option that is the module's own, such as `bias`; what `jliger.linear_logprobs` raises.
+      TypeError: an array as `module`; an option that is the module's own, such as `bias`; what
+        `jliger.linear_logprobs` raises.
       ValueError: what `jliger.linear_logprobs` raises.
     """
-    hidden = jnp.asarray(hidden)
+    hidden = hidden_of(module, hidden)
     return linear_head(module, hidden).logprobs(hidden, labels, **options)

@@ -10,6 +10,7 @@ from flax.nnx.nn import dtypes, linear
 from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 from jaxtyping import Array, Float, Int
 
+from jliger import heads
 from jliger.heads import LinearHead
 from jliger.logprobs import LinearLogprobs
 from jliger.nnx import layers
@@ -125,6 +126,7 @@ class TiedLMHead(nnx.Module):
     """
 
     def __init__(self, embed: nnx.Embed, *, logit_scale: float = 1.0, logit_softcap: float | None = None):
+        heads.check_embed(embed, nnx.Embed, "nnx")
         self.embed = embed
         self.logit_scale = logit_scale
         self.logit_softcap = logit_softcap
