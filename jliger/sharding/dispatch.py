@@ -105,27 +105,34 @@ def _run_explicit(form: Form, mesh: AbstractMesh, tokens: Tokens, head: Head, pe
     def sharded(array: Array) -> tuple[tuple[int, ...], P]:
         return array.shape, jax.typeof(array).sharding.spec
 
-    plan = Plan.make(dict(mesh.shape), sharded(tokens.hidden), sharded(head.kernel), form.config.vocab_dim)
-    operands = (tokens, head, per_token)
-    in_specs = jax.tree.map(plan.spec, operand_roles(form.config, *operands))
+    leaves, tree = jax.tree.flatten((tokens, head, per_token))
+    roles = jax.tree.leaves(operand_roles(form.config, tokens, head, per_token))
+    examples = [[flags[index] for flags in form.examples] for index in range(len(roles))]
+    plan = Plan.of_operands(form, dict(mesh.shape), roles, [*map(sharded, leaves)])
+    in_specs = tree.unflatten(map(plan.spec, roles, examples))
     out_specs = jax.tree.map(lambda role: plan.spec(role, result=True), result_roles(form))
-    operands = jax.tree.map(lambda array, spec: reshard(array, NamedSharding(mesh, spec)), operands, in_specs)
+    operands = tree.unflatten(
+        reshard(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, jax.tree.leaves(in_specs), strict=True)
+    )
 
     def share(*operands: Any) -> Result:
         return run_share(form, plan, *operands)
 
     # Sums over devices are made, and stated, in `run_share`; what they are typed as is for `out_specs` to say.
     result = jax.shard_map(share, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
-    return result if result.grads is None else result._replace(grads=_like_inputs(mesh, result.grads, tokens, head))
+    return (
+        result if result.grads is None else result._replace(grads=_like_inputs(mesh, plan, result.grads, tokens, head))
+    )
 
 
-def _like_inputs(mesh: AbstractMesh, grads: Grads, tokens: Tokens, head: Head) -> Any:
+def _like_inputs(mesh: AbstractMesh, plan: Plan, grads: Grads, tokens: Tokens, head: Head) -> Any:
     """Gradients sharded like their inputs, where the plan had left an axis out."""
 
     def like(grad: Array | None, primal: Array | None) -> Array | None:
         if grad is None or primal is None:
             return None
-        return reshard(grad, NamedSharding(mesh, jax.typeof(primal).sharding.spec))
+        spec = plan.spec_like(jax.typeof(primal).sharding.spec, grad.ndim - len(plan.examples))
+        return reshard(grad, NamedSharding(mesh, spec))
 
     return Grads(*map(like, grads, Grads(tokens.hidden, head.kernel, head.bias, tokens.adapted, head.adapter)))
 
