@@ -53,10 +53,10 @@ def weighted_multi_steps(
     weights are of the whole call, over all devices: what `accumulate_gradients` returns as `weight`.
 
     The means are float32 (float64 for float64), and `optimizer` gets them in the dtype of the gradients. Its state
-    keeps the dtypes that it starts with, which mostly are those of the parameters, as in `optax.MultiSteps`. It is called
-    once in k calls: clipping sees the mean of all, and schedules count updates. If all weights are 0 it gets gradients
-    of 0. With `optax.apply_if_finite` inside, as `optimizer`, a call whose gradients aren't finite spoils its update,
-    which is left out, and none after; around the whole, such a call is left out alone.
+    keeps the dtypes that it starts with, mostly those of the parameters, as in `optax.MultiSteps`. The optimizer is
+    called once in k calls: clipping sees the mean of all, and schedules count updates. If all weights are 0 it gets
+    gradients of 0. With `optax.apply_if_finite` inside, as `optimizer`, a call whose gradients aren't finite spoils its
+    update, which is left out, and none after; around the whole, such a call is left out alone.
 
     Args:
       optimizer: an optax transformation.
