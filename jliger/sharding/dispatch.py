@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jliger.chunks import Grads, Head, Tokens
 from jliger.config import HeadConfig
 from jliger.sharding.form import Form, Result, operand_roles, result_roles
-from jliger.sharding.plan import Axes, Plan, first_column, local_plan
+from jliger.sharding.plan import Axes, Plan, as_axes, first_column, local_plan
 from jliger.sharding.share import run_share
 
 
@@ -128,8 +128,15 @@ def _run_explicit(form: Form, mesh: AbstractMesh, tokens: Tokens, head: Head, pe
         return run_share(form, plan, *operands)
 
     # Sums over devices are made, and stated, in `run_share`; what they are typed as is for `out_specs` to say.
+    # All axes, but for those of a `jax.vmap` around; beside manual axes, which can't be named again, those it takes.
+    axes = {axis for spec in jax.tree.leaves(in_specs) for entry in spec for axis in as_axes(entry)}
     mapped = jax.shard_map(
-        share, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(mesh.explicit_axes), check_vma=False
+        share,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=axes if mesh.manual_axes else set(),
+        check_vma=False,
     )
     result = mapped(*operands)
     return (

@@ -20,7 +20,7 @@ def run_examples(
     """
     operands = (tokens, head, per_token)
     leaves, tree = jax.tree.flatten(operands)
-    is_head = jax.tree.leaves(tuple(jax.tree.map(lambda _, part=part: part is head, part) for part in operands))
+    is_head = [part is head for part in operands for _ in jax.tree.leaves(part)]
     levels = range(len(form.examples))
     loops = [level for level in levels if form.sums_tokens or any(_select(form.examples[level], is_head))]
     order = (*loops, *(level for level in levels if level not in loops))

@@ -100,7 +100,7 @@ class Plan(NamedTuple):
     def spec_like(self, spec: P, ndim: int) -> P:
         """That of a gradient of each example, spread as `spec` spreads the last `ndim` dimensions of its input."""
         used = {axis for axes in self.examples for axis in axes}
-        own = [_entry(_without(_as_axes(entry), used)) for entry in spec[len(spec) - ndim :]]
+        own = [_entry(_without(as_axes(entry), used)) for entry in spec[len(spec) - ndim :]]
         return P(*map(_entry, self.examples), *own)
 
     def _spec(self, role: Role, *, result: bool) -> P:
@@ -175,7 +175,7 @@ def _without(axes: Axes, others: Set[str]) -> Axes:
 def _axes_of(shape: tuple[int, ...], spec: Any, sizes: Mapping[str, int]) -> list[Axes]:
     found = []
     for size, entry in zip(shape, _entries(shape, spec), strict=True):
-        axes = _as_axes(entry)
+        axes = as_axes(entry)
         parts = 1
         for axis in axes:
             parts *= sizes[axis]
@@ -183,7 +183,7 @@ def _axes_of(shape: tuple[int, ...], spec: Any, sizes: Mapping[str, int]) -> lis
     return found
 
 
-def _as_axes(entry: Any) -> Axes:
+def as_axes(entry: Any) -> Axes:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
