@@ -94,6 +94,10 @@ def fused_linear_cross_entropy(
       * `"none"`: about 0.5 GiB on a GPU, whatever `V`, and a few numbers a token; `4·H·V` for that sum, if the kernel
         is not float32 and there is more than one chunk.
 
+    Under `jax.vmap` each example has a kernel gradient of its own, `4·H·V`, even where `jax.grad` around it only needs
+    their sum. On a mesh each device has those of its own examples. Where the sum is enough, pass the tokens of all
+    examples as `[*B]`, without `jax.vmap`, and say in `weights` what each example counts: see the last example below.
+
     Args:
       hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only). Products are
         taken in this dtype.
@@ -147,6 +151,14 @@ def fused_linear_cross_entropy(
       >>> loss, metrics = jliger.fused_linear_cross_entropy(hidden, kernel, labels, z_loss=1e-4, return_metrics=True)
       >>> print(metrics.weight, bool(jnp.allclose(loss, metrics.cross_entropy + metrics.z_loss)))
       8.0 True
+
+      The mean of each sequence's mean, with one kernel gradient for all:
+
+      >>> weights = jnp.broadcast_to(1 / (labels != -100).sum(-1, keepdims=True), labels.shape)
+      >>> loss = jliger.fused_linear_cross_entropy(hidden, kernel, labels, weights=weights)
+      >>> means = jax.vmap(jliger.fused_linear_cross_entropy, (0, None, 0))(hidden, kernel, labels)
+      >>> print(bool(jnp.allclose(loss, means.mean())))
+      True
     """
     checks.check_number("label_smoothing", label_smoothing, least=0, most=1)
     checks.check_number("z_loss", z_loss, least=0)

@@ -7,6 +7,7 @@ Both learn from `symbolic_zeros` which inputs are being differentiated. In place
 of size zero: a residual tree that changed its structure would not survive a cached trace under `jax.checkpoint`.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple, Protocol
 
@@ -155,10 +156,10 @@ def _run(
     tokens = Tokens(inputs.hidden, context.labels, context.counted, inputs.adapted, teacher_hidden, logits)
     head = Head(inputs.kernel, inputs.bias, context.class_weights, inputs.adapter, teacher_head)
 
-    def run(tokens: Tokens, head: Head, *per_token: Any) -> Result:
-        return sharding.run(form, tokens, head, per_token)
+    def run(examples: Any, tokens: Tokens, head: Head, per_token: Any) -> Result:
+        return sharding.run(dataclasses.replace(form, examples=examples), tokens, head, per_token)
 
-    return vmappable(run, sums_tokens=form.sums_tokens)(tokens, head, *per_token)
+    return vmappable(run)(tokens, head, per_token)
 
 
 def _in_units(coefficients: Any, hidden: Array) -> tuple[Any, Float[Array, ""] | None]:

@@ -66,7 +66,8 @@ def linear_logprobs(
 
     A temperature $T$ is `logit_scale=1 / T`. Logits are computed again in the backward pass, over blocks of the
     vocabulary: four products, and the memory of `fused_linear_cross_entropy` with `reduction="none"`. With
-    `keep_logits` they are kept, in `logits_dtype`: three products, and `tokens · V` of memory.
+    `keep_logits` they are kept, in `logits_dtype`: three products, and `tokens · V` of memory. Under `jax.vmap` each
+    example has a kernel gradient of its own; pass `[*B]` tokens instead, which need one.
 
     Args:
       hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only).

@@ -199,7 +199,8 @@ class Layout(NamedTuple):
             if not types.mesh.explicit_axes or jnp.issubdtype(array.dtype, jax.dtypes.extended):
                 return array
             left = _only(types.spec, tuple(axis for axis in self.mesh.axis_names if axis not in self.axes))
-            entries = [_axes_of(a) + _axes_of(b) for a, b in zip(_full(spec, array), _full(left, array), strict=True)]
+            named = _only(spec, types.mesh.explicit_axes)
+            entries = [_axes_of(a) + _axes_of(b) for a, b in zip(_full(named, array), _full(left, array), strict=True)]
             return jax.sharding.reshard(array, NamedSharding(types.mesh, P(*(entry or None for entry in entries))))
 
         return jax.tree.map(placed, tree)

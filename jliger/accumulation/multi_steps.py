@@ -52,10 +52,11 @@ def weighted_multi_steps(
     this is the gradient of all calls' batches as one. The mean of means, which `optax.MultiSteps` takes, isn't. The
     weights are of the whole call, over all devices: what `accumulate_gradients` returns as `weight`.
 
-    The means are float32 (float64 for float64), and `optimizer` gets them in the dtype of the gradients. It is called
-    once in k calls: clipping sees the mean of all, and schedules count updates. If all weights are 0 it gets gradients
-    of 0. With `optax.apply_if_finite` inside, as `optimizer`, a call whose gradients aren't finite spoils its update,
-    which is left out, and none after; around the whole, such a call is left out alone.
+    The means are float32 (float64 for float64), and `optimizer` gets them in the dtype of the gradients. Its state
+    keeps the dtypes that it starts with, mostly those of the parameters, as in `optax.MultiSteps`. The optimizer is
+    called once in k calls: clipping sees the mean of all, and schedules count updates. If all weights are 0 it gets
+    gradients of 0. With `optax.apply_if_finite` inside, as `optimizer`, a call whose gradients aren't finite spoils its
+    update, which is left out, and none after; around the whole, such a call is left out alone.
 
     Args:
       optimizer: an optax transformation.
@@ -124,6 +125,8 @@ def weighted_multi_steps(
         def emit() -> tuple[Any, WeightedMultiStepsState]:
             gradients = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), means, updates)
             changes, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
+            # Float32 gradients would turn the state of bfloat16 parameters into float32 at the first update.
+            inner_state = jax.tree.map(lambda new, old: jnp.astype(new, old.dtype), inner_state, state.inner_state)
             zeros = jax.tree.map(jnp.zeros_like, means)
             return changes, WeightedMultiStepsState(
                 jnp.zeros_like(state.mini_step), state.gradient_step + 1, jnp.zeros_like(total), zeros, inner_state

@@ -97,6 +97,33 @@ def test_one_call_an_update_is_the_optimizer_itself():
         assert state.has_updated
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adamw(1e-2),
+        optax.sgd(0.1, momentum=0.9),
+        optax.lion(1e-2),
+        optax.contrib.muon(1e-2),
+        optax.add_noise(0.1, 0.5, key=0),
+    ],
+    ids=["adamw", "momentum", "lion", "muon", "noise"],
+)
+def test_float32_gradients_of_bfloat16_parameters(optimizer):
+    params = {"a": jnp.ones((2, 3), jnp.bfloat16)}
+    ours, theirs = jliger.weighted_multi_steps(optimizer, 2), optax.MultiSteps(optimizer, 2)
+    state, their_state = ours.init(params), theirs.init(params)
+    of_call, of_their_call = jax.jit(ours.update), jax.jit(theirs.update)
+    # Two updates: the second one starts with the state that the first one has left.
+    for seed in range(4):
+        grads = random_like(jax.tree.map(jnp.float32, params), seed)
+        updates, state = of_call(grads, state, params, weight=1.0)
+        expected, their_state = of_their_call(grads, their_state, params)
+        assert updates["a"].dtype == jnp.float32
+        np.testing.assert_allclose(updates["a"], expected["a"], rtol=1e-5, atol=1e-7)
+    kept, start = jax.tree.leaves(state.inner_state), jax.tree.leaves(optimizer.init(params))
+    assert [leaf.dtype for leaf in kept] == [leaf.dtype for leaf in start]
+
+
 def test_how_many_calls_may_change():
     optimizer = jliger.weighted_multi_steps(optax.sgd(1.0), lambda updates: updates + 1)
     state, of_call = optimizer.init(0.0), jax.jit(optimizer.update)

@@ -109,7 +109,8 @@ def fused_linear_kl(
     Memory beside arguments, results and their gradients, with `b` bytes a value of `student_hidden`, `C` tokens a
     chunk, on a GPU: `3·b·C·V` for two sets of logits and the gradients of one, either kernel in its hidden states'
     dtype if it has another, `4·H·V` for a float32 sum of kernel gradients if `student_kernel` is not float32. It does
-    not grow with the number of tokens, but for a few numbers each.
+    not grow with the number of tokens, but for a few numbers each. Under `jax.vmap` each example has a kernel gradient
+    of its own; pass `[*B]` tokens with `weights` instead, which need one.
 
     Args:
       student_hidden: the student's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only).

@@ -1,7 +1,7 @@
 """Auto axes: XLA chooses shardings, and asks here what follows from its choice."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,14 +37,17 @@ def run_partitioned(form: Form, tokens: Tokens, head: Head, per_token: Any) -> R
     """`run_share` on each device's share, as XLA chose it."""
     operands, tree = jax.tree.flatten((tokens, head, per_token))
     roles = tuple(jax.tree.leaves(operand_roles(form.config, tokens, head, per_token)))
-    results = _partitioned(form, tree, roles)(*operands)
+    leading = tokens.labels.ndim - sum(flags[roles.index("token")] for flags in form.examples)
+    results = _partitioned(form, tree, roles, leading)(*operands)
     return jax.tree.unflatten(jax.tree.structure(result_roles(form)), results)
 
 
 @functools.cache
-def _partitioned(form: Form, tree: Any, roles: tuple[Role, ...]) -> Callable[..., Any]:
+def _partitioned(form: Form, tree: Any, roles: tuple[Role, ...], leading: int) -> Callable[..., Any]:
     results = tuple(jax.tree.leaves(result_roles(form)))
     vocab_dim = form.config.vocab_dim
+    # Of each operand, which dimensions of examples it has.
+    examples = [[flags[index] for flags in form.examples] for index in range(len(roles))]
 
     def share(plan: Plan, *operands: Any) -> tuple[Any, ...]:
         tokens, head, per_token = tree.unflatten(operands)
@@ -56,19 +59,22 @@ def _partitioned(form: Form, tree: Any, roles: tuple[Role, ...]) -> Callable[...
 
     def partition(mesh: Any, operands: Any, found: Any) -> Any:
         # Where the kernel's gradient is wanted, its sharding says over which axes its sum is to be scattered.
-        kernel = found[results.index("kernel")] if "kernel" in results else operands[roles.index("kernel")]
-        hidden = operands[roles.index("hidden")]
-        sizes = dict(mesh.shape)
-        plan = Plan.make(sizes, (hidden.shape, _spec(hidden)), (kernel.shape, _spec(kernel)), vocab_dim)
+        kernel_grad = _sharded(found[results.index("kernel")]) if "kernel" in results else None
+        plan = Plan.of_operands(form, dict(mesh.shape), roles, [*map(_sharded, operands)], kernel_grad)
         return (
             mesh,
             _without_mesh(functools.partial(share, plan)),
             tuple(NamedSharding(mesh, plan.spec(role, result=True)) for role in results),
-            tuple(NamedSharding(mesh, plan.spec(role)) for role in roles),
+            tuple(NamedSharding(mesh, plan.spec(role, flags)) for role, flags in zip(roles, examples, strict=True)),
         )
 
-    factors = _FACTORS[form.config.kernel_layout]
-    rule = ", ".join(factors[role] for role in roles) + " -> " + ", ".join(factors[role] for role in results)
+    def factors(role: Role, flags: Sequence[bool]) -> str:
+        lead = [f"e{level}" for level, flag in enumerate(flags) if flag]
+        tokens = " ".join(f"t{dim}" for dim in range(leading))
+        return " ".join([*lead, _FACTORS[form.config.kernel_layout][role].replace("...", tokens)])
+
+    rule = ", ".join(map(factors, roles, examples)) + " -> "
+    rule += ", ".join(factors(role, [True] * len(form.examples)) for role in results)
     inner = [factor for factor, role in (("h", "hidden"), ("r", "adapter"), ("g", "teacher")) if role in roles]
     special: dict[str, Any] = {"need_replication_factors": tuple(inner)}
     if not {"kernel", "vocab", "adapter", "logits"} & set(results):
@@ -77,9 +83,10 @@ def _partitioned(form: Form, tree: Any, roles: tuple[Role, ...]) -> Callable[...
     return whole
 
 
-def _spec(array: Any) -> Any:
+def _sharded(array: Any) -> tuple[tuple[int, ...], Any]:
+    """An array's shape and spec."""
     # Arrays of one device come with a sharding that has no spec.
-    return getattr(array.sharding, "spec", ())
+    return array.shape, getattr(array.sharding, "spec", ())
 
 
 def _without_mesh(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jliger.chunks import Grads, Head, Tokens
 from jliger.config import HeadConfig
 from jliger.sharding.form import Form, Result, operand_roles, result_roles
-from jliger.sharding.plan import Axes, Plan, first_column, local_plan
+from jliger.sharding.plan import Axes, Plan, as_axes, first_column, local_plan
 from jliger.sharding.share import run_share
 
 
@@ -20,7 +20,7 @@ def run(form: Form, tokens: Tokens, head: Head, per_token: Any) -> Result:
     """The form on tokens of any leading dimensions, wherever its operands are."""
     mesh = _mesh_of(tokens.hidden, head.kernel, tokens.labels)
     if mesh.manual_axes:
-        return _run_manual(form, tokens, head, per_token)
+        return _run_manual(form, mesh, tokens, head, per_token)
     if _is_explicit(mesh):
         return _run_explicit(form, mesh, tokens, head, per_token)
     if jax.device_count() > 1 and tokens.labels.ndim:
@@ -32,6 +32,7 @@ def run(form: Form, tokens: Tokens, head: Head, per_token: Any) -> Result:
 
 def vocab_size(config: HeadConfig, kernel: Array) -> int:
     """Columns in all: a kernel inside a user's `shard_map` may have but a device's share of them."""
+    _check_vocab_axes(config, kernel)
     size = kernel.shape[config.vocab_dim]
     for axis in config.vocab_axes:
         size *= jax.lax.axis_size(axis)
@@ -63,7 +64,7 @@ def total_class_weight(config: HeadConfig, class_weights: Float[Array, " V"]) ->
 def replicated(array: Array) -> Array:
     """A small array, whole on every device, where shardings are in types and a product would ask for it."""
     mesh = _mesh_of(array)
-    if mesh.manual_axes or not _is_explicit(mesh):
+    if not _is_explicit(mesh):
         return array
     return reshard(array, NamedSharding(mesh, P(*(None,) * array.ndim)))
 
@@ -90,11 +91,18 @@ def _untyped_vocab_axes(config: HeadConfig) -> Axes:
     return tuple(axis for axis in config.vocab_axes if axis not in _varying(jax.lax.axis_index(axis)))
 
 
-def _run_manual(form: Form, tokens: Tokens, head: Head, per_token: Any) -> Result:
-    """Inside a user's `shard_map`: all loops carry what varies as the operands together do."""
+def _run_manual(form: Form, mesh: AbstractMesh, tokens: Tokens, head: Head, per_token: Any) -> Result:
+    """Inside a user's `shard_map`: all loops carry what varies as the operands together do.
+
+    Explicit axes that it leaves may spread operands further.
+    """
     operands = (tokens, head, per_token)
     varying = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(operands)))
     tokens, head, per_token = jax.tree.map(lambda leaf: _as_varying(leaf, varying), operands)
+    if any(_is_spread(leaf) for leaf in jax.tree.leaves(operands)):
+        _check_vocab_axes(form.config, *jax.tree.leaves(operands))
+        result = _run_explicit(form, mesh, tokens, head, per_token)
+        return jax.tree.map(lambda leaf: _as_varying(leaf, varying), result)
     result = run_share(form, local_plan(form.config.vocab_axes, form.config.vocab_dim), tokens, head, per_token)
     return result._replace(stats=jax.tree.map(functools.partial(_as_equal, form.config.vocab_axes), result.stats))
 
@@ -105,27 +113,45 @@ def _run_explicit(form: Form, mesh: AbstractMesh, tokens: Tokens, head: Head, pe
     def sharded(array: Array) -> tuple[tuple[int, ...], P]:
         return array.shape, jax.typeof(array).sharding.spec
 
-    plan = Plan.make(dict(mesh.shape), sharded(tokens.hidden), sharded(head.kernel), form.config.vocab_dim)
-    operands = (tokens, head, per_token)
-    in_specs = jax.tree.map(plan.spec, operand_roles(form.config, *operands))
+    leaves, tree = jax.tree.flatten((tokens, head, per_token))
+    roles = jax.tree.leaves(operand_roles(form.config, tokens, head, per_token))
+    examples = [[flags[index] for flags in form.examples] for index in range(len(roles))]
+    sizes = {axis: mesh.shape[axis] for axis in mesh.explicit_axes}
+    plan = Plan.of_operands(form, sizes, roles, [*map(sharded, leaves)])
+    in_specs = tree.unflatten(map(plan.spec, roles, examples))
     out_specs = jax.tree.map(lambda role: plan.spec(role, result=True), result_roles(form))
-    operands = jax.tree.map(lambda array, spec: reshard(array, NamedSharding(mesh, spec)), operands, in_specs)
+    operands = tree.unflatten(
+        reshard(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, jax.tree.leaves(in_specs), strict=True)
+    )
 
     def share(*operands: Any) -> Result:
         return run_share(form, plan, *operands)
 
     # Sums over devices are made, and stated, in `run_share`; what they are typed as is for `out_specs` to say.
-    result = jax.shard_map(share, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*operands)
-    return result if result.grads is None else result._replace(grads=_like_inputs(mesh, result.grads, tokens, head))
+    # All axes, but for those of a `jax.vmap` around; beside manual axes, which can't be named again, those it takes.
+    axes = {axis for spec in jax.tree.leaves(in_specs) for entry in spec for axis in as_axes(entry)}
+    mapped = jax.shard_map(
+        share,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=axes if mesh.manual_axes else set(),
+        check_vma=False,
+    )
+    result = mapped(*operands)
+    return (
+        result if result.grads is None else result._replace(grads=_like_inputs(mesh, plan, result.grads, tokens, head))
+    )
 
 
-def _like_inputs(mesh: AbstractMesh, grads: Grads, tokens: Tokens, head: Head) -> Any:
+def _like_inputs(mesh: AbstractMesh, plan: Plan, grads: Grads, tokens: Tokens, head: Head) -> Any:
     """Gradients sharded like their inputs, where the plan had left an axis out."""
 
     def like(grad: Array | None, primal: Array | None) -> Array | None:
         if grad is None or primal is None:
             return None
-        return reshard(grad, NamedSharding(mesh, jax.typeof(primal).sharding.spec))
+        spec = plan.spec_like(jax.typeof(primal).sharding.spec, grad.ndim - len(plan.examples))
+        return reshard(grad, NamedSharding(mesh, spec))
 
     return Grads(*map(like, grads, Grads(tokens.hidden, head.kernel, head.bias, tokens.adapted, head.adapter)))
 
@@ -145,7 +171,20 @@ def _is_explicit(mesh: AbstractMesh) -> bool:
             f"the mesh got Explicit axes {mesh.explicit_axes} and Auto axes {mesh.auto_axes}; make all of them of one "
             "type, or call from inside a jax.shard_map."
         )
-    return not mesh.empty and mesh.are_all_axes_explicit
+    return bool(mesh.explicit_axes)
+
+
+def _check_vocab_axes(config: HeadConfig, *arrays: Array) -> None:
+    if config.vocab_axes and any(map(_is_spread, arrays)):
+        raise NotImplementedError(
+            f"vocab_axis_name got {config.vocab_axes} beside arrays that Explicit axes spread, which are among "
+            f"{get_abstract_mesh().explicit_axes}; make the shard_map one over these axes too."
+        )
+
+
+def _is_spread(array: Array) -> bool:
+    """Whether Explicit axes spread it."""
+    return any(entry is not None for entry in jax.typeof(array).sharding.spec)
 
 
 def _as_equal(axes: Axes, array: Array) -> Array:

@@ -24,12 +24,15 @@ class Form:
       config: how logits come about.
       wanted: which gradients, in which dtypes.
       lean: as `chunks.token_stats` takes it.
+      examples: for each `jax.vmap` around, the outermost first, which operands have a dimension of examples for it.
+        These dimensions lead, and all results have all of them.
     """
 
     kind: Literal["stats", "forward", "recompute", "kept stats", "kept"]
     config: HeadConfig
     wanted: GradTypes = NOTHING_WANTED
     lean: bool = False
+    examples: tuple[tuple[bool, ...], ...] = ()
 
     @property
     def sums_tokens(self) -> bool:

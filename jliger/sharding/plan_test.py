@@ -1,8 +1,12 @@
 """Which axes do what, from shapes and specs alone."""
 
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jliger.config import HeadConfig
+from jliger.rows import StatsWanted
+from jliger.sharding.form import Form
 from jliger.sharding.plan import Plan, first_column, local_plan
 
 SIZES = {"data": 2, "seq": 2, "model": 4, "one": 1}
@@ -12,6 +16,11 @@ KERNEL = (16, 64)  # [H, V]
 
 def make(hidden, kernel, vocab_dim=1, hidden_shape=HIDDEN, kernel_shape=KERNEL):
     return Plan.make(SIZES, (hidden_shape, hidden), (kernel_shape, kernel), vocab_dim)
+
+
+def make_config():
+    types = {"logits_dtype": np.dtype(np.float32), "precision": None, "chunk_size": None, "implementation": "xla"}
+    return HeadConfig("hv", 1.0, None, **types, compute_capability=None, stats_wanted=StatsWanted(False, False))
 
 
 def test_nothing_sharded():
@@ -124,6 +133,46 @@ def test_no_leading_dimensions_but_one():
     plan = make(P("data"), P("data"), hidden_shape=(8, 16))
     assert plan.spec("hidden") == P("data", None)
     assert plan.spec("token") == P("data")
+
+
+@pytest.mark.parametrize(
+    ("flags", "specs", "examples", "batch", "kernel_grad"),
+    [
+        # Devices share the examples of one vmap: they sum nothing over them, and gather what they spread of the kernel.
+        ("htk", [P("data"), P("data"), P("data")], [("data",)], [(), ()], P("data", None, None)),
+        (
+            "ht",
+            [P("data", "seq"), P("data", "seq"), P("data", "seq")],
+            [("data",)],
+            [("seq",), ()],
+            P("data", None, "seq"),
+        ),
+        # Labels alone are spread.
+        ("ht", [P(), P("data"), P(None, "model")], [("data",)], [(), ()], P("data", None, "model")),
+        ("t", [P("seq"), P("data", "seq"), P()], [("data",)], [("seq",), ()], P("data", None, None)),
+    ],
+)
+def test_examples_of_a_vmap(flags, specs, examples, batch, kernel_grad):
+    shapes = {"hidden": HIDDEN, "token": HIDDEN[:-1], "kernel": KERNEL}
+    has = [name[0] in flags for name in shapes]
+    operands = [((8,) * flag + shape, spec) for flag, shape, spec in zip(has, shapes.values(), specs, strict=True)]
+    form = Form("stats", make_config(), examples=(tuple(has),))
+    plan = Plan.of_operands(form, SIZES, tuple(shapes), operands)
+    assert (plan.examples, plan.batch) == (tuple(examples), tuple(batch))
+    assert plan.tokens == sum(batch, ())
+    assert plan.spec("kernel", result=True) == kernel_grad
+    assert plan.spec("token", [has[1]]) == P("data", *plan.spec("token", [False]))
+
+
+def test_examples_of_two_vmaps():
+    # The outer one is of kernels, and whole; the inner one of tokens, and spread.
+    form = Form("stats", make_config(), examples=((False, True), (True, False)))
+    operands = [((4, *HIDDEN), P("data")), ((3, *KERNEL), P(None, "data"))]
+    plan = Plan.of_operands(form, SIZES, ("hidden", "kernel"), operands)
+    assert plan.examples == ((), ("data",))
+    assert plan.spec("kernel", (True, False)) == P(None, None, None)
+    assert plan.spec("hidden", (False, True)) == P("data", None, None, None)
+    assert plan.spec("hidden", result=True) == P(None, "data", None, None, None)
 
 
 def test_a_share_as_all_there_is():

@@ -1,5 +1,6 @@
 """One device's share: its tokens, its columns, and the sums over devices that its results are part of."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from jaxtyping import Array
 from jliger import chunks
 from jliger.chunks import Grads, GradTypes, Head, Tokens
 from jliger.rows import RowStats
+from jliger.sharding.examples import run_examples
 from jliger.sharding.form import Form, Result
 from jliger.sharding.merge import merge_over, pair_merge
 from jliger.sharding.plan import Axes, Plan, first_column
@@ -21,6 +23,9 @@ def run_share(form: Form, plan: Plan, tokens: Tokens, head: Head, per_token: Any
 
     Leading dimensions become tokens here, on the share, where that moves nothing between devices.
     """
+    if form.examples:
+        one = functools.partial(run_share, dataclasses.replace(form, examples=()), plan)
+        return run_examples(form, one, tokens, head, per_token)
     if not tokens.labels.size:
         return _of_no_tokens(form, plan, tokens, head)
     width = head.kernel.shape[plan.vocab_dim]

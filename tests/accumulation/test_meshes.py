@@ -108,7 +108,7 @@ PLACES = {
     "FSDP and tensor parallel": (("data",), {"body": P("data"), "head": P("data", "model")}),
 }
 CASES = [("auto", place, "fused") for place in PLACES if place != "data parallel over both"]
-CASES += [("explicit", "data parallel", "fused"), ("explicit", "FSDP", "fused")]
+CASES += [("explicit", place, "fused") for place in ("data parallel", "FSDP", "FSDP and tensor parallel")]
 CASES += [("auto", "FSDP and tensor parallel", "optax"), ("explicit", "FSDP", "optax")]
 
 
@@ -157,8 +157,8 @@ def sums_one_would_write(mesh, axes, specs):
         entries = [axes_of([P(entry)]) for entry in (*spec, None, None)][: len(SHAPES[name])]
         others = [math.prod(mesh.shape[axis] for axis in entry - axes) for entry in entries]
         shape = [size // parts for size, parts in zip(SHAPES[name], others, strict=True)]
-        if axes_of([spec]) - axes:
-            # What is spread over other axes too is sliced after an all-reduce; XLA on GPUs makes one of the two.
+        if axes_of([spec]) - axes or set(mesh.explicit_axes) - axes:
+            # Beside other axes that spread it or are Explicit: an all-reduce, then a slice, which XLA on GPUs fuses.
             found[tuple(shape)] += 1
             continue
         for dim, entry in enumerate(entries):
@@ -195,6 +195,17 @@ def test_explicit_axes_that_are_not_named(axes):
         found = step(params, batch)
     assert_same(found, expected("fused"))
     assert found[0].aux["predictions"].sharding.spec == P("data", None)
+
+
+def test_auto_axes_beside_explicit_ones():
+    # The batch is XLA's to spread, the head is spread by its type.
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Explicit))
+    params, batch, axes, specs = put(mesh, "tensor parallel")
+    with jax.set_mesh(mesh):
+        step = jax.jit(jliger.accumulate_gradients(fused_sums, COUNT, aux_reduction=KINDS, batch_axes=axes))
+        found = step(params, batch)
+    assert_same(found, expected("fused"))
+    assert found[1]["head"].sharding.spec == specs["head"]
 
 
 def test_an_axis_that_is_not_named_is_summed_in_each_microbatch():

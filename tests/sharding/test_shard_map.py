@@ -74,9 +74,10 @@ def loss_and_grads(problem, place, mesh, *, check_vma, vocab_axes, token_axes, i
     return jax.jit(outer)
 
 
-def check(problem, place, mode="auto", **options):
+def check(problem, place, mode="auto", lies=None, **options):
+    """Against the oracle; arrays lie as `lies` says, which may be over more axes than the shard_map is."""
     mesh = place.mesh(mode)
-    arrays = put(problem, place, mesh)
+    arrays = put(problem, lies or place, mesh)
     loss, grads = jax.block_until_ready(loss_and_grads(problem, place, mesh, **options)(arrays))
     expected = oracle(problem)
     total = (expected["loss"] * problem.cotangent).sum()
@@ -149,6 +150,40 @@ def test_some_axes_manual_and_the_others_unused(shared_vocab, mode, check_vma):
         inside=False,
         manual={"data", "model"} if shared_vocab else {"data"},
     )
+
+
+@pytest.mark.parametrize(
+    ("lies", "reduction", "check_vma", "inside"),
+    pick(
+        [
+            (PLACES["dp+tp"], "mean", True, False),
+            (Place(P("data", "seq"), P("model"), ("data", "seq")), "none", False, True),
+        ],
+        on_gpus=[(PLACES["dp+tp"], "mean", True, False)],
+        interpreted=[],
+    ),
+)
+def test_explicit_axes_that_a_shard_map_leaves(lies, reduction, check_vma, inside):
+    check(
+        make(reduction, "hv"),
+        PLACES["dp"],
+        "explicit",
+        lies,
+        check_vma=check_vma,
+        vocab_axes=(),
+        token_axes=("data",),
+        inside=inside,
+        manual={"data"},
+    )
+
+
+def test_a_vocabulary_over_axes_of_two_kinds_is_refused():
+    place, lies = (Place(P("data"), P(None, axes), ("data", "model", "seq")) for axes in ("model", ("model", "seq")))
+    options = {"check_vma": True, "token_axes": ("data",), "inside": False, "manual": {"data", "model"}}
+    with pytest.raises(
+        NotImplementedError, match=r"vocab_axis_name got \('model',\) beside arrays that Explicit axes .*'seq'"
+    ):
+        check(make("mean", "hv"), place, "explicit", lies, vocab_axes=("model",), **options)
 
 
 @pytest.mark.parametrize("check_vma", pick([True, False], on_gpus=[True], interpreted=[True]))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hlo import collectives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from sharded import HIDDEN, IMPLEMENTATION, MODES, PLACES, REDUCTIONS, VOCAB, assert_same, pick
@@ -155,6 +156,57 @@ def test_gradients_of_each_in_a_vmap(mode, reduction):
         return jax.vmap(one, in_axes=(axes,))(arrays)
 
     check(transformed, make(2), mode, "dp")
+
+
+def of_an_example(operations, options, kind, kernel, hidden, labels, cotangent):
+    """The loss of `[B, L]` tokens, by jliger's operations or by those of plain JAX."""
+    if kind == "logprobs":
+        found = operations.linear_logprobs(hidden, kernel, labels, **options)
+        return jnp.sum((found.logprobs + 0.1 * found.entropy) * cotangent)
+    if kind == "distillation":
+        jsd = getattr(operations, "losses", operations).fused_linear_jsd
+        return jsd(hidden, kernel, hidden[..., ::-1], 2 * kernel, labels=labels, hard_weight=0.5, **options)
+    return operations.fused_linear_cross_entropy(hidden, kernel, labels, z_loss=0.01, **options)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "vmap"),
+    pick(
+        [
+            ("auto", "mean", {"spmd_axis_name": "data"}),
+            ("explicit", "mean", {}),
+            ("auto", "logprobs", {}),
+            ("explicit", "logprobs", {}),
+            ("auto", "distillation", {}),
+        ],
+        on_gpus=[("auto", "mean", {}), ("explicit", "logprobs", {})],
+        interpreted=[("explicit", "mean", {})],
+    ),
+)
+def test_vmap_over_examples_that_devices_share(mode, kind, vmap):
+    def value_and_grads_of(operations, options, vmap, arrays):
+        def loss(arrays):
+            one = functools.partial(of_an_example, operations, options, kind, arrays["kernel"])
+            each = jax.vmap(one, **vmap)(arrays["hidden"], arrays["labels"], arrays["cotangent"])
+            return jnp.sum(each * jnp.arange(1, 3))
+
+        return value_and_grads(loss, arrays)
+
+    arrays, mesh = make(2), PLACES["dp"].mesh(mode)
+    with jax.set_mesh(mesh):
+        narrow = {name: a.astype(np.float32) if a.dtype == np.float64 else a for name, a in arrays.items()}
+        sharded = {name: jax.device_put(a, P() if name == "kernel" else P("data")) for name, a in narrow.items()}
+        options = {"implementation": IMPLEMENTATION, "chunk_size": 4}
+        program = jax.jit(functools.partial(value_and_grads_of, jliger, options, vmap)).lower(sharded).compile()
+        found = jax.block_until_ready(program(sharded))
+    with jax.enable_x64(True):
+        wide = {name: jnp.asarray(array) for name, array in arrays.items()}
+        assert_same(found, jax.jit(functools.partial(value_and_grads_of, jliger.reference, {}, {}))(wide))
+    # A device that has no other's examples can compute none of them.
+    assert {(each.kind, each.shape) for each in collectives(program.as_text())} <= {
+        ("all-reduce", ()),
+        ("all-reduce", (HIDDEN, VOCAB)),
+    }
 
 
 class Model(nnx.Module):
