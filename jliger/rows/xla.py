@@ -87,8 +87,11 @@ def _logits(
 
 
 def _finite(below: Float[Array, "T V"]) -> Float[Array, "T V"]:
-    """A difference that multiplies its own exponential, which is 0 where the difference is −inf."""
-    return jnp.maximum(below, jnp.finfo(below.dtype).min)
+    """A difference that is multiplied by its own exponential: clipped where the exponential is 0.
+
+    The bound is small, so that the product with a large coefficient does not overflow; 0 · inf would be NaN.
+    """
+    return jnp.maximum(below, -1024)  # exp(−1024) is 0, in float64 too.
 
 
 def _is_label(product: Float[Array, "T V"], block: Block) -> Bool[Array, "T V"]:
