@@ -100,7 +100,9 @@ def fused_linear_cross_entropy(
       kernel: the head's weights, `[H, V]`, or `[V, H]` with `kernel_layout="vh"` (a tied embedding): hidden's dtype or
         float32.
       labels: the label of each token, `[*B]`, integers. They are not shifted here.
-      bias: `[V]`, added to the logits in float32.
+      bias: `[V]`, added to the logits in float32. A column with −∞ has probability 0. Do not combine it with
+        `label_smoothing`, which gives every column a share: the loss is then infinite, or NaN where `class_weights` has
+        a 0 there. A softcap makes `−c` of −∞, so that the column is not masked.
       where: bools `[*B]`, the tokens that count.
       weights: a weight for each token, `[*B]`. It carries no gradient.
       ignore_index: a label equal to it doesn't count.

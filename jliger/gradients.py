@@ -18,6 +18,7 @@ from jliger import sharding
 from jliger.batching import vmappable
 from jliger.chunks import Grads, GradTypes, Head, TeacherHead, Tokens, accumulator_dtype
 from jliger.config import HeadConfig
+from jliger.second_derivatives import once_differentiable
 from jliger.cross_entropy import coefficients_of
 from jliger.rows import RowStats
 from jliger.sharding import Form, Result
@@ -158,7 +159,7 @@ def _run(
     def run(tokens: Tokens, head: Head, *per_token: Any) -> Result:
         return sharding.run(form, tokens, head, per_token)
 
-    return vmappable(run, sums_tokens=form.sums_tokens)(tokens, head, *per_token)
+    return once_differentiable(run, vmappable(run, sums_tokens=form.sums_tokens), form.config)(tokens, head, *per_token)
 
 
 def _in_units(coefficients: Any, hidden: Array) -> tuple[Any, Float[Array, ""] | None]:
