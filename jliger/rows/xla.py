@@ -19,13 +19,17 @@ def row_stats(product: Float[Array, "T V"], block: Block, logit_map: LogitMap, w
     below = logits - row_max[:, None]
     exp = jnp.exp(below)
     sum_exp = exp.sum(axis=1)
+    mean_logit = None
+    if wanted.mean_logit:
+        # The mean does not matter where the block holds nothing but −inf; 0 / 0 would trip `jax_debug_nans`.
+        mean_logit = (exp * _finite(below)).sum(axis=1) / jnp.where(sum_exp == 0, 1, sum_exp)
     return RowStats(
         max=row_max,
         log_sum=jnp.log(sum_exp),
         label_logit=jnp.where(is_label, logits, 0).sum(axis=1),
         prediction=jnp.argmax(logits, axis=1).astype(jnp.int32),
         weighted_sum=weighted_sum,
-        mean_logit=(exp * _finite(below)).sum(axis=1) / sum_exp if wanted.mean_logit else None,
+        mean_logit=mean_logit,
     )
 
 
