@@ -299,7 +299,7 @@ def test_every_transformation_gives_the_same_gradients(reduction, bias, implemen
 def test_op_by_op_gives_the_same_gradients(reduction, implementation):
     problem = make(reduction=reduction)
     expected = fused(problem, implementation)
-    with jax.disable_jit():
+    with jax.disable_jit(), jax.debug_nans(True):
         found = jax.grad(loss_of(problem, implementation))(problem.inputs)
     assert_close(found, {name: expected[name] for name in found})
 

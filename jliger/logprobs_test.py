@@ -295,6 +295,8 @@ def test_entropy_gradients_of_masked_columns(dtype, keep_logits, size, implement
         return (size * jliger.linear_logprobs(hidden, kernel, jnp.zeros(2, jnp.int32), **options).entropy).sum()
 
     found = jax.jit(jax.grad(entropy, argnums=(0, 1, 2)))(hidden, kernel, bias)
+    with jax.disable_jit(), jax.debug_nans(True):
+        entropy(hidden, kernel, bias)
     with jax.enable_x64(True):
         hidden, kernel, bias = (np.asarray(array, np.float64) for array in (hidden, kernel, bias))
         log_p = jax.nn.log_softmax((hidden @ kernel + bias)[:, :4])
