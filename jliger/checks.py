@@ -108,8 +108,8 @@ def check_operands(
         implementation == "triton" and export.is_symbolic_dim(hidden.shape[-1])
     ):
         raise ValueError(
-            f"{whose}kernel got the symbolic shape {kernel.shape}; export with numbers there. Only the number of tokens "
-            "may be symbolic."
+            f"{whose}kernel got the symbolic shape {kernel.shape}; export with numbers there. Only the number of "
+            "tokens may be symbolic."
         )
     if kernel.dtype not in (hidden.dtype, np.dtype("float32")):
         raise TypeError(

@@ -18,9 +18,9 @@ from jliger import sharding
 from jliger.batching import vmappable
 from jliger.chunks import Grads, GradTypes, Head, TeacherHead, Tokens, accumulator_dtype
 from jliger.config import HeadConfig
-from jliger.second_derivatives import once_differentiable
 from jliger.cross_entropy import coefficients_of
 from jliger.rows import RowStats
+from jliger.second_derivatives import once_differentiable
 from jliger.sharding import Form, Result
 
 

@@ -1,4 +1,4 @@
-"""What happens where the gradients themselves are differentiated: forward mode works in XLA, reverse mode is refused."""
+"""Second derivatives, of the gradients themselves: forward mode works in XLA, reverse mode is refused."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn

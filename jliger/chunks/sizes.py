@@ -46,7 +46,7 @@ def part_sizes(chunk: int) -> tuple[int, ...]:
 
 
 def even_chunk(num_tokens: int, most: int) -> int:
-    """Chunks of at most `most` tokens, as many as that needs, all of one size; `most` of a symbolic number of tokens."""
+    """Chunks of at most `most` tokens, as many as that needs, all of one size; `most` if `num_tokens` is symbolic."""
     if is_symbolic(num_tokens):
         return most
     num_chunks = max(1, -(-num_tokens // most))
