@@ -77,7 +77,8 @@ def fused_linear_cross_entropy(
     with `logit_scale` $s$, `logit_softcap` $c$, `label_smoothing` $\alpha$ (Szegedy et al., 2016, arXiv:1512.00567),
     `class_weights` $w$ and `z_loss` $\lambda$ (Chowdhery et al., 2022, arXiv:2204.02311). Differentiable once, in
     reverse mode, in `hidden`, `kernel` and `bias`; nothing is computed for those that are not differentiated, and no
-    gradient at all where none is asked for. Gradients have their argument's dtype and are summed in float32.
+    gradient at all where none is asked for. Gradients have their argument's dtype and are summed in float32. With
+    `implementation="xla"`, on one device, `jax.jvp` of `jax.grad` and `jax.hessian` work too.
 
     A token counts if `where` is true and its label is not `ignore_index`. Those that don't cost no time, give loss 0,
     gradient 0 and prediction −1, and what their hidden states hold does not matter. A label outside `[0, V)` that
@@ -104,7 +105,9 @@ def fused_linear_cross_entropy(
       kernel: the head's weights, `[H, V]`, or `[V, H]` with `kernel_layout="vh"` (a tied embedding): hidden's dtype or
         float32.
       labels: the label of each token, `[*B]`, integers. They are not shifted here.
-      bias: `[V]`, added to the logits in float32.
+      bias: `[V]`, added to the logits in float32. A column with −∞ has probability 0. Do not combine it with
+        `label_smoothing`, which gives every column a share: the loss is then infinite, or NaN where `class_weights` has
+        a 0 there. A softcap makes `−c` of −∞, so that the column is not masked.
       where: bools `[*B]`, the tokens that count.
       weights: a weight for each token, `[*B]`. It carries no gradient.
       ignore_index: a label equal to it doesn't count.

@@ -106,5 +106,6 @@ def label_columns(labels: Int[Array, "*B"], counted: Bool[Array, "*B"], vocab_si
 
 
 def column_validity(columns: Int[Array, "*B"], dtype: jax.typing.DTypeLike) -> Float[Array, "*B"]:
-    """1 for a label that is a column, NaN for one that is none: times it, what such a label leads to is poisoned."""
-    return jnp.where(columns >= 0, 1, jnp.nan).astype(dtype)
+    """1 for a valid label, NaN for an invalid one; multiplying by it makes that token's loss and gradient NaN."""
+    # The root of −1: a NaN constant would trip `jax_debug_nans` without jit, whatever the labels are.
+    return jnp.sqrt(jnp.where(columns >= 0, 1, -1).astype(dtype))

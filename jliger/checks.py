@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from jliger.config import KernelLayout
 from jliger.platform import can_run_triton, has_triton
@@ -153,6 +154,13 @@ def check_operands(
         )
     if kernel.shape[vocab_dim] == 0:
         raise ValueError(f"{whose}kernel got shape {kernel.shape}; the vocabulary needs at least one column.")
+    if export.is_symbolic_dim(kernel.shape[vocab_dim]) or (
+        implementation == "triton" and export.is_symbolic_dim(hidden.shape[-1])
+    ):
+        raise ValueError(
+            f"{whose}kernel got the symbolic shape {kernel.shape}; export with numbers there. Only the number of "
+            "tokens may be symbolic."
+        )
     if kernel.dtype not in (hidden.dtype, np.dtype("float32")):
         raise TypeError(
             f"{whose}kernel got dtype {kernel.dtype} with {whose}hidden of {hidden.dtype}; pass a kernel of hidden's "

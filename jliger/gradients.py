@@ -21,6 +21,7 @@ from jliger.chunks import Grads, GradTypes, Head, TeacherHead, Tokens, accumulat
 from jliger.config import HeadConfig
 from jliger.cross_entropy import coefficients_of
 from jliger.rows import RowStats
+from jliger.second_derivatives import once_differentiable
 from jliger.sharding import Form, Result
 
 
@@ -159,7 +160,8 @@ def _run(
     def run(examples: Any, tokens: Tokens, head: Head, per_token: Any) -> Result:
         return sharding.run(dataclasses.replace(form, examples=examples), tokens, head, per_token)
 
-    return vmappable(run)(tokens, head, per_token)
+    operands = (tokens, head, per_token)
+    return once_differentiable(functools.partial(run, ()), vmappable(run), form.config)(*operands)
 
 
 def _in_units(coefficients: Any, hidden: Array) -> tuple[Any, Float[Array, ""] | None]:

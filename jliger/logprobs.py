@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger import gradients, sharding
@@ -64,20 +65,25 @@ def linear_logprobs(
     computed for arguments that are not differentiated, for tokens that don't count, or in the backward pass for an
     entropy that is not used.
 
-    A temperature $T$ is `logit_scale=1 / T`. Logits are computed again in the backward pass, over blocks of the
-    vocabulary: four products, and the memory of `fused_linear_cross_entropy` with `reduction="none"`. With
-    `keep_logits` they are kept, in `logits_dtype`: three products, and `tokens · V` of memory. Under `jax.vmap` each
+    For a head without a scale and a softcap, `logit_scale=1 / T` is a temperature $T$. A head with a scale $s$ needs
+    `logit_scale=s / T`, as the argument replaces its scale. With a softcap there is no such number: a temperature
+    divides the logits after the softcap, and `logit_scale` multiplies them before it.
+
+    Logits are computed again in the backward pass, over blocks of the vocabulary: four products, and the memory of
+    `fused_linear_cross_entropy` with `reduction="none"`. With `keep_logits` they are kept, in `logits_dtype`: three
+    products, and `tokens · V` of memory. Under `jax.vmap` each
     example has a kernel gradient of its own; pass `[*B]` tokens instead, which need one.
 
     Args:
       hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only).
       kernel: the head's weights, `[H, V]`, or `[V, H]` with `kernel_layout="vh"`: hidden's dtype or float32.
       labels: the token whose log-probability is asked for, `[*B]`, integers.
-      bias: `[V]`, added to the logits in float32.
+      bias: `[V]`, added to the logits in float32. A column with −∞ has probability 0, unless there is a softcap, which
+        makes `−c` of it.
       where: bools `[*B]`, the tokens that count.
       ignore_index: a label equal to it doesn't count.
       kernel_layout: `"hv"` or `"vh"`.
-      logit_scale: multiplies the logits, a Python number.
+      logit_scale: multiplies the logits, before the softcap, a Python number.
       logit_softcap: `c` in `c · tanh(z / c)`, a Python number, or None for no cap.
       logits_dtype: what logits are rounded to before anything reads them, in both passes; None for hidden's dtype.
       precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.
@@ -129,6 +135,11 @@ def linear_logprobs(
         implementation=implementation,
         stats_wanted=StatsWanted(mean_logit=True),
     )
+    if keep_logits and config.implementation == "triton" and any(map(export.is_symbolic_dim, inputs.hidden.shape)):
+        raise ValueError(
+            f"keep_logits got True with hidden of the symbolic shape {inputs.hidden.shape}, for which no kernel can be "
+            "launched over all tokens; leave it out, or pass implementation='xla'."
+        )
     config = dataclasses.replace(config, keep_logits=bool(keep_logits))
     return _linear_logprobs(config, int(ignore_index), inputs, adapter, labels, where)
 

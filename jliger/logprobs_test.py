@@ -278,3 +278,32 @@ def test_an_adapter_that_does_not_fit(changes, message):
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         jliger.linear_logprobs(jnp.ones((2, 6)), jnp.ones((6, 11)), jnp.zeros(2, jnp.int32), adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keep_logits", "size"), [("float32", False, -1e6), ("bfloat16", True, 1e6), ("float16", False, 1e4)]
+)
+def test_entropy_gradients_of_masked_columns(dtype, keep_logits, size, implementation):
+    """Columns masked by a bias of −inf, or of the lowest number, do not exist for the rest."""
+    if INTERPRETED and dtype == "bfloat16":
+        pytest.skip("Triton's interpreter truncates where it should round to bfloat16")
+    hidden, kernel = jnp.asarray([[1, -2, 0.5, 1], [0, 1, 1, -1]], dtype), jnp.eye(4, 7, dtype=dtype)
+    bias = jnp.array([0, 0.5, 0, 0, -jnp.inf, jnp.finfo(jnp.float32).min, -jnp.inf])
+
+    def entropy(hidden, kernel, bias):
+        options = {"bias": bias, "keep_logits": keep_logits, "implementation": implementation}
+        return (size * jliger.linear_logprobs(hidden, kernel, jnp.zeros(2, jnp.int32), **options).entropy).sum()
+
+    found = jax.jit(jax.grad(entropy, argnums=(0, 1, 2)))(hidden, kernel, bias)
+    with jax.disable_jit(), jax.debug_nans(True):
+        entropy(hidden, kernel, bias)
+    with jax.enable_x64(True):
+        hidden, kernel, bias = (np.asarray(array, np.float64) for array in (hidden, kernel, bias))
+        log_p = jax.nn.log_softmax((hidden @ kernel + bias)[:, :4])
+        p = jnp.exp(log_p)
+        by_logit = np.zeros((2, 7))
+        by_logit[:, :4] = -size * p * (log_p - (p * log_p).sum(1, keepdims=True))
+    expected = (by_logit @ kernel.T, hidden.T @ by_logit, by_logit.sum(0))
+    eps = float(jnp.finfo(dtype).eps)
+    for ours, exact in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(ours, np.float64) / size, exact / size, atol=4 * eps)

@@ -96,7 +96,7 @@ def linear_logprobs(
     counted, inside, safe = _labels(labels, where, ignore_index, logits.shape[-1])
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     logprobs = jnp.take_along_axis(log_probs, safe[..., None], axis=-1)[..., 0]
-    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+    entropy = -jnp.sum(_times(jnp.exp(log_probs), log_probs), axis=-1)
     predictions = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return LinearLogprobs(
         logprobs=jnp.where(counted, jnp.where(inside, logprobs, jnp.nan), 0),
@@ -213,7 +213,12 @@ def fused_linear_jsd(
 
 
 def _kl(log_p: Float[Array, "*B V"], log_q: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    return jnp.sum(_times(jnp.exp(log_p), log_p - log_q), axis=-1)
+
+
+def _times(p: Float[Array, "*B V"], factor: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+    """`p · factor`, 0 where `p` is 0 and the factor may be infinite."""
+    return p * jnp.where(p == 0, 0, factor)
 
 
 def _logits(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.chunks.arrays import pad, whole
+from jliger.chunks.sizes import is_symbolic
 from jliger.chunks.types import Tokens, accumulator_dtype, stats_of
 from jliger.config import HeadConfig
 
@@ -34,13 +35,18 @@ class Queue(NamedTuple):
         places = jnp.arange(-(-num_tokens // chunk) * chunk, dtype=jnp.int32)
         count = counted.sum(dtype=jnp.int32)
         order = jnp.argsort(~counted, stable=True).astype(jnp.int32)
-        order = jnp.pad(order, (0, places.size - num_tokens))
+        order = jnp.pad(order, (0, places.shape[0] - num_tokens))
         # Past the end each place gets a number of its own, so that gathers and scatters have no index twice.
         return cls(jnp.where(places < count, order, num_tokens + places), count, num_tokens, chunk)
 
     @property
     def num_chunks(self) -> int:
         return self.token_of.shape[0] // self.chunk
+
+    @property
+    def has_several_chunks(self) -> bool:
+        """Whether there may be more than one: a symbolic number of tokens is not known to fit into one."""
+        return is_symbolic(self.num_chunks) or self.num_chunks > 1
 
     def loop(self, step: Callable[[int, Any, Any], Any], initial: Any, sizes: tuple[int, ...]) -> Any:
         """`carry = step(size, index, carry)` for every chunk with tokens, in the least of `sizes` that holds them.
@@ -56,12 +62,12 @@ class Queue(NamedTuple):
             fitting = sum(((left > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
             return jax.lax.switch(fitting, [functools.partial(step, size, index) for size in sizes], carry)
 
-        if self.num_chunks == 1:
+        if not self.has_several_chunks:
             return fitting_step(0, initial)
         return self._repeat(fitting_step, 0, initial)
 
     def _repeat(self, step: Callable[[Any, Any], Any], first: int, carry: Any) -> Any:
-        if self.num_chunks <= first:
+        if not self.has_several_chunks:
             return carry
         return jax.lax.fori_loop(first, (self.count + self.chunk - 1) // self.chunk, step, carry)
 

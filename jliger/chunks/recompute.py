@@ -40,7 +40,7 @@ def recompute_form(
     blocks = Blocks.make(config, head, dtype, rows.alignment, width)
     queue = Queue.make(tokens.counted, chunk_size)
     # With several chunks the kernel's gradient is a sum over them; with one, each block of it is written once.
-    add = queue.num_chunks > 1
+    add = queue.has_several_chunks
 
     def step(size: int, index: Int[Array, ""] | int, grads: Grads) -> Grads:
         chunk = Chunk.make(queue.slots(index * queue.chunk, size), tokens, rows.alignment)

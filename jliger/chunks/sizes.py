@@ -1,5 +1,9 @@
 """How many tokens a chunk holds and how many columns a block: what measured best within the memory that is promised."""
 
+from typing import Any
+
+from jax import export
+
 from jliger.config import HeadConfig
 
 
@@ -42,9 +46,16 @@ def part_sizes(chunk: int) -> tuple[int, ...]:
 
 
 def even_chunk(num_tokens: int, most: int) -> int:
-    """Chunks of at most `most` tokens, as many as that needs, all of one size."""
+    """Chunks of at most `most` tokens, as many as that needs, all of one size; `most` if `num_tokens` is symbolic."""
+    if is_symbolic(num_tokens):
+        return most
     num_chunks = max(1, -(-num_tokens // most))
     return min(most, round_up(-(-num_tokens // num_chunks), 8))
+
+
+def is_symbolic(size: Any) -> bool:
+    """Whether a size is known only when an exported program is called. Sizes of chunks and loops then must not be."""
+    return export.is_symbolic_dim(size)
 
 
 def round_up(size: int, multiple: int) -> int:

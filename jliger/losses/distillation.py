@@ -104,7 +104,8 @@ def fused_linear_kl(
     A token counts if `where` is true and its label, if there are labels, is not `ignore_index`. Those that don't cost
     no time, give loss 0 and gradient 0, and what their hidden states hold does not matter. A label outside `[0, V)`
     that counts makes the loss and the gradients NaN, if there is a hard part. A column that one model masks with a bias
-    of −∞ and the other does not can make $D$ infinite; one that both mask has no say.
+    of −∞ and the other does not can make $D$ infinite; one that both mask does not matter. A softcap makes `−c` of −∞,
+    so that the column is not masked.
 
     Memory beside arguments, results and their gradients, with `b` bytes a value of `student_hidden`, `C` tokens a
     chunk, on a GPU: `3·b·C·V` for two sets of logits and the gradients of one, either kernel in its hidden states'

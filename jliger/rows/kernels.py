@@ -87,8 +87,11 @@ def _tile(LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def _finite(below):
-    """A difference that multiplies its own exponential, which is 0 where the difference is −inf."""
-    return tl.maximum(below, _LOWEST)
+    """A difference that is multiplied by its own exponential: clipped where the exponential is 0.
+
+    The bound is small, so that the product with a large coefficient does not overflow; 0 · inf would be NaN.
+    """
+    return tl.maximum(below, -1024.0)
 
 
 @triton.jit

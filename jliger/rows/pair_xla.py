@@ -91,14 +91,19 @@ def _compared(
     log_p = log_probs(products.student, block.student, pair_map.student, stats.student)
     log_r = log_probs(products.teacher, block.teacher, pair_map.teacher, stats.teacher)
     p, r = jnp.exp(log_p), jnp.exp(log_r)
-    # Zeros are told by comparing with 0, which is false for NaN: what is not a number stays one.
+
+    def times(weight: Array, left: Array, right: Array) -> Array:
+        """`weight · (left − right)`, 0 for a weight of 0: there both may be −inf, whose difference is NaN."""
+        is_zero = weight == 0  # False for NaN, so that NaN propagates.
+        return weight * (jnp.where(is_zero, 0, left) - jnp.where(is_zero, 0, right))
+
     if beta == 0:
-        return p, -r, jnp.where(r == 0, 0, r * (log_r - log_p))
+        return p, -r, times(r, log_r, log_p)
     if beta == 1:
-        q = jnp.where(p == 0, 0, p * (log_p - log_r))
+        q = times(p, log_p, log_r)
         return p, q, q
     m = beta * r + (1 - beta) * p
     tiniest = jnp.finfo(m.dtype).tiny
     log_m = jnp.log(jnp.where(m < tiniest, tiniest, m))
-    q = jnp.where(p == 0, 0, (1 - beta) * p * (log_p - log_m))
-    return p, q, q + jnp.where(r == 0, 0, beta * r * (log_r - log_m))
+    q = (1 - beta) * times(p, log_p, log_m)
+    return p, q, q + beta * times(r, log_r, log_m)

@@ -278,3 +278,27 @@ def test_the_first_of_equal_logits_is_predicted(implementation):
         )
         for softmax, product in zip(stats[:2], products, strict=True):
             np.testing.assert_array_equal(softmax.prediction, product.argmax(1))
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid)")  # What the interpreter computes and does not select.
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_columns_with_probability_zero(beta, implementation):
+    """Masked in both models, and in the one that the divergence does not ask about there; large coefficients."""
+    width = 40
+    products, block, coefficients = make_pair(width, biases=(True, True))
+    lowest = np.finfo(np.float32).min
+
+    def masked(side, start):
+        return side._replace(bias=side.bias.at[start:35].set(lowest).at[35:].set(-jnp.inf))
+
+    student, teacher = masked(block.student, 20 if beta > 0 else 30), masked(block.teacher, 20 if beta < 1 else 30)
+    labels = jnp.full(ROWS, 10, jnp.int32)
+    block = PairBlock(student._replace(labels=labels), teacher._replace(labels=labels))
+    coefficients = coefficients._replace(soft=jnp.array([1e6, -1e6, 1e30, -1e30, 1, -1], jnp.float32))
+    pair_map = make_map(width, beta, temperature=0.5)
+    value, _, expected = in_float64(products, block, pair_map, coefficients)
+    size = np.abs(np.asarray(coefficients.soft))[:, None]
+    for stats, divergence, grads in run(implementation, products, block, pair_map, coefficients):
+        assert np.isfinite(stats.hard_log_sum).all()
+        np.testing.assert_allclose(divergence.value, value, rtol=1e-5)
+        np.testing.assert_allclose(grads / size, expected / size, atol=1e-5)

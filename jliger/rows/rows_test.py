@@ -185,6 +185,26 @@ def test_a_logit_of_minus_infinity_has_probability_zero(implementation):
     assert not np.any(grads[:, 7])
 
 
+def test_large_coefficients_of_columns_with_probability_zero(implementation):
+    """A coefficient times the lowest number overflows, and 0 · inf is NaN."""
+    width = 3000  # Whole tiles are masked before and behind those that are not.
+    product, block = make_block(width, bias=True)
+    lowest = np.finfo(np.float32).min
+    bias = block.bias.at[:600].set(lowest).at[600:1200].set(-jnp.inf).at[2000:2500].set(-jnp.inf).at[2500:].set(lowest)
+    block = block._replace(bias=bias, labels=jnp.arange(ROWS, dtype=jnp.int32) + 1198)
+    sizes = jnp.array([1e6, -1e6, 1e30, -1e30, 1, -1], jnp.float32)
+    coefficients = make_coefficients(by_logit=True)._replace(probability_logit=sizes)
+    rows = get_rows(implementation, None)
+    stats, grads = rows.row_stats_and_grads(
+        product, block, LogitMap(1.0, None, width), StatsWanted(mean_logit=True), coefficients,
+        dtype=jnp.dtype("float32"),
+    )  # fmt: skip
+    _, expected_stats, expected = in_float64(product, block, LogitMap(1.0, None, width), coefficients)
+    np.testing.assert_allclose(stats.mean_logit, expected_stats[-1], rtol=1e-5)
+    np.testing.assert_allclose(grads / sizes[:, None], expected / np.asarray(sizes)[:, None], atol=1e-6)
+    assert not np.any(grads[:, 2000:])
+
+
 def test_a_logit_that_is_not_a_number_is_not_hidden(implementation):
     product, block = make_block(40)
     rows = get_rows(implementation, None)

@@ -19,13 +19,17 @@ def row_stats(product: Float[Array, "T V"], block: Block, logit_map: LogitMap, w
     below = logits - row_max[:, None]
     exp = jnp.exp(below)
     sum_exp = exp.sum(axis=1)
+    mean_logit = None
+    if wanted.mean_logit:
+        # The mean does not matter where the block holds nothing but −inf; 0 / 0 would trip `jax_debug_nans`.
+        mean_logit = (exp * _finite(below)).sum(axis=1) / jnp.where(sum_exp == 0, 1, sum_exp)
     return RowStats(
         max=row_max,
         log_sum=jnp.log(sum_exp),
         label_logit=jnp.where(is_label, logits, 0).sum(axis=1),
         prediction=jnp.argmax(logits, axis=1).astype(jnp.int32),
         weighted_sum=weighted_sum,
-        mean_logit=(exp * _finite(below)).sum(axis=1) / sum_exp if wanted.mean_logit else None,
+        mean_logit=mean_logit,
     )
 
 
@@ -87,8 +91,11 @@ def _logits(
 
 
 def _finite(below: Float[Array, "T V"]) -> Float[Array, "T V"]:
-    """A difference that multiplies its own exponential, which is 0 where the difference is −inf."""
-    return jnp.maximum(below, jnp.finfo(below.dtype).min)
+    """A difference that is multiplied by its own exponential: clipped where the exponential is 0.
+
+    The bound is small, so that the product with a large coefficient does not overflow; 0 · inf would be NaN.
+    """
+    return jnp.maximum(below, -1024)  # exp(−1024) is 0, in float64 too.
 
 
 def _is_label(product: Float[Array, "T V"], block: Block) -> Bool[Array, "T V"]:
