@@ -1,16 +1,18 @@
 """Direct preference optimisation, and the losses that came after it in its form."""
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jliger import checks
-from jliger.losses.arguments import coefficient, constant, mask, real_arrays, zero_unless
+from jliger.losses.arguments import coefficient, constant, mask, number, sequence_arrays, zero_unless
 from jliger.losses.pairs import BOOL_PER_PAIR, PAIRS, Loss, PreferenceMetrics, Rewards, result, smoothed_logistic
+from jliger.losses.ratios import difference, saturated, times
 from jliger.losses.reduction import Normalizer, Reduction, check_reduction
 
 DPOLossType = Literal[
@@ -105,19 +107,20 @@ def dpo(
       0.7573 0.25 0.5
     """
     checks.check_choice("loss_type", loss_type, get_args(DPOLossType))
-    options = _options(loss_type, beta, label_smoothing, discopop_tau, reward_shift)
     check_reduction(reduction, normalizer)
-    arrays = real_arrays(
+    arrays = sequence_arrays(
         PAIRS,
         chosen_logprobs=chosen_logprobs,
         rejected_logprobs=rejected_logprobs,
         ref_chosen_logprobs=ref_chosen_logprobs,
         ref_rejected_logprobs=ref_rejected_logprobs,
     )
+    options = _options(loss_type, beta, label_smoothing, discopop_tau, reward_shift, arrays[0].dtype)
     counted = mask("where", where, arrays[0], BOOL_PER_PAIR)
     chosen, rejected, ref_chosen, ref_rejected = zero_unless(counted, *arrays)
     ref_chosen, ref_rejected = constant(ref_chosen, ref_rejected)
-    rewards = Rewards(beta * (chosen - ref_chosen), beta * (rejected - ref_rejected))
+    chosen, rejected = difference(chosen, ref_chosen), difference(rejected, ref_rejected)
+    rewards = Rewards(times(options.beta, chosen), times(options.beta, rejected))
     losses = _LOSSES[loss_type](rewards, options)
     return result(losses, jnp.zeros_like(losses), rewards, counted, reduction, normalizer)
 
@@ -132,8 +135,10 @@ class _Options:
     reward_shift: Float[Array, ""] | float
 
 
-def _options(loss_type: str, beta: object, label_smoothing: float, tau: float | None, shift: object) -> _Options:
-    checks.check_number("label_smoothing", label_smoothing, least=0, most=0.5)
+def _options(
+    loss_type: str, beta: object, label_smoothing: float, tau: float | None, shift: object, dtype: Any
+) -> _Options:
+    label_smoothing = number("label_smoothing", label_smoothing, least=0, most=0.5)
     if label_smoothing and loss_type not in ("sigmoid", "robust", "exo_pair"):
         raise ValueError(f"label_smoothing got {label_smoothing}; loss_type={loss_type!r} has none, pass 0.")
     if loss_type == "robust" and label_smoothing == 0.5:
@@ -144,17 +149,16 @@ def _options(loss_type: str, beta: object, label_smoothing: float, tau: float | 
         )
     if tau is not None and loss_type != "discopop":
         raise ValueError(f"discopop_tau got {tau!r}; it is for loss_type='discopop', leave it out.")
-    tau = 0.05 if tau is None else tau
-    checks.check_number("discopop_tau", tau, most=1, least=0)
+    tau = number("discopop_tau", 0.05 if tau is None else tau, most=1, least=0)
     if tau == 0:
         raise ValueError("discopop_tau got 0; pass a number above 0.")
     if shift is not None and loss_type != "bco_pair":
         raise ValueError("reward_shift is for loss_type='bco_pair'; leave it out.")
     return _Options(
-        beta=coefficient("beta", beta, above=0),
-        label_smoothing=float(label_smoothing),
-        discopop_tau=float(tau),
-        reward_shift=0.0 if shift is None else jax.lax.stop_gradient(coefficient("reward_shift", shift)),
+        beta=coefficient("beta", beta, dtype, above=0),
+        label_smoothing=label_smoothing,
+        discopop_tau=tau,
+        reward_shift=0.0 if shift is None else jax.lax.stop_gradient(coefficient("reward_shift", shift, dtype)),
     )
 
 
@@ -173,13 +177,13 @@ def _ipo(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
 def _robust(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
     # log σ(−z) = log σ(z) − z makes a fraction of what the docstring has.
     excess = options.label_smoothing / (1 - 2 * options.label_smoothing)
-    return jax.nn.softplus(-rewards.margin) - excess * rewards.margin
+    return jax.nn.softplus(-rewards.margin) - times(excess, rewards.margin)
 
 
 def _exo_pair(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
-    margin, smoothing = rewards.margin, options.label_smoothing
-    right = jax.nn.sigmoid(margin) * (jax.nn.log_sigmoid(margin) - jnp.log1p(-smoothing))
-    wrong = jax.nn.sigmoid(-margin) * (jax.nn.log_sigmoid(-margin) - jnp.log(smoothing))
+    margin, smoothing = saturated(rewards.margin), options.label_smoothing
+    right = jax.nn.sigmoid(margin) * (jax.nn.log_sigmoid(margin) - math.log1p(-smoothing))
+    wrong = jax.nn.sigmoid(-margin) * (jax.nn.log_sigmoid(-margin) - math.log(smoothing))
     return right + wrong
 
 
@@ -207,10 +211,14 @@ def _apo_down(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
 
 
 def _discopop(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
-    margin, modulated = rewards.margin, rewards.margin / options.discopop_tau
+    margin, tau = rewards.margin, options.discopop_tau
+    # Both terms are linear, the second one in its exponent, from where the logistic function has reached its limits.
+    inside = saturated(margin)
+    beyond = margin - inside
+    logistic = jax.nn.softplus(-inside) * jax.nn.sigmoid(-inside / tau) + jax.nn.relu(-beyond)
     # e^−z alone would overflow where σ(z/τ) makes it nothing.
-    exponential = jnp.exp(jax.nn.log_sigmoid(modulated) - margin)
-    return jax.nn.softplus(-margin) * jax.nn.sigmoid(-modulated) + exponential
+    exponent = jax.nn.log_sigmoid(inside / tau) - inside
+    return logistic + jnp.exp(exponent + jnp.where(beyond < 0, times(1 / tau - 1, beyond), -beyond))
 
 
 _LOSSES: dict[str, Callable[[Rewards, _Options], Float[Array, "*B"]]] = {

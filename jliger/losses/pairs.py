@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jliger.losses.ratios import difference
 from jliger.losses.reduction import Normalizer, Reduction, mean, reduced
 
 PAIRS = "one number a pair"
@@ -49,14 +50,13 @@ class Rewards(NamedTuple):
     @property
     def margin(self) -> Float[Array, "*B"]:
         """By how much the chosen one is larger."""
-        return self.chosen - self.rejected
+        return difference(self.chosen, self.rejected)
 
 
 def smoothed_logistic(margin: Float[Array, "*B"], label_smoothing: float) -> Float[Array, "*B"]:
     """`−(1 − ε) log σ(z) − ε log σ(−z)`: the label is wrong with probability `ε`."""
     loss = jax.nn.softplus(-margin)
-    # −log σ(−z) = z − log σ(z), of which the sum is made without a second softplus.
-    return loss + label_smoothing * margin if label_smoothing else loss
+    return (1 - label_smoothing) * loss + label_smoothing * jax.nn.softplus(margin) if label_smoothing else loss
 
 
 def result(
