@@ -1,6 +1,5 @@
 """What every loss does with its arguments: checks at trace time, float32, one sharding, and masks."""
 
-import functools
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ def real_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:
             raise TypeError(f"{name} got dtype {array.dtype}; pass floating-point numbers.")
         if array.shape != shape:
             raise ValueError(f"{name} got shape {array.shape}; pass {what}, {shape} as {first}.")
-    dtype = functools.reduce(jnp.promote_types, (array.dtype for array in found.values()), jnp.dtype("float32"))
+    dtype = jnp.float64 if any(array.dtype == jnp.float64 for array in found.values()) else jnp.float32
     return tuple(sharded_like(found[first], array.astype(dtype)) for array in found.values())
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jliger.rows.types import Block, Coefficients, LogitMap, RowStats, StatsWanted
@@ -71,7 +72,7 @@ def _logits(
     product: Float[Array, "T V"], block: Block, logit_map: LogitMap
 ) -> tuple[Float[Array, "T V"], Float[Array, "T V"] | float, Bool[Array, "T V"]]:
     """The logits (−inf outside the block), their derivative by the product, and which columns are inside."""
-    logits = product.astype(jnp.promote_types(product.dtype, jnp.float32))
+    logits = product.astype(np.promote_types(product.dtype, np.float32))
     if block.bias is not None:
         logits = logits + block.bias
     logits = logits * logit_map.scale
