@@ -50,4 +50,6 @@ def with_adapter(config: HeadConfig, inputs: Inputs, adapter: LinearAdapter | No
         precision=config.precision,
         preferred_element_type=accumulator_dtype(dtype),
     )
-    return inputs._replace(adapted=(adapted * jnp.asarray(adapter.scale).astype(adapted.dtype)).astype(dtype), adapter=adapter.b)
+    return inputs._replace(
+        adapted=(adapted * jnp.asarray(adapter.scale).astype(adapted.dtype)).astype(dtype), adapter=adapter.b
+    )

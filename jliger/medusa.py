@@ -65,7 +65,9 @@ def loss(
             shapes = f"{labels.shape}, each head's, or {labels.shape[1:]}"
             raise ValueError(f"{name} got shape {array.shape}; pass {shapes}.")
         if name == "normalizer" and array.shape not in ((), (count,)):
-            raise ValueError(f"normalizer got shape {array.shape}; pass a scalar, or one number for each head, ({count},).")
+            raise ValueError(
+                f"normalizer got shape {array.shape}; pass a scalar, or one number for each head, ({count},)."
+            )
         own = array.ndim == labels.ndim if name in _PER_TOKEN else name == "normalizer" and array.ndim == 1
         contexts[name] = array if own else jnp.broadcast_to(array, (count, *array.shape))
     term = _HeadLoss((("reduction", reduction), *sorted(options.items())))

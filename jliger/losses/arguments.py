@@ -1,5 +1,6 @@
 """What every loss does with its arguments: checks at trace time, float32, one sharding, and masks."""
 
+import functools
 from typing import Any
 
 import jax
@@ -25,7 +26,8 @@ def real_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:
         if array.shape != shape:
             raise ValueError(f"{name} got shape {array.shape}; pass {what}, {shape} as {first}.")
     dtype = jnp.float64 if any(array.dtype == jnp.float64 for array in found.values()) else jnp.float32
-    return tuple(sharded_like(found[first], array.astype(dtype)) for array in found.values())
+    like = next((array for array in found.values() if jax.typeof(array).sharding.mesh.explicit_axes), found[first])
+    return tuple(sharded_like(like, array.astype(dtype)) for array in found.values())
 
 
 def sequence_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:
@@ -51,11 +53,15 @@ def mask(name: str, value: Any, like: Array, what: str) -> Bool[Array, "..."]:
 
 
 def sharded_like(like: Array, array: Array) -> Array:
-    """`array`, sharded as `like` of the same shape is over Explicit mesh axes: JAX combines no others."""
+    """`array`, spread over Explicit mesh axes as `like` of the same shape is: JAX combines no others."""
     wanted, found = jax.typeof(like).sharding, jax.typeof(array).sharding
-    if wanted.mesh.explicit_axes and found.mesh == wanted.mesh and found.spec != wanted.spec:
-        return jax.sharding.reshard(array, wanted)
-    return array
+    return _resharded(like, array) if wanted.mesh.explicit_axes and found != wanted else array
+
+
+# Where no mesh is set, jit takes that of `like`, which it otherwise has no use for.
+@functools.partial(jax.jit, keep_unused=True)
+def _resharded(like: Array, array: Array) -> Array:
+    return jax.sharding.reshard(array, jax.typeof(like).sharding)
 
 
 def number(name: str, value: Any, *, least: float | None = None, most: float | None = None) -> float:

@@ -74,7 +74,11 @@ def test_sharded_arrays(name, axis_type):
     jax.tree.map(lambda ours, truth: np.testing.assert_allclose(ours, truth, rtol=1e-5, atol=1e-7), found, wanted)
 
 
-POLICY = {"where": lambda: jnp.ones((B, T), bool), "old": lambda: jnp.full((B, T), -2.0), "advantages": lambda: jnp.ones(B)}
+POLICY = {
+    "where": lambda: jnp.ones((B, T), bool),
+    "old": lambda: jnp.full((B, T), -2.0),
+    "advantages": lambda: jnp.ones(B),
+}
 SEQUENCES = {"ref": lambda: jnp.full(B, -2.0), "where": lambda: jnp.ones(B, bool), "kl": lambda: jnp.ones(B)}
 
 
@@ -103,6 +107,14 @@ def test_arguments_spread_over_other_explicit_axes_than_the_log_probabilities(sp
             found = jax.jit(jax.value_and_grad(loss))(logprobs, **others)
         for ours, truth in zip(found, wanted, strict=True):
             np.testing.assert_allclose(ours, truth, rtol=1e-5, atol=1e-7)
+
+
+def test_spread_log_probabilities_without_a_mesh_in_scope():
+    logprobs = jnp.linspace(-3, -1, B)
+    spread = jax.device_put(logprobs, NamedSharding(mesh_of(AxisType.Explicit), P("data")))
+    where = np.arange(B) % 2 == 0
+    found, wanted = (losses.cpo(chosen, logprobs - 1, where=where)[0] for chosen in (spread, logprobs))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
