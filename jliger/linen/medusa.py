@@ -93,7 +93,8 @@ class MedusaHeads(nn.Module):
 
         Raises:
           NotImplementedError: `reduction="none"`.
-          ValueError: labels, weights or normalizers that are not one for each head; what `jliger.fused_linear_cross_entropy` raises.
+          ValueError: labels, weights or normalizers that are not one for each head; what
+            `jliger.fused_linear_cross_entropy` raises.
           TypeError: what `jliger.fused_linear_cross_entropy` raises.
         """
         return medusa.loss(self.medusa_heads(hidden), hidden, labels, head_weights=head_weights, **options)

@@ -67,9 +67,9 @@ def test_what_is_refused():
     with pytest.raises(TypeError, match="logprobs got dtype int32"):
         losses.sequence_logprobs(np.zeros((2, 3), np.int32))
     found = jliger.linear_logprobs(jnp.ones((2, 3, 4)), jnp.ones((4, 5)), jnp.zeros((2, 3), int))
-    with pytest.raises(TypeError, match="logprobs got a LinearLogprobs; pass its field `.logprobs`"):
+    with pytest.raises(TypeError, match=r"logprobs got a LinearLogprobs; pass its field `\.logprobs`"):
         losses.sequence_logprobs(found)
-    with pytest.raises(TypeError, match="entropy got a LinearLogprobs; pass its field `.entropy`"):
+    with pytest.raises(TypeError, match=r"entropy got a LinearLogprobs; pass its field `\.entropy`"):
         losses.grpo(found.logprobs, jnp.ones(2), entropy=found)
 
 
