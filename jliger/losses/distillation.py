@@ -410,7 +410,7 @@ def _distillation(
     predictions, teacher_predictions = found.pair.student.prediction, found.pair.teacher.prediction
 
     def share_of_weight(true: Bool[Array, "*B"]) -> Float[Array, ""]:
-        return divided(jnp.sum(token_weights * true), weight)
+        return divided(jnp.sum(jnp.where(true, token_weights, 0)), weight)
 
     return loss, jax.lax.stop_gradient(
         DistillationMetrics(

@@ -11,6 +11,14 @@ from jliger.losses.cases_for_tests import CASES
 
 EPS = np.finfo(np.float32).eps
 
+
+@pytest.fixture(autouse=True)
+def no_implicit_promotion():
+    """Losses have to work however strict a user tells JAX to be."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

@@ -15,7 +15,7 @@ def row_stats(product: Float[Array, "T V"], block: Block, logit_map: LogitMap, w
     is_label = _is_label(product, block) & inside
     weighted_sum = None
     if wanted.weighted_sum:
-        terms = logits if block.class_weights is None else logits * block.class_weights
+        terms = logits if block.class_weights is None else logits * block.class_weights[None]
         weighted_sum = jnp.where(inside, terms, 0).sum(axis=1)
     below = logits - row_max[:, None]
     exp = jnp.exp(below)
@@ -74,7 +74,7 @@ def _logits(
     """The logits (−inf outside the block), their derivative by the product, and which columns are inside."""
     logits = product.astype(np.promote_types(product.dtype, np.float32))
     if block.bias is not None:
-        logits = logits + block.bias
+        logits = logits + block.bias[None]
     logits = logits * logit_map.scale
     slope = logit_map.scale
     if logit_map.softcap is not None:
