@@ -31,17 +31,17 @@ DPOLossType = Literal[
 
 
 def dpo(
-    chosen_logprobs: Float[Array, "*B"],
-    rejected_logprobs: Float[Array, "*B"],
-    ref_chosen_logprobs: Float[Array, "*B"],
-    ref_rejected_logprobs: Float[Array, "*B"],
+    chosen_logprobs: Float[Array, " B"],
+    rejected_logprobs: Float[Array, " B"],
+    ref_chosen_logprobs: Float[Array, " B"],
+    ref_rejected_logprobs: Float[Array, " B"],
     *,
     loss_type: DPOLossType = "sigmoid",
     beta: Float[Array, ""] | float = 0.1,
     label_smoothing: float = 0.0,
     discopop_tau: float | None = None,
     reward_shift: Float[Array, ""] | float | None = None,
-    where: Bool[Array, "*B"] | None = None,
+    where: Bool[Array, " B"] | None = None,
     reduction: Reduction = "mean",
     normalizer: Normalizer = None,
 ) -> tuple[Loss, PreferenceMetrics]:
@@ -68,13 +68,13 @@ def dpo(
     refused, not ignored. TRL's `"ipo"` divides each log-ratio by its number of tokens: pass means
     (`sequence_logprobs(..., reduction="mean")`) for that. `"bco_pair"` has the paper's $\delta$ as `reward_shift`.
 
-    Differentiable in `chosen_logprobs` and `rejected_logprobs`.
+    Differentiable in `chosen_logprobs` and `rejected_logprobs`. Where one is −∞, value and gradient are their limits.
 
     Args:
-      chosen_logprobs: of the chosen completions, `[*B]`, sums over tokens, as of `sequence_logprobs`.
-      rejected_logprobs: of the rejected ones, `[*B]`.
-      ref_chosen_logprobs: of the chosen ones under the reference, `[*B]`. They carry no gradient.
-      ref_rejected_logprobs: of the rejected ones under the reference, `[*B]`. They carry no gradient.
+      chosen_logprobs: of the chosen completions, `[B]`, sums over tokens, as of `sequence_logprobs`.
+      rejected_logprobs: of the rejected ones, `[B]`.
+      ref_chosen_logprobs: of the chosen ones under the reference, `[B]`. They carry no gradient.
+      ref_rejected_logprobs: of the rejected ones under the reference, `[B]`. They carry no gradient.
       loss_type: as in the table.
       beta: `β`, above 0.
       label_smoothing: `ε` in [0, 0.5], a Python number: for `"sigmoid"`, `"robust"` (below 0.5) and `"exo_pair"` (above
@@ -83,7 +83,7 @@ def dpo(
         grow exponentially in `−z`.
       reward_shift: `δ`, 0 by default: for `"bco_pair"`, where it is a running mean of both rewards. It carries no
         gradient.
-      where: bools `[*B]`, the pairs that count. One with a sequence of which no token counts should not:
+      where: bools `[B]`, the pairs that count. One with a sequence of which no token counts should not:
         `(chosen.counts > 0) & (rejected.counts > 0)`.
       reduction: `"mean"` over the pairs that count, `"sum"`, or `"none"` for the loss of each pair, 0 where it doesn't
         count.
@@ -91,7 +91,7 @@ def dpo(
         in parts. It carries no gradient.
 
     Returns:
-      The loss, float32 (float64 for float64), `[]`, or `[*B]` with `"none"`; and `PreferenceMetrics`.
+      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`.
 
     Raises:
       ValueError: a shape that doesn't fit, or an option out of its range or of no use with this `loss_type`.
@@ -162,55 +162,55 @@ def _options(
     )
 
 
-def _sigmoid(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _sigmoid(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     return smoothed_logistic(rewards.margin, options.label_smoothing)
 
 
-def _hinge(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _hinge(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     return jax.nn.relu(1 - rewards.margin)
 
 
-def _ipo(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _ipo(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     return jnp.square((rewards.margin - 0.5) / options.beta)
 
 
-def _robust(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _robust(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     # log σ(−z) = log σ(z) − z makes a fraction of what the docstring has.
     excess = options.label_smoothing / (1 - 2 * options.label_smoothing)
     return jax.nn.softplus(-rewards.margin) - times(excess, rewards.margin)
 
 
-def _exo_pair(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _exo_pair(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     margin, smoothing = saturated(rewards.margin), options.label_smoothing
     right = jax.nn.sigmoid(margin) * (jax.nn.log_sigmoid(margin) - math.log1p(-smoothing))
     wrong = jax.nn.sigmoid(-margin) * (jax.nn.log_sigmoid(-margin) - math.log(smoothing))
     return right + wrong
 
 
-def _nca_pair(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _nca_pair(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     return (
         jax.nn.softplus(-rewards.chosen) + jax.nn.softplus(rewards.chosen) / 2 + jax.nn.softplus(rewards.rejected) / 2
     )
 
 
-def _bco_pair(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _bco_pair(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     shift = options.reward_shift
     return jax.nn.softplus(shift - rewards.chosen) + jax.nn.softplus(rewards.rejected - shift)
 
 
-def _sppo_hard(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _sppo_hard(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     return jnp.square((rewards.chosen - 0.5) / options.beta) + jnp.square((rewards.rejected + 0.5) / options.beta)
 
 
-def _apo_zero(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _apo_zero(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     return jax.nn.sigmoid(-rewards.chosen) + jax.nn.sigmoid(rewards.rejected)
 
 
-def _apo_down(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _apo_down(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     return jax.nn.sigmoid(rewards.chosen) + jax.nn.sigmoid(-rewards.margin)
 
 
-def _discopop(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _discopop(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     margin, tau = rewards.margin, options.discopop_tau
     # Both terms are linear, the second one in its exponent, from where the logistic function has reached its limits.
     inside = saturated(margin)
@@ -221,7 +221,7 @@ def _discopop(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
     return logistic + jnp.exp(exponent + jnp.where(beyond < 0, times(1 / tau - 1, beyond), -beyond))
 
 
-_LOSSES: dict[str, Callable[[Rewards, _Options], Float[Array, "*B"]]] = {
+_LOSSES: dict[str, Callable[[Rewards, _Options], Float[Array, " B"]]] = {
     "sigmoid": _sigmoid,
     "hinge": _hinge,
     "ipo": _ipo,

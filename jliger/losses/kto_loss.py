@@ -40,15 +40,15 @@ class KTOMetrics(NamedTuple):
 
 
 def kto(
-    logprobs: Float[Array, "*B"],
-    ref_logprobs: Float[Array, "*B"],
-    desirable: Bool[Array, "*B"],
+    logprobs: Float[Array, " B"],
+    ref_logprobs: Float[Array, " B"],
+    desirable: Bool[Array, " B"],
     *,
-    kl: Float[Array, ""] | Float[Array, "*B"] | float,
+    kl: Float[Array, ""] | Float[Array, " B"] | float,
     beta: Float[Array, ""] | float = 0.1,
     desirable_weight: Float[Array, ""] | float = 1.0,
     undesirable_weight: Float[Array, ""] | float = 1.0,
-    where: Bool[Array, "*B"] | None = None,
+    where: Bool[Array, " B"] | None = None,
     reduction: Reduction = "mean",
     normalizer: Normalizer = None,
 ) -> tuple[Loss, KTOMetrics]:
@@ -63,21 +63,21 @@ def kto(
     With `kl=0.0` it is TRL's `apo_zero_unpaired`.
 
     Args:
-      logprobs: of sequences, `[*B]`, sums over tokens, as of `sequence_logprobs`. They alone carry a gradient.
-      ref_logprobs: the same under the reference, `[*B]`.
-      desirable: bools `[*B]`.
-      kl: `z₀`: one number for all, as of `kto_kl`, or one a sequence, `[*B]`.
+      logprobs: of sequences, `[B]`, sums over tokens, as of `sequence_logprobs`. They alone carry a gradient.
+      ref_logprobs: the same under the reference, `[B]`.
+      desirable: bools `[B]`.
+      kl: `z₀`: one number for all, as of `kto_kl`, or one a sequence, `[B]`.
       beta: `β`, at least 0.
       desirable_weight: `λ_D`, at least 0.
       undesirable_weight: `λ_U`, at least 0.
-      where: bools `[*B]`, the sequences that count. One of which no token counts should not: `counts > 0`.
+      where: bools `[B]`, the sequences that count. One of which no token counts should not: `counts > 0`.
       reduction: `"mean"` over the sequences that count, `"sum"`, or `"none"` for the loss of each, 0 where it doesn't
         count.
       normalizer: with `"mean"`, what to divide by instead, such as the number of sequences of a batch that is gone
         through in parts. It carries no gradient.
 
     Returns:
-      The loss, float32 (float64 for float64), `[]`, or `[*B]` with `"none"`; and `KTOMetrics`.
+      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `KTOMetrics`.
 
     Raises:
       ValueError: a shape that doesn't fit, or an option out of its range.
@@ -125,10 +125,10 @@ def kto(
 
 
 def kto_kl(
-    logprobs: Float[Array, "*B"],
-    ref_logprobs: Float[Array, "*B"],
+    logprobs: Float[Array, " B"],
+    ref_logprobs: Float[Array, " B"],
     *,
-    where: Bool[Array, "*B"] | None = None,
+    where: Bool[Array, " B"] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, ""]:
     r"""The reference point of `kto`: an estimate of how far the policy is from the reference.
@@ -139,9 +139,9 @@ def kto_kl(
     no gradient.
 
     Args:
-      logprobs: of mismatched completions, `[*B]`, sums over tokens.
-      ref_logprobs: the same under the reference, `[*B]`.
-      where: bools `[*B]`, the sequences that count.
+      logprobs: of mismatched completions, `[B]`, sums over tokens.
+      ref_logprobs: the same under the reference, `[B]`.
+      where: bools `[B]`, the sequences that count.
       axis_name: inside a `jax.shard_map`, the manual axis, or axes, that the sequences are spread over. The mean has to
         be over all of them before it is compared to 0.
 

@@ -89,7 +89,8 @@ def grpo(
     A sequence of which no token counts is left out of $N$. (TRL counts it.)
 
     From log-ratios of 20 on, $e^x$ is continued as its tangent in all ratios and estimates: values and gradients stay
-    finite, and gradients keep their direction.
+    finite, and gradients keep their direction. At a log-probability of −∞, as of a token that a sampler masks, value
+    and gradient are the limits; a token that two policies give −∞ has a ratio of 1.
 
     Args:
       logprobs: of tokens, `[*B, T]`, such as those of `jliger.linear_logprobs`. They carry the gradient.

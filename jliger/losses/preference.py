@@ -13,12 +13,12 @@ from jliger.losses.reduction import Normalizer, Reduction, check_reduction
 
 
 def orpo(
-    chosen_logprobs: Float[Array, "*B"],
-    rejected_logprobs: Float[Array, "*B"],
+    chosen_logprobs: Float[Array, " B"],
+    rejected_logprobs: Float[Array, " B"],
     *,
     beta: Float[Array, ""] | float = 0.1,
     nll_weight: Float[Array, ""] | float = 1.0,
-    where: Bool[Array, "*B"] | None = None,
+    where: Bool[Array, " B"] | None = None,
     reduction: Reduction = "mean",
     normalizer: Normalizer = None,
 ) -> tuple[Loss, PreferenceMetrics]:
@@ -37,12 +37,12 @@ def orpo(
     is taken as that far from 0, and its gradient is the one there, so that both stay finite.
 
     Args:
-      chosen_logprobs: of the chosen completions, `[*B]`, means over tokens:
+      chosen_logprobs: of the chosen completions, `[B]`, means over tokens:
         `sequence_logprobs(..., reduction="mean")`.
-      rejected_logprobs: of the rejected ones, `[*B]`, means over tokens.
+      rejected_logprobs: of the rejected ones, `[B]`, means over tokens.
       beta: `β`, at least 0.
       nll_weight: `α`, at least 0.
-      where: bools `[*B]`, the pairs that count. One with a sequence of which no token counts should not:
+      where: bools `[B]`, the pairs that count. One with a sequence of which no token counts should not:
         `(chosen.counts > 0) & (rejected.counts > 0)`.
       reduction: `"mean"` over the pairs that count, `"sum"`, or `"none"` for the loss of each pair, 0 where it doesn't
         count.
@@ -50,7 +50,7 @@ def orpo(
         in parts. It carries no gradient.
 
     Returns:
-      The loss, float32 (float64 for float64), `[]`, or `[*B]` with `"none"`; and `PreferenceMetrics`, with
+      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`, with
       rewards `β·ℓ`.
 
     Raises:
@@ -75,13 +75,13 @@ def orpo(
 
 
 def cpo(
-    chosen_logprobs: Float[Array, "*B"],
-    rejected_logprobs: Float[Array, "*B"],
+    chosen_logprobs: Float[Array, " B"],
+    rejected_logprobs: Float[Array, " B"],
     *,
     beta: Float[Array, ""] | float = 0.1,
     label_smoothing: float = 0.0,
     nll_weight: Float[Array, ""] | float = 1.0,
-    where: Bool[Array, "*B"] | None = None,
+    where: Bool[Array, " B"] | None = None,
     reduction: Reduction = "mean",
     normalizer: Normalizer = None,
 ) -> tuple[Loss, PreferenceMetrics]:
@@ -96,12 +96,12 @@ def cpo(
     it (docs/losses.md).
 
     Args:
-      chosen_logprobs: of the chosen completions, `[*B]`, sums over tokens, as of `sequence_logprobs`.
-      rejected_logprobs: of the rejected ones, `[*B]`.
+      chosen_logprobs: of the chosen completions, `[B]`, sums over tokens, as of `sequence_logprobs`.
+      rejected_logprobs: of the rejected ones, `[B]`.
       beta: `β`, at least 0.
       label_smoothing: `ε` in [0, 0.5], a Python number.
       nll_weight: `α`, at least 0.
-      where: bools `[*B]`, the pairs that count. One with a sequence of which no token counts should not:
+      where: bools `[B]`, the pairs that count. One with a sequence of which no token counts should not:
         `(chosen.counts > 0) & (rejected.counts > 0)`.
       reduction: `"mean"` over the pairs that count, `"sum"`, or `"none"` for the loss of each pair, 0 where it doesn't
         count.
@@ -109,7 +109,7 @@ def cpo(
         in parts. It carries no gradient.
 
     Returns:
-      The loss, float32 (float64 for float64), `[]`, or `[*B]` with `"none"`; and `PreferenceMetrics`, with
+      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`, with
       rewards `β·log π(y)`.
 
     Raises:
@@ -133,14 +133,14 @@ def cpo(
 
 
 def simpo(
-    chosen_logprobs: Float[Array, "*B"],
-    rejected_logprobs: Float[Array, "*B"],
+    chosen_logprobs: Float[Array, " B"],
+    rejected_logprobs: Float[Array, " B"],
     *,
     beta: Float[Array, ""] | float = 2.0,
     gamma: Float[Array, ""] | float = 0.5,
     label_smoothing: float = 0.0,
     nll_weight: Float[Array, ""] | float = 0.0,
-    where: Bool[Array, "*B"] | None = None,
+    where: Bool[Array, " B"] | None = None,
     reduction: Reduction = "mean",
     normalizer: Normalizer = None,
 ) -> tuple[Loss, PreferenceMetrics]:
@@ -155,14 +155,14 @@ def simpo(
     (CPO-SimPO has). TRL's `simpo_gamma` is `gamma`; the paper's code takes `gamma / beta`.
 
     Args:
-      chosen_logprobs: of the chosen completions, `[*B]`, means over tokens:
+      chosen_logprobs: of the chosen completions, `[B]`, means over tokens:
         `sequence_logprobs(..., reduction="mean")`.
-      rejected_logprobs: of the rejected ones, `[*B]`, means over tokens.
+      rejected_logprobs: of the rejected ones, `[B]`, means over tokens.
       beta: `β`, at least 0; the paper has 2 to 10, since it multiplies means.
       gamma: `γ`, at least 0.
       label_smoothing: `ε` in [0, 0.5], a Python number.
       nll_weight: `α`, at least 0.
-      where: bools `[*B]`, the pairs that count. One with a sequence of which no token counts should not:
+      where: bools `[B]`, the pairs that count. One with a sequence of which no token counts should not:
         `(chosen.counts > 0) & (rejected.counts > 0)`.
       reduction: `"mean"` over the pairs that count, `"sum"`, or `"none"` for the loss of each pair, 0 where it doesn't
         count.
@@ -170,7 +170,7 @@ def simpo(
         in parts. It carries no gradient.
 
     Returns:
-      The loss, float32 (float64 for float64), `[]`, or `[*B]` with `"none"`; and `PreferenceMetrics`, with
+      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`, with
       rewards `β·ℓ`.
 
     Raises:
@@ -193,7 +193,7 @@ def simpo(
     return result(losses, times(-nll_weight, logprobs.chosen), rewards, counted, reduction, normalizer)
 
 
-def _pairs(chosen: Array, rejected: Array, where: Array | None) -> tuple[Rewards, Bool[Array, "*B"]]:
+def _pairs(chosen: Array, rejected: Array, where: Array | None) -> tuple[Rewards, Bool[Array, " B"]]:
     chosen, rejected = sequence_arrays(PAIRS, chosen_logprobs=chosen, rejected_logprobs=rejected)
     counted = mask("where", where, chosen, BOOL_PER_PAIR)
     return Rewards(*zero_unless(counted, chosen, rejected)), counted
@@ -207,7 +207,7 @@ def _scaled(logprobs: Rewards, beta: Float[Array, ""] | float) -> Rewards:
     return Rewards(times(beta, logprobs.chosen), times(beta, logprobs.rejected))
 
 
-def _log_odds(logprobs: Float[Array, "*B"]) -> Float[Array, "*B"]:
+def _log_odds(logprobs: Float[Array, " B"]) -> Float[Array, " B"]:
     """`log p − log(1 − p)` of `log p`."""
     nearest = -float(jnp.finfo(logprobs.dtype).eps)
     # The derivative, 1/(1 − p), is finite at `nearest`; that of the minimum would be 0 beyond it.

@@ -50,7 +50,7 @@ def row_grads(
     grads = jnp.exp(below) * (factor * jnp.exp(-log_sum)[:, None])
     grads = grads - jnp.where(_is_label(product, block), label[:, None], 0)
     if smoothing is not None:
-        u = 1 if block.class_weights is None else block.class_weights
+        u = 1 if block.class_weights is None else block.class_weights[None]
         grads = grads - smoothing[:, None] * u
     return jnp.where(inside, grads * slope, 0).astype(dtype)
 
