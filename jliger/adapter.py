@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jliger import sharding
+from jliger.chunks import accumulator_dtype
 from jliger.config import HeadConfig
 from jliger.gradients import Inputs
 
@@ -47,6 +48,8 @@ def with_adapter(config: HeadConfig, inputs: Inputs, adapter: LinearAdapter | No
         inputs.hidden,
         sharding.replicated(adapter.a).astype(dtype),
         precision=config.precision,
-        preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+        preferred_element_type=accumulator_dtype(dtype),
     )
-    return inputs._replace(adapted=(adapted * adapter.scale).astype(dtype), adapter=adapter.b)
+    return inputs._replace(
+        adapted=(adapted * jnp.asarray(adapter.scale).astype(adapted.dtype)).astype(dtype), adapter=adapter.b
+    )

@@ -267,7 +267,7 @@ def _fused_linear_cross_entropy(
             weight=weight,
             cross_entropy=cross_entropy,
             z_loss=z_loss,
-            accuracy=_inverse(weight) * jnp.sum(token_weights * (stats.prediction == columns)),
+            accuracy=_inverse(weight) * jnp.sum(jnp.where(stats.prediction == columns, token_weights, 0)),
             predictions=stats.prediction,
         )
     )

@@ -102,7 +102,7 @@ def counted_tokens(labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ig
 def label_columns(labels: Int[Array, "*B"], counted: Bool[Array, "*B"], vocab_size: int) -> Int[Array, "*B"]:
     """Labels as int32 columns: −1 where a label that counts is none, 0 where a token doesn't count."""
     inside = (labels >= 0) & (labels <= min(vocab_size - 1, jnp.iinfo(labels.dtype).max))
-    return jnp.where(counted, jnp.where(inside, labels, 0).astype(jnp.int32) - ~inside, 0)
+    return jnp.where(counted, jnp.where(inside, labels.astype(jnp.int32), -1), 0)
 
 
 def column_validity(columns: Int[Array, "*B"], dtype: jax.typing.DTypeLike) -> Float[Array, "*B"]:

@@ -217,7 +217,7 @@ def _scaled(config: HeadConfig, grads: Grads, factor: Float[Array, ""] | None, l
         if grad is None or like is None or not grad.size:
             return None
         if factor is not None:
-            grad = grad.astype(jnp.promote_types(grad.dtype, factor.dtype)) * factor
+            grad = grad.astype(factor.dtype) * factor
         return sharding.sum_to_type(grad, like).astype(like.dtype)
 
     found = Inputs(*map(scaled, grads, like))

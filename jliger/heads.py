@@ -69,9 +69,9 @@ class LinearHead:
         if self.adapter is not None:
             a, b = (side.astype(hidden.dtype) for side in (self.adapter.a, self.adapter.b))
             adapted = jnp.dot(jnp.dot(hidden, a, precision=self.precision), b, precision=self.precision)
-            logits += (self.adapter.scale * adapted).astype(logits.dtype)
+            logits += (jnp.asarray(self.adapter.scale).astype(adapted.dtype) * adapted).astype(logits.dtype)
         if bias is not None:
-            logits += bias.astype(logits.dtype)
+            logits += jnp.expand_dims(bias.astype(logits.dtype), range(logits.ndim - 1))
         if self.logit_scale != 1:
             logits *= self.logit_scale
         return logits if self.logit_softcap is None else self.logit_softcap * jnp.tanh(logits / self.logit_softcap)

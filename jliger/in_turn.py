@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jliger import sharding
+from jliger.chunks import accumulator_dtype
 
 Term = Callable[[Any, Array, Any], tuple[Float[Array, ""], Any]]
 
@@ -56,7 +57,7 @@ def _fwd(term: Term, *primals: Any) -> tuple[Any, Any]:
         return shared_grad + more.astype(shared_grad.dtype), (value, other, grad)
 
     # In place of what is not asked for there are arrays of size zero, for the reason given in `jliger.gradients`.
-    dtype = jnp.promote_types(shared.dtype, jnp.float32)
+    dtype = accumulator_dtype(shared.dtype)
     start = jnp.zeros_like(shared, dtype) if perturbed[1] else jnp.zeros((0,))
     shared_grad, (values, others, grads) = jax.lax.scan(step, start, (parts, contexts))
     return (values.sum(), others), ((grads, shared_grad), like)
@@ -69,7 +70,7 @@ def _bwd(term: Term, residuals: Any, cotangents: Any) -> tuple[Any, Any, None]:
     def scaled(grad: Array, like: Array) -> Array | None:
         if not grad.size:
             return None
-        product = grad.astype(jnp.promote_types(grad.dtype, factor.dtype)) * factor
+        product = grad.astype(factor.dtype) * factor
         return sharding.sum_to_type(product, like).astype(like.dtype)
 
     return *jax.tree.map(scaled, *residuals), None

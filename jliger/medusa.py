@@ -65,7 +65,11 @@ def loss(
         if name in _PER_TOKEN and array.shape not in (labels.shape, labels.shape[1:]):
             shapes = f"{labels.shape}, each head's, or {labels.shape[1:]}"
             raise ValueError(f"{name} got shape {array.shape}; pass {shapes}.")
-        own = name in _PER_TOKEN and array.ndim == labels.ndim
+        if name == "normalizer" and array.shape not in ((), (count,)):
+            raise ValueError(
+                f"normalizer got shape {array.shape}; pass a scalar, or one number for each head, ({count},)."
+            )
+        own = array.ndim == labels.ndim if name in _PER_TOKEN else name == "normalizer" and array.ndim == 1
         contexts[name] = array if own else jnp.broadcast_to(array, (count, *array.shape))
     checks.check_precision(options.get("precision"))
     term = _HeadLoss((("reduction", reduction), *sorted(options.items())))

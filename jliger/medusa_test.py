@@ -105,6 +105,19 @@ def test_options_and_metrics_of_each_head(implementation):
     jax.tree.map(np.testing.assert_array_equal, metrics, jax.tree.map(lambda *each: jnp.stack(each), *expected))
 
 
+def test_a_normalizer_for_each_head():
+    heads, hidden, labels = make_heads(), make_hidden(), make_all_labels()
+    normalizers = jnp.array([3.0, 5.0, 7.0])
+    found, metrics = medusa.loss(
+        heads, hidden, labels, head_weights=WEIGHTS, normalizer=normalizers, implementation="xla", return_metrics=True
+    )
+    _, sums = medusa.loss(heads, hidden, labels, reduction="sum", implementation="xla", return_metrics=True)
+    np.testing.assert_allclose(metrics.cross_entropy, sums.cross_entropy / normalizers, rtol=1e-6)
+    np.testing.assert_allclose(found, (jnp.array(WEIGHTS) * metrics.cross_entropy).sum(), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"normalizer got shape \(2,\); pass a scalar, or .*, \(3,\)"):
+        medusa.loss(heads, hidden, labels, normalizer=jnp.ones(2))
+
+
 # ---- what is computed for whom -------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.api import CrossEntropyMetrics
+from jliger.chunks import accumulator_dtype
 from jliger.logprobs import LinearLogprobs
 from jliger.losses.distillation import DistillationMetrics
 
@@ -241,14 +242,14 @@ def _logits(
             preferred_element_type=logits_dtype or hidden.dtype,
         )
 
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    dtype = accumulator_dtype(hidden.dtype)
     logits = product(hidden, kernel, "...h,hv->...v" if kernel_layout == "hv" else "...h,vh->...v")
     if adapter is not None:
         low = jnp.einsum("...h,hr->...r", hidden, adapter.a.astype(hidden.dtype), precision=precision)
         logits = logits + product(low * jnp.asarray(adapter.scale, low.dtype), adapter.b, "...r,rv->...v")
     logits = logits.astype(dtype)
     if bias is not None:
-        logits = logits + bias.astype(dtype)
+        logits = logits + jnp.expand_dims(bias.astype(dtype), range(logits.ndim - 1))
     logits = logits * logit_scale
     return logits if logit_softcap is None else logit_softcap * jnp.tanh(logits / logit_softcap)
 

@@ -120,4 +120,5 @@ def empty_grads(wanted: GradTypes, tokens: Tokens, head: Head) -> Grads:
 
 def accumulator_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
     """What sums are kept in: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    # That of JAX raises under jax_numpy_dtype_promotion="strict".
+    return np.promote_types(dtype, np.float32)

@@ -1,6 +1,8 @@
 """Losses as flat functions of log-probabilities, in plain JAX: preferences and policy gradients; and distillation.
 
 Each of the former gives `(loss, metrics)`. They know nothing of models, and take what `jliger.linear_logprobs` gives.
+Where a log-probability is −∞, as of a masked token, values and gradients are their limits if those are finite; two
+equal infinities differ by 0.
 Distillation compares whole distributions, and is fused with both models' heads, as
 `jliger.fused_linear_cross_entropy` is with one.
 """

@@ -1,5 +1,6 @@
-"""What every loss does with its arguments: checks at trace time, float32, and masks."""
+"""What every loss does with its arguments: checks at trace time, float32, one sharding, and masks."""
 
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ def real_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:
 
     Nothing is broadcast: a `[B]` against a `[B, 1]` would make a `[B, B]` that sums to some number or other.
     """
+    for name, array in arrays.items():
+        _check_no_tuple(name, array)
     found = {name: jnp.asarray(array) for name, array in arrays.items()}
     first, shape = next((name, array.shape) for name, array in found.items())
     for name, array in found.items():
@@ -22,8 +25,20 @@ def real_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:
             raise TypeError(f"{name} got dtype {array.dtype}; pass floating-point numbers.")
         if array.shape != shape:
             raise ValueError(f"{name} got shape {array.shape}; pass {what}, {shape} as {first}.")
-    dtype = jnp.result_type(jnp.float32, *found.values())
-    return tuple(array.astype(dtype) for array in found.values())
+    dtype = jnp.float64 if any(array.dtype == jnp.float64 for array in found.values()) else jnp.float32
+    like = next((array for array in found.values() if jax.typeof(array).sharding.mesh.explicit_axes), found[first])
+    return tuple(sharded_like(like, array.astype(dtype)) for array in found.values())
+
+
+def sequence_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:
+    """`real_arrays` of one number a sequence, or a pair; those of tokens are refused."""
+    found = real_arrays(what, **arrays)
+    if found[0].ndim > 1:
+        raise ValueError(
+            f"{next(iter(arrays))} got shape {found[0].shape}; pass {what}, [B]. Log-probabilities of tokens become "
+            "those of sequences through losses.sequence_logprobs; of sequences along several axes, pass `.ravel()`."
+        )
+    return found
 
 
 def mask(name: str, value: Any, like: Array, what: str) -> Bool[Array, "..."]:
@@ -34,11 +49,29 @@ def mask(name: str, value: Any, like: Array, what: str) -> Bool[Array, "..."]:
     if array.dtype != np.dtype("bool"):
         raise TypeError(f"{name} got dtype {array.dtype}; pass bools (`{name} != 0`).")
     checks.check_shape(name, array, like.shape, what)
-    return array
+    return sharded_like(like, array)
 
 
-def coefficient(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> Any:
-    """A Python number in its range, as a float; or a scalar array, whose value is known too late to be checked."""
+def sharded_like(like: Array, array: Array) -> Array:
+    """`array`, spread over Explicit mesh axes as `like` of the same shape is: JAX combines no others."""
+    wanted, found = jax.typeof(like).sharding, jax.typeof(array).sharding
+    return _resharded(like, array) if wanted.mesh.explicit_axes and found != wanted else array
+
+
+# Where no mesh is set, jit takes that of `like`, which it otherwise has no use for.
+@functools.partial(jax.jit, keep_unused=True)
+def _resharded(like: Array, array: Array) -> Array:
+    return jax.sharding.reshard(array, jax.typeof(like).sharding)
+
+
+def number(name: str, value: Any, *, least: float | None = None, most: float | None = None) -> float:
+    """A Python number in its range, as a Python float: a float64 of NumPy would make the loss one."""
+    checks.check_number(name, value, least=least, most=most)
+    return float(value)
+
+
+def coefficient(name: str, value: Any, dtype: Any, *, least: float | None = None, above: float | None = None) -> Any:
+    """A Python number in its range, as a Python float; or a scalar array of `dtype`, whose value cannot be checked."""
     if isinstance(value, int | float | np.number):
         if not np.isfinite(value) or (least is not None and value < least) or (above is not None and value <= above):
             bounds = f" of at least {least}" if least is not None else f" above {above}" if above is not None else ""
@@ -48,7 +81,7 @@ def coefficient(name: str, value: Any, *, least: float | None = None, above: flo
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} got dtype {array.dtype}; pass a real number.")
     checks.check_shape(name, array, (), "one number")
-    return array
+    return array.astype(dtype)
 
 
 def zero_unless(counted: Bool[Array, "*B"], *arrays: Float[Array, "*B"]) -> tuple[Float[Array, "*B"], ...]:
@@ -59,3 +92,10 @@ def zero_unless(counted: Bool[Array, "*B"], *arrays: Float[Array, "*B"]) -> tupl
 def constant(*arrays: Any) -> Any:
     """The same, without a gradient."""
     return jax.lax.stop_gradient(arrays)
+
+
+def _check_no_tuple(name: str, value: Any) -> None:
+    """Refuses a `LinearLogprobs` or `SequenceLogprobs`: `jnp.asarray` would stack its fields."""
+    if isinstance(value, tuple) and hasattr(value, "logprobs"):
+        field = name if hasattr(value, name) else "logprobs"
+        raise TypeError(f"{name} got a {type(value).__name__}; pass its field `.{field}`.")

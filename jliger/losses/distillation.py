@@ -287,8 +287,9 @@ def fused_linear_jsd(
             f"teacher_hidden got dtype {teacher_hidden.dtype} with student_hidden of {student_hidden.dtype}; pass "
             "float64 for both, or for neither."
         )
-    hard_weight = coefficient("hard_weight", hard_weight, least=0)
-    soft_weight = coefficient("soft_weight", soft_weight, least=0)
+    dtype = accumulator_dtype(student_hidden.dtype)
+    hard_weight = coefficient("hard_weight", hard_weight, dtype, least=0)
+    soft_weight = coefficient("soft_weight", soft_weight, dtype, least=0)
     with_labels = not (isinstance(hard_weight, float) and hard_weight == 0)
     if labels is None and with_labels:
         raise ValueError("labels got None with a hard_weight; pass the labels that the cross entropy is to be with.")
@@ -412,7 +413,7 @@ def _distillation(
     predictions, teacher_predictions = found.pair.student.prediction, found.pair.teacher.prediction
 
     def share_of_weight(true: Bool[Array, "*B"]) -> Float[Array, ""]:
-        return divided(jnp.sum(token_weights * true), weight)
+        return divided(jnp.sum(jnp.where(true, token_weights, 0)), weight)
 
     return loss, jax.lax.stop_gradient(
         DistillationMetrics(

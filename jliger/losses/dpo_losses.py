@@ -1,16 +1,18 @@
 """Direct preference optimisation, and the losses that came after it in its form."""
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jliger import checks
-from jliger.losses.arguments import coefficient, constant, mask, real_arrays, zero_unless
+from jliger.losses.arguments import coefficient, constant, mask, number, sequence_arrays, zero_unless
 from jliger.losses.pairs import BOOL_PER_PAIR, PAIRS, Loss, PreferenceMetrics, Rewards, result, smoothed_logistic
+from jliger.losses.ratios import difference, saturated, times
 from jliger.losses.reduction import Normalizer, Reduction, check_reduction
 
 DPOLossType = Literal[
@@ -29,17 +31,17 @@ DPOLossType = Literal[
 
 
 def dpo(
-    chosen_logprobs: Float[Array, "*B"],
-    rejected_logprobs: Float[Array, "*B"],
-    ref_chosen_logprobs: Float[Array, "*B"],
-    ref_rejected_logprobs: Float[Array, "*B"],
+    chosen_logprobs: Float[Array, " B"],
+    rejected_logprobs: Float[Array, " B"],
+    ref_chosen_logprobs: Float[Array, " B"],
+    ref_rejected_logprobs: Float[Array, " B"],
     *,
     loss_type: DPOLossType = "sigmoid",
     beta: Float[Array, ""] | float = 0.1,
     label_smoothing: float = 0.0,
     discopop_tau: float | None = None,
     reward_shift: Float[Array, ""] | float | None = None,
-    where: Bool[Array, "*B"] | None = None,
+    where: Bool[Array, " B"] | None = None,
     reduction: Reduction = "mean",
     normalizer: Normalizer = None,
 ) -> tuple[Loss, PreferenceMetrics]:
@@ -66,13 +68,13 @@ def dpo(
     refused, not ignored. TRL's `"ipo"` divides each log-ratio by its number of tokens: pass means
     (`sequence_logprobs(..., reduction="mean")`) for that. `"bco_pair"` has the paper's $\delta$ as `reward_shift`.
 
-    Differentiable in `chosen_logprobs` and `rejected_logprobs`.
+    Differentiable in `chosen_logprobs` and `rejected_logprobs`. Where one is −∞, value and gradient are their limits.
 
     Args:
-      chosen_logprobs: of the chosen completions, `[*B]`, sums over tokens, as of `sequence_logprobs`.
-      rejected_logprobs: of the rejected ones, `[*B]`.
-      ref_chosen_logprobs: of the chosen ones under the reference, `[*B]`. They carry no gradient.
-      ref_rejected_logprobs: of the rejected ones under the reference, `[*B]`. They carry no gradient.
+      chosen_logprobs: of the chosen completions, `[B]`, sums over tokens, as of `sequence_logprobs`.
+      rejected_logprobs: of the rejected ones, `[B]`.
+      ref_chosen_logprobs: of the chosen ones under the reference, `[B]`. They carry no gradient.
+      ref_rejected_logprobs: of the rejected ones under the reference, `[B]`. They carry no gradient.
       loss_type: as in the table.
       beta: `β`, above 0.
       label_smoothing: `ε` in [0, 0.5], a Python number: for `"sigmoid"`, `"robust"` (below 0.5) and `"exo_pair"` (above
@@ -81,7 +83,7 @@ def dpo(
         grow exponentially in `−z`.
       reward_shift: `δ`, 0 by default: for `"bco_pair"`, where it is a running mean of both rewards. It carries no
         gradient.
-      where: bools `[*B]`, the pairs that count. One with a sequence of which no token counts should not:
+      where: bools `[B]`, the pairs that count. One with a sequence of which no token counts should not:
         `(chosen.counts > 0) & (rejected.counts > 0)`.
       reduction: `"mean"` over the pairs that count, `"sum"`, or `"none"` for the loss of each pair, 0 where it doesn't
         count.
@@ -89,7 +91,7 @@ def dpo(
         in parts. It carries no gradient.
 
     Returns:
-      The loss, float32 (float64 for float64), `[]`, or `[*B]` with `"none"`; and `PreferenceMetrics`.
+      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`.
 
     Raises:
       ValueError: a shape that doesn't fit, or an option out of its range or of no use with this `loss_type`.
@@ -105,19 +107,20 @@ def dpo(
       0.7573 0.25 0.5
     """
     checks.check_choice("loss_type", loss_type, get_args(DPOLossType))
-    options = _options(loss_type, beta, label_smoothing, discopop_tau, reward_shift)
     check_reduction(reduction, normalizer)
-    arrays = real_arrays(
+    arrays = sequence_arrays(
         PAIRS,
         chosen_logprobs=chosen_logprobs,
         rejected_logprobs=rejected_logprobs,
         ref_chosen_logprobs=ref_chosen_logprobs,
         ref_rejected_logprobs=ref_rejected_logprobs,
     )
+    options = _options(loss_type, beta, label_smoothing, discopop_tau, reward_shift, arrays[0].dtype)
     counted = mask("where", where, arrays[0], BOOL_PER_PAIR)
     chosen, rejected, ref_chosen, ref_rejected = zero_unless(counted, *arrays)
     ref_chosen, ref_rejected = constant(ref_chosen, ref_rejected)
-    rewards = Rewards(beta * (chosen - ref_chosen), beta * (rejected - ref_rejected))
+    chosen, rejected = difference(chosen, ref_chosen), difference(rejected, ref_rejected)
+    rewards = Rewards(times(options.beta, chosen), times(options.beta, rejected))
     losses = _LOSSES[loss_type](rewards, options)
     return result(losses, jnp.zeros_like(losses), rewards, counted, reduction, normalizer)
 
@@ -132,8 +135,10 @@ class _Options:
     reward_shift: Float[Array, ""] | float
 
 
-def _options(loss_type: str, beta: object, label_smoothing: float, tau: float | None, shift: object) -> _Options:
-    checks.check_number("label_smoothing", label_smoothing, least=0, most=0.5)
+def _options(
+    loss_type: str, beta: object, label_smoothing: float, tau: float | None, shift: object, dtype: Any
+) -> _Options:
+    label_smoothing = number("label_smoothing", label_smoothing, least=0, most=0.5)
     if label_smoothing and loss_type not in ("sigmoid", "robust", "exo_pair"):
         raise ValueError(f"label_smoothing got {label_smoothing}; loss_type={loss_type!r} has none, pass 0.")
     if loss_type == "robust" and label_smoothing == 0.5:
@@ -144,76 +149,79 @@ def _options(loss_type: str, beta: object, label_smoothing: float, tau: float | 
         )
     if tau is not None and loss_type != "discopop":
         raise ValueError(f"discopop_tau got {tau!r}; it is for loss_type='discopop', leave it out.")
-    tau = 0.05 if tau is None else tau
-    checks.check_number("discopop_tau", tau, most=1, least=0)
+    tau = number("discopop_tau", 0.05 if tau is None else tau, most=1, least=0)
     if tau == 0:
         raise ValueError("discopop_tau got 0; pass a number above 0.")
     if shift is not None and loss_type != "bco_pair":
         raise ValueError("reward_shift is for loss_type='bco_pair'; leave it out.")
     return _Options(
-        beta=coefficient("beta", beta, above=0),
-        label_smoothing=float(label_smoothing),
-        discopop_tau=float(tau),
-        reward_shift=0.0 if shift is None else jax.lax.stop_gradient(coefficient("reward_shift", shift)),
+        beta=coefficient("beta", beta, dtype, above=0),
+        label_smoothing=label_smoothing,
+        discopop_tau=tau,
+        reward_shift=0.0 if shift is None else jax.lax.stop_gradient(coefficient("reward_shift", shift, dtype)),
     )
 
 
-def _sigmoid(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _sigmoid(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     return smoothed_logistic(rewards.margin, options.label_smoothing)
 
 
-def _hinge(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _hinge(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     return jax.nn.relu(1 - rewards.margin)
 
 
-def _ipo(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _ipo(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     return jnp.square((rewards.margin - 0.5) / options.beta)
 
 
-def _robust(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _robust(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     # log σ(−z) = log σ(z) − z makes a fraction of what the docstring has.
     excess = options.label_smoothing / (1 - 2 * options.label_smoothing)
-    return jax.nn.softplus(-rewards.margin) - excess * rewards.margin
+    return jax.nn.softplus(-rewards.margin) - times(excess, rewards.margin)
 
 
-def _exo_pair(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
-    margin, smoothing = rewards.margin, options.label_smoothing
-    right = jax.nn.sigmoid(margin) * (jax.nn.log_sigmoid(margin) - jnp.log1p(-smoothing))
-    wrong = jax.nn.sigmoid(-margin) * (jax.nn.log_sigmoid(-margin) - jnp.log(smoothing))
+def _exo_pair(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
+    margin, smoothing = saturated(rewards.margin), options.label_smoothing
+    right = jax.nn.sigmoid(margin) * (jax.nn.log_sigmoid(margin) - math.log1p(-smoothing))
+    wrong = jax.nn.sigmoid(-margin) * (jax.nn.log_sigmoid(-margin) - math.log(smoothing))
     return right + wrong
 
 
-def _nca_pair(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _nca_pair(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     return (
         jax.nn.softplus(-rewards.chosen) + jax.nn.softplus(rewards.chosen) / 2 + jax.nn.softplus(rewards.rejected) / 2
     )
 
 
-def _bco_pair(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _bco_pair(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     shift = options.reward_shift
     return jax.nn.softplus(shift - rewards.chosen) + jax.nn.softplus(rewards.rejected - shift)
 
 
-def _sppo_hard(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _sppo_hard(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     return jnp.square((rewards.chosen - 0.5) / options.beta) + jnp.square((rewards.rejected + 0.5) / options.beta)
 
 
-def _apo_zero(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _apo_zero(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     return jax.nn.sigmoid(-rewards.chosen) + jax.nn.sigmoid(rewards.rejected)
 
 
-def _apo_down(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
+def _apo_down(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     return jax.nn.sigmoid(rewards.chosen) + jax.nn.sigmoid(-rewards.margin)
 
 
-def _discopop(rewards: Rewards, options: _Options) -> Float[Array, "*B"]:
-    margin, modulated = rewards.margin, rewards.margin / options.discopop_tau
+def _discopop(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
+    margin, tau = rewards.margin, options.discopop_tau
+    # Both terms are linear, the second one in its exponent, from where the logistic function has reached its limits.
+    inside = saturated(margin)
+    beyond = margin - inside
+    logistic = jax.nn.softplus(-inside) * jax.nn.sigmoid(-inside / tau) + jax.nn.relu(-beyond)
     # e^−z alone would overflow where σ(z/τ) makes it nothing.
-    exponential = jnp.exp(jax.nn.log_sigmoid(modulated) - margin)
-    return jax.nn.softplus(-margin) * jax.nn.sigmoid(-modulated) + exponential
+    exponent = jax.nn.log_sigmoid(inside / tau) - inside
+    return logistic + jnp.exp(exponent + jnp.where(beyond < 0, times(1 / tau - 1, beyond), -beyond))
 
 
-_LOSSES: dict[str, Callable[[Rewards, _Options], Float[Array, "*B"]]] = {
+_LOSSES: dict[str, Callable[[Rewards, _Options], Float[Array, " B"]]] = {
     "sigmoid": _sigmoid,
     "hinge": _hinge,
     "ipo": _ipo,

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger import checks
-from jliger.losses.arguments import coefficient, constant, mask, real_arrays, zero_unless
+from jliger.losses.arguments import coefficient, constant, mask, sequence_arrays, sharded_like, zero_unless
 from jliger.losses.pairs import Loss
+from jliger.losses.ratios import difference, times
 from jliger.losses.reduction import Normalizer, Reduction, check_reduction, divided, mean, reduced
 
 _SEQUENCES = "one number a sequence"
@@ -39,15 +40,15 @@ class KTOMetrics(NamedTuple):
 
 
 def kto(
-    logprobs: Float[Array, "*B"],
-    ref_logprobs: Float[Array, "*B"],
-    desirable: Bool[Array, "*B"],
+    logprobs: Float[Array, " B"],
+    ref_logprobs: Float[Array, " B"],
+    desirable: Bool[Array, " B"],
     *,
-    kl: Float[Array, ""] | Float[Array, "*B"] | float,
+    kl: Float[Array, ""] | Float[Array, " B"] | float,
     beta: Float[Array, ""] | float = 0.1,
     desirable_weight: Float[Array, ""] | float = 1.0,
     undesirable_weight: Float[Array, ""] | float = 1.0,
-    where: Bool[Array, "*B"] | None = None,
+    where: Bool[Array, " B"] | None = None,
     reduction: Reduction = "mean",
     normalizer: Normalizer = None,
 ) -> tuple[Loss, KTOMetrics]:
@@ -62,21 +63,21 @@ def kto(
     With `kl=0.0` it is TRL's `apo_zero_unpaired`.
 
     Args:
-      logprobs: of sequences, `[*B]`, sums over tokens, as of `sequence_logprobs`. They alone carry a gradient.
-      ref_logprobs: the same under the reference, `[*B]`.
-      desirable: bools `[*B]`.
-      kl: `z₀`: one number for all, as of `kto_kl`, or one a sequence, `[*B]`.
+      logprobs: of sequences, `[B]`, sums over tokens, as of `sequence_logprobs`. They alone carry a gradient.
+      ref_logprobs: the same under the reference, `[B]`.
+      desirable: bools `[B]`.
+      kl: `z₀`: one number for all, as of `kto_kl`, or one a sequence, `[B]`.
       beta: `β`, at least 0.
       desirable_weight: `λ_D`, at least 0.
       undesirable_weight: `λ_U`, at least 0.
-      where: bools `[*B]`, the sequences that count. One of which no token counts should not: `counts > 0`.
+      where: bools `[B]`, the sequences that count. One of which no token counts should not: `counts > 0`.
       reduction: `"mean"` over the sequences that count, `"sum"`, or `"none"` for the loss of each, 0 where it doesn't
         count.
       normalizer: with `"mean"`, what to divide by instead, such as the number of sequences of a batch that is gone
         through in parts. It carries no gradient.
 
     Returns:
-      The loss, float32 (float64 for float64), `[]`, or `[*B]` with `"none"`; and `KTOMetrics`.
+      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `KTOMetrics`.
 
     Raises:
       ValueError: a shape that doesn't fit, or an option out of its range.
@@ -90,41 +91,44 @@ def kto(
       >>> print(f"{loss:.4f} {metrics.margins:.1f} {metrics.accuracy:.1f}")  # (σ(-1) + σ(-0.5)) / 2
       0.3232 1.5 1.0
     """
-    beta = coefficient("beta", beta, least=0)
-    desirable_weight = coefficient("desirable_weight", desirable_weight, least=0)
-    undesirable_weight = coefficient("undesirable_weight", undesirable_weight, least=0)
     check_reduction(reduction, normalizer)
-    logprobs, ref_logprobs = real_arrays(_SEQUENCES, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    logprobs, ref_logprobs = sequence_arrays(_SEQUENCES, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    dtype = logprobs.dtype
+    beta = coefficient("beta", beta, dtype, least=0)
+    desirable_weight = coefficient("desirable_weight", desirable_weight, dtype, least=0)
+    undesirable_weight = coefficient("undesirable_weight", undesirable_weight, dtype, least=0)
     desirable = mask("desirable", jnp.asarray(desirable), logprobs, _BOOL_PER_SEQUENCE)
     counted = mask("where", where, logprobs, _BOOL_PER_SEQUENCE)
-    kl = jnp.asarray(kl, logprobs.dtype)
+    kl = jnp.asarray(kl, dtype)
     if kl.ndim:
         checks.check_shape("kl", kl, logprobs.shape, "one number, or one a sequence")
+    kl = sharded_like(logprobs, jnp.broadcast_to(kl, logprobs.shape))
     logprobs, ref_logprobs, kl = zero_unless(counted, logprobs, *constant(ref_logprobs, kl))
 
-    log_ratios = logprobs - ref_logprobs
-    gain = jnp.where(desirable, 1, -1) * (log_ratios - kl)
-    weight = jnp.where(desirable, desirable_weight, undesirable_weight)
-    loss = reduced(weight * jax.nn.sigmoid(-beta * gain), counted, reduction, normalizer)
+    log_ratios = difference(logprobs, ref_logprobs)
+    advantages = difference(log_ratios, kl)
+    gain = jnp.where(desirable, advantages, -advantages)
+    weight = jnp.where(desirable, desirable_weight, undesirable_weight).astype(dtype)
+    loss = reduced(weight * jax.nn.sigmoid(-times(beta, gain)), counted, reduction, normalizer)
 
-    desirable_rewards = mean(beta * log_ratios, counted & desirable)
-    undesirable_rewards = mean(beta * log_ratios, counted & ~desirable)
+    rewards = times(beta, log_ratios)
+    desirable_rewards, undesirable_rewards = mean(rewards, counted & desirable), mean(rewards, counted & ~desirable)
     metrics = KTOMetrics(
         desirable_count=(counted & desirable).sum(dtype=jnp.int32),
         undesirable_count=(counted & ~desirable).sum(dtype=jnp.int32),
         desirable_rewards=desirable_rewards,
         undesirable_rewards=undesirable_rewards,
-        margins=desirable_rewards - undesirable_rewards,
+        margins=difference(desirable_rewards, undesirable_rewards),
         accuracy=mean(((log_ratios > kl) == desirable).astype(logprobs.dtype), counted),
     )
     return loss, jax.lax.stop_gradient(metrics)
 
 
 def kto_kl(
-    logprobs: Float[Array, "*B"],
-    ref_logprobs: Float[Array, "*B"],
+    logprobs: Float[Array, " B"],
+    ref_logprobs: Float[Array, " B"],
     *,
-    where: Bool[Array, "*B"] | None = None,
+    where: Bool[Array, " B"] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, ""]:
     r"""The reference point of `kto`: an estimate of how far the policy is from the reference.
@@ -135,9 +139,9 @@ def kto_kl(
     no gradient.
 
     Args:
-      logprobs: of mismatched completions, `[*B]`, sums over tokens.
-      ref_logprobs: the same under the reference, `[*B]`.
-      where: bools `[*B]`, the sequences that count.
+      logprobs: of mismatched completions, `[B]`, sums over tokens.
+      ref_logprobs: the same under the reference, `[B]`.
+      where: bools `[B]`, the sequences that count.
       axis_name: inside a `jax.shard_map`, the manual axis, or axes, that the sequences are spread over. The mean has to
         be over all of them before it is compared to 0.
 
@@ -154,10 +158,10 @@ def kto_kl(
       >>> print(losses.kto_kl(jnp.array([-8.0, -9.0]), jnp.array([-10.0, -9.5])))
       1.25
     """
-    logprobs, ref_logprobs = real_arrays(_SEQUENCES, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    logprobs, ref_logprobs = sequence_arrays(_SEQUENCES, logprobs=logprobs, ref_logprobs=ref_logprobs)
     counted = mask("where", where, logprobs, _BOOL_PER_SEQUENCE)
     logprobs, ref_logprobs = zero_unless(counted, logprobs, ref_logprobs)
-    total, count = constant((logprobs - ref_logprobs).sum(), counted.sum())
+    total, count = constant(difference(logprobs, ref_logprobs).sum(), counted.sum())
     if axis_name is not None:
         total, count = jax.lax.psum((total, count), axis_name)
     return jnp.maximum(divided(total, count), 0)

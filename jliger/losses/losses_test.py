@@ -6,9 +6,18 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from jliger import losses
 from jliger.losses.cases_for_tests import CASES
 
 EPS = np.finfo(np.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def no_implicit_promotion():
+    """Losses have to work however strict a user tells JAX to be."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -196,7 +205,7 @@ def test_metrics_carry_no_gradient(case):
     flags = {name: array for name, array in arrays.items() if array.dtype == bool}
 
     def metric_sum(numbers):
-        return sum(leaf.sum() for leaf in jax.tree.leaves(case.function(**numbers, **flags)[1]))
+        return sum(leaf.sum().astype(np.float32) for leaf in jax.tree.leaves(case.function(**numbers, **flags)[1]))
 
     for grad in jax.tree.leaves(jax.grad(metric_sum)({name: arrays[name] for name in arrays if name not in flags})):
         np.testing.assert_array_equal(grad, 0)
@@ -251,3 +260,50 @@ def test_shapes_that_do_not_fit_are_refused(case):
         case.function(**arrays, where=np.ones((2, *first.shape), bool))
     with pytest.raises(ValueError, match=r"normalizer got shape \(2,\); pass a scalar"):
         case.function(**arrays, normalizer=np.ones(2))
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [np.float64, jnp.float64], ids=["numpy", "jax"])
+def test_options_of_float64_leave_the_loss_in_float32(make):
+    pair, tokens = jnp.full(2, -1, jnp.float32), jnp.full((2, 3), -1, jnp.float32)
+    with jax.enable_x64(True):
+        some, python = make(0.1), np.float64(0.1)
+        found = [
+            losses.dpo(pair, pair, pair, pair, beta=some, label_smoothing=python),
+            losses.dpo(pair, pair, pair, pair, beta=some, loss_type="discopop", discopop_tau=python),
+            losses.dpo(pair, pair, pair, pair, loss_type="bco_pair", reward_shift=some, normalizer=some),
+            losses.orpo(pair, pair, beta=some, nll_weight=some),
+            losses.cpo(pair, pair, beta=some, nll_weight=some, label_smoothing=python),
+            losses.simpo(pair, pair, beta=some, gamma=some, nll_weight=some, label_smoothing=python),
+            losses.kto(
+                pair, pair, jnp.array([True, False]), kl=some, beta=some, desirable_weight=some, undesirable_weight=some
+            ),
+            losses.grpo(
+                tokens, pair, ref_logprobs=tokens, entropy=tokens, epsilon_low=some, epsilon_high=some,
+                delta=20 * python, beta=some, entropy_coef=some, loss_type="dr_grpo",
+                max_completion_length=np.int64(3), normalizer=some,
+            ),
+            losses.ppo_clip(
+                tokens, tokens, tokens, entropy=tokens, epsilon_low=some, epsilon_high=some, entropy_coef=some
+            ),
+        ]  # fmt: skip
+        for leaf in jax.tree.leaves(found):
+            assert leaf.dtype in (np.float32, np.int32)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.of_tokens], ids=lambda case: case.name)
+def test_log_probabilities_of_tokens_are_refused_as_those_of_sequences(case):
+    arrays = {name: np.stack([array, array]) for name, array in float32(case.arrays()).items()}
+    with pytest.raises(ValueError, match=rf"{case.trained[0]} got shape \(2, 5\); .* losses.sequence_logprobs"):
+        case.function(**arrays)
+
+
+@every_case
+def test_tuples_of_log_probabilities_are_refused(case):
+    arrays = float32(case.arrays())
+    name = case.trained[0]
+    found = losses.SequenceLogprobs(arrays[name], arrays[name])
+    with pytest.raises(TypeError, match=rf"{name} got a SequenceLogprobs; pass its field `.logprobs`"):
+        case.function(**{**arrays, name: found})

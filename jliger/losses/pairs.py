@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jliger.losses.ratios import difference
 from jliger.losses.reduction import Normalizer, Reduction, mean, reduced
 
 PAIRS = "one number a pair"
 BOOL_PER_PAIR = "one bool a pair"
 
-Loss = Float[Array, ""] | Float[Array, "*B"]
+Loss = Float[Array, ""] | Float[Array, " B"]
 
 
 class PreferenceMetrics(NamedTuple):
@@ -43,27 +44,26 @@ class PreferenceMetrics(NamedTuple):
 class Rewards(NamedTuple):
     """Implicit rewards of pairs."""
 
-    chosen: Float[Array, "*B"]
-    rejected: Float[Array, "*B"]
+    chosen: Float[Array, " B"]
+    rejected: Float[Array, " B"]
 
     @property
-    def margin(self) -> Float[Array, "*B"]:
+    def margin(self) -> Float[Array, " B"]:
         """By how much the chosen one is larger."""
-        return self.chosen - self.rejected
+        return difference(self.chosen, self.rejected)
 
 
-def smoothed_logistic(margin: Float[Array, "*B"], label_smoothing: float) -> Float[Array, "*B"]:
+def smoothed_logistic(margin: Float[Array, " B"], label_smoothing: float) -> Float[Array, " B"]:
     """`−(1 − ε) log σ(z) − ε log σ(−z)`: the label is wrong with probability `ε`."""
     loss = jax.nn.softplus(-margin)
-    # −log σ(−z) = z − log σ(z), of which the sum is made without a second softplus.
-    return loss + label_smoothing * margin if label_smoothing else loss
+    return (1 - label_smoothing) * loss + label_smoothing * jax.nn.softplus(margin) if label_smoothing else loss
 
 
 def result(
-    preference_losses: Float[Array, "*B"],
-    nlls: Float[Array, "*B"],
+    preference_losses: Float[Array, " B"],
+    nlls: Float[Array, " B"],
     rewards: Rewards,
-    counted: Bool[Array, "*B"],
+    counted: Bool[Array, " B"],
     reduction: Reduction,
     normalizer: Normalizer,
 ) -> tuple[Loss, PreferenceMetrics]:

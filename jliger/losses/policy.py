@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger import checks
-from jliger.losses.arguments import coefficient, constant, mask, real_arrays, zero_unless
-from jliger.losses.ratios import Ratios, clipped, held, k3
+from jliger.losses.arguments import coefficient, constant, mask, number, real_arrays, sharded_like, zero_unless
+from jliger.losses.ratios import Ratios, clipped, difference, held, k3, times
 from jliger.losses.reduction import Normalizer, divided, divisor, mean
 
 GRPOLossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
@@ -89,7 +89,8 @@ def grpo(
     A sequence of which no token counts is left out of $N$. (TRL counts it.)
 
     From log-ratios of 20 on, $e^x$ is continued as its tangent in all ratios and estimates: values and gradients stay
-    finite, and gradients keep their direction.
+    finite, and gradients keep their direction. At a log-probability of −∞, as of a token that a sampler masks, value
+    and gradient are the limits; a token that two policies give −∞ has a ratio of 1.
 
     Args:
       logprobs: of tokens, `[*B, T]`, such as those of `jliger.linear_logprobs`. They carry the gradient.
@@ -139,21 +140,22 @@ def grpo(
         raise ValueError(
             "delta is not for loss_type='cispo', which holds every ratio below 1 + epsilon_high; leave it out."
         )
-    default_low, default_high = (1.0, 4.0) if is_cispo else (0.2, 0.2)
-    low = coefficient("epsilon_low", default_low if epsilon_low is None else epsilon_low, least=0)
-    high = coefficient("epsilon_high", default_high if epsilon_high is None else epsilon_high, least=0)
-    _check_delta(delta, high)
     if (max_completion_length is not None) != (loss_type == "dr_grpo"):
         raise ValueError(
             f"max_completion_length got {max_completion_length!r} with loss_type={loss_type!r}; 'dr_grpo' needs it, "
             "and the others have no use for it."
         )
-    length = 1 if max_completion_length is None else max_completion_length
-    checks.check_number("max_completion_length", length, least=1)
-    terms = _terms(beta, ref_logprobs, entropy_coef, entropy)
+    length = 1.0 if max_completion_length is None else max_completion_length
+    length = number("max_completion_length", length, least=1)
     tokens = _tokens(logprobs, old_logprobs, ref_logprobs, entropy, where)
     if tokens.logprobs.ndim < 1:
         raise ValueError("logprobs got a scalar; pass an array [*B, T].")
+    dtype = tokens.logprobs.dtype
+    default_low, default_high = (1.0, 4.0) if is_cispo else (0.2, 0.2)
+    low = coefficient("epsilon_low", default_low if epsilon_low is None else epsilon_low, dtype, least=0)
+    high = coefficient("epsilon_high", default_high if epsilon_high is None else epsilon_high, dtype, least=0)
+    delta = _checked_delta(delta, high)
+    terms = _terms(beta, entropy_coef, tokens)
     advantages = _advantages(advantages, tokens, one_a_sequence=True)
     counts = tokens.counted.sum(axis=-1, keepdims=True)
 
@@ -161,13 +163,13 @@ def grpo(
     if importance_sampling_level == "sequence":
         of_sequence = jax.lax.stop_gradient(divided(log_ratios.sum(axis=-1, keepdims=True), counts))
         # Each token has its sequence's ratio, and by itself the gradient.
-        log_ratios = of_sequence + (tokens.logprobs - jax.lax.stop_gradient(tokens.logprobs))
+        log_ratios = of_sequence + difference(tokens.logprobs, jax.lax.stop_gradient(tokens.logprobs))
     if is_cispo:
         ratios = held(log_ratios, 1 - low, 1 + high)
-        policy_losses = -jax.lax.stop_gradient(ratios.values) * advantages * tokens.logprobs
+        policy_losses = -times(jax.lax.stop_gradient(times(advantages, ratios.values)), tokens.logprobs)
     else:
         ratios = clipped(log_ratios, advantages, low, high, delta)
-        policy_losses = -ratios.values * advantages
+        policy_losses = -times(advantages, ratios.values)
 
     weights = tokens.counted.astype(policy_losses.dtype) / length
     if loss_type == "grpo":
@@ -229,16 +231,16 @@ def ppo_clip(
       >>> print(f"{loss:.2f} {metrics.clip_fraction_high:.1f}")
       -0.05 0.5
     """
-    epsilon_low = coefficient("epsilon_low", epsilon_low, least=0)
-    epsilon_high = coefficient("epsilon_high", epsilon_high, least=0)
-    _check_delta(delta, epsilon_high)
-    terms = _terms(0.0, None, entropy_coef, entropy)
     tokens = _tokens(logprobs, old_logprobs, None, entropy, where)
+    epsilon_low = coefficient("epsilon_low", epsilon_low, tokens.logprobs.dtype, least=0)
+    epsilon_high = coefficient("epsilon_high", epsilon_high, tokens.logprobs.dtype, least=0)
+    delta = _checked_delta(delta, epsilon_high)
+    terms = _terms(0.0, entropy_coef, tokens)
     advantages = _advantages(advantages, tokens)
     ratios = clipped(tokens.log_ratios, advantages, epsilon_low, epsilon_high, delta)
     weights = tokens.counted.astype(advantages.dtype)
     count = tokens.counted.sum()
-    return _result(tokens, ratios, -ratios.values * advantages, terms, weights, divisor(count, normalizer))
+    return _result(tokens, ratios, -times(advantages, ratios.values), terms, weights, divisor(count, normalizer))
 
 
 class _Tokens(NamedTuple):
@@ -252,7 +254,7 @@ class _Tokens(NamedTuple):
 
     @property
     def log_ratios(self) -> Float[Array, "*B"]:
-        return self.logprobs - self.old_logprobs
+        return difference(self.logprobs, self.old_logprobs)
 
 
 class _Terms(NamedTuple):
@@ -262,19 +264,21 @@ class _Terms(NamedTuple):
     entropy_coef: Any
 
 
-def _check_delta(delta: Any, epsilon_high: Any) -> None:
+def _checked_delta(delta: Any, epsilon_high: Any) -> float | None:
     if delta is None:
-        return
-    checks.check_number("delta", delta)
+        return None
+    delta = number("delta", delta)
     if isinstance(epsilon_high, float) and delta <= 1 + epsilon_high:
         raise ValueError(f"delta got {delta}; pass a number above 1 + epsilon_high = {1 + epsilon_high}, or None.")
+    return delta
 
 
-def _terms(beta: Any, ref_logprobs: Any, entropy_coef: Any, entropy: Any) -> _Terms:
-    terms = _Terms(coefficient("beta", beta, least=0), coefficient("entropy_coef", entropy_coef))
+def _terms(beta: Any, entropy_coef: Any, tokens: _Tokens) -> _Terms:
+    dtype = tokens.logprobs.dtype
+    terms = _Terms(coefficient("beta", beta, dtype, least=0), coefficient("entropy_coef", entropy_coef, dtype))
     for name, factor, needed, array in (
-        ("beta", terms.beta, "ref_logprobs", ref_logprobs),
-        ("entropy_coef", terms.entropy_coef, "entropy", entropy),
+        ("beta", terms.beta, "ref_logprobs", tokens.ref_logprobs),
+        ("entropy_coef", terms.entropy_coef, "entropy", tokens.entropy),
     ):
         if array is None and not (isinstance(factor, float) and factor == 0):
             raise ValueError(f"{needed} is missing; pass it, or {name}=0.")
@@ -299,7 +303,8 @@ def _advantages(advantages: Any, tokens: _Tokens, *, one_a_sequence: bool = Fals
         advantages = jnp.broadcast_to(advantages[..., None], shape)
     what = "one number a token, or one a sequence: logprobs' shape without or with its last dimension"
     checks.check_shape("advantages", advantages, shape, what if one_a_sequence else _TOKENS)
-    (advantages,) = zero_unless(tokens.counted, advantages.astype(tokens.logprobs.dtype))
+    advantages = sharded_like(tokens.logprobs, advantages.astype(tokens.logprobs.dtype))
+    (advantages,) = zero_unless(tokens.counted, advantages)
     return advantages
 
 
@@ -308,11 +313,11 @@ def _result(
 ) -> tuple[Float[Array, ""], PolicyMetrics]:
     """Terms together, the weighted sum divided, and metrics."""
     losses = policy_losses
-    kl = None if tokens.ref_logprobs is None else k3(tokens.ref_logprobs - tokens.logprobs)
+    kl = None if tokens.ref_logprobs is None else k3(difference(tokens.ref_logprobs, tokens.logprobs))
     if kl is not None:
-        losses = losses + terms.beta * kl
+        losses = losses + times(terms.beta, kl)
     if tokens.entropy is not None:
-        losses = losses - terms.entropy_coef * tokens.entropy
+        losses = losses - times(terms.entropy_coef, tokens.entropy)
 
     def share(flags: Bool[Array, "*B"]) -> Float[Array, ""]:
         return mean(flags.astype(losses.dtype), tokens.counted)

@@ -1,22 +1,24 @@
 """Losses on pairs that need no reference model: odds ratio, contrastive, and simple preference optimisation."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jliger import checks
-from jliger.losses.arguments import coefficient, mask, real_arrays, zero_unless
+from jliger.losses.arguments import coefficient, mask, number, sequence_arrays, zero_unless
 from jliger.losses.pairs import BOOL_PER_PAIR, PAIRS, Loss, PreferenceMetrics, Rewards, result, smoothed_logistic
+from jliger.losses.ratios import times
 from jliger.losses.reduction import Normalizer, Reduction, check_reduction
 
 
 def orpo(
-    chosen_logprobs: Float[Array, "*B"],
-    rejected_logprobs: Float[Array, "*B"],
+    chosen_logprobs: Float[Array, " B"],
+    rejected_logprobs: Float[Array, " B"],
     *,
     beta: Float[Array, ""] | float = 0.1,
     nll_weight: Float[Array, ""] | float = 1.0,
-    where: Bool[Array, "*B"] | None = None,
+    where: Bool[Array, " B"] | None = None,
     reduction: Reduction = "mean",
     normalizer: Normalizer = None,
 ) -> tuple[Loss, PreferenceMetrics]:
@@ -35,12 +37,12 @@ def orpo(
     is taken as that far from 0, and its gradient is the one there, so that both stay finite.
 
     Args:
-      chosen_logprobs: of the chosen completions, `[*B]`, means over tokens:
+      chosen_logprobs: of the chosen completions, `[B]`, means over tokens:
         `sequence_logprobs(..., reduction="mean")`.
-      rejected_logprobs: of the rejected ones, `[*B]`, means over tokens.
+      rejected_logprobs: of the rejected ones, `[B]`, means over tokens.
       beta: `β`, at least 0.
       nll_weight: `α`, at least 0.
-      where: bools `[*B]`, the pairs that count. One with a sequence of which no token counts should not:
+      where: bools `[B]`, the pairs that count. One with a sequence of which no token counts should not:
         `(chosen.counts > 0) & (rejected.counts > 0)`.
       reduction: `"mean"` over the pairs that count, `"sum"`, or `"none"` for the loss of each pair, 0 where it doesn't
         count.
@@ -48,7 +50,7 @@ def orpo(
         in parts. It carries no gradient.
 
     Returns:
-      The loss, float32 (float64 for float64), `[]`, or `[*B]` with `"none"`; and `PreferenceMetrics`, with
+      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`, with
       rewards `β·ℓ`.
 
     Raises:
@@ -63,23 +65,23 @@ def orpo(
       >>> print(f"{loss:.4f} {metrics.nll:.4f} {metrics.preference_loss:.4f}")
       0.7219 0.6931 0.0288
     """
-    beta, nll_weight = coefficient("beta", beta, least=0), coefficient("nll_weight", nll_weight, least=0)
     check_reduction(reduction, normalizer)
     logprobs, counted = _pairs(chosen_logprobs, rejected_logprobs, where)
-    log_odds_ratio = _log_odds(logprobs.chosen) - _log_odds(logprobs.rejected)
-    losses = beta * jax.nn.softplus(-log_odds_ratio)
-    nlls = -nll_weight * logprobs.chosen
+    beta, nll_weight = _coefficients(logprobs, beta=beta, nll_weight=nll_weight)
+    log_odds = Rewards(_log_odds(logprobs.chosen), _log_odds(logprobs.rejected))
+    losses = times(beta, jax.nn.softplus(-log_odds.margin))
+    nlls = times(-nll_weight, logprobs.chosen)
     return result(losses, nlls, _scaled(logprobs, beta), counted, reduction, normalizer)
 
 
 def cpo(
-    chosen_logprobs: Float[Array, "*B"],
-    rejected_logprobs: Float[Array, "*B"],
+    chosen_logprobs: Float[Array, " B"],
+    rejected_logprobs: Float[Array, " B"],
     *,
     beta: Float[Array, ""] | float = 0.1,
     label_smoothing: float = 0.0,
     nll_weight: Float[Array, ""] | float = 1.0,
-    where: Bool[Array, "*B"] | None = None,
+    where: Bool[Array, " B"] | None = None,
     reduction: Reduction = "mean",
     normalizer: Normalizer = None,
 ) -> tuple[Loss, PreferenceMetrics]:
@@ -94,12 +96,12 @@ def cpo(
     it (docs/losses.md).
 
     Args:
-      chosen_logprobs: of the chosen completions, `[*B]`, sums over tokens, as of `sequence_logprobs`.
-      rejected_logprobs: of the rejected ones, `[*B]`.
+      chosen_logprobs: of the chosen completions, `[B]`, sums over tokens, as of `sequence_logprobs`.
+      rejected_logprobs: of the rejected ones, `[B]`.
       beta: `β`, at least 0.
       label_smoothing: `ε` in [0, 0.5], a Python number.
       nll_weight: `α`, at least 0.
-      where: bools `[*B]`, the pairs that count. One with a sequence of which no token counts should not:
+      where: bools `[B]`, the pairs that count. One with a sequence of which no token counts should not:
         `(chosen.counts > 0) & (rejected.counts > 0)`.
       reduction: `"mean"` over the pairs that count, `"sum"`, or `"none"` for the loss of each pair, 0 where it doesn't
         count.
@@ -107,7 +109,7 @@ def cpo(
         in parts. It carries no gradient.
 
     Returns:
-      The loss, float32 (float64 for float64), `[]`, or `[*B]` with `"none"`; and `PreferenceMetrics`, with
+      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`, with
       rewards `β·log π(y)`.
 
     Raises:
@@ -121,24 +123,24 @@ def cpo(
       >>> print(f"{loss:.4f} {metrics.margins:.1f}")
       4.3133 1.0
     """
-    beta, nll_weight = coefficient("beta", beta, least=0), coefficient("nll_weight", nll_weight, least=0)
-    checks.check_number("label_smoothing", label_smoothing, least=0, most=0.5)
+    label_smoothing = number("label_smoothing", label_smoothing, least=0, most=0.5)
     check_reduction(reduction, normalizer)
     logprobs, counted = _pairs(chosen_logprobs, rejected_logprobs, where)
+    beta, nll_weight = _coefficients(logprobs, beta=beta, nll_weight=nll_weight)
     rewards = _scaled(logprobs, beta)
     losses = smoothed_logistic(rewards.margin, label_smoothing)
-    return result(losses, -nll_weight * logprobs.chosen, rewards, counted, reduction, normalizer)
+    return result(losses, times(-nll_weight, logprobs.chosen), rewards, counted, reduction, normalizer)
 
 
 def simpo(
-    chosen_logprobs: Float[Array, "*B"],
-    rejected_logprobs: Float[Array, "*B"],
+    chosen_logprobs: Float[Array, " B"],
+    rejected_logprobs: Float[Array, " B"],
     *,
     beta: Float[Array, ""] | float = 2.0,
     gamma: Float[Array, ""] | float = 0.5,
     label_smoothing: float = 0.0,
     nll_weight: Float[Array, ""] | float = 0.0,
-    where: Bool[Array, "*B"] | None = None,
+    where: Bool[Array, " B"] | None = None,
     reduction: Reduction = "mean",
     normalizer: Normalizer = None,
 ) -> tuple[Loss, PreferenceMetrics]:
@@ -153,14 +155,14 @@ def simpo(
     (CPO-SimPO has). TRL's `simpo_gamma` is `gamma`; the paper's code takes `gamma / beta`.
 
     Args:
-      chosen_logprobs: of the chosen completions, `[*B]`, means over tokens:
+      chosen_logprobs: of the chosen completions, `[B]`, means over tokens:
         `sequence_logprobs(..., reduction="mean")`.
-      rejected_logprobs: of the rejected ones, `[*B]`, means over tokens.
+      rejected_logprobs: of the rejected ones, `[B]`, means over tokens.
       beta: `β`, at least 0; the paper has 2 to 10, since it multiplies means.
       gamma: `γ`, at least 0.
       label_smoothing: `ε` in [0, 0.5], a Python number.
       nll_weight: `α`, at least 0.
-      where: bools `[*B]`, the pairs that count. One with a sequence of which no token counts should not:
+      where: bools `[B]`, the pairs that count. One with a sequence of which no token counts should not:
         `(chosen.counts > 0) & (rejected.counts > 0)`.
       reduction: `"mean"` over the pairs that count, `"sum"`, or `"none"` for the loss of each pair, 0 where it doesn't
         count.
@@ -168,7 +170,7 @@ def simpo(
         in parts. It carries no gradient.
 
     Returns:
-      The loss, float32 (float64 for float64), `[]`, or `[*B]` with `"none"`; and `PreferenceMetrics`, with
+      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`, with
       rewards `β·ℓ`.
 
     Raises:
@@ -182,29 +184,32 @@ def simpo(
       >>> print(f"{loss:.4f} {metrics.margins:.1f}")
       0.3133 1.5
     """
-    beta, gamma = coefficient("beta", beta, least=0), coefficient("gamma", gamma, least=0)
-    nll_weight = coefficient("nll_weight", nll_weight, least=0)
-    checks.check_number("label_smoothing", label_smoothing, least=0, most=0.5)
+    label_smoothing = number("label_smoothing", label_smoothing, least=0, most=0.5)
     check_reduction(reduction, normalizer)
     logprobs, counted = _pairs(chosen_logprobs, rejected_logprobs, where)
+    beta, gamma, nll_weight = _coefficients(logprobs, beta=beta, gamma=gamma, nll_weight=nll_weight)
     rewards = _scaled(logprobs, beta)
     losses = smoothed_logistic(rewards.margin - gamma, label_smoothing)
-    return result(losses, -nll_weight * logprobs.chosen, rewards, counted, reduction, normalizer)
+    return result(losses, times(-nll_weight, logprobs.chosen), rewards, counted, reduction, normalizer)
 
 
-def _pairs(chosen: Array, rejected: Array, where: Array | None) -> tuple[Rewards, Bool[Array, "*B"]]:
-    chosen, rejected = real_arrays(PAIRS, chosen_logprobs=chosen, rejected_logprobs=rejected)
+def _pairs(chosen: Array, rejected: Array, where: Array | None) -> tuple[Rewards, Bool[Array, " B"]]:
+    chosen, rejected = sequence_arrays(PAIRS, chosen_logprobs=chosen, rejected_logprobs=rejected)
     counted = mask("where", where, chosen, BOOL_PER_PAIR)
     return Rewards(*zero_unless(counted, chosen, rejected)), counted
 
 
+def _coefficients(logprobs: Rewards, **values: Any) -> tuple[Any, ...]:
+    return tuple(coefficient(name, value, logprobs.chosen.dtype, least=0) for name, value in values.items())
+
+
 def _scaled(logprobs: Rewards, beta: Float[Array, ""] | float) -> Rewards:
-    return Rewards(beta * logprobs.chosen, beta * logprobs.rejected)
+    return Rewards(times(beta, logprobs.chosen), times(beta, logprobs.rejected))
 
 
-def _log_odds(logprobs: Float[Array, "*B"]) -> Float[Array, "*B"]:
+def _log_odds(logprobs: Float[Array, " B"]) -> Float[Array, " B"]:
     """`log p − log(1 − p)` of `log p`."""
-    nearest = -jnp.finfo(logprobs.dtype).eps
+    nearest = -float(jnp.finfo(logprobs.dtype).eps)
     # The derivative, 1/(1 − p), is finite at `nearest`; that of the minimum would be 0 beyond it.
-    logprobs = logprobs + jax.lax.stop_gradient(jnp.minimum(logprobs, nearest) - logprobs)
+    logprobs = jnp.where(logprobs > nearest, logprobs + jax.lax.stop_gradient(nearest - logprobs), logprobs)
     return logprobs - jnp.log(-jnp.expm1(logprobs))

@@ -1,12 +1,22 @@
-"""Ratios of probabilities: finite, however far apart two policies are, and held within bounds."""
+"""Ratios of probabilities: finite, however far apart two policies are, and held within bounds.
 
+A log-probability may be −∞: that of a masked token. IEEE arithmetic has 0 · ∞ = NaN and ∞ − ∞ = NaN, in a derivative as
+in a value, and a NaN that `jnp.where` leaves out of the value still reaches the gradient. So the losses take products,
+differences and exponentials from here.
+"""
+
+import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 # From here on e^x is taken along its tangent. In float32 it would overflow at 88, and the square of a gradient at 44.
 _LARGEST = 20.0
+
+# Beyond it σ(x) is 0 or 1, and softplus(x) is 0 or x, to the last digit of float64.
+_SATURATED = 1e3
 
 
 class Ratios(NamedTuple):
@@ -49,10 +59,37 @@ def clipped(
 
 def k3(log_ratios: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """`e^x − 1 − x`, an estimate of a divergence that is never negative: http://joschu.net/blog/kl-approx.html."""
-    inside = jnp.minimum(log_ratios, _LARGEST)
-    return jnp.expm1(inside) + jnp.exp(inside) * (log_ratios - inside) - log_ratios
+    inside, excess = _split(log_ratios)
+    # At x = ∞ the tangent of e^x less x would be ∞ − ∞.
+    return jnp.expm1(inside) - inside + (math.exp(_LARGEST) - 1) * excess
+
+
+@jax.custom_jvp
+def difference(a: Float[Array, "*B"], b: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """`a − b`, and 0 for two equal infinities: what two policies mask alike has a ratio of 1."""
+    return jnp.where(a == b, 0, a - b)
+
+
+difference.defjvps(lambda tangent, *_: tangent, lambda tangent, *_: -tangent)
+
+
+def times(factor: Any, values: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """`factor · values`, and 0 for 0 · ∞; `factor` is a number, or of the shape of `values`."""
+    nothing = jnp.isinf(values) & (jnp.asarray(factor) == 0)
+    return factor * jnp.where(nothing, 0, values)
+
+
+def saturated(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """`x` for a function that has reached its limits beyond ±1000, such as `σ(x) log σ(x)`: no infinity goes in."""
+    return jnp.clip(x, -_SATURATED, _SATURATED)
 
 
 def _exp(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    inside = jnp.minimum(x, _LARGEST)
-    return jnp.exp(inside) * (1 + (x - inside))
+    inside, excess = _split(x)
+    return jnp.exp(inside) + math.exp(_LARGEST) * excess
+
+
+def _split(x: Float[Array, "*B"]) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """`x` up to the largest exponent, and by how much it exceeds it."""
+    exceeds = x > _LARGEST
+    return jnp.where(exceeds, _LARGEST, x), jnp.where(exceeds, x - _LARGEST, 0)

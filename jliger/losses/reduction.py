@@ -46,4 +46,5 @@ def mean(values: Float[Array, "*B"], counted: Bool[Array, "*B"]) -> Float[Array,
 
 def divided(total: Float[Array, "*B"], count: Any) -> Float[Array, "*B"]:
     """`total / count`, and 0 for a count of 0."""
-    return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count)).astype(total.dtype)
+    count = jnp.asarray(count).astype(total.dtype)
+    return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jliger
 from jliger import losses
 
 LOGPROBS = np.random.default_rng(0).uniform(-5, 0, (3, 4, 6)).astype(np.float32)
@@ -65,3 +66,17 @@ def test_what_is_refused():
         losses.sequence_logprobs(LOGPROBS, WHERE[..., 0])
     with pytest.raises(TypeError, match="logprobs got dtype int32"):
         losses.sequence_logprobs(np.zeros((2, 3), np.int32))
+    found = jliger.linear_logprobs(jnp.ones((2, 3, 4)), jnp.ones((4, 5)), jnp.zeros((2, 3), int))
+    with pytest.raises(TypeError, match=r"logprobs got a LinearLogprobs; pass its field `\.logprobs`"):
+        losses.sequence_logprobs(found)
+    with pytest.raises(TypeError, match=r"entropy got a LinearLogprobs; pass its field `\.entropy`"):
+        losses.grpo(found.logprobs, jnp.ones(2), entropy=found)
+
+
+def test_a_masked_token_makes_the_sequence_impossible():
+    for reduction, slope in (("sum", 1), ("mean", 0.5)):
+        value, grad = jax.value_and_grad(
+            lambda logprobs, reduction=reduction: losses.sequence_logprobs(logprobs, reduction=reduction).logprobs
+        )(jnp.array([-1.0, -jnp.inf]))
+        assert value == -jnp.inf
+        np.testing.assert_array_equal(grad, [slope, slope])

@@ -130,14 +130,16 @@ class MedusaHeads(nnx.Module):
           labels: `[K, *B]`, each head's own, as `jliger.shift_labels(tokens, mask, by=range(2, K + 2))` makes them.
           head_weights: a number for each head; None for `0.8, 0.8², …`, as in the paper.
           **options: those of `jliger.fused_linear_cross_entropy`, of each head's loss. `where` and `weights` are
-            `[K, *B]`, or `[*B]` for all heads.
+            `[K, *B]`, or `[*B]` for all heads. `normalizer` is `[K]`, or a scalar for all heads: the heads' labels
+            differ in how many count.
 
         Returns:
           The loss; with `return_metrics` that and `jliger.CrossEntropyMetrics` with a leading axis of heads.
 
         Raises:
           NotImplementedError: `reduction="none"`.
-          ValueError: labels or weights that are not one for each head; what `jliger.fused_linear_cross_entropy` raises.
+          ValueError: labels, weights or normalizers that are not one for each head; what
+            `jliger.fused_linear_cross_entropy` raises.
           TypeError: what `jliger.fused_linear_cross_entropy` raises.
         """
         return medusa.loss(self.medusa_heads(hidden), hidden, labels, head_weights=head_weights, **options)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jliger.rows.types import Block, Coefficients, LogitMap, RowStats, StatsWanted
@@ -14,7 +15,7 @@ def row_stats(product: Float[Array, "T V"], block: Block, logit_map: LogitMap, w
     is_label = _is_label(product, block) & inside
     weighted_sum = None
     if wanted.weighted_sum:
-        terms = logits if block.class_weights is None else logits * block.class_weights
+        terms = logits if block.class_weights is None else logits * block.class_weights[None]
         weighted_sum = jnp.where(inside, terms, 0).sum(axis=1)
     below = logits - row_max[:, None]
     exp = jnp.exp(below)
@@ -53,7 +54,7 @@ def row_grads(
     grads = jnp.exp(below) * (factor * jnp.exp(-log_sum)[:, None])
     grads = grads - jnp.where(_is_label(product, block), label[:, None], 0)
     if smoothing is not None:
-        u = 1 if block.class_weights is None else block.class_weights
+        u = 1 if block.class_weights is None else block.class_weights[None]
         grads = grads - smoothing[:, None] * u
     return jnp.where(inside, grads * slope, 0).astype(dtype)
 
@@ -75,9 +76,9 @@ def _logits(
     product: Float[Array, "T V"], block: Block, logit_map: LogitMap
 ) -> tuple[Float[Array, "T V"], Float[Array, "T V"] | float, Bool[Array, "T V"]]:
     """The logits (−inf outside the block), their derivative by the product, and which columns are inside."""
-    logits = product.astype(jnp.promote_types(product.dtype, jnp.float32))
+    logits = product.astype(np.promote_types(product.dtype, np.float32))
     if block.bias is not None:
-        logits = logits + block.bias
+        logits = logits + block.bias[None]
     logits = logits * logit_map.scale
     slope = logit_map.scale
     if logit_map.softcap is not None:

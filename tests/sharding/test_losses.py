@@ -1,6 +1,7 @@
 """Losses of log-probabilities are plain JAX: sharded arrays change nothing, and parts add up inside a shard_map."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,49 @@ def test_sharded_arrays(name, axis_type):
         found = jax.jit(functools.partial(of_logprobs, LOSSES[name]))(sharded)
         assert found[1].sharding.is_equivalent_to(sharded["logprobs"].sharding, 2)
     jax.tree.map(lambda ours, truth: np.testing.assert_allclose(ours, truth, rtol=1e-5, atol=1e-7), found, wanted)
+
+
+POLICY = {
+    "where": lambda: jnp.ones((B, T), bool),
+    "old": lambda: jnp.full((B, T), -2.0),
+    "advantages": lambda: jnp.ones(B),
+}
+SEQUENCES = {"ref": lambda: jnp.full(B, -2.0), "where": lambda: jnp.ones(B, bool), "kl": lambda: jnp.ones(B)}
+
+
+@pytest.mark.parametrize("spread", ["logprobs", "others"])
+def test_arguments_spread_over_other_explicit_axes_than_the_log_probabilities(spread):
+    def policy(logprobs, where, old, advantages):
+        options = {"where": where, "old_logprobs": old, "ref_logprobs": old, "entropy": old, "beta": 0.1}
+        loss_types = ("dapo", "grpo", "cispo")
+        return sum(losses.grpo(logprobs, advantages, loss_type=each, **options)[0] for each in loss_types)
+
+    def preference(logprobs, ref, where, kl):
+        dpo = losses.dpo(logprobs, ref, ref, ref, where=where)[0]
+        return dpo + losses.cpo(logprobs, ref)[0] + losses.kto(logprobs, ref, where, kl=kl, where=where)[0]
+
+    mesh = mesh_of(AxisType.Explicit)
+    for loss, others, shape in ((policy, POLICY, (B, T)), (preference, SEQUENCES, (B,))):
+        others = {name: make() for name, make in others.items()}
+        logprobs = jnp.linspace(-3, -1, math.prod(shape)).reshape(shape)
+        wanted = jax.value_and_grad(loss)(logprobs, **others)
+        with jax.set_mesh(mesh):
+            place = functools.partial(jax.device_put, device=NamedSharding(mesh, P("data")))
+            if spread == "logprobs":
+                logprobs = place(logprobs)
+            else:
+                others = {name: place(array) for name, array in others.items()}
+            found = jax.jit(jax.value_and_grad(loss))(logprobs, **others)
+        for ours, truth in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(ours, truth, rtol=1e-5, atol=1e-7)
+
+
+def test_spread_log_probabilities_without_a_mesh_in_scope():
+    logprobs = jnp.linspace(-3, -1, B)
+    spread = jax.device_put(logprobs, NamedSharding(mesh_of(AxisType.Explicit), P("data")))
+    where = np.arange(B) % 2 == 0
+    found, wanted = (losses.cpo(chosen, logprobs - 1, where=where)[0] for chosen in (spread, logprobs))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
