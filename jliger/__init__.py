@@ -9,13 +9,13 @@ from jliger import losses as losses
 from jliger import reference as reference
 from jliger.accumulation import accumulate_gradients as accumulate_gradients
 from jliger.accumulation import weighted_multi_steps as weighted_multi_steps
-from jliger.adapter import LinearAdapter as LinearAdapter
-from jliger.api import CrossEntropyMetrics as CrossEntropyMetrics
-from jliger.api import fused_linear_cross_entropy as fused_linear_cross_entropy
+from jliger.core.backend import compute_capability as compute_capability
 from jliger.labels import shift_labels as shift_labels
-from jliger.logprobs import LinearLogprobs as LinearLogprobs
-from jliger.logprobs import linear_logprobs as linear_logprobs
-from jliger.platform import compute_capability as compute_capability
+from jliger.ops.linear_head.adapter import LinearAdapter as LinearAdapter
+from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics as CrossEntropyMetrics
+from jliger.ops.linear_head.cross_entropy import fused_linear_cross_entropy as fused_linear_cross_entropy
+from jliger.ops.linear_head.logprobs import LinearLogprobs as LinearLogprobs
+from jliger.ops.linear_head.logprobs import linear_logprobs as linear_logprobs
 
 if TYPE_CHECKING:
     from jliger import linen as linen

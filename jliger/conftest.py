@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from jliger.oracle_for_tests import IMPLEMENTATIONS, ON_GPU
+from jliger.testing.oracle import IMPLEMENTATIONS, ON_GPU
 
 if not ON_GPU:
     # Compiling takes most of these tests' time on a CPU.

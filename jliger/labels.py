@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from jliger import checks
+from jliger.core import checks
 
 
 def shift_labels(

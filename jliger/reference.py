@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jliger.api import CrossEntropyMetrics
-from jliger.chunks import accumulator_dtype
-from jliger.logprobs import LinearLogprobs
-from jliger.losses.distillation import DistillationMetrics
+from jliger.core.dtypes import accumulator_dtype
+from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics
+from jliger.ops.linear_head.distillation import DistillationMetrics
+from jliger.ops.linear_head.logprobs import LinearLogprobs
 
 
 def fused_linear_cross_entropy(

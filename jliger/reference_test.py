@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jliger
-from jliger.oracle_for_tests import IMPLEMENTATIONS
+from jliger.testing.oracle import IMPLEMENTATIONS
 
 
 @pytest.fixture(params=["reference", *IMPLEMENTATIONS])

@@ -9,7 +9,7 @@ from flax import nnx
 
 import jliger
 from jliger import losses
-from jliger.oracle_for_tests import INTERPRETED
+from jliger.testing.oracle import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="is about the code around the kernels")
 

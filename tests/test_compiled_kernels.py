@@ -9,10 +9,10 @@ import pytest
 
 import jliger
 from jliger import losses
-from jliger.launches_for_tests import HAS_PLUGIN, launches, lowered, pointers, written_parameters
-from jliger.oracle_for_tests import every_pair
-from jliger.rows import Block, Coefficients, LogitMap, StatsWanted, get_rows
-from jliger.rows.pairs import PairBlock, PairCoefficients, PairMap, Products, get_pair_rows
+from jliger.ops.logits import Block, Coefficients, LogitMap, StatsWanted, get_rows
+from jliger.ops.logits.distillation import PairBlock, PairCoefficients, PairMap, Products, get_pair_rows
+from jliger.testing.launches import HAS_PLUGIN, launches, lowered, pointers, written_parameters
+from jliger.testing.oracle import every_pair
 
 pytestmark = pytest.mark.skipif(not HAS_PLUGIN, reason="lowering for a GPU needs jax-cuda13-plugin")
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import jliger
-from jliger.launches_for_tests import HAS_PLUGIN, launches, lowered, pointers, written_parameters
-from jliger.oracle_for_tests import ON_GPU, make_problem
+from jliger.testing.launches import HAS_PLUGIN, launches, lowered, pointers, written_parameters
+from jliger.testing.oracle import ON_GPU, make_problem
 
 needs_plugin = pytest.mark.skipif(not HAS_PLUGIN, reason="lowering for a GPU needs jax-cuda13-plugin")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="runs on a GPU")

@@ -16,8 +16,8 @@ from flax import linen as nn
 from flax import nnx
 
 import jliger
-from jliger.heads_for_tests import as_float64, by_name
-from jliger.oracle_for_tests import assert_rule_of_two
+from jliger.testing.heads import as_float64, by_name
+from jliger.testing.oracle import assert_rule_of_two
 
 VOCAB, HIDDEN_SIZE, SHAPE = 37, 16, (4, 12)
 STEPS = 10

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import jliger
-from jliger.heads_for_tests import by_name
+from jliger.testing.heads import by_name
 
 # They warn of what they use of others.
 pytestmark = pytest.mark.filterwarnings("ignore")

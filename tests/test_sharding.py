@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jliger.platform import has_triton
+from jliger.core.backend import has_triton
 
 FOLDER = Path(__file__).parent / "sharding"
 

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from jliger.chunks import accumulator_dtype
+from jliger.core.dtypes import accumulator_dtype
 
 Axes = tuple[str, ...]
 Tree = Any

@@ -11,11 +11,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jliger.accumulation import devices
-from jliger.accumulation.arguments import Call, Operands, Roles, take_apart
+from jliger.accumulation.call import Call, Operands, Roles, take_apart
 from jliger.accumulation.devices import Axes, Devices, Layout
-from jliger.accumulation.rows import check_rows, merge_rows, microbatch, shares_of_rows, split_rows
+from jliger.accumulation.microbatches import check_rows, merge_rows, microbatch, shares_of_rows, split_rows
 from jliger.accumulation.weights import divisor
-from jliger.chunks import accumulator_dtype
+from jliger.core.dtypes import accumulator_dtype
 
 AuxReduction = Literal["sum", "mean", "concatenate"]
 Tree = Any

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jliger.accumulation.devices import zeros_of_type
 from jliger.accumulation.weights import divisor
-from jliger.chunks import accumulator_dtype
+from jliger.core.dtypes import accumulator_dtype
 
 if TYPE_CHECKING:
     import optax

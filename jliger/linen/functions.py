@@ -6,9 +6,9 @@ from typing import Any
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from jliger.heads import hidden_of
+from jliger.heads.linear import hidden_of
 from jliger.linen.layers import linear_head
-from jliger.logprobs import LinearLogprobs
+from jliger.ops.linear_head.logprobs import LinearLogprobs
 
 
 def fused_linear_cross_entropy(

@@ -12,8 +12,8 @@ from flax.core import meta
 from flax.linen import dtypes
 from jaxtyping import Array, Float
 
-from jliger import heads
-from jliger.heads import LinearHead, Promote
+from jliger.heads import linear as heads
+from jliger.heads.linear import LinearHead, Promote
 
 
 @functools.singledispatch

@@ -9,7 +9,7 @@ from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 
 import jliger
-from jliger.heads_for_tests import (
+from jliger.testing.heads import (
     HIDDEN_SIZE,
     VOCAB,
     as_float64,
@@ -19,7 +19,7 @@ from jliger.heads_for_tests import (
     make_labels,
     randomized,
 )
-from jliger.oracle_for_tests import assert_rule_of_two
+from jliger.testing.oracle import assert_rule_of_two
 
 KEY = jax.random.key(0)
 

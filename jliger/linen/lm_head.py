@@ -5,10 +5,11 @@ from typing import Any
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from jliger import checks, heads
-from jliger.heads import LinearHead
+from jliger.core import checks
+from jliger.heads import linear as heads
+from jliger.heads.linear import LinearHead
 from jliger.linen import layers
-from jliger.logprobs import LinearLogprobs
+from jliger.ops.linear_head.logprobs import LinearLogprobs
 
 
 class LMHead(nn.Dense):

@@ -9,8 +9,8 @@ from flax.linen import linear
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int
 
-from jliger import medusa
-from jliger.heads import LinearHead
+from jliger.heads import medusa
+from jliger.heads.linear import LinearHead
 from jliger.linen.lm_head import LMHead
 
 

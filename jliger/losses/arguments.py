@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from jliger import checks
+from jliger.core import checks
 
 
 def real_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jliger import losses
-from jliger.losses.cases_for_tests import CASES
+from jliger.testing.loss_cases import CASES
 
 ONE, MINUS_ONE, INFINITE = jnp.array([-0.5]), jnp.array([-1.0]), jnp.array([-jnp.inf])
 TOKENS = jnp.array([[-1.0, -2.0]])

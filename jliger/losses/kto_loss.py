@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jliger import checks
+from jliger.core import checks
+from jliger.core.reduction import Normalizer, Reduction, check_reduction, divided, mean, reduced
 from jliger.losses.arguments import coefficient, constant, mask, sequence_arrays, sharded_like, zero_unless
-from jliger.losses.pairs import Loss
+from jliger.losses.preference_pairs import Loss
 from jliger.losses.ratios import difference, times
-from jliger.losses.reduction import Normalizer, Reduction, check_reduction, divided, mean, reduced
 
 _SEQUENCES = "one number a sequence"
 _BOOL_PER_SEQUENCE = "one bool a sequence"

@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 
 from jliger import losses
-from jliger.losses.cases_for_tests import CASES
+from jliger.testing.loss_cases import CASES
 
 EPS = np.finfo(np.float32).eps
 

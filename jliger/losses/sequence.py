@@ -5,9 +5,9 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jliger import checks
+from jliger.core import checks
+from jliger.core.reduction import divided
 from jliger.losses.arguments import mask, real_arrays, zero_unless
-from jliger.losses.reduction import divided
 
 
 class SequenceLogprobs(NamedTuple):

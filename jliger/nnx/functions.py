@@ -5,9 +5,9 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jliger.heads import hidden_of
-from jliger.logprobs import LinearLogprobs
+from jliger.heads.linear import hidden_of
 from jliger.nnx.layers import linear_head
+from jliger.ops.linear_head.logprobs import LinearLogprobs
 
 
 def fused_linear_cross_entropy(

@@ -9,9 +9,9 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float
 
-from jliger import heads
-from jliger.adapter import LinearAdapter
-from jliger.heads import LinearHead, Promote
+from jliger.heads import linear as heads
+from jliger.heads.linear import LinearHead, Promote
+from jliger.ops.linear_head.adapter import LinearAdapter
 
 
 @functools.singledispatch

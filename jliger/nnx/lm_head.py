@@ -10,10 +10,10 @@ from flax.nnx.nn import dtypes, linear
 from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
 from jaxtyping import Array, Float, Int
 
-from jliger import heads
-from jliger.heads import LinearHead
-from jliger.logprobs import LinearLogprobs
+from jliger.heads import linear as heads
+from jliger.heads.linear import LinearHead
 from jliger.nnx import layers
+from jliger.ops.linear_head.logprobs import LinearLogprobs
 
 
 class LMHead(nnx.Linear):

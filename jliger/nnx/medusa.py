@@ -11,7 +11,7 @@ from flax.nnx.nn import linear
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int
 
-from jliger import medusa
+from jliger.heads import medusa
 from jliger.nnx.layers import linear_head
 from jliger.nnx.lm_head import LMHead
 

@@ -8,7 +8,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
 import jliger
-from jliger.heads_for_tests import (
+from jliger.testing.heads import (
     HIDDEN_SIZE,
     VOCAB,
     as_float64,
@@ -18,14 +18,7 @@ from jliger.heads_for_tests import (
     make_labels,
     randomized,
 )
-from jliger.oracle_for_tests import (
-    INTERPRETED,
-    Problem,
-    assert_rule_of_two,
-    equations,
-    exact,
-    rounding_of_logit_grads,
-)
+from jliger.testing.oracle import INTERPRETED, Problem, assert_rule_of_two, equations, exact, rounding_of_logit_grads
 
 SIZES = (HIDDEN_SIZE, VOCAB)
 

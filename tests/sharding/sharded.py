@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jliger
-from jliger.oracle_for_tests import INTERPRETED, ON_GPU, Problem, exact, loss_and_grads, make_problem
+from jliger.testing.oracle import INTERPRETED, ON_GPU, Problem, exact, loss_and_grads, make_problem
 
 AXES = ("data", "seq", "model")
 IMPLEMENTATION = "triton" if ON_GPU or INTERPRETED else "xla"

@@ -27,8 +27,8 @@ from sharded import (
 )
 
 import jliger
-from jliger import chunks
-from jliger.chunks import forward
+from jliger.ops.linear_head import chunks
+from jliger.ops.linear_head.chunks import fused as forward
 
 CHUNK = 4
 

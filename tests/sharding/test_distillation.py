@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from sharded import BATCH, HIDDEN, IMPLEMENTATION, MODES, PLACES, VOCAB, assert_same, pick
 
 from jliger import losses
-from jliger.losses.distillation_for_tests import exact, loss_and_grads, make_problem
+from jliger.testing.distillation_oracle import exact, loss_and_grads, make_problem
 
 TEACHER_HIDDEN = 24
 BETAS = [0.0, 0.5, 1.0]

@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 from sharded import IMPLEMENTATION
 
 import jliger
-from jliger import medusa
-from jliger.heads import LinearHead
-from jliger.oracle_for_tests import INTERPRETED
+from jliger.heads import medusa
+from jliger.heads.linear import LinearHead
+from jliger.testing.oracle import INTERPRETED
 
 pytestmark = [
     pytest.mark.skipif(jax.device_count() < 4, reason="made for 4 devices or more"),

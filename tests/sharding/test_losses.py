@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jliger import losses
-from jliger.oracle_for_tests import INTERPRETED
+from jliger.testing.oracle import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="has no kernels")
 

@@ -30,7 +30,7 @@ from sharded import (
 )
 
 import jliger
-from jliger.oracle_for_tests import ON_GPU
+from jliger.testing.oracle import ON_GPU
 
 # Each place once in each mode, with forms and layouts in turn.
 EACH_PLACE = [

@@ -1,0 +1,50 @@
+"""Sums and means over what counts."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jliger.core import checks
+
+Reduction = Literal["mean", "sum", "none"]
+Normalizer = Float[Array, ""] | float | None
+
+
+def check_reduction(reduction: str, normalizer: Any) -> None:
+    """A known reduction, and a normalizer only for a mean."""
+    checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
+
+
+def reduced(
+    losses: Float[Array, "*B"], counted: Bool[Array, "*B"], reduction: Reduction, normalizer: Normalizer
+) -> Float[Array, "..."]:
+    """`losses` where they count, reduced; a mean divides by how many count, or by `normalizer`."""
+    losses = jnp.where(counted, losses, 0)
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total if reduction == "sum" else divided(total, divisor(counted.sum(), normalizer))
+
+
+def divisor(count: Any, normalizer: Normalizer) -> Any:
+    """`normalizer`, which carries no gradient, or `count` without one."""
+    if normalizer is None:
+        return count
+    normalizer = jax.lax.stop_gradient(jnp.asarray(normalizer))
+    checks.check_shape("normalizer", normalizer, (), "a scalar")
+    return normalizer
+
+
+def mean(values: Float[Array, "*B"], counted: Bool[Array, "*B"]) -> Float[Array, ""]:
+    """The mean of what counts; 0 where nothing does."""
+    return reduced(values, counted, "mean", None)
+
+
+def divided(total: Float[Array, "*B"], count: Any) -> Float[Array, "*B"]:
+    """`total / count`, and 0 for a count of 0."""
+    count = jnp.asarray(count).astype(total.dtype)
+    return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))

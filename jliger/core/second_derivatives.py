@@ -1,0 +1,52 @@
+"""Second derivatives, of the gradients themselves: forward mode works in XLA, reverse mode is refused."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from jliger.ops.linear_head.types import HeadConfig
+
+_WHAT_WORKS = (
+    "The operation is differentiable once, in reverse mode. For second derivatives use forward mode over reverse mode, "
+    "with implementation='xla' and on one device: jax.jvp of jax.grad, or jax.hessian."
+)
+
+
+def once_differentiable(
+    operation: Callable[..., Any], vmappable_operation: Callable[..., Any], config: HeadConfig
+) -> Callable[..., Any]:
+    """`vmappable_operation`, with the derivatives of `operation`, in forward mode only.
+
+    Without this, errors about second derivatives come from deep inside JAX and do not say what to do.
+    """
+    function = jax.custom_jvp(vmappable_operation)
+
+    @function.defjvp
+    def jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+        if config.implementation == "triton":
+            raise NotImplementedError(f"a gradient of implementation='triton' got differentiated. {_WHAT_WORKS}")
+        # The values do not come from `jax.jvp` too: `jax.linearize` has to tell them from the tangents.
+        return vmappable_operation(*primals), jax.tree.map(_forward_only, jax.jvp(operation, primals, tangents)[1])
+
+    return function
+
+
+def _forward_only(tangent: Any) -> Any:
+    """The tangent; an error where reverse mode transposes it."""
+    return tangent if tangent.dtype == jax.dtypes.float0 else _forward_only_p.bind(tangent)
+
+
+def _refuse(*_: Any) -> NoReturn:
+    raise NotImplementedError(f"a gradient got differentiated in reverse mode. {_WHAT_WORKS}")
+
+
+# A primitive, since JAX's own functions with a transposition of one's choice cannot be batched.
+_forward_only_p = Primitive("forward_only")
+_forward_only_p.def_impl(lambda tangent: tangent)
+_forward_only_p.def_abstract_eval(lambda tangent: tangent)
+ad.deflinear2(_forward_only_p, _refuse)
+batching.primitive_batchers[_forward_only_p] = lambda args, dims: (_forward_only_p.bind(*args), *dims)
+mlir.register_lowering(_forward_only_p, lambda _, tangent: [tangent])

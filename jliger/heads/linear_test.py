@@ -1,0 +1,112 @@
+"""What heads are, whichever framework holds them."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import jliger
+from jliger.heads import linear as heads
+from jliger.testing.heads import BATCH, HIDDEN_SIZE, VOCAB, loss_of_logits, make_hidden, make_labels, randomized
+
+
+@pytest.fixture(autouse=True)
+def float32_products():
+    """On GPUs too, where those of TensorFloat-32 would be further off than what is allowed here."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("equation", "layout"),
+    [
+        ("...d,dv->...v", "hv"),
+        ("...d,vd->...v", "vh"),
+        ("BTD,DV->BTV", "hv"),
+        ("b t d, v d -> b t v", "vh"),
+        ("b...th,hv->b...tv", "hv"),
+        ("d,dv->v", "hv"),
+    ],
+)
+def test_einsums_that_are_heads(equation, layout):
+    assert heads.einsum_layout(equation) == layout
+    hidden, kernel = make_hidden(batch=() if equation[0] == "d" else BATCH), make_hidden(1, batch=(VOCAB,))
+    found = heads.LinearHead(kernel=kernel, kernel_layout="vh").logits(hidden)
+    np.testing.assert_allclose(found, jnp.einsum(equation, hidden, kernel if layout == "vh" else kernel.T), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "equation",
+    [
+        "btd,dv->bvt",
+        "btd,dv->btd",
+        "btd,bv->btv",
+        "bdt,dv->btv",
+        "dtd,dv->dtv",
+        "btd,dnv->btnv",
+        "btd,d->bt",
+        "btd,dv->...v",
+        "btd,dv",
+        "",
+    ],
+)
+def test_einsums_that_are_none(equation):
+    with pytest.raises(NotImplementedError, match="a head takes the last axis to one axis"):
+        heads.einsum_layout(equation)
+
+
+def test_one_head_several_tokens_ahead(implementation):
+    # As the guide has it: hidden states and labels of each depth are tokens like any others.
+    depths, weights = 3, np.array([0.5, 0.3, 0.2], np.float32)
+    hidden, kernel = (
+        make_hidden(batch=(depths, *BATCH)),
+        randomized(jax.ShapeDtypeStruct((HIDDEN_SIZE, VOCAB), "float32")),
+    )
+    tokens = jnp.maximum(make_labels(), 0)
+    labels = jliger.shift_labels(tokens, by=range(1, depths + 1))
+
+    def loss(hidden, kernel):
+        head = heads.LinearHead(kernel=kernel)
+        per_token = jnp.broadcast_to(weights[:, None, None], labels.shape)
+        return head.loss(hidden, labels, weights=per_token, reduction="sum", implementation=implementation)
+
+    def unfused_loss(hidden, kernel):
+        counts = jnp.sum(labels != -100, (1, 2))
+        return sum(
+            w * n * loss_of_logits(x @ kernel, y) for w, n, x, y in zip(weights, counts, hidden, labels, strict=True)
+        )
+
+    found, expected = (jax.value_and_grad(function, (0, 1))(hidden, kernel) for function in (loss, unfused_loss))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("package", [jliger.nnx, jliger.linen])
+def test_a_head_in_the_wrong_place(package):
+    hidden, labels, kernel = jnp.ones((2, 4)), jnp.zeros(2, int), jnp.ones((4, 7))
+    layer = nnx.Linear(4, 7, rngs=nnx.Rngs(0)) if package is jliger.nnx else {"kernel": kernel}
+    for operation in (package.fused_linear_cross_entropy, package.linear_logprobs):
+        with pytest.raises(TypeError, match=r"module got an array of shape \(2, 4\); the order is \(module, hidden, "):
+            operation(hidden, layer, labels)
+        with pytest.raises(TypeError, match=r"hidden got None; pass an array"):
+            operation(layer, None, labels)
+        with pytest.raises(ValueError, match=r"kernel got shape \(4, 7\).*if hidden is logits, pass the hidden states"):
+            operation(layer, hidden @ kernel, labels)
+
+
+def test_a_tied_head_of_something_else():
+    with pytest.raises(TypeError, match=r"embed got a Linear; pass a flax.nnx.Embed. .*jliger.nnx.fused_linear"):
+        jliger.nnx.LMHead.tied(nnx.Linear(4, 7, rngs=nnx.Rngs(0)))
+    with pytest.raises(TypeError, match=r"embed got a Dense; pass a flax.linen.Embed. .*jliger.linen.fused_linear"):
+        jliger.linen.LMHead.tied(linen.Dense(7))
+
+
+def test_flax_is_imported_on_first_use():
+    program = "import sys, jliger; assert 'flax' not in sys.modules; print(jliger.nnx.LMHead, jliger.linen.LMHead)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.count("LMHead") == 2, done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'torch'"):
+        _ = jliger.torch

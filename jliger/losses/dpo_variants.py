@@ -1,0 +1,244 @@
+"""Direct preference optimisation, and the losses that came after it in its form."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jliger.core import checks
+from jliger.core.reduction import Normalizer, Reduction, check_reduction
+from jliger.losses.arguments import coefficient, constant, mask, number, sequence_arrays, zero_unless
+from jliger.losses.preference_pairs import (
+    BOOL_PER_PAIR,
+    PAIRS,
+    Loss,
+    PreferenceMetrics,
+    Rewards,
+    result,
+    smoothed_logistic,
+)
+from jliger.losses.ratios import difference, saturated, times
+
+DPOLossType = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+]
+
+
+def dpo(
+    chosen_logprobs: Float[Array, " B"],
+    rejected_logprobs: Float[Array, " B"],
+    ref_chosen_logprobs: Float[Array, " B"],
+    ref_rejected_logprobs: Float[Array, " B"],
+    *,
+    loss_type: DPOLossType = "sigmoid",
+    beta: Float[Array, ""] | float = 0.1,
+    label_smoothing: float = 0.0,
+    discopop_tau: float | None = None,
+    reward_shift: Float[Array, ""] | float | None = None,
+    where: Bool[Array, " B"] | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Normalizer = None,
+) -> tuple[Loss, PreferenceMetrics]:
+    r"""Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290), in eleven variants.
+
+    With the reward $r_w = \beta\,(\log \pi(y_w) - \log \pi_\mathrm{ref}(y_w))$ of the chosen completion, $r_l$ of the
+    rejected one, $z = r_w - r_l$, $q = \sigma(z)$, and `label_smoothing` $\varepsilon$, the loss of a pair is
+
+    | `loss_type` | loss | source |
+    | --- | --- | --- |
+    | `"sigmoid"` | $-(1-\varepsilon) \log q - \varepsilon \log(1-q)$ | arXiv:2305.18290, with $\varepsilon$ cDPO |
+    | `"hinge"` | $\max(0, 1 - z)$ | SLiC as in RSO, arXiv:2309.06657 |
+    | `"ipo"` | $(z/\beta - 1/(2\beta))^2$ | arXiv:2310.12036 |
+    | `"robust"` | $(\varepsilon \log(1-q) - (1-\varepsilon) \log q) / (1 - 2\varepsilon)$ | arXiv:2403.00409 |
+    | `"exo_pair"` | $q \log\frac{q}{1-\varepsilon} + (1-q) \log\frac{1-q}{\varepsilon}$ | EXO, arXiv:2402.00856 |
+    | `"nca_pair"` | $-\log\sigma(r_w) - \frac12 \log\sigma(-r_w) - \frac12 \log\sigma(-r_l)$ | NCA, arXiv:2402.05369 |
+    | `"bco_pair"` | $-\log\sigma(r_w - \delta) - \log\sigma(-(r_l - \delta))$ | BCO, arXiv:2404.04656 |
+    | `"sppo_hard"` | $(r_w/\beta - 1/(2\beta))^2 + (r_l/\beta + 1/(2\beta))^2$ | SPPO, arXiv:2405.00675 |
+    | `"apo_zero"` | $\sigma(-r_w) + \sigma(r_l)$ | arXiv:2408.06266 |
+    | `"apo_down"` | $\sigma(r_w) + \sigma(-z)$ | arXiv:2408.06266 |
+    | `"discopop"` | $-\log\sigma(z)\,\sigma(-z/\tau) + e^{-z} \sigma(z/\tau)$ | arXiv:2406.08414 |
+
+    They are the definitions of TRL's `DPOTrainer`, with these remarks. Where a loss has no `label_smoothing` it is
+    refused, not ignored. TRL's `"ipo"` divides each log-ratio by its number of tokens: pass means
+    (`sequence_logprobs(..., reduction="mean")`) for that. `"bco_pair"` has the paper's $\delta$ as `reward_shift`.
+
+    Differentiable in `chosen_logprobs` and `rejected_logprobs`. Where one is −∞, value and gradient are their limits.
+
+    Args:
+      chosen_logprobs: of the chosen completions, `[B]`, sums over tokens, as of `sequence_logprobs`.
+      rejected_logprobs: of the rejected ones, `[B]`.
+      ref_chosen_logprobs: of the chosen ones under the reference, `[B]`. They carry no gradient.
+      ref_rejected_logprobs: of the rejected ones under the reference, `[B]`. They carry no gradient.
+      loss_type: as in the table.
+      beta: `β`, above 0.
+      label_smoothing: `ε` in [0, 0.5], a Python number: for `"sigmoid"`, `"robust"` (below 0.5) and `"exo_pair"` (above
+        0; TRL takes 1e-3).
+      discopop_tau: `τ` in (0, 1], a Python number, 0.05 by default: for `"discopop"`. With a larger one the loss would
+        grow exponentially in `−z`.
+      reward_shift: `δ`, 0 by default: for `"bco_pair"`, where it is a running mean of both rewards. It carries no
+        gradient.
+      where: bools `[B]`, the pairs that count. One with a sequence of which no token counts should not:
+        `(chosen.counts > 0) & (rejected.counts > 0)`.
+      reduction: `"mean"` over the pairs that count, `"sum"`, or `"none"` for the loss of each pair, 0 where it doesn't
+        count.
+      normalizer: with `"mean"`, what to divide by instead, such as the number of pairs of a batch that is gone through
+        in parts. It carries no gradient.
+
+    Returns:
+      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`.
+
+    Raises:
+      ValueError: a shape that doesn't fit, or an option out of its range or of no use with this `loss_type`.
+      TypeError: a dtype that isn't supported.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jliger import losses
+      >>> chosen, rejected = jnp.array([-10.0, -12.0]), jnp.array([-14.0, -11.0])
+      >>> ref_chosen, ref_rejected = jnp.array([-11.0, -11.0]), jnp.array([-12.0, -12.0])
+      >>> loss, metrics = losses.dpo(chosen, rejected, ref_chosen, ref_rejected, beta=0.5)
+      >>> print(f"{loss:.4f} {metrics.margins:.2f} {metrics.accuracy:.1f}")
+      0.7573 0.25 0.5
+    """
+    checks.check_choice("loss_type", loss_type, get_args(DPOLossType))
+    check_reduction(reduction, normalizer)
+    arrays = sequence_arrays(
+        PAIRS,
+        chosen_logprobs=chosen_logprobs,
+        rejected_logprobs=rejected_logprobs,
+        ref_chosen_logprobs=ref_chosen_logprobs,
+        ref_rejected_logprobs=ref_rejected_logprobs,
+    )
+    options = _options(loss_type, beta, label_smoothing, discopop_tau, reward_shift, arrays[0].dtype)
+    counted = mask("where", where, arrays[0], BOOL_PER_PAIR)
+    chosen, rejected, ref_chosen, ref_rejected = zero_unless(counted, *arrays)
+    ref_chosen, ref_rejected = constant(ref_chosen, ref_rejected)
+    chosen, rejected = difference(chosen, ref_chosen), difference(rejected, ref_rejected)
+    rewards = Rewards(times(options.beta, chosen), times(options.beta, rejected))
+    losses = _LOSSES[loss_type](rewards, options)
+    return result(losses, jnp.zeros_like(losses), rewards, counted, reduction, normalizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What some of the losses depend on beside rewards."""
+
+    beta: Float[Array, ""] | float
+    label_smoothing: float
+    discopop_tau: float
+    reward_shift: Float[Array, ""] | float
+
+
+def _options(
+    loss_type: str, beta: object, label_smoothing: float, tau: float | None, shift: object, dtype: Any
+) -> _Options:
+    label_smoothing = number("label_smoothing", label_smoothing, least=0, most=0.5)
+    if label_smoothing and loss_type not in ("sigmoid", "robust", "exo_pair"):
+        raise ValueError(f"label_smoothing got {label_smoothing}; loss_type={loss_type!r} has none, pass 0.")
+    if loss_type == "robust" and label_smoothing == 0.5:
+        raise ValueError("label_smoothing got 0.5, with which 'robust' would divide by 0; pass a number below 0.5.")
+    if loss_type == "exo_pair" and not label_smoothing:
+        raise ValueError(
+            "label_smoothing got 0, with which 'exo_pair' is infinite; pass a number above 0, such as 1e-3."
+        )
+    if tau is not None and loss_type != "discopop":
+        raise ValueError(f"discopop_tau got {tau!r}; it is for loss_type='discopop', leave it out.")
+    tau = number("discopop_tau", 0.05 if tau is None else tau, most=1, least=0)
+    if tau == 0:
+        raise ValueError("discopop_tau got 0; pass a number above 0.")
+    if shift is not None and loss_type != "bco_pair":
+        raise ValueError("reward_shift is for loss_type='bco_pair'; leave it out.")
+    return _Options(
+        beta=coefficient("beta", beta, dtype, above=0),
+        label_smoothing=label_smoothing,
+        discopop_tau=tau,
+        reward_shift=0.0 if shift is None else jax.lax.stop_gradient(coefficient("reward_shift", shift, dtype)),
+    )
+
+
+def _sigmoid(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
+    return smoothed_logistic(rewards.margin, options.label_smoothing)
+
+
+def _hinge(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
+    return jax.nn.relu(1 - rewards.margin)
+
+
+def _ipo(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
+    return jnp.square((rewards.margin - 0.5) / options.beta)
+
+
+def _robust(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
+    # log σ(−z) = log σ(z) − z makes a fraction of what the docstring has.
+    excess = options.label_smoothing / (1 - 2 * options.label_smoothing)
+    return jax.nn.softplus(-rewards.margin) - times(excess, rewards.margin)
+
+
+def _exo_pair(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
+    margin, smoothing = saturated(rewards.margin), options.label_smoothing
+    right = jax.nn.sigmoid(margin) * (jax.nn.log_sigmoid(margin) - math.log1p(-smoothing))
+    wrong = jax.nn.sigmoid(-margin) * (jax.nn.log_sigmoid(-margin) - math.log(smoothing))
+    return right + wrong
+
+
+def _nca_pair(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
+    return (
+        jax.nn.softplus(-rewards.chosen) + jax.nn.softplus(rewards.chosen) / 2 + jax.nn.softplus(rewards.rejected) / 2
+    )
+
+
+def _bco_pair(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
+    shift = options.reward_shift
+    return jax.nn.softplus(shift - rewards.chosen) + jax.nn.softplus(rewards.rejected - shift)
+
+
+def _sppo_hard(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
+    return jnp.square((rewards.chosen - 0.5) / options.beta) + jnp.square((rewards.rejected + 0.5) / options.beta)
+
+
+def _apo_zero(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
+    return jax.nn.sigmoid(-rewards.chosen) + jax.nn.sigmoid(rewards.rejected)
+
+
+def _apo_down(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
+    return jax.nn.sigmoid(rewards.chosen) + jax.nn.sigmoid(-rewards.margin)
+
+
+def _discopop(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
+    margin, tau = rewards.margin, options.discopop_tau
+    # Both terms are linear, the second one in its exponent, from where the logistic function has reached its limits.
+    inside = saturated(margin)
+    beyond = margin - inside
+    logistic = jax.nn.softplus(-inside) * jax.nn.sigmoid(-inside / tau) + jax.nn.relu(-beyond)
+    # e^−z alone would overflow where σ(z/τ) makes it nothing.
+    exponent = jax.nn.log_sigmoid(inside / tau) - inside
+    return logistic + jnp.exp(exponent + jnp.where(beyond < 0, times(1 / tau - 1, beyond), -beyond))
+
+
+_LOSSES: dict[str, Callable[[Rewards, _Options], Float[Array, " B"]]] = {
+    "sigmoid": _sigmoid,
+    "hinge": _hinge,
+    "ipo": _ipo,
+    "robust": _robust,
+    "exo_pair": _exo_pair,
+    "nca_pair": _nca_pair,
+    "bco_pair": _bco_pair,
+    "sppo_hard": _sppo_hard,
+    "apo_zero": _apo_zero,
+    "apo_down": _apo_down,
+    "discopop": _discopop,
+}

@@ -1,0 +1,111 @@
+"""What the operations' arguments have in common: checks, defaults, and which tokens count."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jliger.core import checks
+from jliger.core.backend import Implementation, fitting_implementation, target_compute_capability
+from jliger.ops.linear_head.adapter import LinearAdapter
+from jliger.ops.linear_head.gradients import Inputs
+from jliger.ops.linear_head.types import HeadConfig, KernelLayout
+from jliger.ops.logits import StatsWanted
+
+
+class Arguments(NamedTuple):
+    """Checked arguments, as arrays, and what is known of them when the operation is traced."""
+
+    config: HeadConfig
+    inputs: Inputs
+    labels: Int[Array, "*B"]
+    where: Bool[Array, "*B"] | None
+    adapter: LinearAdapter | None
+
+
+def head_arguments(
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    labels: Int[Array, "*B"],
+    *,
+    bias: Float[Array, " V"] | None,
+    where: Bool[Array, "*B"] | None,
+    ignore_index: int,
+    kernel_layout: KernelLayout,
+    logit_scale: float,
+    logit_softcap: float | None,
+    logits_dtype: jax.typing.DTypeLike | None,
+    precision: jax.lax.PrecisionLike,
+    chunk_size: int | None,
+    vocab_axis_name: str | tuple[str, ...] | None,
+    adapter: LinearAdapter | None,
+    implementation: Implementation | None,
+    stats_wanted: StatsWanted,
+    whose: str = "",
+) -> Arguments:
+    """The arguments that every operation on a linear head takes, checked; errors name what is wrong with which.
+
+    `whose` is what the names of the head's own arguments begin with, where there are two heads.
+    """
+    checks.check_logit_options(
+        kernel_layout=kernel_layout,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        ignore_index=ignore_index,
+        chunk_size=chunk_size,
+        implementation=implementation,
+        whose=whose,
+    )
+    vocab_axes = checks.check_axes("vocab_axis_name", vocab_axis_name)
+    implementation = implementation or fitting_implementation()
+    checks.check_precision(precision)
+    hidden, kernel = checks.as_array(f"{whose}hidden", hidden), checks.as_array(f"{whose}kernel", kernel)
+    labels = checks.as_array("labels", labels)
+    bias = None if bias is None else checks.as_array(f"{whose}bias", bias)
+    where = None if where is None else checks.as_array("where", where)
+    checks.check_operands(
+        hidden, kernel, labels, bias, kernel_layout=kernel_layout, implementation=implementation, whose=whose
+    )
+    if where is not None:
+        checks.check_where(where, labels)
+    logits_dtype = checks.as_logits_dtype(logits_dtype, hidden, implementation)
+    config = HeadConfig(
+        kernel_layout=kernel_layout,
+        logit_scale=float(logit_scale),
+        logit_softcap=None if logit_softcap is None else float(logit_softcap),
+        logits_dtype=logits_dtype,
+        precision=jax.config.jax_default_matmul_precision if precision is None else precision,
+        chunk_size=None if chunk_size is None else int(chunk_size),
+        implementation=implementation,
+        compute_capability=target_compute_capability(),
+        stats_wanted=stats_wanted,
+        vocab_axes=vocab_axes,
+    )
+    if adapter is not None:
+        if not isinstance(adapter, tuple) or len(adapter) not in (2, 3):
+            raise TypeError(f"{whose}adapter got a {type(adapter).__name__}; pass a jliger.LinearAdapter.")
+        named = LinearAdapter(*adapter)._asdict().items()
+        adapter = LinearAdapter(*(checks.as_array(f"{whose}adapter.{name}", array) for name, array in named))
+        checks.check_adapter(adapter, hidden, kernel, config.vocab_dim, whose)
+    return Arguments(config, Inputs(hidden, kernel, bias), labels, where, adapter)
+
+
+def counted_tokens(labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int) -> Bool[Array, "*B"]:
+    """Those where `where` is true and the label is not `ignore_index`."""
+    limits = jnp.iinfo(labels.dtype)
+    # A dtype that cannot hold ignore_index has no label equal to it; a comparison would wrap it around.
+    counted = labels != ignore_index if limits.min <= ignore_index <= limits.max else jnp.full(labels.shape, True)
+    return counted if where is None else counted & where
+
+
+def label_columns(labels: Int[Array, "*B"], counted: Bool[Array, "*B"], vocab_size: int) -> Int[Array, "*B"]:
+    """Labels as int32 columns: −1 where a label that counts is none, 0 where a token doesn't count."""
+    inside = (labels >= 0) & (labels <= min(vocab_size - 1, jnp.iinfo(labels.dtype).max))
+    return jnp.where(counted, jnp.where(inside, labels.astype(jnp.int32), -1), 0)
+
+
+def column_validity(columns: Int[Array, "*B"], dtype: jax.typing.DTypeLike) -> Float[Array, "*B"]:
+    """1 for a valid label, NaN for an invalid one; multiplying by it makes that token's loss and gradient NaN."""
+    # The root of −1: a NaN constant would trip `jax_debug_nans` without jit, whatever the labels are.
+    return jnp.sqrt(jnp.where(columns >= 0, 1, -1).astype(dtype))

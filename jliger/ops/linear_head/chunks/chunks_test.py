@@ -1,0 +1,175 @@
+"""However the tokens and the vocabulary are cut up, the results are the same, and only tokens that count cost time."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jliger
+from jliger.ops.linear_head.chunks import merge_stats
+from jliger.ops.logits import RowStats
+from jliger.testing.oracle import INTERPRETED, ON_GPU, assert_rule_of_two, check, exact, fused, make_problem, unfused
+
+REDUCTIONS = ["mean", "none"]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_any_chunk_size_gives_the_same(reduction, implementation):
+    problem = make_problem(
+        0, batch=(17,), bias="float32", ignored=0.3, z_loss=0.1, reduction=reduction, return_metrics=True,
+        precision="highest",
+    )  # fmt: skip
+    expected = check(problem, implementation)
+    for chunk_size in (1, 2, 5, 8, 9, 16, 17, 18, 1000):
+        found = fused(problem.replace(chunk_size=chunk_size), implementation)
+        for name, value in expected.items():
+            # Sums over tokens in another order.
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=2e-6, err_msg=f"{name}, {chunk_size}")
+
+
+def dynamic(problem, implementation, differentiate):
+    """A function of `where`, compiled once: how many tokens count is known on the device only."""
+    options = {name: value for name, value in problem.options.items() if name != "where"}
+
+    def loss(inputs, where):
+        value, metrics = jliger.fused_linear_cross_entropy(
+            inputs["hidden"], inputs["kernel"], problem.labels, bias=inputs["bias"], where=where,
+            implementation=implementation, **options,
+        )  # fmt: skip
+        return jnp.sum(value * problem.cotangent), (value, metrics.predictions)
+
+    if not differentiate:
+        return functools.partial(jax.jit(lambda inputs, where: {"value": loss(inputs, where)[1][0]}), problem.inputs)
+
+    def value_and_grads(inputs, where):
+        (_, (value, predictions)), grads = jax.value_and_grad(loss, has_aux=True)(inputs, where)
+        return {"value": value, "predictions": predictions, **grads}
+
+    return functools.partial(jax.jit(value_and_grads), problem.inputs)
+
+
+def masks(tokens):
+    """None, one, about every boundary of a quarter of a chunk, and all; spread out, and in one piece."""
+    random = np.random.default_rng(0)
+    counts = {0, 1, tokens - 1, tokens}
+    for quarter in range(1, 5):
+        counts |= {c for c in (256 * quarter - 1, 256 * quarter, 256 * quarter + 1) if c <= tokens}
+    for count in sorted(counts):
+        spread = np.zeros(tokens, bool)
+        spread[random.permutation(tokens)[:count]] = True
+        yield spread
+    yield np.arange(tokens) >= tokens // 2
+
+
+@pytest.mark.parametrize("differentiate", [True, False], ids=["differentiated", "not"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("tokens_and_chunk", [(1024, None), (2600, 1024), (40, 8), (40, 16)], ids=str)
+def test_any_number_of_tokens_that_count(tokens_and_chunk, reduction, differentiate, implementation):
+    tokens, chunk_size = tokens_and_chunk
+    if INTERPRETED and tokens > 40:
+        pytest.skip("minutes, interpreted")
+    problem = make_problem(
+        1, batch=(tokens,), vocab=7, hidden_size=4, bias="float32", reduction=reduction, return_metrics=True,
+        chunk_size=chunk_size, precision="highest",
+    )  # fmt: skip
+    compiled = dynamic(problem, implementation, differentiate)
+    hidden, kernel, bias = (np.asarray(problem.inputs[name], np.float64) for name in ("hidden", "kernel", "bias"))
+    logits = hidden @ kernel + bias
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    one_hot = np.eye(7)[np.asarray(problem.labels)]
+    losses = -np.log((p * one_hot).sum(1))
+    every_mask = list(masks(tokens)) if tokens > 40 else [np.arange(tokens) % 5 < n for n in range(6)]
+    for where in every_mask:
+        counted = where.astype(np.float64)
+        weights = counted / max(counted.sum(), 1) if reduction == "mean" else counted
+        found = compiled(jnp.asarray(where))
+        expected = {"value": (losses * weights).sum() if reduction == "mean" else losses * weights}
+        if differentiate:
+            dz = (p - one_hot) * (weights * np.asarray(problem.cotangent, np.float64))[:, None]
+            expected |= {"hidden": dz @ kernel.T, "kernel": hidden.T @ dz, "bias": dz.sum(0)}
+            np.testing.assert_array_equal(found["predictions"], np.where(where, logits.argmax(1), -1))
+        for name, value in expected.items():
+            # A few float32 roundings, at worst one for each token of a sum.
+            little = 4e-7 * max(1.0, np.abs(value).max()) * (1 if reduction == "mean" else 4)
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=little, err_msg=f"{name} {where.sum()}")
+
+
+def wide(implementation):
+    """Tokens and columns at which the vocabulary is gone through in blocks, the last one overlapping."""
+    return (1030, 2203) if implementation == "xla" else (8200, 20011)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernel_layout", "bias"),
+    [("float32", "hv", "float32"), ("float32", "vh", None), ("bfloat16", "vh", None)],
+)
+def test_several_blocks_of_columns(dtype, kernel_layout, bias, implementation):
+    if INTERPRETED:
+        pytest.skip("minutes, interpreted")
+    tokens, vocab = wide(implementation)
+    problem = make_problem(
+        2, batch=(tokens,), vocab=vocab, hidden_size=4, dtype=dtype, bias=bias, kernel_layout=kernel_layout,
+        reduction="none", chunk_size=tokens, label_smoothing=0.1, class_weights=True, z_loss=0.01,
+        return_metrics=True, precision="highest",
+    )  # fmt: skip
+    # Labels about every border that a block may have.
+    edges = np.concatenate([np.arange(0, vocab, 128), np.arange(127, vocab, 128), np.arange(vocab - 3, vocab)])
+    labels = jnp.asarray(np.resize(edges, tokens), jnp.int32)
+    problem = problem.replace(labels=labels, where=jnp.arange(tokens) % 7 != 3)
+    ours, oracle = fused(problem, implementation), exact(problem)
+    assert_rule_of_two(ours, unfused(problem), oracle)
+    np.testing.assert_array_equal(ours["predictions"] >= 0, problem.options["where"])
+    if dtype == "float32":
+        np.testing.assert_array_equal(ours["predictions"], oracle["predictions"])
+
+
+def test_merged_stats_are_those_of_the_whole():
+    random = np.random.default_rng(3)
+    logits = random.normal(size=(50, 24)) * 30
+    logits[:, 5] = logits[:, 20]  # equal maxima in some rows
+    logits[:10, [5, 20]] = 200
+    labels, u = random.integers(0, 24, 50), random.uniform(size=24)
+
+    def stats(start, end):
+        block = logits[:, start:end]
+        has_label = (labels >= start) & (labels < end)
+        label_logit = np.where(has_label, np.take_along_axis(logits, labels[:, None], 1)[:, 0], 0)
+        return RowStats(*map(jnp.asarray, (
+            block.max(1), np.log(np.exp(block - block.max(1, keepdims=True)).sum(1)), label_logit,
+            block.argmax(1) + start, (block * u[start:end]).sum(1),
+        )))  # fmt: skip
+
+    with jax.enable_x64(True):
+        blocks = [stats(start, end) for start, end in [(0, 7), (7, 8), (8, 21), (21, 24)]]
+        for found in (
+            functools.reduce(merge_stats, blocks),
+            merge_stats(blocks[0], functools.reduce(merge_stats, blocks[1:])),
+        ):
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), found, stats(0, 24))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="measures time, on a GPU")
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_tokens_that_do_not_count_cost_no_time(reduction):
+    problem = make_problem(
+        4, batch=(16384,), vocab=65536, hidden_size=1024, dtype="bfloat16", kernel_dtype="bfloat16",
+        reduction=reduction, bias="float32", return_metrics=True,
+    )  # fmt: skip
+    compiled = dynamic(problem, None, differentiate=True)
+
+    def seconds(where):
+        jax.block_until_ready(compiled(where))
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(where))
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    every = seconds(jnp.full(16384, True))
+    eighth = seconds(jnp.arange(16384) % 8 == 0)
+    assert eighth < 0.5 * every

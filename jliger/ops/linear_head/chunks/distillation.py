@@ -1,0 +1,99 @@
+"""The forward form with a teacher: both sets of logits, a chunk at a time, and gradients for the student alone."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxtyping import Array, Int
+
+from jliger.ops.linear_head.chunks.grad_accumulators import add_chunk, after_chunks, before_chunks
+from jliger.ops.linear_head.chunks.matmuls import logits_product
+from jliger.ops.linear_head.chunks.packed_tokens import Chunk, Queue, write_stats
+from jliger.ops.linear_head.chunks.sizes import forward_chunk
+from jliger.ops.linear_head.chunks.types import Grads, GradTypes, Head, Tokens
+from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
+from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.logits.distillation import (
+    Divergence,
+    PairBlock,
+    PairCoefficients,
+    PairMap,
+    PairStats,
+    Products,
+    get_pair_rows,
+)
+from jliger.ops.logits.distillation_types import Comparison
+
+
+class PairMerge(NamedTuple):
+    """Makes what is found of all columns from what is found of the heads', if they have but some."""
+
+    stats: Callable[[PairStats], PairStats]
+    divergence: Callable[[Divergence], Divergence]
+
+
+def distillation_form(
+    config: HeadConfig,
+    wanted: GradTypes,
+    tokens: Tokens,
+    head: Head,
+    coefficients: PairCoefficients | None,
+    merge: PairMerge | None = None,
+) -> tuple[Comparison, Grads | None]:
+    """How far the student is from its teacher, and the student's gradients.
+
+    Args:
+      config: how both models' logits come about.
+      wanted: which gradients, in which dtypes; the kernel's and the bias's are sums over chunks in float32 before.
+      tokens: `[T]` of them.
+      head: the student's head, and the teacher's.
+      coefficients: of each token's logit gradients, `[T]`; None for no gradients, which takes no time for them.
+      merge: over devices that share the columns; what is returned is merged.
+    """
+    assert config.teacher is not None
+    assert head.teacher is not None
+    assert tokens.teacher is not None
+    rows = get_pair_rows(config.implementation, config.compute_capability)
+    dtype = tokens.hidden.dtype
+    vocab = head.kernel.shape[config.vocab_dim]
+    blocks = Blocks.make(config, head, dtype, rows.alignment)
+    teacher_head = Head(*head.teacher, class_weights=None)
+    teacher_blocks = Blocks.make(config.teacher.head, teacher_head, tokens.teacher.dtype, rows.alignment)
+    pair_map = PairMap(
+        blocks.logit_map,
+        teacher_blocks.logit_map,
+        config.teacher.beta,
+        config.teacher.temperature,
+        config.teacher.with_labels,
+    )
+    queue = Queue.make(tokens.counted, forward_chunk(config, tokens.labels.shape[0], vocab))
+
+    def step(size: int, index: Int[Array, ""] | int, carry: tuple[Comparison, Grads]) -> tuple[Comparison, Grads]:
+        found, grads = carry
+        start = index * queue.chunk
+        chunk = Chunk.make(queue.slots(start, size), tokens, rows.alignment)
+        columns, block, _ = blocks.block(0, chunk.labels)
+        teacher_columns, teacher_block, _ = teacher_blocks.block(0, chunk.labels)
+        assert chunk.teacher is not None
+        products = Products(
+            logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter),
+            logits_product(config.teacher.head, chunk.teacher, teacher_columns.kernel),
+        )
+        parts = (products, PairBlock(block, teacher_block), pair_map)
+        if coefficients is not None and merge is None:
+            stats, divergence, logit_grads = rows.pair_stats_and_grads(*parts, chunk.take(coefficients), dtype=dtype)
+        else:
+            stats = rows.pair_stats(*parts)
+            stats = stats if merge is None else merge.stats(stats)
+            divergence = rows.pair_divergence(*parts, stats)
+            divergence = divergence if merge is None else merge.divergence(divergence)
+            logit_grads = None
+            if coefficients is not None:
+                slope, chunk_coefficients = divergence.slope, chunk.take(coefficients)
+                logit_grads = rows.pair_grads(*parts, stats, slope, chunk_coefficients, dtype=dtype)
+        if logit_grads is not None:
+            grads = add_chunk(config, wanted, grads, chunk, columns, logit_grads)
+        return write_stats(found, Comparison(stats, divergence.value), start), grads
+
+    initial = (queue.empty_stats(config, tokens.hidden), before_chunks(wanted, tokens, head))
+    found, grads = queue.loop(step, initial, (queue.chunk,))
+    return queue.restore(found), None if coefficients is None else after_chunks(wanted, grads, head)

@@ -1,0 +1,59 @@
+"""Gradients as the forward form makes them: rows of the tokens' chunk by chunk, sums over chunks of the head's."""
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from jliger.core.dtypes import accumulator_dtype
+from jliger.ops.linear_head.chunks.arrays import plus
+from jliger.ops.linear_head.chunks.matmuls import hidden_grad_product, kernel_grad_product
+from jliger.ops.linear_head.chunks.packed_tokens import Chunk
+from jliger.ops.linear_head.chunks.types import Grads, GradTypes, Head, Tokens, empty_grads
+from jliger.ops.linear_head.types import HeadConfig
+
+
+def before_chunks(wanted: GradTypes, tokens: Tokens, head: Head) -> Grads:
+    """What a loop begins with: zeros of the tokens', for those that don't count; none of the head's, which are sums."""
+    return empty_grads(GradTypes(wanted.hidden, None, None, wanted.adapted, None), tokens, head)
+
+
+def add_chunk(
+    config: HeadConfig,
+    wanted: GradTypes,
+    grads: Grads,
+    chunk: Chunk,
+    columns: Head,
+    logit_grads: Float[Array, "C V"],
+) -> Grads:
+    """Gradients with a chunk's part of them; the head's in float32."""
+    sums = accumulator_dtype(chunk.hidden.dtype)
+    if grads.hidden is not None:
+        part = hidden_grad_product(config, logit_grads, columns.kernel, grads.hidden.dtype)
+        grads = grads._replace(hidden=chunk.put(grads.hidden, part))
+    if grads.adapted is not None and columns.adapter is not None:
+        part = hidden_grad_product(config.of_adapter, logit_grads, columns.adapter, grads.adapted.dtype)
+        grads = grads._replace(adapted=chunk.put(grads.adapted, part))
+    if wanted.kernel is not None:
+        part = kernel_grad_product(config, chunk.hidden, logit_grads, sums)
+        grads = grads._replace(kernel=plus(grads.kernel, part))
+    if wanted.adapter is not None and chunk.adapted is not None:
+        part = kernel_grad_product(config.of_adapter, chunk.adapted, logit_grads, sums)
+        grads = grads._replace(adapter=plus(grads.adapter, part))
+    if wanted.bias is not None:
+        grads = grads._replace(bias=plus(grads.bias, logit_grads.sum(axis=0, dtype=sums)))
+    return grads
+
+
+def after_chunks(wanted: GradTypes, grads: Grads, head: Head) -> Grads:
+    """What a loop ends with, as it was wanted."""
+    return grads._replace(
+        kernel=_finished(grads.kernel, head.kernel, wanted.kernel),
+        bias=_finished(grads.bias, head.bias, wanted.bias),
+        adapter=_finished(grads.adapter, head.adapter, wanted.adapter),
+    )
+
+
+def _finished(grad: Array | None, like: Array | None, dtype: np.dtype | None) -> Array | None:
+    """Without padding, and rounded."""
+    if grad is None or like is None:
+        return None
+    return grad[tuple(map(slice, like.shape))].astype(dtype)

@@ -1,0 +1,126 @@
+"""The tokens that count, in chunks."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jliger.core.dtypes import accumulator_dtype
+from jliger.ops.linear_head.chunks.arrays import pad, whole
+from jliger.ops.linear_head.chunks.sizes import is_symbolic
+from jliger.ops.linear_head.chunks.types import Tokens, stats_of
+from jliger.ops.linear_head.types import HeadConfig
+
+
+class Queue(NamedTuple):
+    """The tokens that count, in their order, in chunks.
+
+    Attributes:
+      token_of: for each place in the queue its token, or a number past every token where the queue has ended.
+      count: the tokens that count.
+      num_tokens: all tokens.
+      chunk: places a chunk.
+    """
+
+    token_of: Int[Array, " places"]
+    count: Int[Array, ""]
+    num_tokens: int
+    chunk: int
+
+    @classmethod
+    def make(cls, counted: Bool[Array, " T"], chunk: int) -> "Queue":
+        num_tokens = counted.shape[0]
+        places = jnp.arange(-(-num_tokens // chunk) * chunk, dtype=jnp.int32)
+        count = counted.sum(dtype=jnp.int32)
+        order = jnp.argsort(~counted, stable=True).astype(jnp.int32)
+        order = jnp.pad(order, (0, places.shape[0] - num_tokens))
+        # Past the end each place gets a number of its own, so that gathers and scatters have no index twice.
+        return cls(jnp.where(places < count, order, num_tokens + places), count, num_tokens, chunk)
+
+    @property
+    def num_chunks(self) -> int:
+        return self.token_of.shape[0] // self.chunk
+
+    @property
+    def has_several_chunks(self) -> bool:
+        """Whether there may be more than one: a symbolic number of tokens is not known to fit into one."""
+        return is_symbolic(self.num_chunks) or self.num_chunks > 1
+
+    def loop(self, step: Callable[[int, Any, Any], Any], initial: Any, sizes: tuple[int, ...]) -> Any:
+        """`carry = step(size, index, carry)` for every chunk with tokens, in the least of `sizes` that holds them.
+
+        Of one size, the first chunk stands outside the loop, so that sums can start with it.
+        """
+        if len(sizes) == 1:
+            sized_step = functools.partial(step, sizes[0])
+            return self._repeat(sized_step, 1, sized_step(0, initial))
+
+        def fitting_step(index: Int[Array, ""] | int, carry: Any) -> Any:
+            left = self.count - index * self.chunk
+            fitting = sum(((left > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
+            return jax.lax.switch(fitting, [functools.partial(step, size, index) for size in sizes], carry)
+
+        if not self.has_several_chunks:
+            return fitting_step(0, initial)
+        return self._repeat(fitting_step, 0, initial)
+
+    def _repeat(self, step: Callable[[Any, Any], Any], first: int, carry: Any) -> Any:
+        if not self.has_several_chunks:
+            return carry
+        return jax.lax.fori_loop(first, (self.count + self.chunk - 1) // self.chunk, step, carry)
+
+    def slots(self, start: Int[Array, ""] | int, size: int) -> Int[Array, " size"]:
+        return jax.lax.dynamic_slice(self.token_of, (start,), (size,))
+
+    def empty_stats(self, config: HeadConfig, hidden: Float[Array, "T H"]) -> Any:
+        zeros = jnp.zeros_like(hidden, accumulator_dtype(hidden.dtype), shape=self.token_of.shape)
+        return stats_of(config, zeros, jnp.full_like(zeros, -1, jnp.int32))
+
+    def restore(self, stats: Any) -> Any:
+        """From the queue's order to the tokens' own; what didn't count gets the stats of an empty row."""
+
+        def restored(field: Array) -> Array:
+            # Only predictions are integers.
+            otherwise = -1 if jnp.issubdtype(field.dtype, jnp.integer) else 0
+            full = jnp.full_like(field, otherwise, shape=(self.num_tokens,))
+            return full.at[self.token_of].set(field, mode="drop", unique_indices=True)
+
+        return jax.tree.map(restored, stats)
+
+
+class Chunk(NamedTuple):
+    """One chunk's tokens; places past the queue's end hold zeros and a label that is none."""
+
+    slots: Int[Array, " C"]
+    hidden: Float[Array, "C H"]
+    labels: Int[Array, " C"]
+    adapted: Float[Array, "C R"] | None
+    teacher: Float[Array, "C G"] | None
+
+    @classmethod
+    def make(cls, slots: Int[Array, " C"], tokens: Tokens, alignment: int) -> "Chunk":
+        def rows(array: Array) -> Array:
+            return whole(pad(_take(array, slots, 0), (1,), alignment))
+
+        adapted, teacher = (None if array is None else rows(array) for array in (tokens.adapted, tokens.teacher))
+        return cls(slots, rows(tokens.hidden), _take(tokens.labels, slots, -1), adapted, teacher)
+
+    def take(self, tree: Any) -> Any:
+        """The chunk's part of per-token arrays."""
+        return jax.tree.map(lambda array: _take(array, self.slots, 0), tree)
+
+    def put(self, full: Float[Array, "T H"], part: Float[Array, "C H"]) -> Float[Array, "T H"]:
+        part = part[:, : full.shape[1]].astype(full.dtype)
+        return full.at[self.slots].set(part, mode="drop", unique_indices=True, indices_are_sorted=True)
+
+
+def write_stats(stats: Any, part: Any, start: Int[Array, ""] | int) -> Any:
+    """`stats` in the queue's order, with those of the chunk that starts at `start`."""
+    return jax.tree.map(lambda full, new: jax.lax.dynamic_update_slice(full, new, (start,)), stats, part)
+
+
+def _take(array: Array, slots: Int[Array, " C"], fill: int) -> Array:
+    return array.at[slots].get(mode="fill", fill_value=fill, unique_indices=True, indices_are_sorted=True)

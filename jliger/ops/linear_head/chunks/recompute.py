@@ -1,0 +1,86 @@
+"""The recompute form: gradients for any cotangents, after `token_stats`; three products more, the least memory."""
+
+from jaxtyping import Array, Float, Int
+
+from jliger.core.dtypes import accumulator_dtype
+from jliger.ops.linear_head.chunks.arrays import plus
+from jliger.ops.linear_head.chunks.matmuls import hidden_grad_product, kernel_grad_product, logits_product
+from jliger.ops.linear_head.chunks.packed_tokens import Chunk, Queue
+from jliger.ops.linear_head.chunks.sizes import part_sizes, recompute_tile
+from jliger.ops.linear_head.chunks.types import Grads, GradTypes, Head, Tokens, empty_grads
+from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
+from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.logits import Coefficients, get_rows
+
+
+def recompute_form(
+    config: HeadConfig,
+    wanted: GradTypes,
+    tokens: Tokens,
+    head: Head,
+    row_max: Float[Array, " T"],
+    log_sum: Float[Array, " T"],
+    coefficients: Coefficients,
+) -> Grads:
+    """Gradients for any coefficients.
+
+    Args:
+      config: how logits come about.
+      wanted: which gradients, in which dtypes.
+      tokens: `[T]` of them.
+      head: kernel, bias and class weights.
+      row_max: of each token's stats, over all columns, `[T]`.
+      log_sum: likewise.
+      coefficients: of each token's logit gradients, `[T]`.
+    """
+    rows = get_rows(config.implementation, config.compute_capability)
+    dtype = tokens.hidden.dtype
+    sums = accumulator_dtype(dtype)
+    num_tokens, vocab = tokens.labels.shape[0], head.kernel.shape[config.vocab_dim]
+    chunk_size, width = recompute_tile(config, num_tokens, vocab)
+    blocks = Blocks.make(config, head, dtype, rows.alignment, width)
+    queue = Queue.make(tokens.counted, chunk_size)
+    # With several chunks the kernel's gradient is a sum over them; with one, each block of it is written once.
+    add = queue.has_several_chunks
+
+    def step(size: int, index: Int[Array, ""] | int, grads: Grads) -> Grads:
+        chunk = Chunk.make(queue.slots(index * queue.chunk, size), tokens, rows.alignment)
+        chunk_max, chunk_log_sum, chunk_coefficients = chunk.take((row_max, log_sum, coefficients))
+
+        def block_step(index: Int[Array, ""] | int, carry: Grads) -> Grads:
+            columns, block, start = blocks.block(index, chunk.labels)
+            product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
+            logit_grads = rows.row_grads(
+                product, block, blocks.logit_map, chunk_max, chunk_log_sum, chunk_coefficients, dtype=dtype
+            )
+            if wanted.hidden is not None:
+                part = hidden_grad_product(config, logit_grads, columns.kernel, sums)
+                carry = carry._replace(hidden=plus(carry.hidden, part))
+            if wanted.adapted is not None and columns.adapter is not None:
+                part = hidden_grad_product(config.of_adapter, logit_grads, columns.adapter, sums)
+                carry = carry._replace(adapted=plus(carry.adapted, part))
+            if carry.kernel is not None:
+                part = kernel_grad_product(config, chunk.hidden, logit_grads, sums)
+                carry = carry._replace(kernel=blocks.write(carry.kernel, part, start, config.vocab_dim, add=add))
+            if carry.adapter is not None and chunk.adapted is not None:
+                part = kernel_grad_product(config.of_adapter, chunk.adapted, logit_grads, sums)
+                carry = carry._replace(adapter=blocks.write(carry.adapter, part, start, 1, add=add))
+            if carry.bias is not None:
+                part = logit_grads.sum(axis=0, dtype=sums)
+                carry = carry._replace(bias=blocks.write(carry.bias, part, start, 0, add=add))
+            return carry
+
+        found = blocks.sweep(block_step, grads._replace(hidden=None, adapted=None))
+        if grads.hidden is not None:
+            found = found._replace(hidden=chunk.put(grads.hidden, found.hidden))
+        if grads.adapted is not None:
+            found = found._replace(adapted=chunk.put(grads.adapted, found.adapted))
+        return found
+
+    in_sums = wanted._replace(
+        kernel=None if wanted.kernel is None else sums if add else wanted.kernel,
+        bias=None if wanted.bias is None else sums,
+        adapter=None if wanted.adapter is None else sums,
+    )
+    grads = queue.loop(step, empty_grads(in_sums, tokens, head), part_sizes(queue.chunk))
+    return Grads(*(grad if grad is None else grad.astype(dtype) for grad, dtype in zip(grads, wanted, strict=True)))

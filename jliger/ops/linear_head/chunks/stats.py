@@ -1,0 +1,94 @@
+"""Stats of every token, one product: the loss without gradients, and the first half of the recompute form."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jliger.ops.linear_head.chunks.matmuls import logits_product
+from jliger.ops.linear_head.chunks.packed_tokens import Chunk, Queue, write_stats
+from jliger.ops.linear_head.chunks.sizes import forward_chunk, part_sizes, recompute_tile, stats_chunk
+from jliger.ops.linear_head.chunks.types import Head, Tokens
+from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
+from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.logits import RowStats, get_rows
+
+
+def token_stats(config: HeadConfig, tokens: Tokens, head: Head, *, lean: bool) -> RowStats:
+    """What a loss needs of each token's logits.
+
+    Tokens that don't count get the stats of a row with log-sum-exp 0, label logit 0 and prediction −1.
+
+    Args:
+      config: how logits come about.
+      tokens: `[T]` of them.
+      head: kernel, bias and class weights.
+      lean: keep within the recompute form's memory, and never hold the whole kernel in the products' dtype, if that is
+        not its own; a little slower.
+    """
+    rows = get_rows(config.implementation, config.compute_capability)
+    num_tokens, vocab = tokens.labels.shape[0], head.kernel.shape[config.vocab_dim]
+    dtype = tokens.hidden.dtype
+    in_blocks = lean and head.kernel.dtype != dtype
+    if in_blocks:
+        chunk_size, width = recompute_tile(config, num_tokens, vocab)
+    else:
+        chunk_size, width = (stats_chunk if lean else forward_chunk)(config, num_tokens, vocab), vocab
+    blocks = Blocks.make(config, head, dtype, rows.alignment, width)
+    queue = Queue.make(tokens.counted, chunk_size)
+
+    def step(size: int, index: Int[Array, ""] | int, stats: RowStats) -> RowStats:
+        chunk = Chunk.make(queue.slots(index * queue.chunk, size), tokens, rows.alignment)
+
+        def block_step(index: Int[Array, ""] | int, merged: RowStats | None) -> RowStats:
+            columns, block, start = blocks.block(index, chunk.labels)
+            product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
+            found = rows.row_stats(product, block, blocks.logit_map, config.stats_wanted)
+            found = found._replace(prediction=found.prediction + start)
+            return found if merged is None else merge_stats(found, merged)
+
+        return write_stats(stats, blocks.sweep(block_step, None), index * queue.chunk)
+
+    sizes = part_sizes(queue.chunk) if in_blocks else (queue.chunk,)
+    return queue.restore(queue.loop(step, queue.empty_stats(config, tokens.hidden), sizes))
+
+
+def merge_stats(left: RowStats, right: RowStats) -> RowStats:
+    """The stats of two blocks of the same rows together; of equal maxima the left one's prediction stands."""
+    row_max = jnp.maximum(left.max, right.max)
+    parts = [shifted_sums(stats, row_max) for stats in (left, right)]
+    sum_exp = parts[0].sum_exp + parts[1].sum_exp
+    mean_logit = None
+    if parts[0].sum_exp_logit is not None and parts[1].sum_exp_logit is not None:
+        mean_logit = (parts[0].sum_exp_logit + parts[1].sum_exp_logit) / sum_exp
+    return RowStats(
+        max=row_max,
+        log_sum=jnp.log(sum_exp),
+        label_logit=left.label_logit + right.label_logit,
+        prediction=jnp.where(right.max > left.max, right.prediction, left.prediction),
+        weighted_sum=jax.tree.map(jnp.add, left.weighted_sum, right.weighted_sum),
+        mean_logit=mean_logit,
+    )
+
+
+class ShiftedSums(NamedTuple):
+    """What of a block's stats adds up over blocks, with the maximum `m` of them all.
+
+    Attributes:
+      sum_exp: `Σ_v exp(z_v − m)`.
+      sum_exp_logit: `Σ_v exp(z_v − m) · (z_v − m)`, or None if not asked for.
+    """
+
+    sum_exp: Float[Array, " T"]
+    sum_exp_logit: Float[Array, " T"] | None
+
+
+def shifted_sums(stats: RowStats, row_max: Float[Array, " T"]) -> ShiftedSums:
+    """Those of a block, where `row_max` is of all blocks."""
+    # Of a block with nothing but −inf the maximum is the lowest number there is, and its sum 0.
+    step = jnp.maximum(stats.max - row_max, jnp.finfo(row_max.dtype).min)
+    sum_exp = jnp.exp(stats.log_sum + step)
+    if stats.mean_logit is None:
+        return ShiftedSums(sum_exp, None)
+    return ShiftedSums(sum_exp, jnp.where(sum_exp == 0, 0, sum_exp * (stats.mean_logit + step)))

@@ -1,0 +1,280 @@
+"""api: `fused_linear_cross_entropy`, its checks and defaults, and one jit around it all."""
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jliger.core import checks
+from jliger.core.backend import Implementation
+from jliger.core.dtypes import accumulator_dtype
+from jliger.ops.linear_head import gradients, sharding
+from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
+from jliger.ops.linear_head.arguments import column_validity, counted_tokens, head_arguments, label_columns
+from jliger.ops.linear_head.gradients import Context, Inputs
+from jliger.ops.linear_head.types import HeadConfig, KernelLayout
+from jliger.ops.logits import StatsWanted
+from jliger.ops.logits.objectives import CrossEntropy, Labels, LossWeights
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class CrossEntropyMetrics(NamedTuple):
+    """What a training loop logs beside the loss. None of it carries a gradient.
+
+    Attributes:
+      weight: `[]`, the weights of the tokens that count, summed; their number, without `weights`.
+      cross_entropy: the loss without its z-loss, reduced like the loss.
+      z_loss: the z-loss, reduced like the loss.
+      accuracy: `[]`, the share of `weight` that is on tokens predicted right; 0 when nothing counts.
+      predictions: int32 `[*B]`, the first column with the largest logit; −1 for a token that doesn't count.
+    """
+
+    weight: Float[Array, ""]
+    cross_entropy: Float[Array, ""] | Float[Array, "*B"]
+    z_loss: Float[Array, ""] | Float[Array, "*B"]
+    accuracy: Float[Array, ""]
+    predictions: Int[Array, "*B"]
+
+
+Loss = Float[Array, ""] | Float[Array, "*B"]
+
+
+def fused_linear_cross_entropy(
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    labels: Int[Array, "*B"],
+    *,
+    bias: Float[Array, " V"] | None = None,
+    where: Bool[Array, "*B"] | None = None,
+    weights: Float[Array, "*B"] | None = None,
+    ignore_index: int = -100,
+    kernel_layout: KernelLayout = "hv",
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    class_weights: Float[Array, " V"] | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Float[Array, ""] | float | None = None,
+    return_metrics: bool = False,
+    logits_dtype: jax.typing.DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    chunk_size: int | None = None,
+    vocab_axis_name: str | tuple[str, ...] | None = None,
+    adapter: LinearAdapter | None = None,
+    implementation: Implementation | None = None,
+) -> Loss | tuple[Loss, CrossEntropyMetrics]:
+    r"""Cross entropy of a linear head, without the logits `[tokens, V]` ever existing whole.
+
+    For each token, with logits $z = \mathrm{softcap}(s \cdot (\mathrm{hidden} \cdot \mathrm{kernel} + \mathrm{bias}))$,
+    $\mathrm{softcap}(z) = c \tanh(z / c)$, $\mathrm{lse} = \log \sum_v e^{z_v}$ and label $y$,
+
+    $$(1 - \alpha)\, w_y (\mathrm{lse} - z_y) + \frac{\alpha}{V} \sum_v w_v (\mathrm{lse} - z_v)
+      + \lambda\, \mathrm{lse}^2$$
+
+    with `logit_scale` $s$, `logit_softcap` $c$, `label_smoothing` $\alpha$ (Szegedy et al., 2016, arXiv:1512.00567),
+    `class_weights` $w$ and `z_loss` $\lambda$ (Chowdhery et al., 2022, arXiv:2204.02311). Differentiable once, in
+    reverse mode, in `hidden`, `kernel` and `bias`; nothing is computed for those that are not differentiated, and no
+    gradient at all where none is asked for. Gradients have their argument's dtype and are summed in float32. With
+    `implementation="xla"`, on one device, `jax.jvp` of `jax.grad` and `jax.hessian` work too.
+
+    A token counts if `where` is true and its label is not `ignore_index`. Those that don't cost no time, give loss 0,
+    gradient 0 and prediction −1, and what their hidden states hold does not matter. A label outside `[0, V)` that
+    counts makes the loss and the gradients NaN.
+
+    With `"mean"` and `"sum"` gradients are computed together with the loss, over chunks of tokens: three matrix
+    products in all (Hsu et al., 2024, arXiv:2410.10989). With `"none"` logits are computed again in the backward pass,
+    over blocks of the vocabulary: four products, any cotangent.
+
+    Memory beside arguments, results and their gradients, with `b` bytes a value of `hidden`, `C` tokens a chunk:
+      * `"mean"`, `"sum"`: `2·b·C·V` for logits and their gradients, `b·H·V` for the kernel in hidden's dtype if it has
+        another, `4·H·V` for a float32 sum of kernel gradients if the kernel is not float32. Not differentiated:
+        `b·C·V`, and `b·H·V` as before.
+      * `"none"`: about 0.5 GiB on a GPU, whatever `V`, and a few numbers a token; `4·H·V` for that sum, if the kernel
+        is not float32 and there is more than one chunk.
+
+    Under `jax.vmap` each example has a kernel gradient of its own, `4·H·V`, even where `jax.grad` around it only needs
+    their sum. On a mesh each device has those of its own examples. Where the sum is enough, pass the tokens of all
+    examples as `[*B]`, without `jax.vmap`, and say in `weights` what each example counts: see the last example below.
+
+    Args:
+      hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only). Products are
+        taken in this dtype.
+      kernel: the head's weights, `[H, V]`, or `[V, H]` with `kernel_layout="vh"` (a tied embedding): hidden's dtype or
+        float32.
+      labels: the label of each token, `[*B]`, integers. They are not shifted here.
+      bias: `[V]`, added to the logits in float32. A column with −∞ has probability 0. Do not combine it with
+        `label_smoothing`, which gives every column a share: the loss is then infinite, or NaN where `class_weights` has
+        a 0 there. A softcap makes `−c` of −∞, so that the column is not masked.
+      where: bools `[*B]`, the tokens that count.
+      weights: a weight for each token, `[*B]`. It carries no gradient.
+      ignore_index: a label equal to it doesn't count.
+      kernel_layout: `"hv"` or `"vh"`.
+      logit_scale: `s`, a Python number.
+      logit_softcap: `c`, a Python number, or None for no cap.
+      label_smoothing: `α` in [0, 1].
+      z_loss: `λ`, at least 0.
+      class_weights: `w`, `[V]`. It carries no gradient.
+      reduction: `"mean"` divides the weighted sum by the weights of the tokens that count (with `class_weights`, its
+        cross-entropy part by the sum of weight times `w_y`, as PyTorch does), and gives 0 where that is 0; `"sum"`
+        doesn't divide; `"none"` gives each token's weighted loss.
+      normalizer: with `"mean"`, what to divide by instead, such as the token count of a batch that is gone through in
+        parts. It carries no gradient.
+      return_metrics: also return `CrossEntropyMetrics`.
+      logits_dtype: what logits are rounded to before the loss reads them, in both passes; None for hidden's dtype.
+      precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.
+      chunk_size: tokens a chunk. None is a rule that measured best on an H200: as many as make `2²⁸ / V`, rounded down
+        to a power of two, at least 2048 and at most 8192 (`"none"`: 8192), in chunks of one size; on other devices
+        `2²³ / V`, between 128 and 1024 (`"none"`: 1024).
+      vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, over which the kernel's columns (and bias and
+        class weights) are spread; labels are columns of the whole. Elsewhere shardings are followed by themselves.
+      adapter: a `jliger.LinearAdapter`: logits become those of `hidden · (kernel + scale · a · b)`, and gradients flow
+        to `a`, `b` and `scale` too.
+      implementation: `"triton"` for NVIDIA GPUs, `"xla"` for any device, None for what fits the default device.
+
+    Returns:
+      The loss, float32 (float64 for float64 hidden states): `[]`, or `[*B]` with `"none"`. With `return_metrics`, that
+      and the metrics.
+
+    Raises:
+      ValueError: a shape that doesn't fit, an option out of its range, or `"triton"` where there is no GPU.
+      TypeError: something that is no array, a dtype that isn't supported, or an option that is not a Python number.
+      NotImplementedError: a combination that isn't supported.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jliger
+      >>> hidden = jax.random.normal(jax.random.key(0), (2, 5, 8))
+      >>> kernel = jax.random.normal(jax.random.key(1), (8, 32))
+      >>> labels = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, -100, -100]])
+      >>> loss, grad = jax.value_and_grad(jliger.fused_linear_cross_entropy)(hidden, kernel, labels)
+      >>> print(loss.shape, grad.shape, bool(jnp.all(grad[1, 3:] == 0)))
+      () (2, 5, 8) True
+      >>> loss, metrics = jliger.fused_linear_cross_entropy(hidden, kernel, labels, z_loss=1e-4, return_metrics=True)
+      >>> print(metrics.weight, bool(jnp.allclose(loss, metrics.cross_entropy + metrics.z_loss)))
+      8.0 True
+
+      The mean of each sequence's mean, with one kernel gradient for all:
+
+      >>> weights = jnp.broadcast_to(1 / (labels != -100).sum(-1, keepdims=True), labels.shape)
+      >>> loss = jliger.fused_linear_cross_entropy(hidden, kernel, labels, weights=weights)
+      >>> means = jax.vmap(jliger.fused_linear_cross_entropy, (0, None, 0))(hidden, kernel, labels)
+      >>> print(bool(jnp.allclose(loss, means.mean())))
+      True
+    """
+    checks.check_number("label_smoothing", label_smoothing, least=0, most=1)
+    checks.check_number("z_loss", z_loss, least=0)
+    checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
+    config, inputs, labels, where, adapter = head_arguments(
+        hidden,
+        kernel,
+        labels,
+        bias=bias,
+        where=where,
+        ignore_index=ignore_index,
+        kernel_layout=kernel_layout,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        logits_dtype=logits_dtype,
+        precision=precision,
+        chunk_size=chunk_size,
+        vocab_axis_name=vocab_axis_name,
+        adapter=adapter,
+        implementation=implementation,
+        stats_wanted=StatsWanted(weighted_sum=label_smoothing > 0),
+    )
+    if weights is not None:
+        weights = checks.as_array("weights", weights)
+        checks.check_weights(weights, labels)
+    if class_weights is not None:
+        class_weights = checks.as_array("class_weights", class_weights)
+        checks.check_vocab_vector("class_weights", class_weights, inputs.kernel, config.vocab_dim)
+    if normalizer is not None:
+        normalizer = checks.as_array("normalizer", normalizer)
+        checks.check_shape("normalizer", normalizer, (), "a scalar")
+
+    call = _Call(
+        config=config,
+        label_smoothing=float(label_smoothing),
+        z_loss=float(z_loss),
+        reduction=reduction,
+        ignore_index=int(ignore_index),
+    )
+    loss, metrics = _fused_linear_cross_entropy(
+        call, inputs, adapter, labels, where, weights, class_weights, normalizer
+    )
+    return (loss, metrics) if return_metrics else loss
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Everything about a call that is not an array."""
+
+    config: HeadConfig
+    label_smoothing: float
+    z_loss: float
+    reduction: Reduction
+    ignore_index: int
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fused_linear_cross_entropy(
+    call: _Call,
+    inputs: Inputs,
+    adapter: LinearAdapter | None,
+    labels: Int[Array, "*B"],
+    where: Bool[Array, "*B"] | None,
+    weights: Float[Array, "*B"] | None,
+    class_weights: Float[Array, " V"] | None,
+    normalizer: Float[Array, ""] | None,
+) -> tuple[Loss, CrossEntropyMetrics]:
+    dtype = accumulator_dtype(inputs.hidden.dtype)
+    inputs = with_adapter(call.config, inputs, adapter)
+    weights, class_weights, normalizer = jax.lax.stop_gradient((weights, class_weights, normalizer))
+    loss_function = CrossEntropy(call.label_smoothing, call.z_loss, sharding.vocab_size(call.config, inputs.kernel))
+    counted = counted_tokens(labels, where, call.ignore_index)
+    columns = label_columns(labels, counted, loss_function.vocab_size)
+    token_weights = jnp.where(counted, 1 if weights is None else weights, 0).astype(dtype)
+    weight = token_weights.sum()
+    loss_labels = Labels(column_validity(columns, dtype), None, float(loss_function.vocab_size))
+    if class_weights is not None:
+        class_weights = class_weights.astype(dtype)
+        loss_labels = loss_labels._replace(
+            weights=sharding.label_weights(call.config, class_weights, columns),
+            total_weight=sharding.total_class_weight(call.config, class_weights),
+        )
+    context = Context(columns, counted, class_weights if call.config.stats_wanted.weighted_sum else None)
+
+    if call.reduction == "none":
+        stats = gradients.token_stats(call.config, inputs, context)
+        cross_entropy, z_loss = loss_function.token_losses(stats, loss_labels)
+        cross_entropy, z_loss = cross_entropy * token_weights, z_loss * token_weights
+        loss = cross_entropy + z_loss
+    else:
+        loss_weights = LossWeights(token_weights, token_weights)
+        if call.reduction == "mean":
+            by_label = token_weights if loss_labels.weights is None else token_weights * loss_labels.weights
+            divisors = (by_label.sum(), weight) if normalizer is None else (normalizer.astype(dtype),) * 2
+            loss_weights = LossWeights(*(token_weights * _inverse(divisor) for divisor in divisors))
+        loss, stats = gradients.weighted_loss(call.config, loss_function, inputs, context, loss_labels, loss_weights)
+        stats = jax.lax.stop_gradient(stats)
+        cross_entropy, z_loss = loss_function.weighted_sums(stats, loss_labels, loss_weights)
+    return loss, jax.lax.stop_gradient(
+        CrossEntropyMetrics(
+            weight=weight,
+            cross_entropy=cross_entropy,
+            z_loss=z_loss,
+            accuracy=_inverse(weight) * jnp.sum(jnp.where(stats.prediction == columns, token_weights, 0)),
+            predictions=stats.prediction,
+        )
+    )
+
+
+def _inverse(divisor: Float[Array, ""]) -> Float[Array, ""]:
+    """`1 / divisor`, and 0 for 0."""
+    return jnp.where(divisor == 0, 0, 1 / jnp.where(divisor == 0, 1, divisor))

@@ -1,0 +1,430 @@
+"""Distillation: how far a student's linear head is from a teacher's, without either's logits ever existing whole."""
+
+import dataclasses
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jliger.core import checks
+from jliger.core.backend import Implementation
+from jliger.core.dtypes import accumulator_dtype
+from jliger.core.reduction import Normalizer, divided, divisor
+from jliger.losses.arguments import coefficient
+from jliger.ops.linear_head import gradients, sharding
+from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
+from jliger.ops.linear_head.arguments import column_validity, counted_tokens, head_arguments, label_columns
+from jliger.ops.linear_head.gradients import Context, Inputs, Teacher
+from jliger.ops.linear_head.types import HeadConfig, KernelLayout, TeacherConfig
+from jliger.ops.logits import StatsWanted
+from jliger.ops.logits.distillation_objective import Distillation, DistillationWeights
+from jliger.ops.logits.objectives import Labels
+
+
+class DistillationMetrics(NamedTuple):
+    """What a training loop logs beside the loss. None of it carries a gradient.
+
+    Attributes:
+      weight: `[]`, the weights of the tokens that count, summed; their number, without `weights`.
+      divergence: `[]`, reduced like the loss, and not yet times `soft_weight`.
+      cross_entropy: `[]`, reduced like the loss, and not yet times `hard_weight`; None without a hard part.
+      accuracy: `[]`, the share of `weight` that is on tokens whose label the student predicts; None without labels.
+      agreement: `[]`, the share of `weight` that is on tokens for which student and teacher predict the same. Where
+        nothing counts, it and the accuracy are 0.
+      predictions: int32 `[*B]`, the first column with the student's largest logit; −1 for a token that doesn't count.
+      teacher_predictions: int32 `[*B]`, likewise the teacher's.
+    """
+
+    weight: Float[Array, ""]
+    divergence: Float[Array, ""]
+    cross_entropy: Float[Array, ""] | None
+    accuracy: Float[Array, ""] | None
+    agreement: Float[Array, ""]
+    predictions: Int[Array, "*B"]
+    teacher_predictions: Int[Array, "*B"]
+
+
+Loss = Float[Array, ""]
+
+
+def fused_linear_kl(
+    student_hidden: Float[Array, "*B H"],
+    student_kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    teacher_hidden: Float[Array, "*B G"],
+    teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"],
+    *,
+    direction: Literal["forward", "reverse"] = "forward",
+    temperature: float = 1.0,
+    labels: Int[Array, "*B"] | None = None,
+    hard_weight: Float[Array, ""] | float = 0.0,
+    soft_weight: Float[Array, ""] | float = 1.0,
+    student_bias: Float[Array, " V"] | None = None,
+    teacher_bias: Float[Array, " V"] | None = None,
+    where: Bool[Array, "*B"] | None = None,
+    weights: Float[Array, "*B"] | None = None,
+    ignore_index: int = -100,
+    student_kernel_layout: KernelLayout = "hv",
+    teacher_kernel_layout: KernelLayout = "hv",
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_logit_softcap: float | None = None,
+    teacher_logit_softcap: float | None = None,
+    student_adapter: LinearAdapter | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    normalizer: Normalizer = None,
+    return_metrics: bool = False,
+    logits_dtype: jax.typing.DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    chunk_size: int | None = None,
+    vocab_axis_name: str | tuple[str, ...] | None = None,
+    implementation: Implementation | None = None,
+) -> Loss | tuple[Loss, DistillationMetrics]:
+    r"""Kullback-Leibler divergence between a teacher's linear head and a student's, and a gradient for the student.
+
+    With student logits $z$ and teacher logits $u$, both as in `jliger.fused_linear_cross_entropy`, temperature $\tau$,
+    $p = \mathrm{softmax}(z / \tau)$ and $r = \mathrm{softmax}(u / \tau)$, a token's loss is
+
+    $$w_{soft}\, D + w_{hard}\, (\mathrm{lse}(z) - z_y), \qquad
+      D = \mathrm{KL}(r \,\|\, p) = \sum_v r_v \log \frac{r_v}{p_v}
+      \quad \text{or} \quad \mathrm{KL}(p \,\|\, r)$$
+
+    forward, as in distillation (Hinton et al., 2015, arXiv:1503.02531), which has the student cover all that the
+    teacher may say, or reverse (Gu et al., 2023, arXiv:2306.08543), which has it keep to what the teacher is likely to
+    say. The hard part, the cross entropy with labels $y$, is at temperature 1.
+
+    $D$ is not multiplied by $\tau^2$, as it is not in TRL and Liger. Its gradients get smaller as $1 / \tau^2$; where
+    the hard part's weight is to mean the same at every temperature, as in Hinton's paper, pass
+    `soft_weight=temperature**2`.
+
+    Differentiable once, in reverse mode, in `student_hidden`, `student_kernel`, `student_bias` and `student_adapter`;
+    nothing is computed for those that are not differentiated. The teacher carries no gradient. Gradients have their
+    argument's dtype and are summed in float32. With gradients there are four matrix products: both logits, and the
+    student's hidden and kernel gradients.
+
+    A token counts if `where` is true and its label, if there are labels, is not `ignore_index`. Those that don't cost
+    no time, give loss 0 and gradient 0, and what their hidden states hold does not matter. A label outside `[0, V)`
+    that counts makes the loss and the gradients NaN, if there is a hard part. A column that one model masks with a bias
+    of −∞ and the other does not can make $D$ infinite; one that both mask does not matter. A softcap makes `−c` of −∞,
+    so that the column is not masked.
+
+    Memory beside arguments, results and their gradients, with `b` bytes a value of `student_hidden`, `C` tokens a
+    chunk, on a GPU: `3·b·C·V` for two sets of logits and the gradients of one, either kernel in its hidden states'
+    dtype if it has another, `4·H·V` for a float32 sum of kernel gradients if `student_kernel` is not float32. It does
+    not grow with the number of tokens, but for a few numbers each. Under `jax.vmap` each example has a kernel gradient
+    of its own; pass `[*B]` tokens with `weights` instead, which need one.
+
+    Args:
+      student_hidden: the student's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only).
+        Products are taken in this dtype.
+      student_kernel: the student's head, `[H, V]`, or `[V, H]` with `student_kernel_layout="vh"`: hidden's dtype or
+        float32.
+      teacher_hidden: the teacher's last hidden states for the same tokens, `[*B, G]`; its size and dtype may be others.
+      teacher_kernel: the teacher's head, `[G, V]` or `[V, G]`, over the same vocabulary.
+      direction: `"forward"` for `KL(teacher ‖ student)`, `"reverse"` for `KL(student ‖ teacher)`.
+      temperature: `τ`, a Python number above 0.
+      labels: the label of each token, `[*B]`, integers; not shifted here. Without a `hard_weight` they only say, by
+        `ignore_index`, which tokens count.
+      hard_weight: of the cross entropy with the labels, a number or a scalar array. It carries no gradient.
+      soft_weight: of the divergence, likewise.
+      student_bias: `[V]`, added to the logits in float32.
+      teacher_bias: likewise.
+      where: bools `[*B]`, the tokens that count.
+      weights: a weight for each token, `[*B]`. It carries no gradient.
+      ignore_index: a label equal to it doesn't count.
+      student_kernel_layout: `"hv"` or `"vh"`.
+      teacher_kernel_layout: likewise.
+      student_logit_scale: multiplies the logits, a Python number.
+      teacher_logit_scale: likewise.
+      student_logit_softcap: `c` in `c · tanh(z / c)`, a Python number, or None for no cap.
+      teacher_logit_softcap: likewise.
+      student_adapter: a `jliger.LinearAdapter` of `student_kernel`.
+      reduction: `"mean"` divides the weighted sum by the weights of the tokens that count, and gives 0 where that is 0;
+        `"sum"` doesn't divide.
+      normalizer: with `"mean"`, what to divide by instead, such as the token count of a batch that is gone through in
+        parts. It carries no gradient.
+      return_metrics: also return `DistillationMetrics`.
+      logits_dtype: what both models' logits are rounded to before they are compared; None for the dtypes of their
+        hidden states.
+      precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.
+      chunk_size: tokens a chunk, or None for the rule that `fused_linear_cross_entropy` names.
+      vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, over which both kernels' columns are spread.
+      implementation: `"triton"` for NVIDIA GPUs, `"xla"` for any device, None for what fits the default device.
+
+    Returns:
+      The loss, float32 (float64 for float64 hidden states), `[]`. With `return_metrics`, that and the metrics.
+
+    Raises:
+      ValueError: a shape that doesn't fit, an option out of its range, or `"triton"` where there is no GPU.
+      TypeError: something that is no array, a dtype that isn't supported, or an option that is not a Python number.
+      NotImplementedError: a combination that isn't supported.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jliger import losses
+      >>> keys = jax.random.split(jax.random.key(0), 4)
+      >>> student = jax.random.normal(keys[0], (2, 5, 8)), jax.random.normal(keys[1], (8, 32))
+      >>> teacher = jax.random.normal(keys[2], (2, 5, 16)), jax.random.normal(keys[3], (16, 32))
+      >>> loss, grads = jax.value_and_grad(losses.fused_linear_kl, (0, 1))(*student, *teacher)
+      >>> p, r = (jax.nn.log_softmax(hidden @ kernel) for hidden, kernel in (student, teacher))
+      >>> print(bool(jnp.allclose(loss, (jnp.exp(r) * (r - p)).sum(-1).mean(), rtol=1e-5)), grads[0].shape)
+      True (2, 5, 8)
+      >>> labels = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, -100, -100]])
+      >>> options = {"temperature": 2.0, "soft_weight": 2.0**2, "hard_weight": 0.5}
+      >>> loss, metrics = losses.fused_linear_kl(*student, *teacher, labels=labels, return_metrics=True, **options)
+      >>> print(metrics.weight, bool(jnp.allclose(loss, 4 * metrics.divergence + 0.5 * metrics.cross_entropy)))
+      8.0 True
+    """
+    checks.check_choice("direction", direction, ("forward", "reverse"))
+    return fused_linear_jsd(
+        student_hidden,
+        student_kernel,
+        teacher_hidden,
+        teacher_kernel,
+        beta=0.0 if direction == "forward" else 1.0,
+        temperature=temperature,
+        labels=labels,
+        hard_weight=hard_weight,
+        soft_weight=soft_weight,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        where=where,
+        weights=weights,
+        ignore_index=ignore_index,
+        student_kernel_layout=student_kernel_layout,
+        teacher_kernel_layout=teacher_kernel_layout,
+        student_logit_scale=student_logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
+        student_logit_softcap=student_logit_softcap,
+        teacher_logit_softcap=teacher_logit_softcap,
+        student_adapter=student_adapter,
+        reduction=reduction,
+        normalizer=normalizer,
+        return_metrics=return_metrics,
+        logits_dtype=logits_dtype,
+        precision=precision,
+        chunk_size=chunk_size,
+        vocab_axis_name=vocab_axis_name,
+        implementation=implementation,
+    )
+
+
+def fused_linear_jsd(
+    student_hidden: Float[Array, "*B H"],
+    student_kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    teacher_hidden: Float[Array, "*B G"],
+    teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"],
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    labels: Int[Array, "*B"] | None = None,
+    hard_weight: Float[Array, ""] | float = 0.0,
+    soft_weight: Float[Array, ""] | float = 1.0,
+    student_bias: Float[Array, " V"] | None = None,
+    teacher_bias: Float[Array, " V"] | None = None,
+    where: Bool[Array, "*B"] | None = None,
+    weights: Float[Array, "*B"] | None = None,
+    ignore_index: int = -100,
+    student_kernel_layout: KernelLayout = "hv",
+    teacher_kernel_layout: KernelLayout = "hv",
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_logit_softcap: float | None = None,
+    teacher_logit_softcap: float | None = None,
+    student_adapter: LinearAdapter | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    normalizer: Normalizer = None,
+    return_metrics: bool = False,
+    logits_dtype: jax.typing.DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    chunk_size: int | None = None,
+    vocab_axis_name: str | tuple[str, ...] | None = None,
+    implementation: Implementation | None = None,
+) -> Loss | tuple[Loss, DistillationMetrics]:
+    r"""Generalized Jensen-Shannon divergence between a teacher's linear head and a student's.
+
+    With the student's distribution $p$ and the teacher's $r$, as in `fused_linear_kl`, and their mixture $m$,
+
+    $$D = \beta\, \mathrm{KL}(r \,\|\, m) + (1 - \beta)\, \mathrm{KL}(p \,\|\, m),
+      \qquad m = \beta\, r + (1 - \beta)\, p$$
+
+    takes the place of its $D$. This is generalized knowledge distillation (Agarwal et al., 2024, arXiv:2306.13649), as
+    TRL and Liger have it. $D$ is at most $-\beta \log \beta - (1 - \beta) \log (1 - \beta)$. Towards $\beta = 0$ it
+    vanishes as $\beta\, \mathrm{KL}(r \,\|\, p)$, and towards 1 as $(1 - \beta)\, \mathrm{KL}(p \,\|\, r)$; at `beta=0`
+    and `beta=1` themselves it is, as there, these divergences without the factor. So it jumps at both ends.
+
+    `beta` is a Python number. All other arguments, gradients, memory, what is returned and what is raised are those of
+    `fused_linear_kl`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jliger import losses
+      >>> keys = jax.random.split(jax.random.key(0), 4)
+      >>> student = jax.random.normal(keys[0], (10, 8)), jax.random.normal(keys[1], (8, 32))
+      >>> teacher = jax.random.normal(keys[2], (10, 16)), jax.random.normal(keys[3], (16, 32))
+      >>> loss, grad = jax.value_and_grad(losses.fused_linear_jsd)(*student, *teacher)
+      >>> print(bool(0 < loss < jnp.log(2)), grad.shape)
+      True (10, 8)
+      >>> forward = losses.fused_linear_jsd(*student, *teacher, beta=0.0)
+      >>> print(bool(forward == losses.fused_linear_kl(*student, *teacher)))
+      True
+    """
+    checks.check_number("beta", beta, least=0, most=1)
+    checks.check_number("temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"temperature got {temperature!r}; pass a number above 0.")
+    checks.check_choice("reduction", reduction, ("mean", "sum"))
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
+    student_hidden = checks.as_array("student_hidden", student_hidden)
+    teacher_hidden = checks.as_array("teacher_hidden", teacher_hidden)
+    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden got shape {teacher_hidden.shape} with student_hidden of shape {student_hidden.shape}; "
+            "pass hidden states of the same tokens: all but the last dimension must agree."
+        )
+    if (teacher_hidden.dtype == jnp.float64) != (student_hidden.dtype == jnp.float64):
+        raise TypeError(
+            f"teacher_hidden got dtype {teacher_hidden.dtype} with student_hidden of {student_hidden.dtype}; pass "
+            "float64 for both, or for neither."
+        )
+    dtype = accumulator_dtype(student_hidden.dtype)
+    hard_weight = coefficient("hard_weight", hard_weight, dtype, least=0)
+    soft_weight = coefficient("soft_weight", soft_weight, dtype, least=0)
+    with_labels = not (isinstance(hard_weight, float) and hard_weight == 0)
+    if labels is None and with_labels:
+        raise ValueError("labels got None with a hard_weight; pass the labels that the cross entropy is to be with.")
+    shared = {
+        "ignore_index": ignore_index,
+        "logits_dtype": logits_dtype,
+        "precision": precision,
+        "chunk_size": chunk_size,
+        "vocab_axis_name": vocab_axis_name,
+        "implementation": implementation,
+        "stats_wanted": StatsWanted(),
+    }
+    some_labels = jnp.zeros(student_hidden.shape[:-1], jnp.int32) if labels is None else labels
+    config, inputs, some_labels, where, adapter = head_arguments(
+        student_hidden,
+        student_kernel,
+        some_labels,
+        bias=student_bias,
+        where=where,
+        kernel_layout=student_kernel_layout,
+        logit_scale=student_logit_scale,
+        logit_softcap=student_logit_softcap,
+        adapter=student_adapter,
+        whose="student_",
+        **shared,
+    )
+    teacher_config, teacher, *_ = head_arguments(
+        teacher_hidden,
+        teacher_kernel,
+        some_labels,
+        bias=teacher_bias,
+        where=None,
+        kernel_layout=teacher_kernel_layout,
+        logit_scale=teacher_logit_scale,
+        logit_softcap=teacher_logit_softcap,
+        adapter=None,
+        whose="teacher_",
+        **shared,
+    )
+    vocab = inputs.kernel.shape[config.vocab_dim]
+    if teacher.kernel.shape[teacher_config.vocab_dim] != vocab:
+        raise ValueError(
+            f"teacher_kernel got shape {teacher.kernel.shape}, for a vocabulary of "
+            f"{teacher.kernel.shape[teacher_config.vocab_dim]}, with student_kernel of shape {inputs.kernel.shape}, "
+            f"for one of {vocab}; pass heads over the same vocabulary."
+        )
+    if weights is not None:
+        weights = checks.as_array("weights", weights)
+        checks.check_weights(weights, some_labels)
+    call = _Call(
+        config=dataclasses.replace(
+            config, teacher=TeacherConfig(teacher_config, float(beta), float(temperature), with_labels)
+        ),
+        reduction=reduction,
+        ignore_index=int(ignore_index),
+    )
+    loss, metrics = _distillation(
+        call,
+        inputs,
+        adapter,
+        Teacher(teacher.hidden, teacher.kernel, teacher.bias),
+        None if labels is None else some_labels,
+        where,
+        weights,
+        normalizer,
+        hard_weight,
+        soft_weight,
+    )
+    return (loss, metrics) if return_metrics else loss
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Everything about a call that is not an array."""
+
+    config: HeadConfig
+    reduction: Literal["mean", "sum"]
+    ignore_index: int
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _distillation(
+    call: _Call,
+    inputs: Inputs,
+    adapter: LinearAdapter | None,
+    teacher: Teacher,
+    labels: Int[Array, "*B"] | None,
+    where: Bool[Array, "*B"] | None,
+    weights: Float[Array, "*B"] | None,
+    normalizer: Normalizer,
+    hard_weight: Float[Array, ""],
+    soft_weight: Float[Array, ""],
+) -> tuple[Loss, DistillationMetrics]:
+    dtype = accumulator_dtype(inputs.hidden.dtype)
+    assert call.config.teacher is not None
+    inputs = with_adapter(call.config, inputs, adapter)
+    teacher, weights, hard_weight, soft_weight = jax.lax.stop_gradient((teacher, weights, hard_weight, soft_weight))
+    loss_function = Distillation(call.config.teacher.temperature, sharding.vocab_size(call.config, inputs.kernel))
+    if labels is None:
+        # Spread over devices as the tokens are. Any value is as good as another.
+        columns = jnp.zeros_like(inputs.hidden.sum(axis=-1), dtype=jnp.int32)
+        counted = columns == 0 if where is None else where
+    else:
+        counted = counted_tokens(labels, where, call.ignore_index)
+        columns = label_columns(labels, counted, loss_function.vocab_size)
+    token_weights = jnp.where(counted, 1 if weights is None else weights, 0).astype(dtype)
+    weight = token_weights.sum()
+    shares = token_weights if call.reduction == "sum" else divided(token_weights, divisor(weight, normalizer))
+    loss_labels, hard_shares = None, None
+    if call.config.teacher.with_labels:
+        loss_labels = Labels(column_validity(columns, dtype), None, float(loss_function.vocab_size))
+        hard_shares = shares
+    loss_weights = DistillationWeights(shares * soft_weight, None if hard_shares is None else hard_shares * hard_weight)
+    loss, found = gradients.weighted_loss(
+        call.config, loss_function, inputs, Context(columns, counted, None, teacher), loss_labels, loss_weights
+    )
+    found = jax.lax.stop_gradient(found)
+    divergence, cross_entropy = loss_function.weighted_sums(
+        found, loss_labels, DistillationWeights(shares, hard_shares)
+    )
+    predictions, teacher_predictions = found.pair.student.prediction, found.pair.teacher.prediction
+
+    def share_of_weight(true: Bool[Array, "*B"]) -> Float[Array, ""]:
+        return divided(jnp.sum(jnp.where(true, token_weights, 0)), weight)
+
+    return loss, jax.lax.stop_gradient(
+        DistillationMetrics(
+            weight=weight,
+            divergence=divergence,
+            cross_entropy=None if hard_shares is None else cross_entropy,
+            accuracy=None if labels is None else share_of_weight(predictions == columns),
+            agreement=share_of_weight(predictions == teacher_predictions),
+            predictions=predictions,
+            teacher_predictions=teacher_predictions,
+        )
+    )

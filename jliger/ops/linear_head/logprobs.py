@@ -1,0 +1,171 @@
+"""logprobs: `linear_logprobs`, what reinforcement learning, preferences and distillation want of a linear head."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import export
+from jaxtyping import Array, Bool, Float, Int
+
+from jliger.core.backend import Implementation
+from jliger.ops.linear_head import gradients, sharding
+from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
+from jliger.ops.linear_head.arguments import column_validity, counted_tokens, head_arguments, label_columns
+from jliger.ops.linear_head.gradients import Context, Inputs
+from jliger.ops.linear_head.types import HeadConfig, KernelLayout
+from jliger.ops.logits import StatsWanted
+
+
+class LinearLogprobs(NamedTuple):
+    """What a token's logits `z` say, with `p = softmax(z)`; 0, and prediction −1, for a token that doesn't count.
+
+    Attributes:
+      logprobs: `log p_label`, `[*B]`; NaN for a label out of range.
+      logsumexp: `log Σ_v exp(z_v)`, `[*B]`.
+      entropy: `−Σ_v p_v · log p_v`, `[*B]`, in nats.
+      predictions: int32 `[*B]`, the first column with the largest logit. It carries no gradient.
+    """
+
+    logprobs: Float[Array, "*B"]
+    logsumexp: Float[Array, "*B"]
+    entropy: Float[Array, "*B"]
+    predictions: Int[Array, "*B"]
+
+
+def linear_logprobs(
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    labels: Int[Array, "*B"],
+    *,
+    bias: Float[Array, " V"] | None = None,
+    where: Bool[Array, "*B"] | None = None,
+    ignore_index: int = -100,
+    kernel_layout: KernelLayout = "hv",
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    logits_dtype: jax.typing.DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    chunk_size: int | None = None,
+    vocab_axis_name: str | tuple[str, ...] | None = None,
+    adapter: LinearAdapter | None = None,
+    keep_logits: bool = False,
+    implementation: Implementation | None = None,
+) -> LinearLogprobs:
+    r"""Log-probabilities of labels under a linear head, with log-sum-exp and entropy, without logits `[tokens, V]`.
+
+    With logits $z$ as in `jliger.fused_linear_cross_entropy` and $p = \mathrm{softmax}(z)$,
+
+    $$\log p_y = z_y - \mathrm{lse}, \qquad \mathrm{lse} = \log \sum_v e^{z_v}, \qquad
+      \mathrm{H} = \mathrm{lse} - \sum_v p_v z_v.$$
+
+    Every loss on log-probabilities stands on these: see `jliger.losses`. `logprobs`, `logsumexp` and `entropy` are
+    differentiable once, in reverse mode, with any cotangents together, in `hidden`, `kernel` and `bias`:
+    $\partial z = (g_{lse} - g_{\log p})\, p + g_{\log p}\, [v = y] - g_H\, p\, (\log p + \mathrm{H})$. Nothing is
+    computed for arguments that are not differentiated, for tokens that don't count, or in the backward pass for an
+    entropy that is not used.
+
+    For a head without a scale and a softcap, `logit_scale=1 / T` is a temperature $T$. A head with a scale $s$ needs
+    `logit_scale=s / T`, as the argument replaces its scale. With a softcap there is no such number: a temperature
+    divides the logits after the softcap, and `logit_scale` multiplies them before it.
+
+    Logits are computed again in the backward pass, over blocks of the vocabulary: four products, and the memory of
+    `fused_linear_cross_entropy` with `reduction="none"`. With `keep_logits` they are kept, in `logits_dtype`: three
+    products, and `tokens · V` of memory. Under `jax.vmap` each
+    example has a kernel gradient of its own; pass `[*B]` tokens instead, which need one.
+
+    Args:
+      hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only).
+      kernel: the head's weights, `[H, V]`, or `[V, H]` with `kernel_layout="vh"`: hidden's dtype or float32.
+      labels: the token whose log-probability is asked for, `[*B]`, integers.
+      bias: `[V]`, added to the logits in float32. A column with −∞ has probability 0, unless there is a softcap, which
+        makes `−c` of it.
+      where: bools `[*B]`, the tokens that count.
+      ignore_index: a label equal to it doesn't count.
+      kernel_layout: `"hv"` or `"vh"`.
+      logit_scale: multiplies the logits, before the softcap, a Python number.
+      logit_softcap: `c` in `c · tanh(z / c)`, a Python number, or None for no cap.
+      logits_dtype: what logits are rounded to before anything reads them, in both passes; None for hidden's dtype.
+      precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.
+      chunk_size: tokens a chunk, or None for the rule that `fused_linear_cross_entropy` names.
+      vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, over which the kernel's columns are spread.
+      adapter: a `jliger.LinearAdapter`: logits become those of `hidden · (kernel + scale · a · b)`, and gradients flow
+        to `a`, `b` and `scale` too.
+      keep_logits: keep the logits for the backward pass, where memory allows. Tokens that don't count then take as
+        much time and memory as others. Where nothing is differentiated it has no effect.
+      implementation: `"triton"` for NVIDIA GPUs, `"xla"` for any device, None for what fits the default device.
+
+    Returns:
+      `LinearLogprobs`, float32 (float64 for float64 hidden states) and int32, `[*B]`.
+
+    Raises:
+      ValueError: a shape that doesn't fit, an option out of its range, or `"triton"` where there is no GPU.
+      TypeError: something that is no array, a dtype that isn't supported, or an option that is not a Python number.
+      NotImplementedError: a combination that isn't supported.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jliger
+      >>> hidden = jax.random.normal(jax.random.key(0), (2, 5, 8))
+      >>> kernel = jax.random.normal(jax.random.key(1), (8, 32))
+      >>> labels = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, -100, -100]])
+      >>> found = jliger.linear_logprobs(hidden, kernel, labels)
+      >>> log_p = jax.nn.log_softmax(hidden @ kernel)
+      >>> print(bool(jnp.allclose(found.logprobs[0], log_p[0, jnp.arange(5), labels[0]], atol=1e-5)))
+      True
+      >>> print(bool(jnp.allclose(found.entropy[0], -jnp.sum(jnp.exp(log_p) * log_p, -1)[0], atol=1e-5)))
+      True
+      >>> print(found.logprobs[1, 3:], found.predictions[1, 3:])
+      [0. 0.] [-1 -1]
+    """
+    config, inputs, labels, where, adapter = head_arguments(
+        hidden,
+        kernel,
+        labels,
+        bias=bias,
+        where=where,
+        ignore_index=ignore_index,
+        kernel_layout=kernel_layout,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        logits_dtype=logits_dtype,
+        precision=precision,
+        chunk_size=chunk_size,
+        vocab_axis_name=vocab_axis_name,
+        adapter=adapter,
+        implementation=implementation,
+        stats_wanted=StatsWanted(mean_logit=True),
+    )
+    if keep_logits and config.implementation == "triton" and any(map(export.is_symbolic_dim, inputs.hidden.shape)):
+        raise ValueError(
+            f"keep_logits got True with hidden of the symbolic shape {inputs.hidden.shape}, for which no kernel can be "
+            "launched over all tokens; leave it out, or pass implementation='xla'."
+        )
+    config = dataclasses.replace(config, keep_logits=bool(keep_logits))
+    return _linear_logprobs(config, int(ignore_index), inputs, adapter, labels, where)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _linear_logprobs(
+    config: HeadConfig,
+    ignore_index: int,
+    inputs: Inputs,
+    adapter: LinearAdapter | None,
+    labels: Int[Array, "*B"],
+    where: Bool[Array, "*B"] | None,
+) -> LinearLogprobs:
+    inputs = with_adapter(config, inputs, adapter)
+    counted = counted_tokens(labels, where, ignore_index)
+    columns = label_columns(labels, counted, sharding.vocab_size(config, inputs.kernel))
+    stats = gradients.token_stats(config, inputs, Context(columns, counted, None))
+    # The label's logit and the maximum may be large and close: their difference comes first.
+    logprobs = (stats.label_logit - stats.max) - stats.log_sum
+    assert stats.mean_logit is not None
+    found = LinearLogprobs(
+        logprobs=logprobs * column_validity(columns, logprobs.dtype),
+        logsumexp=stats.max + stats.log_sum,
+        entropy=stats.log_sum - stats.mean_logit,
+        predictions=stats.prediction,
+    )
+    # Of several devices' columns even an empty row has a log-sum.
+    return LinearLogprobs(*(jnp.where(counted, field, none) for field, none in zip(found, (0, 0, 0, -1), strict=True)))

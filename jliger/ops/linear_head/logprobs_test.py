@@ -1,0 +1,301 @@
+"""Log-probabilities, log-sum-exp and entropy, with any cotangents; and adapters, under both operations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jliger
+from jliger.ops.linear_head import chunks
+from jliger.testing.oracle import DTYPES, INTERPRETED, assert_rule_of_two, equations, every_pair, found_by, make_problem
+
+OUTPUTS = ("logprobs", "logsumexp", "entropy")
+PAIRS = every_pair(
+    {
+        "dtype": ["float32", "bfloat16", "float16"],
+        "rank": [None, 3],
+        "kernel_layout": ["hv", "vh"],
+        "bias": [None, "float32"],
+        "where": [None, "some"],
+        "ignored": [0.0, 0.3],
+        "chunk_size": [None, 8],
+        "keep_logits": [False, True],
+        "logit_softcap": [None, 2.0],
+        "logit_scale": [1.0, 0.6],
+        "batch": [(5,), (3, 7)],
+        "vocab": [11, 40],
+        "used": [OUTPUTS, ("logprobs",), ("entropy",), ("logprobs", "entropy")],
+    }
+)
+
+
+def make(seed=0, rank=None, used=OUTPUTS, **options):
+    """A problem, with an adapter if it has a rank, and random cotangents for the outputs that are used."""
+    options = {"precision": "highest", **options}
+    problem = make_problem(seed, **options)
+    random = np.random.default_rng(seed + 1)
+    if rank is not None:
+        sides = {"a": (problem.inputs["hidden"].shape[-1], rank), "b": (rank, options.get("vocab", 11))}
+        factors = {name: jnp.asarray(random.normal(size=size) / 2, jnp.float32) for name, size in sides.items()}
+        problem = problem.replace(inputs={**problem.inputs, **factors, "scale": jnp.float32(0.7)})
+    cotangents = {name: jnp.asarray(random.normal(size=problem.labels.shape), jnp.float32) for name in used}
+    return problem.replace(cotangent=cotangents)
+
+
+def adapter_of(inputs):
+    return jliger.LinearAdapter(inputs["a"], inputs["b"], inputs["scale"]) if "a" in inputs else None
+
+
+def outputs_and_grads(function, inputs, labels, cotangents, options):
+    """What the function finds, and the gradient of every input by the outputs that have a cotangent."""
+
+    def outputs(inputs):
+        found = function(
+            inputs["hidden"], inputs["kernel"], labels, bias=inputs.get("bias"), adapter=adapter_of(inputs), **options
+        )
+        return {name: getattr(found, name) for name in cotangents}, found
+
+    used, pull_back, found = jax.vjp(outputs, inputs, has_aux=True)
+    grads = pull_back({name: cotangents[name].astype(used[name].dtype) for name in used})[0]
+    return {**found._asdict(), **{f"d {name}": grad for name, grad in grads.items()}}
+
+
+def check(problem, implementation, what=""):
+    """The rule of two, for values and gradients."""
+    options = problem.options
+
+    def found(function, inputs, cotangents, options):
+        return found_by(outputs_and_grads, function, inputs, problem.labels, cotangents, options=options)
+
+    ours = found(
+        jliger.linear_logprobs, problem.inputs, problem.cotangent, {"implementation": implementation, **options}
+    )
+    theirs = found(jliger.reference.linear_logprobs, problem.inputs, problem.cotangent, options)
+    with jax.enable_x64(True):
+        as_float64 = jax.tree.map(
+            lambda array: jnp.asarray(np.asarray(array), jnp.float64), (problem.inputs, problem.cotangent)
+        )
+        options = {name: value for name, value in options.items() if name not in ("precision", "logits_dtype")}
+        oracle = found(jliger.reference.linear_logprobs, *as_float64, options)
+        oracle = {name: np.asarray(value) for name, value in oracle.items()}
+    # The bias's gradient is a sum of logit gradients that are rounded to hidden's dtype; the reference sums first.
+    half_unit = float(jnp.finfo(problem.inputs["hidden"].dtype).eps) / 2
+    more = {}
+    if "bias" in problem.inputs and half_unit > 1e-6:
+        more["d bias"] = 2 * half_unit * np.sqrt(problem.labels.size)
+    if "scale" in problem.inputs:
+        # One number that many terms cancel in: a rounding of each.
+        terms = np.abs(np.asarray(problem.inputs["a"], np.float64) * oracle["d a"] / 0.7)
+        more["d scale"] = 4 * np.finfo(np.float32).eps * terms.sum()
+    assert_rule_of_two(
+        {name: value for name, value in ours.items() if name != "predictions"},
+        theirs,
+        {name: value for name, value in oracle.items() if name != "predictions"},
+        what,
+        more,
+    )
+    for name, value in problem.inputs.items():
+        assert ours[f"d {name}"].dtype == value.dtype
+    assert ours["logprobs"].dtype == ours["entropy"].dtype == jnp.float32
+    return ours, oracle
+
+
+@pytest.mark.parametrize("row", PAIRS, ids=range(len(PAIRS)))
+def test_every_pair_of_options(row, implementation):
+    ours, oracle = check(make(3, **row), implementation, str(row))
+    np.testing.assert_array_equal(ours["predictions"] == -1, oracle["predictions"] == -1)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
+@pytest.mark.parametrize("scale", [30, 1000])
+def test_activation_scales(scale, dtypes, implementation):
+    precision = "highest" if dtypes[0] == "float32" else None
+    problem = make(
+        4, batch=(16,), hidden_size=24, vocab=33, dtype=dtypes[0], kernel_dtype=dtypes[1], scale=scale, chunk_size=8,
+        precision=precision,
+    )  # fmt: skip
+    check(problem, implementation)
+
+
+@pytest.mark.parametrize("keep_logits", [False, True])
+@pytest.mark.parametrize("where", ["none", "some", "all"])
+def test_what_does_not_count_is_zero(where, keep_logits, implementation):
+    problem = make(5, where=where, keep_logits=keep_logits)
+    hidden = jnp.where(problem.options["where"][..., None], problem.inputs["hidden"], jnp.nan)
+    ours, _ = check(problem, implementation)
+    poisoned = outputs_and_grads(
+        jliger.linear_logprobs, {**problem.inputs, "hidden": hidden}, problem.labels, problem.cotangent,
+        {"implementation": implementation, **problem.options},
+    )  # fmt: skip
+    for name, value in poisoned.items():
+        np.testing.assert_array_equal(value, ours[name], err_msg=name)
+    for name in OUTPUTS:
+        assert not np.any(np.asarray(ours[name])[~np.asarray(problem.options["where"])])
+
+
+def test_a_label_out_of_range_poisons_its_own_logprob(implementation):
+    problem = make(6, batch=(6,))
+    labels = problem.labels.at[2].set(11)
+    found = jliger.linear_logprobs(
+        problem.inputs["hidden"], problem.inputs["kernel"], labels, implementation=implementation
+    )
+    np.testing.assert_array_equal(np.isnan(found.logprobs), np.arange(6) == 2)
+    assert np.isfinite(found.logsumexp).all()
+    assert np.isfinite(found.entropy).all()
+
+
+def test_of_equal_logits(implementation):
+    # log V in nats; a maximum, so its gradient is 0.
+    hidden, kernel = jnp.ones((3, 4)), jnp.full((4, 7), 0.25)
+
+    def entropy(kernel):
+        return jliger.linear_logprobs(hidden, kernel, jnp.arange(3), implementation=implementation).entropy.sum()
+
+    value, grad = jax.value_and_grad(entropy)(kernel)
+    np.testing.assert_allclose(value, 3 * np.log(7), rtol=1e-6)
+    np.testing.assert_allclose(grad, 0, atol=1e-6)
+
+
+def test_of_one_certain_token(implementation):
+    hidden = 1e4 * jnp.eye(3)
+    found = jliger.linear_logprobs(hidden, jnp.eye(3), jnp.array([0, 1, 0]), implementation=implementation)
+    np.testing.assert_array_equal(found.entropy, 0)
+    np.testing.assert_array_equal(found.logprobs, [0, 0, -1e4])
+    np.testing.assert_array_equal(found.predictions, [0, 1, 2])
+
+
+def test_a_temperature_is_a_scale(implementation):
+    problem = make(7)
+    hidden, kernel = problem.inputs["hidden"], problem.inputs["kernel"]
+    found = jliger.linear_logprobs(
+        hidden, kernel, problem.labels, logit_scale=1 / 0.7, precision="highest", implementation=implementation
+    )
+    expected = jax.nn.log_softmax(jnp.dot(hidden, kernel, precision="highest") / 0.7)
+    expected = jnp.take_along_axis(expected, problem.labels[..., None], -1)[..., 0]
+    np.testing.assert_allclose(found.logprobs, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("used", [("logprobs",), OUTPUTS])
+def test_an_entropy_that_is_not_used_has_no_part_in_the_backward_pass(used, implementation, monkeypatch):
+    seen = []
+
+    def recording(*args):
+        seen.append(args[-1])
+        return form(*args)
+
+    form = chunks.recompute_form
+    monkeypatch.setattr(chunks, "recompute_form", recording)
+    jax.clear_caches()
+    problem = make(8, used=used)
+
+    def grads(inputs):
+        return outputs_and_grads(
+            jliger.linear_logprobs, inputs, problem.labels, problem.cotangent, {"implementation": implementation}
+        )
+
+    jax.jit(grads).lower(problem.inputs)
+    assert seen
+    assert all((coefficients.probability_logit is not None) == ("entropy" in used) for coefficients in seen)
+
+
+# ---- adapters ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernel_layout", ["hv", "vh"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_adapter_under_the_loss(reduction, kernel_layout, dtype, implementation):
+    problem = make(
+        9, rank=5, batch=(19,), vocab=23, dtype=dtype, kernel_layout=kernel_layout, chunk_size=8, ignored=0.2,
+        reduction=reduction, z_loss=0.01, label_smoothing=0.1,
+    )  # fmt: skip
+    shape = problem.labels.shape if reduction == "none" else ()
+    cotangent = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+    def loss_and_grads(function, inputs, cotangent, **options):
+        def loss(inputs):
+            return function(
+                inputs["hidden"], inputs["kernel"], problem.labels, adapter=adapter_of(inputs), **options
+            )  # fmt: skip
+
+        value, pull_back = jax.vjp(loss, inputs)
+        return {"loss": value, **pull_back(cotangent.astype(value.dtype))[0]}
+
+    options = problem.options
+    ours = loss_and_grads(
+        jliger.fused_linear_cross_entropy, problem.inputs, cotangent, implementation=implementation, **options
+    )
+    theirs = loss_and_grads(jliger.reference.fused_linear_cross_entropy, problem.inputs, cotangent, **options)
+    with jax.enable_x64(True):
+        inputs, wide = jax.tree.map(
+            lambda array: jnp.asarray(np.asarray(array), jnp.float64), (problem.inputs, cotangent)
+        )
+        oracle = loss_and_grads(jliger.reference.fused_linear_cross_entropy, inputs, wide, **options)
+        oracle = {name: np.asarray(value) for name, value in oracle.items()}
+    assert_rule_of_two(ours, theirs, oracle)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_neither_the_sum_nor_a_frozen_kernels_gradient_is_formed(reduction, implementation):
+    if INTERPRETED:
+        pytest.skip("looks at programs, which interpreted kernels are no part of")
+    problem = make(10, rank=3, batch=(8,), vocab=40, hidden_size=16)
+
+    def loss(adapter):
+        return jliger.fused_linear_cross_entropy(
+            problem.inputs["hidden"], problem.inputs["kernel"], problem.labels, adapter=adapter, reduction=reduction,
+            implementation=implementation,
+        ).sum()  # fmt: skip
+
+    found = equations(jax.make_jaxpr(jax.grad(loss))(adapter_of(problem.inputs)))
+    made = {
+        tuple(sorted(out.aval.shape)) for one in found if one.primitive.name == "dot_general" for out in one.outvars
+    }
+    assert (16, 40) not in made
+    assert (3, 40) in made or (8, 40) in made
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"a": (6, 3), "b": (4, 11)}, "one rank"),
+        ({"a": (5, 3), "b": (3, 11)}, r"adapter\.a got shape \(5, 3\)"),
+        ({"a": (6, 3), "b": (3, 12)}, r"adapter\.b got shape \(3, 12\)"),
+        ({"a": (6, 3), "b": (3, 11), "scale": (2,)}, r"adapter\.scale got shape"),
+    ],
+)
+def test_an_adapter_that_does_not_fit(changes, message):
+    adapter = jliger.LinearAdapter(
+        jnp.ones(changes["a"]), jnp.ones(changes["b"]), jnp.ones(changes.get("scale", ()))
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        jliger.linear_logprobs(jnp.ones((2, 6)), jnp.ones((6, 11)), jnp.zeros(2, jnp.int32), adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keep_logits", "size"), [("float32", False, -1e6), ("bfloat16", True, 1e6), ("float16", False, 1e4)]
+)
+def test_entropy_gradients_of_masked_columns(dtype, keep_logits, size, implementation):
+    """Columns masked by a bias of −inf, or of the lowest number, do not exist for the rest."""
+    if INTERPRETED and dtype == "bfloat16":
+        pytest.skip("Triton's interpreter truncates where it should round to bfloat16")
+    hidden, kernel = jnp.asarray([[1, -2, 0.5, 1], [0, 1, 1, -1]], dtype), jnp.eye(4, 7, dtype=dtype)
+    bias = jnp.array([0, 0.5, 0, 0, -jnp.inf, jnp.finfo(jnp.float32).min, -jnp.inf])
+
+    def entropy(hidden, kernel, bias):
+        options = {"bias": bias, "keep_logits": keep_logits, "implementation": implementation}
+        return (size * jliger.linear_logprobs(hidden, kernel, jnp.zeros(2, jnp.int32), **options).entropy).sum()
+
+    found = jax.jit(jax.grad(entropy, argnums=(0, 1, 2)))(hidden, kernel, bias)
+    with jax.disable_jit(), jax.debug_nans(True):
+        entropy(hidden, kernel, bias)
+    with jax.enable_x64(True):
+        hidden, kernel, bias = (np.asarray(array, np.float64) for array in (hidden, kernel, bias))
+        log_p = jax.nn.log_softmax((hidden @ kernel + bias)[:, :4])
+        p = jnp.exp(log_p)
+        by_logit = np.zeros((2, 7))
+        by_logit[:, :4] = -size * p * (log_p - (p * log_p).sum(1, keepdims=True))
+    expected = (by_logit @ kernel.T, hidden.T @ by_logit, by_logit.sum(0))
+    eps = float(jnp.finfo(dtype).eps)
+    for ours, exact in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(ours, np.float64) / size, exact / size, atol=4 * eps)

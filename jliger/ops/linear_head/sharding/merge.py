@@ -1,0 +1,56 @@
+"""What devices find of their own columns, made into what there is to find of all columns."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jliger.core.meshes import Axes
+from jliger.ops.linear_head import chunks
+from jliger.ops.linear_head.chunks import PairMerge
+from jliger.ops.logits import RowStats
+from jliger.ops.logits.distillation import PairStats, SoftmaxStats
+
+
+def merge_over(axes: Axes, stats: RowStats) -> RowStats:
+    """The stats of all columns from those of each device's: nothing larger than `[T]` moves."""
+    row_max = jax.lax.pmax(stats.max, axes)
+    sums = jax.tree.map(lambda part: jax.lax.psum(part, axes), chunks.shifted_sums(stats, row_max))
+    return RowStats(
+        max=row_max,
+        log_sum=jnp.log(sums.sum_exp),
+        label_logit=jax.lax.psum(stats.label_logit, axes),
+        prediction=_first_with_max(axes, stats.prediction, stats.max == row_max),
+        weighted_sum=None if stats.weighted_sum is None else jax.lax.psum(stats.weighted_sum, axes),
+        mean_logit=None if sums.sum_exp_logit is None else sums.sum_exp_logit / sums.sum_exp,
+    )
+
+
+def _first_with_max(axes: Axes, prediction: Int[Array, " T"], has_max: Bool[Array, " T"]) -> Int[Array, " T"]:
+    """The first column of those that have the maximum; devices without it offer a number past every column."""
+    return jax.lax.pmin(jnp.where(has_max, prediction, jnp.iinfo(prediction.dtype).max), axes)
+
+
+def pair_merge(temperature: float, axes: Axes, start: Int[Array, ""] | int) -> PairMerge:
+    """What is found of pairs over all columns, from what each device finds of its own, which begin with `start`."""
+
+    def log_sum(log_sum: Float[Array, " T"], step: Float[Array, " T"]) -> Float[Array, " T"]:
+        # As in `chunks.shifted_sums`.
+        return jnp.log(jax.lax.psum(jnp.exp(log_sum + jnp.maximum(step, jnp.finfo(step.dtype).min)), axes))
+
+    def softmax(stats: SoftmaxStats) -> SoftmaxStats:
+        row_max = jax.lax.pmax(stats.max, axes)
+        return SoftmaxStats(
+            max=row_max,
+            log_sum=log_sum(stats.log_sum, (stats.max - row_max) / temperature),
+            prediction=_first_with_max(axes, stats.prediction + start, stats.max == row_max),
+        )
+
+    def merge_stats(stats: PairStats) -> PairStats:
+        student = softmax(stats.student)
+        hard_log_sum = stats.hard_log_sum
+        if hard_log_sum is not None:
+            hard_log_sum = log_sum(hard_log_sum, stats.student.max - student.max)
+        label_logit = None if stats.label_logit is None else jax.lax.psum(stats.label_logit, axes)
+        return PairStats(student, softmax(stats.teacher), label_logit, hard_log_sum)
+
+    return PairMerge(merge_stats, lambda divergence: jax.tree.map(lambda part: jax.lax.psum(part, axes), divergence))

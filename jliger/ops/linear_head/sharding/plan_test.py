@@ -1,0 +1,182 @@
+"""Which axes do what, from shapes and specs alone."""
+
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jliger.ops.linear_head.sharding.passes import Form
+from jliger.ops.linear_head.sharding.plan import Plan, first_column, local_plan
+from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.logits import StatsWanted
+
+SIZES = {"data": 2, "seq": 2, "model": 4, "one": 1}
+HIDDEN = (8, 4, 16)  # [B, L, H]
+KERNEL = (16, 64)  # [H, V]
+
+
+def make(hidden, kernel, vocab_dim=1, hidden_shape=HIDDEN, kernel_shape=KERNEL):
+    return Plan.make(SIZES, (hidden_shape, hidden), (kernel_shape, kernel), vocab_dim)
+
+
+def make_config():
+    types = {"logits_dtype": np.dtype(np.float32), "precision": None, "chunk_size": None, "implementation": "xla"}
+    return HeadConfig("hv", 1.0, None, **types, compute_capability=None, stats_wanted=StatsWanted(False, False))
+
+
+def test_nothing_sharded():
+    plan = make(P(), P())
+    assert plan[:4] == (((), ()), (), ((), ()), 1)
+    assert plan.tokens == plan.summed == ()
+    assert plan.spec("hidden") == P(None, None, None)
+    assert plan.spec("token") == P(None, None)
+    assert plan.spec("kernel") == plan.spec("kernel", result=True) == P(None, None)
+    assert plan.spec("vocab") == P(None)
+
+
+def test_data_and_sequence_parallel():
+    plan = make(P("data", "seq"), P())
+    assert plan.batch == (("data",), ("seq",))
+    assert plan.tokens == plan.summed == ("data", "seq")
+    assert plan.spec("hidden") == P("data", "seq", None)
+    assert plan.spec("token") == P("data", "seq")
+    assert plan.spec("kernel", result=True) == P(None, None)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scattered", "summed"),
+    [
+        (P("data"), (("data",), ()), ("seq",)),
+        (P(None, "seq"), ((), ("seq",)), ("data",)),
+        (P("seq", "data"), (("seq",), ("data",)), ()),
+        (P(("seq", "data")), (("seq", "data"), ()), ()),
+    ],
+)
+def test_fsdp(kernel, scattered, summed):
+    plan = make(P("data", "seq"), kernel)
+    assert plan.vocab == ()
+    assert plan.scattered == scattered
+    assert plan.summed == summed
+    # As operand it is gathered, as result it is scattered.
+    assert plan.spec("kernel") == P(None, None)
+    assert plan.spec("kernel", result=True) == P(*(*kernel, None)[:2])
+
+
+@pytest.mark.parametrize(("vocab_dim", "kernel"), [(1, P(None, "model")), (0, P("model", None))])
+def test_vocabulary_parallel(vocab_dim, kernel):
+    shape = KERNEL if vocab_dim == 1 else KERNEL[::-1]
+    plan = make(P("data"), kernel, vocab_dim, kernel_shape=shape)
+    assert plan.vocab == ("model",)
+    assert plan.scattered == ((), ())
+    assert plan.spec("kernel") == plan.spec("kernel", result=True) == kernel
+    assert plan.spec("vocab") == plan.spec("vocab", result=True) == P("model")
+
+
+def test_both_at_once():
+    plan = make(P("data", "seq"), P("data", ("model", "seq")))
+    assert plan[:4] == ((("data",), ("seq",)), ("model",), (("data",), ("seq",)), 1)
+    assert plan.summed == ()
+    assert plan.spec("kernel") == P(None, "model")
+    assert plan.spec("kernel", result=True) == P("data", ("model", "seq"))
+
+
+def test_vocabulary_axes_come_first():
+    # Whichever way round the kernel has them: its gradient comes in this order and is put in the other afterwards.
+    plan = make(P("data"), P(None, ("data", "model")))
+    assert plan.spec("kernel") == P(None, "model")
+    assert plan.spec("kernel", result=True) == P(None, ("model", "data"))
+
+
+def test_order_within_a_role_is_kept():
+    assert make(P(), P(None, ("model", "data"))).vocab == ("model", "data")
+    assert make(P(), P(None, ("data", "model"))).vocab == ("data", "model")
+    assert make(P(("seq", "data")), P()).batch == (("seq", "data"), ())
+
+
+def test_rows_of_the_kernel_over_an_axis_without_tokens_are_gathered():
+    plan = make(P("data"), P("model"))
+    assert plan[:4] == ((("data",), ()), (), ((), ()), 1)
+    assert plan.spec("kernel") == plan.spec("kernel", result=True) == P(None, None)
+
+
+def test_the_hidden_dimension_is_gathered():
+    plan = make(P("data", None, "model"), P("model"))
+    assert plan.tokens == ("data",)
+    assert plan.spec("hidden") == plan.spec("hidden", result=True) == P("data", None, None)
+
+
+@pytest.mark.parametrize(
+    ("hidden_shape", "kernel_shape", "expected"),
+    [
+        ((7, 4, 16), KERNEL, (((), ("seq",)), ("data", "model"), ((), ()), 1)),
+        ((8, 3, 16), KERNEL, ((("data",), ()), ("model",), ((), ("data",)), 1)),
+        # Both axes shard one dimension: one of them alone is not tried.
+        (HIDDEN, (16, 60), ((("data",), ("seq",)), (), ((), ()), 1)),
+    ],
+)
+def test_an_axis_that_does_not_divide_its_dimension_is_left_out(hidden_shape, kernel_shape, expected):
+    hidden, kernel = P("data", "seq"), P(None, ("data", "model"))
+    assert make(hidden, kernel, hidden_shape=hidden_shape, kernel_shape=kernel_shape)[:4] == expected
+
+
+def test_rows_that_do_not_divide():
+    assert make(P("data"), P("data"), kernel_shape=(15, 64)).scattered == ((), ())
+
+
+def test_axes_of_one_device_stay_in_specs_and_move_nothing():
+    plan = make(P(("one", "data")), P(None, "one"))
+    assert plan.spec("token") == P(("one", "data"), None)
+    assert plan.tokens == plan.summed == ("data",)
+    assert plan.columns == ()
+
+
+def test_no_leading_dimensions_but_one():
+    plan = make(P("data"), P("data"), hidden_shape=(8, 16))
+    assert plan.spec("hidden") == P("data", None)
+    assert plan.spec("token") == P("data")
+
+
+@pytest.mark.parametrize(
+    ("flags", "specs", "examples", "batch", "kernel_grad"),
+    [
+        # Devices share the examples of one vmap: they sum nothing over them, and gather what they spread of the kernel.
+        ("htk", [P("data"), P("data"), P("data")], [("data",)], [(), ()], P("data", None, None)),
+        (
+            "ht",
+            [P("data", "seq"), P("data", "seq"), P("data", "seq")],
+            [("data",)],
+            [("seq",), ()],
+            P("data", None, "seq"),
+        ),
+        # Labels alone are spread.
+        ("ht", [P(), P("data"), P(None, "model")], [("data",)], [(), ()], P("data", None, "model")),
+        ("t", [P("seq"), P("data", "seq"), P()], [("data",)], [("seq",), ()], P("data", None, None)),
+    ],
+)
+def test_examples_of_a_vmap(flags, specs, examples, batch, kernel_grad):
+    shapes = {"hidden": HIDDEN, "token": HIDDEN[:-1], "kernel": KERNEL}
+    has = [name[0] in flags for name in shapes]
+    operands = [((8,) * flag + shape, spec) for flag, shape, spec in zip(has, shapes.values(), specs, strict=True)]
+    form = Form("stats", make_config(), examples=(tuple(has),))
+    plan = Plan.of_operands(form, SIZES, tuple(shapes), operands)
+    assert (plan.examples, plan.batch) == (tuple(examples), tuple(batch))
+    assert plan.tokens == sum(batch, ())
+    assert plan.spec("kernel", result=True) == kernel_grad
+    assert plan.spec("token", [has[1]]) == P("data", *plan.spec("token", [False]))
+
+
+def test_examples_of_two_vmaps():
+    # The outer one is of kernels, and whole; the inner one of tokens, and spread.
+    form = Form("stats", make_config(), examples=((False, True), (True, False)))
+    operands = [((4, *HIDDEN), P("data")), ((3, *KERNEL), P(None, "data"))]
+    plan = Plan.of_operands(form, SIZES, ("hidden", "kernel"), operands)
+    assert plan.examples == ((), ("data",))
+    assert plan.spec("kernel", (True, False)) == P(None, None, None)
+    assert plan.spec("hidden", (False, True)) == P("data", None, None, None)
+    assert plan.spec("hidden", result=True) == P(None, "data", None, None, None)
+
+
+def test_a_share_as_all_there_is():
+    plan = local_plan(("model",), 0)
+    assert plan.tokens == plan.summed == ()
+    assert plan.vocab == ("model",)
+    assert first_column((), 64) == 0

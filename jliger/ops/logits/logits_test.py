@@ -1,0 +1,217 @@
+"""The row functions of every backend against the same words in numpy and float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jliger.ops.logits import Block, Coefficients, LogitMap, StatsWanted, get_rows
+from jliger.testing.oracle import INTERPRETED
+
+ROWS = 6
+BOTH = StatsWanted(weighted_sum=True, mean_logit=True)
+
+
+def in_float64(product, block, logit_map, coefficients):
+    """Logits, with −inf where there is no column; stats; and logit gradients."""
+    product, bias, u, labels = (
+        None if x is None else np.asarray(x, np.float64)
+        for x in (product, block.bias, block.class_weights, block.labels)
+    )
+    columns = np.arange(product.shape[1])
+    inside = (columns < logit_map.width) & (columns >= (0 if block.first is None else int(block.first[0])))
+    with np.errstate(invalid="ignore"):
+        logits = (product + (0 if bias is None else bias)) * logit_map.scale
+        slope = np.full(logits.shape, logit_map.scale)
+        if logit_map.softcap is not None:
+            tanh = np.tanh(logits / logit_map.softcap)
+            logits, slope = logit_map.softcap * tanh, logit_map.scale * (1 - tanh**2)
+    u = np.ones(product.shape[1]) if u is None else u
+    weighted_sum = np.where(inside, logits * u, 0).sum(1)
+    is_label = (columns == labels[:, None]) & inside
+    label_logit = np.where(is_label, logits, 0).sum(1)
+    logits = np.where(inside, logits, -np.inf)
+    row_max = logits.max(1)
+    log_sum = np.log(np.exp(logits - row_max[:, None]).sum(1))
+    probability, label, by_lse, smoothing, by_logit = (
+        np.zeros(ROWS) if field is None else np.asarray(field, np.float64) for field in coefficients
+    )
+    below = np.where(np.isinf(logits), 0, logits - row_max[:, None])
+    factor = (probability + by_lse * (row_max + log_sum))[:, None] + by_logit[:, None] * below
+    p = np.exp(logits - row_max[:, None] - log_sum[:, None])
+    grads = p * factor - is_label * label[:, None] - smoothing[:, None] * u
+    stats = (row_max, log_sum, label_logit, logits.argmax(1), weighted_sum, (p * below).sum(1))
+    return logits, stats, np.where(inside, grads * slope, 0)
+
+
+def make_block(width, *, padding=0, dtype="float32", bias=False, class_weights=False, first=None, scale=1.0, seed=0):
+    random = np.random.default_rng(seed)
+    product = random.normal(size=(ROWS, width + padding)) * scale
+    vectors = random.uniform(0.1, 2, size=(2, width + padding))
+    # What lies beyond the width has no say, whatever it is.
+    product[:, width:], vectors[:, width:] = np.nan, np.nan
+    # Labels: the first column, the last, one inside, and three that are none of the block's.
+    low = first or 0
+    labels = [low, width - 1, (low + width) // 2, -1, width, low - 1]
+    return jnp.asarray(product, dtype), Block(
+        jnp.asarray(vectors[0], jnp.float32) if bias else None,
+        jnp.asarray(vectors[1], jnp.float32) if class_weights else None,
+        jnp.asarray(labels, jnp.int32),
+        None if first is None else jnp.asarray([first], jnp.int32),
+    )
+
+
+def make_coefficients(seed=0, *, by_lse=False, smoothing=False, by_logit=False):
+    random = np.random.default_rng(seed)
+    fields = jnp.asarray(random.normal(size=(5, ROWS)), jnp.float32)
+    optional = zip(fields[2:], (by_lse, smoothing, by_logit), strict=True)
+    return Coefficients(fields[0], fields[1], *(field if wanted else None for field, wanted in optional))
+
+
+def check_rows(implementation, product, block, logit_map, coefficients, *, wanted=BOTH, dtype="float32"):
+    """All three functions, and that two launches and one give the same."""
+    rows = get_rows(implementation, None)
+
+    @jax.jit
+    def run(product, block, coefficients):
+        stats = rows.row_stats(product, block, logit_map, wanted)
+        grads = rows.row_grads(
+            product, block, logit_map, stats.max, stats.log_sum, coefficients, dtype=jnp.dtype(dtype)
+        )
+        both = rows.row_stats_and_grads(product, block, logit_map, wanted, coefficients, dtype=jnp.dtype(dtype))
+        return stats, grads, both
+
+    stats, grads, (stats_again, grads_again) = run(product, block, coefficients)
+    logits, expected_stats, expected_grads = in_float64(product, block, logit_map, coefficients)
+    size = max(1.0, np.nanmax(np.abs(np.asarray(product, np.float64))) * abs(logit_map.scale))
+    eps = np.finfo(np.float32).eps
+    for found in (stats, stats_again):
+        for name, value, truth in zip(found._fields, found, expected_stats, strict=True):
+            if name == "prediction":
+                assert value.dtype == jnp.int32
+                chosen = np.take_along_axis(logits, np.asarray(value)[:, None], 1)[:, 0]
+                assert np.all(chosen >= logits.max(1) - 8 * eps * size)  # a softcap makes equals of what was not
+            elif value is None:
+                assert not getattr(wanted, name)
+            else:
+                assert value.dtype == jnp.float32
+                # A mean of terms that exponentials weigh: as uncertain as they are.
+                terms = {"weighted_sum": product.shape[1] * 2, "mean_logit": 16 * size}.get(name, 8)
+                np.testing.assert_allclose(value, truth, rtol=4 * eps, atol=terms * eps * size, err_msg=name)
+    largest = np.abs(expected_grads).max()
+    for found in (grads, grads_again):
+        assert found.dtype == jnp.dtype(dtype)
+        # An exponential's relative error is its argument's absolute one.
+        error = np.abs(np.asarray(found, np.float64) - expected_grads)
+        half_unit = float(jnp.finfo(dtype).eps) / 2
+        assert np.all(
+            error <= half_unit * np.abs(expected_grads) + 16 * eps * size * largest + 1e-7 * (dtype == "float16")
+        )
+        assert not np.any(np.asarray(found)[:, logit_map.width :]), "padding must have gradient 0"
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_lse_and_smoothing", [False, True])
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("by_logit", [False, True])
+@pytest.mark.parametrize("first", [None, 3])
+def test_every_branch(first, by_logit, vectors, with_lse_and_smoothing, softcap, implementation):
+    product, block = make_block(37, padding=3, bias=vectors, class_weights=vectors, first=first)
+    coefficients = make_coefficients(by_lse=with_lse_and_smoothing, smoothing=with_lse_and_smoothing, by_logit=by_logit)
+    wanted = StatsWanted(with_lse_and_smoothing, by_logit)
+    check_rows(implementation, product, block, LogitMap(0.7, softcap, 37), coefficients, wanted=wanted)
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 255, 256, 257, 2047, 2048, 2049, 8192, 8193, 33000])
+def test_widths_about_those_of_tiles(width, implementation):
+    if INTERPRETED and width > 9000:
+        pytest.skip("minutes, interpreted")
+    product, block = make_block(width, padding=-width % 8, bias=True)
+    check_rows(implementation, product, block, LogitMap(1.0, None, width), make_coefficients())
+
+
+@pytest.mark.parametrize("first", [1, 130, 300])
+def test_blocks_that_start_later(first, implementation):
+    product, block = make_block(301, padding=3, first=first)
+    check_rows(implementation, product, block, LogitMap(1.0, None, 301), make_coefficients())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [1, 30, 1000])
+def test_dtypes_and_scales(scale, dtype, implementation):
+    if INTERPRETED and dtype == "bfloat16":
+        pytest.skip("Triton's interpreter truncates where it should round to bfloat16")
+    product, block = make_block(90, padding=6, dtype=dtype, bias=True, scale=scale)
+    coefficients = make_coefficients(by_lse=True, smoothing=True, by_logit=True)
+    check_rows(implementation, product, block, LogitMap(1.0, None, 90), coefficients, dtype=dtype)
+
+
+@pytest.mark.parametrize("softcap", [1e-3, 1.0, 50.0, 1e4])
+def test_softcaps_from_hard_to_none_at_all(softcap, implementation):
+    product, block = make_block(64, scale=20)
+    check_rows(implementation, product, block, LogitMap(1.0, softcap, 64), make_coefficients())
+
+
+def test_a_negative_scale(implementation):
+    product, block = make_block(64, scale=5)
+    check_rows(implementation, product, block, LogitMap(-2.0, None, 64), make_coefficients())
+
+
+def test_the_first_of_equal_logits_is_predicted(implementation):
+    random = np.random.default_rng(0)
+    for width in (40, 3000):
+        product = random.integers(-2, 3, size=(ROWS, width)).astype(np.float32)
+        product[0] = 1.5
+        rows = get_rows(implementation, None)
+        block = Block(None, None, jnp.zeros(ROWS, jnp.int32))
+        stats = rows.row_stats(jnp.asarray(product), block, LogitMap(1.0, None, width), StatsWanted())
+        np.testing.assert_array_equal(stats.prediction, product.argmax(1))
+
+
+def test_a_logit_of_minus_infinity_has_probability_zero(implementation):
+    # As a bias masks a column.
+    product, block = make_block(40, bias=True)
+    masked = block._replace(bias=block.bias.at[7].set(-jnp.inf))
+    rows = get_rows(implementation, None)
+    coefficients = make_coefficients(by_logit=True)
+    stats, grads = rows.row_stats_and_grads(
+        product, masked, LogitMap(1.0, None, 40), BOTH._replace(weighted_sum=False), coefficients,
+        dtype=jnp.dtype("float32"),
+    )  # fmt: skip
+    _, (row_max, log_sum, *_, mean_logit), expected = in_float64(product, masked, LogitMap(1.0, None, 40), coefficients)
+    np.testing.assert_allclose(stats.max + stats.log_sum, row_max + log_sum, rtol=1e-6)
+    np.testing.assert_allclose(stats.mean_logit, mean_logit, rtol=1e-6)
+    np.testing.assert_allclose(grads, expected, atol=1e-6)
+    assert not np.any(grads[:, 7])
+
+
+def test_large_coefficients_of_columns_with_probability_zero(implementation):
+    """A coefficient times the lowest number overflows, and 0 · inf is NaN."""
+    width = 3000  # Whole tiles are masked before and behind those that are not.
+    product, block = make_block(width, bias=True)
+    lowest = np.finfo(np.float32).min
+    bias = block.bias.at[:600].set(lowest).at[600:1200].set(-jnp.inf).at[2000:2500].set(-jnp.inf).at[2500:].set(lowest)
+    block = block._replace(bias=bias, labels=jnp.arange(ROWS, dtype=jnp.int32) + 1198)
+    sizes = jnp.array([1e6, -1e6, 1e30, -1e30, 1, -1], jnp.float32)
+    coefficients = make_coefficients(by_logit=True)._replace(probability_logit=sizes)
+    rows = get_rows(implementation, None)
+    stats, grads = rows.row_stats_and_grads(
+        product, block, LogitMap(1.0, None, width), StatsWanted(mean_logit=True), coefficients,
+        dtype=jnp.dtype("float32"),
+    )  # fmt: skip
+    _, expected_stats, expected = in_float64(product, block, LogitMap(1.0, None, width), coefficients)
+    np.testing.assert_allclose(stats.mean_logit, expected_stats[-1], rtol=1e-5)
+    np.testing.assert_allclose(grads / sizes[:, None], expected / np.asarray(sizes)[:, None], atol=1e-6)
+    assert not np.any(grads[:, 2000:])
+
+
+def test_a_logit_that_is_not_a_number_is_not_hidden(implementation):
+    product, block = make_block(40)
+    rows = get_rows(implementation, None)
+    stats, grads = rows.row_stats_and_grads(
+        product.at[1, 20].set(jnp.nan), block, LogitMap(1.0, None, 40), StatsWanted(), make_coefficients(),
+        dtype=jnp.dtype("float32"),
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.isnan(stats.max + stats.log_sum), np.arange(ROWS) == 1)
+    assert np.isnan(grads[1]).all()
+    assert np.isfinite(np.delete(np.asarray(grads), 1, axis=0)).all()

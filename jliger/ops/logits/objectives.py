@@ -1,0 +1,104 @@
+"""The formula of the loss, as a function of row stats. Its derivatives by them are all that the kernels need of it."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jliger.ops.logits import Coefficients, RowStats
+
+
+class LossWeights(NamedTuple):
+    """What multiplies the two parts of each token's loss in a reduced one; 0 for a token that doesn't count."""
+
+    cross_entropy: Float[Array, "*B"]
+    z_loss: Float[Array, "*B"]
+
+
+class Labels(NamedTuple):
+    """What the loss knows of the labels beside their logits.
+
+    Attributes:
+      validity: 1 for a label that is a column, NaN for one that is none.
+      weights: `w_y`, or None for 1.
+      total_weight: `Σ_v w_v`, `V` without class weights.
+    """
+
+    validity: Float[Array, "*B"]
+    weights: Float[Array, "*B"] | None
+    total_weight: Float[Array, ""] | float
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossEntropy:
+    """Cross entropy with label smoothing `α`, class weights `w`, and a z-loss.
+
+    Attributes:
+      label_smoothing: `α`.
+      z_loss: the factor of `lse²`.
+      vocab_size: `V`.
+    """
+
+    label_smoothing: float
+    z_loss: float
+    vocab_size: int
+
+    def token_losses(self, stats: RowStats, labels: Labels) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+        """Cross entropy and z-loss of each token; NaN, and a gradient of NaN, where the label is no column.
+
+        `(1 − α) · w_y · (lse − z_y) + (α / V) · Σ_v w_v · (lse − z_v)`, and `z_loss · lse²`.
+        """
+        # The label's logit and the maximum may be large and close: their difference comes first.
+        cross_entropy = stats.log_sum + (stats.max - stats.label_logit)
+        if labels.weights is not None:
+            cross_entropy *= labels.weights
+        if stats.weighted_sum is not None:
+            spread = labels.total_weight * (stats.max + stats.log_sum) - stats.weighted_sum
+            cross_entropy = (1 - self.label_smoothing) * cross_entropy + self.label_smoothing / self.vocab_size * spread
+        return cross_entropy * labels.validity, self.z_loss * jnp.square(stats.max + stats.log_sum)
+
+    def weighted_sums(
+        self, stats: RowStats, labels: Labels, weights: LossWeights
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """`Σ_t weights.cross_entropy_t · cross entropy_t` and `Σ_t weights.z_loss_t · z-loss_t`."""
+        cross_entropy, z_loss = self.token_losses(stats, labels)
+        return jnp.sum(cross_entropy * weights.cross_entropy), jnp.sum(z_loss * weights.z_loss)
+
+    def total(self, stats: RowStats, labels: Labels, weights: LossWeights) -> Float[Array, ""]:
+        """Both together: the reduced loss."""
+        cross_entropy, z_loss = self.weighted_sums(stats, labels, weights)
+        return cross_entropy + z_loss
+
+    def coefficients(self, labels: Labels, weights: LossWeights) -> Coefficients:
+        """Those of `total`, which is linear in every stat but the log-sum-exp, in which it is quadratic."""
+        zeros = 0 * weights.cross_entropy  # sharded as they are
+        empty_row = RowStats(zeros, zeros, zeros, zeros.astype(jnp.int32), zeros if self.label_smoothing else None)
+
+        def derivatives(log_sum: Float[Array, "*B"], weights: LossWeights) -> RowStats:
+            return jax.grad(self.total, allow_int=True)(empty_row._replace(log_sum=log_sum), labels, weights)
+
+        coefficients = coefficients_of(derivatives(zeros, weights), None)
+        if not self.z_loss:
+            return coefficients
+        # The z-loss alone is quadratic, with a derivative of 0 at 0.
+        slope = derivatives(zeros + 1, weights._replace(cross_entropy=zeros)).log_sum
+        return coefficients._replace(probability_lse=slope)
+
+
+def coefficients_of(cotangents: RowStats, mean_logit: Float[Array, "*B"] | None) -> Coefficients:
+    """The coefficients of logit gradients, from cotangents of the stats; None among these stands for 0.
+
+    The maximum is a mere shift: between `log_sum` and the log-sum-exp, whose derivative is `p`, and between
+    `mean_logit` and `Σ p·z`, whose derivative is `p · (1 + z − Σ p·z)`. Its own is left out.
+    """
+    probability = cotangents.log_sum
+    if cotangents.mean_logit is not None and mean_logit is not None:
+        probability = probability + cotangents.mean_logit * (1 - mean_logit)
+    return Coefficients(
+        probability=probability,
+        label=-cotangents.label_logit,
+        smoothing=None if cotangents.weighted_sum is None else -cotangents.weighted_sum,
+        probability_logit=cotangents.mean_logit,
+    )

@@ -1,0 +1,221 @@
+"""What the tests of distillation are held to: the reference in float64, by the rule of two. Not part of the wheel."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jliger
+from jliger.losses import fused_linear_jsd
+from jliger.testing.oracle import INTERPRETED, assert_rule_of_two, found_by
+
+# Student's hidden states and kernel, teacher's hidden states and kernel.
+DTYPES = [
+    ("float32", "float32", "float32", "float32"),
+    ("float32", "float32", "bfloat16", "float32"),
+    ("bfloat16", "float32", "bfloat16", "bfloat16"),
+    ("bfloat16", "bfloat16", "float32", "float32"),
+    ("float16", "float32", "float16", "float16"),
+    ("float16", "float16", "float16", "float32"),
+]
+
+# Arguments of the operation that the student learns.
+LEARNT = ("student_hidden", "student_kernel", "student_bias", "student_adapter")
+_NOT_EXACT = ("implementation", "chunk_size", "logits_dtype", "precision")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Arguments of the operation, and a cotangent of its loss.
+
+    Attributes:
+      inputs: what carries gradients, by name.
+      teacher: the teacher's hidden states and kernel.
+      options: every other argument.
+      cotangent: a scalar.
+    """
+
+    inputs: dict[str, Any]
+    teacher: tuple[Any, Any]
+    options: dict[str, Any]
+    cotangent: Any
+
+    def replace(self, **changes: Any) -> "Problem":
+        """The same problem with other options; `inputs`, `teacher` and `cotangent` may be among them."""
+        fields = {name: changes.pop(name) for name in ("inputs", "teacher", "cotangent") if name in changes}
+        return dataclasses.replace(self, options={**self.options, **changes}, **fields)
+
+
+def make_problem(
+    seed: int = 0,
+    *,
+    batch: tuple[int, ...] = (3, 5),
+    hidden_sizes: tuple[int, int] = (6, 9),
+    vocab: int = 11,
+    dtypes: tuple[str, str, str, str] = DTYPES[0],
+    scale: float = 1.0,
+    coarse: bool = False,
+    biases: tuple[bool, bool] = (False, False),
+    adapter: bool = False,
+    where: str | None = None,
+    weights: bool = False,
+    labels: bool = False,
+    ignored: float = 0.0,
+    normalizer: bool = False,
+    kernel_layouts: tuple[str, str] = ("hv", "hv"),
+    logit_scales: tuple[float, float] = (1.0, 1.0),
+    logit_softcaps: tuple[float | None, float | None] = (None, None),
+    **options: Any,
+) -> Problem:
+    """Random models whose logits have a deviation of `scale`; what is a pair is the student's and the teacher's.
+
+    Values are of few bits if `coarse`, with a `scale` that is a power of two: products are exact then, in whichever
+    order they are summed, and all round them alike. Where one unit of a logit in low precision is a factor of e⁴ in a
+    probability, there is nothing else to compare.
+    """
+    if INTERPRETED and "bfloat16" in dtypes:
+        pytest.skip("Triton's interpreter truncates where it should round to bfloat16")
+    random = np.random.default_rng(seed)
+
+    def model(size: int, dtype: str, kernel_dtype: str, layout: str) -> tuple[Any, Any]:
+        kernel = random.normal(size=(size, vocab)) / np.sqrt(size)
+        hidden = random.normal(size=(*batch, size))
+        if coarse:
+            hidden, kernel = np.round(hidden * 16) / 16, np.round(kernel * 64) / 64
+        hidden = jnp.asarray(hidden * scale, dtype)
+        return hidden, jnp.asarray(kernel if layout == "hv" else kernel.T, kernel_dtype)
+
+    student = model(hidden_sizes[0], *dtypes[:2], kernel_layouts[0])
+    teacher = model(hidden_sizes[1], *dtypes[2:], kernel_layouts[1])
+    inputs = dict(zip(("student_hidden", "student_kernel"), student, strict=True))
+    vectors = jnp.asarray(random.normal(size=(2, vocab)), jnp.float32)
+    if biases[0]:
+        inputs["student_bias"] = vectors[0]
+    if biases[1]:
+        options["teacher_bias"] = vectors[1]
+    if adapter:
+        sides = [random.normal(size=size) / 2 for size in ((hidden_sizes[0], 2), (2, vocab))]
+        inputs["student_adapter"] = jliger.LinearAdapter(*(jnp.asarray(side, jnp.float32) for side in sides), 0.5)
+    if labels:
+        columns = random.integers(0, vocab, batch)
+        options["labels"] = jnp.asarray(np.where(random.random(batch) < ignored, -100, columns), jnp.int32)
+    if where is not None:
+        options["where"] = jnp.asarray({"all": 1.0, "some": 0.5, "none": 0.0}[where] > random.random(batch))
+    if weights:
+        options["weights"] = jnp.asarray(random.uniform(0.1, 2, batch), jnp.float32)
+    if normalizer:
+        options["normalizer"] = jnp.float32(random.uniform(3, 9))
+    for name, pair in (
+        ("kernel_layout", kernel_layouts),
+        ("logit_scale", logit_scales),
+        ("logit_softcap", logit_softcaps),
+    ):
+        options |= {f"student_{name}": pair[0], f"teacher_{name}": pair[1]}
+    options = {"return_metrics": True, **options}
+    return Problem(inputs, teacher, options, jnp.asarray(random.normal() + 0.1, jnp.float32))
+
+
+def loss_and_grads(
+    function: Any, inputs: dict[str, Any], teacher: Any, cotangent: Any, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Loss, metrics, and the gradient of every input, by name."""
+
+    def loss(inputs: Any) -> Any:
+        rest = {name: value for name, value in inputs.items() if name not in LEARNT[:2]}
+        return function(inputs["student_hidden"], inputs["student_kernel"], *teacher, **rest, **options)
+
+    value, pull_back, metrics = jax.vjp(loss, inputs, has_aux=True)
+    grads = pull_back(cotangent.astype(value.dtype))[0]
+    if "student_adapter" in grads:
+        adapter = grads.pop("student_adapter")
+        grads |= {f"adapter.{name}": side for name, side in adapter._asdict().items()}
+    found = {"loss": value, **grads, **metrics._asdict()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def fused(problem: Problem, implementation: str | None = None) -> dict[str, Any]:
+    """What jliger finds."""
+    options = {"implementation": implementation, **problem.options}
+    arrays = (problem.inputs, problem.teacher, problem.cotangent)
+    return found_by(loss_and_grads, fused_linear_jsd, *arrays, options=options)
+
+
+def unfused(problem: Problem) -> dict[str, Any]:
+    """What plain JAX finds in the same dtypes."""
+    arrays = (problem.inputs, problem.teacher, problem.cotangent)
+    return found_by(loss_and_grads, jliger.reference.fused_linear_jsd, *arrays, options=problem.options)
+
+
+def exact(problem: Problem) -> dict[str, Any]:
+    """What plain JAX finds in float64."""
+    options = {name: value for name, value in problem.options.items() if name not in _NOT_EXACT}
+    with jax.enable_x64(True):
+        arguments = (problem.inputs, problem.teacher, problem.cotangent, options)
+        *arrays, options = jax.tree.map(_as_float64, arguments)
+        found = found_by(loss_and_grads, jliger.reference.fused_linear_jsd, *arrays, options=options)
+        return {name: np.asarray(value) for name, value in found.items()}
+
+
+def _as_float64(value: Any) -> Any:
+    is_floating = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)
+    return jnp.asarray(np.asarray(value), jnp.float64) if is_floating else value
+
+
+def rounding_of_bias_grad(problem: Problem) -> dict[str, float]:
+    """What rounding logit gradients to hidden's dtype does to the bias's gradient, of which the reference has nothing.
+
+    It adds the bias, and sums its gradient, in float32: see `jliger.oracle_for_tests.rounding_of_logit_grads`.
+    """
+    if "student_bias" not in problem.inputs:
+        return {}
+    num_tokens = int(np.prod(problem.inputs["student_hidden"].shape[:-1]))
+    squares = np.square(exact(_with_own_bias(problem))["student_bias"].reshape(num_tokens, -1))
+    half_unit = float(jnp.finfo(problem.inputs["student_hidden"].dtype).eps) / 2
+    return {"student_bias": half_unit * float(np.sqrt(np.mean(squares.sum(axis=0))))}
+
+
+def _with_own_bias(problem: Problem) -> Problem:
+    """The same with a bias of its own for each token, whose gradients are the logits'."""
+    bias = problem.inputs["student_bias"]
+    shape = problem.inputs["student_hidden"].shape[:-1]
+    return problem.replace(inputs={**problem.inputs, "student_bias": jnp.broadcast_to(bias, (*shape, bias.size))})
+
+
+def rounding_of_divergence(problem: Problem, oracle: dict[str, Any]) -> dict[str, float]:
+    """What float32 leaves uncertain of a sum of `p · log p`, which cancel: the loss itself may be far smaller.
+
+    Terms of a token are rounded to half a unit of at most `log V`, each token by itself.
+    """
+    vocab = oracle["student_kernel"].shape[problem.options["student_kernel_layout"].index("v")]
+    weight, options = float(oracle["weight"]), problem.options
+    divisor = 1.0 if options.get("reduction") == "sum" else float(options.get("normalizer", weight or 1.0))
+    num_counted = max(1, int(np.sum(oracle["predictions"] >= 0)))
+    error = np.finfo(np.float32).eps / 2 * np.log(vocab) * weight / divisor / np.sqrt(num_counted)
+    return {"loss": options.get("soft_weight", 1.0) * error, "divergence": error}
+
+
+def check(problem: Problem, implementation: str, what: str = "") -> dict[str, Any]:
+    """Holds jliger to the rule of two on a problem; returns what it found."""
+    ours, theirs, oracle = fused(problem, implementation), unfused(problem), exact(problem)
+    for name in ("predictions", "teacher_predictions"):
+        counted = oracle[name] >= 0
+        np.testing.assert_array_equal(np.asarray(ours[name]) >= 0, counted, name)
+        # Low precision has ties where float64 has none: the same logits are rounded alike, and the first column wins.
+        np.testing.assert_array_equal(ours[name], theirs[name], name)
+        assert ours[name].dtype == jnp.int32
+    real = [{k: v for k, v in found.items() if "predictions" not in k} for found in (ours, theirs, oracle)]
+    more = rounding_of_bias_grad(problem) | rounding_of_divergence(problem, oracle)
+    if "adapter.scale" in oracle:
+        # One number that many terms cancel in: a few roundings of their sizes.
+        adapter = problem.inputs["student_adapter"]
+        terms = np.asarray(adapter.a, np.float64) * oracle["adapter.a"] / adapter.scale
+        more["adapter.scale"] = 4 * np.finfo(np.float32).eps * float(np.abs(terms).sum())
+    assert_rule_of_two(*real, what, more)
+    for name in LEARNT[:3]:
+        if name in problem.inputs:
+            assert ours[name].dtype == problem.inputs[name].dtype, name
+    assert ours["loss"].dtype == jnp.float32
+    return ours
