@@ -16,13 +16,13 @@ PACKAGE = Path(jliger.__file__).parent
 # Those that differ by what a kernel does, and not by what JAX does around it.
 TESTS = [
     "rows",
-    "api_test.py::test_every_pair_of_options",
-    "api_test.py::test_a_label_out_of_range_poisons_its_token",
-    "api_test.py::test_a_label_out_of_range_poisons_a_reduced_loss",
-    "batching_test.py::test_gradient_of_a_batch",
-    "losses/distillation_test.py::test_every_pair_of_options",
-    "losses/distillation_test.py::test_nothing_counts_and_the_divergence_would_be_infinite",
-    "losses/distillation_test.py::test_a_label_out_of_range_poisons_a_hard_part",
+    "ops/linear_head/cross_entropy_test.py::test_every_pair_of_options",
+    "ops/linear_head/cross_entropy_test.py::test_a_label_out_of_range_poisons_its_token",
+    "ops/linear_head/cross_entropy_test.py::test_a_label_out_of_range_poisons_a_reduced_loss",
+    "core/vmap_test.py::test_gradient_of_a_batch",
+    "ops/linear_head/distillation_test.py::test_every_pair_of_options",
+    "ops/linear_head/distillation_test.py::test_nothing_counts_and_the_divergence_would_be_infinite",
+    "ops/linear_head/distillation_test.py::test_a_label_out_of_range_poisons_a_hard_part",
 ]
 
 

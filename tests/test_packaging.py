@@ -62,7 +62,7 @@ def test_what_is_public_has_documentation():
 
 def test_tests_are_not_in_the_wheel():
     excluded = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
-    for pattern in ("*_test.py", "*_for_tests.py", "conftest.py"):
+    for pattern in ("*_test.py", "testing/*.py", "conftest.py"):
         assert pattern in excluded["exclude"], f"{pattern} would be shipped"
 
 

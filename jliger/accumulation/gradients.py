@@ -14,8 +14,8 @@ from jliger.accumulation import devices
 from jliger.accumulation.call import Call, Operands, Roles, take_apart
 from jliger.accumulation.devices import Axes, Devices, Layout
 from jliger.accumulation.microbatches import check_rows, merge_rows, microbatch, shares_of_rows, split_rows
-from jliger.accumulation.weights import divisor
 from jliger.core.dtypes import accumulator_dtype
+from jliger.core.reduction import weight_divisor
 
 AuxReduction = Literal["sum", "mean", "concatenate"]
 Tree = Any
@@ -228,7 +228,7 @@ def _accumulate(plan: _Plan, call: Call, group: Devices, operands: Operands) -> 
         sums, gradients, state, rows = _loop(plan, call, group, operands, of_microbatch)
 
     sums = jax.tree.map(group.total, sums)
-    divide_by = divisor(sums.weight)
+    divide_by = weight_divisor(sums.weight)
     gradients = jax.tree.map(
         lambda total, like: (total / divide_by).astype(like.dtype),
         group.total_gradients(gradients),
@@ -278,7 +278,7 @@ def _forward_and_backward(plan: _Plan, call: Call, operands: Operands) -> tuple[
 
     loss, pull_back, found = jax.vjp(loss_of, operands.differentiated, has_aux=True)
     # Those of its mean, times its weight: in float16 a sum's might not fit.
-    scale = divisor(found.sums.weight)
+    scale = weight_divisor(found.sums.weight)
     (gradients,) = pull_back(devices.typed_like(1 / scale, loss))
     return found, jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(leaf.dtype)) * scale, gradients)
 

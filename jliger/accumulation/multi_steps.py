@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.accumulation.devices import zeros_of_type
-from jliger.accumulation.weights import divisor
 from jliger.core.dtypes import accumulator_dtype
+from jliger.core.reduction import weight_divisor
 
 if TYPE_CHECKING:
     import optax
@@ -117,7 +117,7 @@ def weighted_multi_steps(
 
         def mean(old: Array, new: Array) -> Array:
             """The mean of all calls so far; a call without weight may have gradients of 0 / 0."""
-            share = weight.astype(old.dtype) / divisor(total).astype(old.dtype)
+            share = weight.astype(old.dtype) / weight_divisor(total).astype(old.dtype)
             return jnp.where(weight == 0, old, old + (new.astype(old.dtype) - old) * share)
 
         means = jax.tree.map(mean, state.mean_gradients, updates)

@@ -2,10 +2,11 @@
 
 import contextlib
 import importlib.util
+from typing import Literal
 
 import jax
 
-from jliger.core.backend import Implementation
+Implementation = Literal["triton", "xla"]
 
 _compute_capability = jax.make_user_context(None)
 

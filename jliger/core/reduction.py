@@ -48,3 +48,8 @@ def divided(total: Float[Array, "*B"], count: Any) -> Float[Array, "*B"]:
     """`total / count`, and 0 for a count of 0."""
     count = jnp.asarray(count).astype(total.dtype)
     return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))
+
+
+def weight_divisor(weight: Float[Array, ""]) -> Float[Array, ""]:
+    """The weight, and 1 for 0: the mean of nothing is 0, as its sum is."""
+    return jnp.where(weight == 0, 1, weight)

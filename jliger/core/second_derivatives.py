@@ -7,7 +7,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jliger.ops.linear_head.types import HeadConfig
+from jliger.core.backend import Implementation
 
 _WHAT_WORKS = (
     "The operation is differentiable once, in reverse mode. For second derivatives use forward mode over reverse mode, "
@@ -16,7 +16,7 @@ _WHAT_WORKS = (
 
 
 def once_differentiable(
-    operation: Callable[..., Any], vmappable_operation: Callable[..., Any], config: HeadConfig
+    operation: Callable[..., Any], vmappable_operation: Callable[..., Any], implementation: Implementation
 ) -> Callable[..., Any]:
     """`vmappable_operation`, with the derivatives of `operation`, in forward mode only.
 
@@ -26,7 +26,7 @@ def once_differentiable(
 
     @function.defjvp
     def jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-        if config.implementation == "triton":
+        if implementation == "triton":
             raise NotImplementedError(f"a gradient of implementation='triton' got differentiated. {_WHAT_WORKS}")
         # The values do not come from `jax.jvp` too: `jax.linearize` has to tell them from the tangents.
         return vmappable_operation(*primals), jax.tree.map(_forward_only, jax.jvp(operation, primals, tangents)[1])

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jliger.core import checks
 from jliger.heads.linear import LinearHead
-from jliger.heads.sum_of_losses import sum_in_turn
+from jliger.heads.sum_of_losses import sum_with_eager_gradients
 from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics
 
 # Cai et al., 2024, section 2.2.1: the weight of a head's loss is a power of this.
@@ -73,7 +73,7 @@ def loss(
         contexts[name] = array if own else jnp.broadcast_to(array, (count, *array.shape))
     checks.check_precision(options.get("precision"))
     term = _HeadLoss((("reduction", reduction), *sorted(options.items())))
-    total, metrics = sum_in_turn(term, heads, hidden, contexts)
+    total, metrics = sum_with_eager_gradients(term, heads, hidden, contexts)
     return (total, metrics) if return_metrics else total
 
 

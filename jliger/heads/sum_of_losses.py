@@ -1,4 +1,4 @@
-"""in_turn: a sum of losses, each differentiated along with its value, so that only sums of gradients are kept.
+"""A sum of losses, each differentiated along with its value, so that only sums of gradients are kept.
 
 Differentiating a sum as it is written down keeps what each term needs for its backward pass until the last term is
 done. This is to several losses what the forward form (`jliger.ops.linear_head.gradients`) is to one.
@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jliger.core import meshes
 from jliger.core.dtypes import accumulator_dtype
-from jliger.ops.linear_head import sharding
 
 Term = Callable[[Any, Array, Any], tuple[Float[Array, ""], Any]]
 
 
-def sum_in_turn(term: Term, parts: Any, shared: Float[Array, "..."], contexts: Any) -> tuple[Float[Array, ""], Any]:
+def sum_with_eager_gradients(
+    term: Term, parts: Any, shared: Float[Array, "..."], contexts: Any
+) -> tuple[Float[Array, ""], Any]:
     """The sum of `term(part, shared, context)[0]`, and what each term has beside its value, stacked.
 
     Args:
@@ -28,7 +30,7 @@ def sum_in_turn(term: Term, parts: Any, shared: Float[Array, "..."], contexts: A
       contexts: a tree of arrays with a leading axis of terms that carry no gradient.
     """
     # Float16 underflows without the cotangent of the sum, a loss scale, which is not known here.
-    function = _sum if shared.dtype == jnp.float16 else _sum_in_turn
+    function = _sum if shared.dtype == jnp.float16 else _sum_with_eager_gradients
     return function(term, parts, shared, contexts)
 
 
@@ -41,7 +43,7 @@ def _sum(term: Term, parts: Any, shared: Array, contexts: Any) -> tuple[Float[Ar
     return values.sum(), others
 
 
-_sum_in_turn = jax.custom_vjp(_sum, nondiff_argnums=(0,))
+_sum_with_eager_gradients = jax.custom_vjp(_sum, nondiff_argnums=(0,))
 
 
 def _fwd(term: Term, *primals: Any) -> tuple[Any, Any]:
@@ -56,7 +58,7 @@ def _fwd(term: Term, *primals: Any) -> tuple[Any, Any]:
         value, other, (grad, more) = _value_and_grad(term, (part, shared), context, perturbed)
         return shared_grad + more.astype(shared_grad.dtype), (value, other, grad)
 
-    # In place of what is not asked for there are arrays of size zero, for the reason given in `jliger.ops.linear_head.gradients`.
+    # Unneeded gradients are arrays of size zero, for the reason given in `ops.linear_head.gradients`.
     dtype = accumulator_dtype(shared.dtype)
     start = jnp.zeros_like(shared, dtype) if perturbed[1] else jnp.zeros((0,))
     shared_grad, (values, others, grads) = jax.lax.scan(step, start, (parts, contexts))
@@ -71,12 +73,12 @@ def _bwd(term: Term, residuals: Any, cotangents: Any) -> tuple[Any, Any, None]:
         if not grad.size:
             return None
         product = grad.astype(factor.dtype) * factor
-        return sharding.sum_to_type(product, like).astype(like.dtype)
+        return meshes.sum_to_type(product, like).astype(like.dtype)
 
     return *jax.tree.map(scaled, *residuals), None
 
 
-_sum_in_turn.defvjp(_fwd, _bwd, symbolic_zeros=True)
+_sum_with_eager_gradients.defvjp(_fwd, _bwd, symbolic_zeros=True)
 
 
 def _value_and_grad(

@@ -167,7 +167,7 @@ def _as_float64(value: Any) -> Any:
 def rounding_of_bias_grad(problem: Problem) -> dict[str, float]:
     """What rounding logit gradients to hidden's dtype does to the bias's gradient, of which the reference has nothing.
 
-    It adds the bias, and sums its gradient, in float32: see `jliger.oracle_for_tests.rounding_of_logit_grads`.
+    It adds the bias, and sums its gradient, in float32: see `jliger.testing.oracle.rounding_of_logit_grads`.
     """
     if "student_bias" not in problem.inputs:
         return {}

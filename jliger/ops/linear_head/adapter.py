@@ -5,10 +5,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jliger.core import meshes
 from jliger.core.dtypes import accumulator_dtype
-from jliger.ops.linear_head import sharding
-from jliger.ops.linear_head.gradients import Inputs
-from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.linear_head.types import HeadConfig, Inputs
 
 
 class LinearAdapter(NamedTuple):
@@ -46,7 +45,7 @@ def with_adapter(config: HeadConfig, inputs: Inputs, adapter: LinearAdapter | No
     dtype = inputs.hidden.dtype
     adapted = jnp.dot(
         inputs.hidden,
-        sharding.replicated(adapter.a).astype(dtype),
+        meshes.replicated(adapter.a).astype(dtype),
         precision=config.precision,
         preferred_element_type=accumulator_dtype(dtype),
     )

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core import checks
 from jliger.core.backend import Implementation, fitting_implementation, target_compute_capability
+from jliger.ops.linear_head import checks as head_checks
 from jliger.ops.linear_head.adapter import LinearAdapter
 from jliger.ops.linear_head.gradients import Inputs
 from jliger.ops.linear_head.types import HeadConfig, KernelLayout
@@ -48,7 +49,7 @@ def head_arguments(
 
     `whose` is what the names of the head's own arguments begin with, where there are two heads.
     """
-    checks.check_logit_options(
+    head_checks.check_logit_options(
         kernel_layout=kernel_layout,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
@@ -64,12 +65,12 @@ def head_arguments(
     labels = checks.as_array("labels", labels)
     bias = None if bias is None else checks.as_array(f"{whose}bias", bias)
     where = None if where is None else checks.as_array("where", where)
-    checks.check_operands(
+    head_checks.check_operands(
         hidden, kernel, labels, bias, kernel_layout=kernel_layout, implementation=implementation, whose=whose
     )
     if where is not None:
         checks.check_where(where, labels)
-    logits_dtype = checks.as_logits_dtype(logits_dtype, hidden, implementation)
+    logits_dtype = head_checks.as_logits_dtype(logits_dtype, hidden, implementation)
     config = HeadConfig(
         kernel_layout=kernel_layout,
         logit_scale=float(logit_scale),
@@ -87,7 +88,7 @@ def head_arguments(
             raise TypeError(f"{whose}adapter got a {type(adapter).__name__}; pass a jliger.LinearAdapter.")
         named = LinearAdapter(*adapter)._asdict().items()
         adapter = LinearAdapter(*(checks.as_array(f"{whose}adapter.{name}", array) for name, array in named))
-        checks.check_adapter(adapter, hidden, kernel, config.vocab_dim, whose)
+        head_checks.check_adapter(adapter, hidden, kernel, config.vocab_dim, whose)
     return Arguments(config, Inputs(hidden, kernel, bias), labels, where, adapter)
 
 

@@ -9,6 +9,7 @@ from flax import linen, nnx
 import jliger
 from jliger import losses
 from jliger.core import checks
+from jliger.ops.linear_head import checks as head_checks
 from jliger.testing.oracle import INTERPRETED, ON_GPU
 
 HIDDEN, KERNEL, LABELS = jnp.zeros((2, 3, 4)), jnp.zeros((4, 7)), jnp.zeros((2, 3), jnp.int32)
@@ -150,9 +151,9 @@ def test_what_triton_does_not_take():
         hidden, kernel = jnp.zeros((2, 4), jnp.float64), jnp.zeros((4, 7), jnp.float64)
     labels = jnp.zeros(2, jnp.int32)
     with pytest.raises(TypeError, match=r"hidden got dtype float64.*implementation='xla'"):
-        checks.check_operands(hidden, kernel, labels, None, kernel_layout="hv", implementation="triton")
+        head_checks.check_operands(hidden, kernel, labels, None, kernel_layout="hv", implementation="triton")
     with pytest.raises(TypeError, match=r"logits_dtype got float64.*float32, bfloat16 and float16"):
-        checks.as_logits_dtype(np.dtype("float64"), hidden, "triton")
+        head_checks.as_logits_dtype(np.dtype("float64"), hidden, "triton")
 
 
 def test_triton_that_is_not_installed(monkeypatch):

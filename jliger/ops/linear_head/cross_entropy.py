@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jliger.core import checks
 from jliger.core.backend import Implementation
 from jliger.core.dtypes import accumulator_dtype
+from jliger.ops.linear_head import checks as head_checks
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
 from jliger.ops.linear_head.arguments import column_validity, counted_tokens, head_arguments, label_columns
@@ -193,7 +194,7 @@ def fused_linear_cross_entropy(
         checks.check_weights(weights, labels)
     if class_weights is not None:
         class_weights = checks.as_array("class_weights", class_weights)
-        checks.check_vocab_vector("class_weights", class_weights, inputs.kernel, config.vocab_dim)
+        head_checks.check_vocab_vector("class_weights", class_weights, inputs.kernel, config.vocab_dim)
     if normalizer is not None:
         normalizer = checks.as_array("normalizer", normalizer)
         checks.check_shape("normalizer", normalizer, (), "a scalar")

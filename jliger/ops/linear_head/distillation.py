@@ -16,11 +16,9 @@ from jliger.losses.arguments import coefficient
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
 from jliger.ops.linear_head.arguments import column_validity, counted_tokens, head_arguments, label_columns
-from jliger.ops.linear_head.gradients import Context, Inputs, Teacher
-from jliger.ops.linear_head.types import HeadConfig, KernelLayout, TeacherConfig
+from jliger.ops.linear_head.types import Context, HeadConfig, Inputs, KernelLayout, Teacher, TeacherConfig
 from jliger.ops.logits import StatsWanted
-from jliger.ops.logits.distillation_objective import Distillation, DistillationWeights
-from jliger.ops.logits.objectives import Labels
+from jliger.ops.logits.objectives import Distillation, DistillationWeights, Labels
 
 
 class DistillationMetrics(NamedTuple):

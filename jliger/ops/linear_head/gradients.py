@@ -9,48 +9,23 @@ of size zero: a residual tree that changed its structure would not survive a cac
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
+from jliger.core import meshes
+from jliger.core.autodiff import instantiate, is_symbolic_zero, perturbed_flags, primal_values
 from jliger.core.dtypes import accumulator_dtype
 from jliger.core.second_derivatives import once_differentiable
 from jliger.core.vmap import vmappable
 from jliger.ops.linear_head import sharding
 from jliger.ops.linear_head.chunks import Grads, GradTypes, Head, TeacherHead, Tokens
 from jliger.ops.linear_head.sharding import Form, Result
-from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.linear_head.types import Context, HeadConfig, Inputs
 from jliger.ops.logits import RowStats
 from jliger.ops.logits.objectives import coefficients_of
-
-
-class Inputs(NamedTuple):
-    """What carries gradients; as cotangents, None for those that are not asked for."""
-
-    hidden: Float[Array, "*B H"] | Any
-    kernel: Float[Array, "H V"] | Float[Array, "V H"] | Any
-    bias: Float[Array, " V"] | None
-    adapted: Float[Array, "*B R"] | None = None
-    adapter: Float[Array, "R V"] | None = None
-
-
-class Teacher(NamedTuple):
-    """A model to learn from."""
-
-    hidden: Float[Array, "*B G"]
-    kernel: Float[Array, "G V"] | Float[Array, "V G"]
-    bias: Float[Array, " V"] | None
-
-
-class Context(NamedTuple):
-    """What carries none. `class_weights` are here for the row functions, to smooth labels with."""
-
-    labels: Int[Array, "*B"]
-    counted: Bool[Array, "*B"]
-    class_weights: Float[Array, " V"] | None
-    teacher: Teacher | None = None
 
 
 class WeightedLoss(Protocol):
@@ -80,8 +55,8 @@ def weighted_loss(
 def _weighted_loss_fwd(
     config: HeadConfig, loss: WeightedLoss, inputs: Any, context: Any, labels: Any, weights: Any
 ) -> tuple[tuple[Float[Array, ""], Any], Any]:
-    perturbed = _perturbed(inputs)
-    inputs, context, labels, weights = _values((inputs, context, labels, weights))
+    perturbed = perturbed_flags(inputs)
+    inputs, context, labels, weights = primal_values((inputs, context, labels, weights))
     sums = accumulator_dtype(inputs.hidden.dtype)
     wanted = _only(perturbed, GradTypes(inputs.hidden.dtype, sums, sums, inputs.hidden.dtype, sums))
     coefficients, unit = _in_units(loss.coefficients(labels, weights), inputs.hidden)
@@ -96,7 +71,7 @@ def _weighted_loss_bwd(
 ) -> tuple[Inputs, None, None, None]:
     del loss
     grads, unit, like = residuals
-    factor = sharding.whole_cotangent(config, _instantiated(cotangents[0]))
+    factor = sharding.whole_cotangent(config, instantiate(cotangents[0]))
     return _scaled(config, grads, factor if unit is None else factor * unit, like), None, None, None
 
 
@@ -113,8 +88,8 @@ def token_stats(config: HeadConfig, inputs: Inputs, context: Context) -> RowStat
 
 
 def _token_stats_fwd(config: HeadConfig, inputs: Any, context: Any) -> tuple[RowStats, Any]:
-    perturbed = _perturbed(inputs)
-    inputs, context = _values((inputs, context))
+    perturbed = perturbed_flags(inputs)
+    inputs, context = primal_values((inputs, context))
     form = Form("kept stats", config) if config.keep_logits else Form("stats", config, lean=True)
     stats, _, logits = _run(form, inputs, context)
     assert isinstance(stats, RowStats)
@@ -125,9 +100,9 @@ def _token_stats_fwd(config: HeadConfig, inputs: Any, context: Any) -> tuple[Row
 
 def _token_stats_bwd(config: HeadConfig, residuals: Any, cotangents: Any) -> tuple[Inputs, None]:
     inputs, context, kept, mean_logit, logits, flags = residuals
-    if _is_symbolic_zero(cotangents.mean_logit):
+    if is_symbolic_zero(cotangents.mean_logit):
         cotangents = cotangents._replace(mean_logit=None)  # nothing is computed for an entropy that nobody uses
-    cotangents = jax.tree.map(_instantiated, cotangents, is_leaf=_is_symbolic_zero)
+    cotangents = jax.tree.map(instantiate, cotangents, is_leaf=is_symbolic_zero)
     coefficients = coefficients_of(cotangents, mean_logit)
     coefficients = jax.tree.map(functools.partial(sharding.whole_cotangent, config), coefficients)
     coefficients, unit = _in_units(coefficients, inputs.hidden)
@@ -162,7 +137,7 @@ def _run(
         return sharding.run(dataclasses.replace(form, examples=examples), tokens, head, per_token)
 
     operands = (tokens, head, per_token)
-    return once_differentiable(functools.partial(run, ()), vmappable(run), form.config)(*operands)
+    return once_differentiable(functools.partial(run, ()), vmappable(run), form.config.implementation)(*operands)
 
 
 def _in_units(coefficients: Any, hidden: Array) -> tuple[Any, Float[Array, ""] | None]:
@@ -174,24 +149,6 @@ def _in_units(coefficients: Any, hidden: Array) -> tuple[Any, Float[Array, ""] |
     )
     unit = jnp.where(largest == 0, 1, largest)
     return jax.tree.map(lambda field: field / unit, coefficients), unit
-
-
-def _perturbed(inputs: Any) -> list[bool]:
-    """Which inputs are being differentiated; an absent bias is not."""
-    return [field is not None and field.perturbed for field in inputs]
-
-
-def _values(tree: Any) -> Any:
-    primal = jax.custom_derivatives.CustomVJPPrimal
-    return jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=lambda leaf: isinstance(leaf, primal))
-
-
-def _is_symbolic_zero(cotangent: Any) -> bool:
-    return isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
-
-
-def _instantiated(cotangent: Any) -> Array:
-    return jnp.zeros(cotangent.shape, cotangent.dtype) if _is_symbolic_zero(cotangent) else cotangent
 
 
 def _own_dtypes(inputs: Inputs) -> list[Any]:
@@ -219,7 +176,7 @@ def _scaled(config: HeadConfig, grads: Grads, factor: Float[Array, ""] | None, l
             return None
         if factor is not None:
             grad = grad.astype(factor.dtype) * factor
-        return sharding.sum_to_type(grad, like).astype(like.dtype)
+        return meshes.sum_to_type(grad, like).astype(like.dtype)
 
     found = Inputs(*map(scaled, grads, like))
     return found._replace(

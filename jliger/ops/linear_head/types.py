@@ -1,10 +1,11 @@
 """What is known when the operation is traced, in one hashable place."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core.backend import Implementation
 from jliger.ops.logits import LogitMap, StatsWanted
@@ -18,7 +19,7 @@ class TeacherConfig:
 
     Attributes:
       head: how the teacher's logits come about.
-      beta: as in `jliger.rows.pairs.PairMap`.
+      beta: as in `jliger.ops.logits.distillation_types.PairMap`.
       temperature: divides the logits of both.
       with_labels: whether labels have a say too.
     """
@@ -73,3 +74,30 @@ class HeadConfig:
 
     def logit_map(self, width: int) -> LogitMap:
         return LogitMap(self.logit_scale, self.logit_softcap, width)
+
+
+class Inputs(NamedTuple):
+    """What carries gradients; as cotangents, None for those that are not asked for."""
+
+    hidden: Float[Array, "*B H"] | Any
+    kernel: Float[Array, "H V"] | Float[Array, "V H"] | Any
+    bias: Float[Array, " V"] | None
+    adapted: Float[Array, "*B R"] | None = None
+    adapter: Float[Array, "R V"] | None = None
+
+
+class Teacher(NamedTuple):
+    """A model to learn from."""
+
+    hidden: Float[Array, "*B G"]
+    kernel: Float[Array, "G V"] | Float[Array, "V G"]
+    bias: Float[Array, " V"] | None
+
+
+class Context(NamedTuple):
+    """What carries none. `class_weights` are here for the row functions, to smooth labels with."""
+
+    labels: Int[Array, "*B"]
+    counted: Bool[Array, "*B"]
+    class_weights: Float[Array, " V"] | None
+    teacher: Teacher | None = None

@@ -5,18 +5,17 @@
 """
 
 import functools
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 from jaxtyping import Array, Float
 
+from jliger.core.backend import Implementation
 from jliger.ops.logits.types import Block as Block
 from jliger.ops.logits.types import Coefficients as Coefficients
 from jliger.ops.logits.types import LogitMap as LogitMap
 from jliger.ops.logits.types import RowStats as RowStats
 from jliger.ops.logits.types import StatsWanted as StatsWanted
-
-Implementation = Literal["triton", "xla"]
 
 
 class _RowStatsFn(Protocol):

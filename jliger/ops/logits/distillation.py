@@ -60,7 +60,7 @@ class PairRows(NamedTuple):
 
     Attributes:
       pair_stats, pair_divergence, pair_grads, pair_stats_and_grads: the four functions.
-      alignment: as in `jliger.rows.Rows`.
+      alignment: as in `jliger.ops.logits.Rows`.
     """
 
     pair_stats: _PairStatsFn

@@ -1,4 +1,4 @@
-"""The Triton kernels behind the row functions of pairs: one program a pair of rows, as in `jliger.ops.logits.triton_kernels`.
+"""The Triton kernels behind the row functions of pairs: one program a pair of rows, as in `triton_kernels`.
 
 A pair is gone through twice or three times: for the two softmaxes, for the divergence, and for the gradients; of
 `KL(teacher ‖ student)` the gradients need no divergence, and the last two are one. Each time it is gone through in the

@@ -114,3 +114,15 @@ class PairCoefficients(NamedTuple):
     soft: Float[Array, " T"]
     probability: Float[Array, " T"] | None
     label: Float[Array, " T"] | None
+
+
+class Comparison(NamedTuple):
+    """What is found of each token where there is a teacher.
+
+    Attributes:
+      pair: both softmaxes.
+      divergence: how far apart they are.
+    """
+
+    pair: PairStats
+    divergence: Float[Array, "*B"]

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -10,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jliger.ops.linear_head.types import HeadConfig
 from jliger.ops.logits import RowStats
 from jliger.ops.logits.distillation import PairStats, SoftmaxStats
+from jliger.ops.logits.distillation_types import Comparison
 
 Kernel = Float[Array, "H V"] | Float[Array, "V H"]
 
@@ -79,18 +79,6 @@ class Grads(NamedTuple):
     adapter: Float[Array, "R V"] | None = None
 
 
-class Comparison(NamedTuple):
-    """What is found of each token where there is a teacher.
-
-    Attributes:
-      pair: both softmaxes.
-      divergence: how far apart they are.
-    """
-
-    pair: PairStats
-    divergence: Float[Array, "*B"]
-
-
 Stats = RowStats | Comparison
 
 
@@ -116,9 +104,3 @@ def empty_grads(wanted: GradTypes, tokens: Tokens, head: Head) -> Grads:
 
     like = Grads(tokens.hidden, head.kernel, head.bias, tokens.adapted, head.adapter)
     return Grads(*map(zeros, like, wanted))
-
-
-def accumulator_dtype(dtype: jax.typing.DTypeLike) -> np.dtype:
-    """What sums are kept in: float32, or float64 for float64."""
-    # That of JAX raises under jax_numpy_dtype_promotion="strict".
-    return np.promote_types(dtype, np.float32)

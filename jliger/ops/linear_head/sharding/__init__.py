@@ -2,11 +2,9 @@
 
 Where the inputs' axes are known decides how. Manual ones (a user's `shard_map`): this device's share is all there is.
 Explicit ones: a `shard_map` made from the types. Auto ones: `custom_partitioning`, asked by XLA once it has chosen. The
-share itself is one and the same (`jliger.ops.linear_head.sharding.shard`), and so is who sums what with whom (`jliger.ops.linear_head.sharding.plan`).
+share itself is one and the same (`sharding.shard`), and so is who sums what with whom (`sharding.plan`).
 """
 
-from jliger.core.meshes import replicated as replicated
-from jliger.core.meshes import sum_to_type as sum_to_type
 from jliger.ops.linear_head.sharding.dispatch import label_weights as label_weights
 from jliger.ops.linear_head.sharding.dispatch import run as run
 from jliger.ops.linear_head.sharding.dispatch import split_cotangent as split_cotangent

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, NamedSharding, get_abstract_mesh, reshard
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jliger.core.meshes import Axes
+from jliger.core.meshes import Axes, as_replicated, as_varying, is_explicit, mesh_of, varying_axes
 from jliger.ops.linear_head.chunks import Grads, Head, Tokens
 from jliger.ops.linear_head.sharding.passes import Form, Result, operand_roles, result_roles
 from jliger.ops.linear_head.sharding.plan import Plan, as_axes, first_column, local_plan
@@ -19,10 +19,10 @@ from jliger.ops.linear_head.types import HeadConfig
 
 def run(form: Form, tokens: Tokens, head: Head, per_token: Any) -> Result:
     """The form on tokens of any leading dimensions, wherever its operands are."""
-    mesh = _mesh_of(tokens.hidden, head.kernel, tokens.labels)
+    mesh = mesh_of(tokens.hidden, head.kernel, tokens.labels)
     if mesh.manual_axes:
         return _run_manual(form, mesh, tokens, head, per_token)
-    if _is_explicit(mesh):
+    if is_explicit(mesh):
         return _run_explicit(form, mesh, tokens, head, per_token)
     if jax.device_count() > 1 and tokens.labels.ndim:
         from jliger.ops.linear_head.sharding.auto import run_partitioned
@@ -48,8 +48,8 @@ def label_weights(
         columns = labels - first_column(config.vocab_axes, class_weights.size)
         here = (columns >= 0) & (columns < class_weights.size)
         return jax.lax.psum(jnp.where(here, class_weights.at[columns].get(mode="clip"), 0), config.vocab_axes)
-    mesh = _mesh_of(labels, class_weights)
-    if _is_explicit(mesh):
+    mesh = mesh_of(labels, class_weights)
+    if is_explicit(mesh):
         whole = reshard(class_weights, NamedSharding(mesh, P(None)))
         spec = NamedSharding(mesh, jax.typeof(labels).sharding.spec)
         return whole.at[labels].get(mode="clip", out_sharding=spec)
@@ -60,21 +60,6 @@ def total_class_weight(config: HeadConfig, class_weights: Float[Array, " V"]) ->
     """`Σ_v w_v` over all columns."""
     total = class_weights.sum()
     return jax.lax.psum(total, config.vocab_axes) if config.vocab_axes else total
-
-
-def replicated(array: Array) -> Array:
-    """A small array, whole on every device, where shardings are in types and a product would ask for it."""
-    mesh = _mesh_of(array)
-    if not _is_explicit(mesh):
-        return array
-    return reshard(array, NamedSharding(mesh, P(*(None,) * array.ndim)))
-
-
-def sum_to_type(cotangent: Array, primal: Array) -> Array:
-    """A cotangent as its primal's type wants it: summed over manual axes that the primal does not vary over."""
-    axes = tuple(sorted(_varying(cotangent) - _varying(primal)))
-    cotangent = jax.lax.psum(cotangent, axes) if axes else cotangent
-    return _as_varying(cotangent, _varying(primal))
 
 
 def whole_cotangent(config: HeadConfig, cotangent: Array) -> Array:
@@ -89,7 +74,7 @@ def split_cotangent(config: HeadConfig, cotangent: Array) -> Array:
 
 
 def _untyped_vocab_axes(config: HeadConfig) -> Axes:
-    return tuple(axis for axis in config.vocab_axes if axis not in _varying(jax.lax.axis_index(axis)))
+    return tuple(axis for axis in config.vocab_axes if axis not in varying_axes(jax.lax.axis_index(axis)))
 
 
 def _run_manual(form: Form, mesh: AbstractMesh, tokens: Tokens, head: Head, per_token: Any) -> Result:
@@ -98,14 +83,14 @@ def _run_manual(form: Form, mesh: AbstractMesh, tokens: Tokens, head: Head, per_
     Explicit axes that it leaves may spread operands further.
     """
     operands = (tokens, head, per_token)
-    varying = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(operands)))
-    tokens, head, per_token = jax.tree.map(lambda leaf: _as_varying(leaf, varying), operands)
+    varying = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(operands)))
+    tokens, head, per_token = jax.tree.map(lambda leaf: as_varying(leaf, varying), operands)
     if any(_is_spread(leaf) for leaf in jax.tree.leaves(operands)):
         _check_vocab_axes(form.config, *jax.tree.leaves(operands))
         result = _run_explicit(form, mesh, tokens, head, per_token)
-        return jax.tree.map(lambda leaf: _as_varying(leaf, varying), result)
+        return jax.tree.map(lambda leaf: as_varying(leaf, varying), result)
     result = run_share(form, local_plan(form.config.vocab_axes, form.config.vocab_dim), tokens, head, per_token)
-    return result._replace(stats=jax.tree.map(functools.partial(_as_equal, form.config.vocab_axes), result.stats))
+    return result._replace(stats=jax.tree.map(functools.partial(as_replicated, form.config.vocab_axes), result.stats))
 
 
 def _run_explicit(form: Form, mesh: AbstractMesh, tokens: Tokens, head: Head, per_token: Any) -> Result:
@@ -157,24 +142,6 @@ def _like_inputs(mesh: AbstractMesh, plan: Plan, grads: Grads, tokens: Tokens, h
     return Grads(*map(like, grads, Grads(tokens.hidden, head.kernel, head.bias, tokens.adapted, head.adapter)))
 
 
-def _mesh_of(*arrays: Array) -> AbstractMesh:
-    """The mesh in scope; without one, that of the arrays' types."""
-    mesh = get_abstract_mesh()
-    for array in arrays:
-        if mesh.empty:
-            mesh = jax.typeof(array).sharding.mesh
-    return mesh
-
-
-def _is_explicit(mesh: AbstractMesh) -> bool:
-    if mesh.explicit_axes and mesh.auto_axes:
-        raise NotImplementedError(
-            f"the mesh got Explicit axes {mesh.explicit_axes} and Auto axes {mesh.auto_axes}; make all of them of one "
-            "type, or call from inside a jax.shard_map."
-        )
-    return bool(mesh.explicit_axes)
-
-
 def _check_vocab_axes(config: HeadConfig, *arrays: Array) -> None:
     if config.vocab_axes and any(map(_is_spread, arrays)):
         raise NotImplementedError(
@@ -186,18 +153,3 @@ def _check_vocab_axes(config: HeadConfig, *arrays: Array) -> None:
 def _is_spread(array: Array) -> bool:
     """Whether Explicit axes spread it."""
     return any(entry is not None for entry in jax.typeof(array).sharding.spec)
-
-
-def _as_equal(axes: Axes, array: Array) -> Array:
-    """Typed as equal on devices along these axes, as it is: a loop's carry, which varies, may have hidden that."""
-    axes = tuple(axis for axis in axes if axis in _varying(array))
-    return jax.lax.pmax(array, axes) if axes else array
-
-
-def _varying(array: Array) -> frozenset[str]:
-    return jax.typeof(array).manual_axis_type.varying
-
-
-def _as_varying(array: Array, axes: frozenset[str]) -> Array:
-    missing: Axes = tuple(axes - _varying(array))
-    return jax.lax.pcast(array, missing, to="varying") if missing else array

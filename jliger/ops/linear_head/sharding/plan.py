@@ -7,9 +7,8 @@ import jax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from jliger.core.meshes import Axes
 from jliger.ops.linear_head.sharding.passes import Form, Role
-
-Axes = tuple[str, ...]
 
 
 class Plan(NamedTuple):

@@ -1,0 +1,154 @@
+"""Checks of the arguments that every operation on a linear head takes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from jliger.core.backend import can_run_triton, has_triton
+from jliger.core.checks import check_choice, check_floating, check_integer, check_number, check_shape
+from jliger.ops.linear_head.types import KernelLayout
+
+_LAYOUTS = {"hv": "[H, V]", "vh": "[V, H]"}
+
+
+def check_logit_options(
+    *,
+    kernel_layout: str,
+    logit_scale: Any,
+    logit_softcap: Any,
+    ignore_index: Any,
+    chunk_size: Any,
+    implementation: Any,
+    whose: str = "",
+) -> None:
+    """What `HeadConfig` is made of; `whose` is what the names of the head's own arguments begin with."""
+    check_choice(f"{whose}kernel_layout", kernel_layout, tuple(_LAYOUTS))
+    check_number(f"{whose}logit_scale", logit_scale, instead=f", or multiply {whose}hidden and {whose}bias by it")
+    if logit_softcap is not None:
+        check_number(f"{whose}logit_softcap", logit_softcap)
+        if logit_softcap <= 0:
+            raise ValueError(f"{whose}logit_softcap got {logit_softcap!r}; pass a number above 0, or None for no cap.")
+    check_integer("ignore_index", ignore_index)
+    if chunk_size is not None:
+        check_integer("chunk_size", chunk_size)
+        if chunk_size < 1:
+            raise ValueError(
+                f"chunk_size got {chunk_size}; pass a number of tokens of at least 1, or None for the rule."
+            )
+    check_choice("implementation", implementation, ("triton", "xla", None))
+    if implementation == "triton" and not has_triton():
+        raise ValueError(
+            "implementation got 'triton', but triton and jax-triton are not installed; install them, or pass 'xla'."
+        )
+    if implementation == "triton" and not can_run_triton():
+        raise ValueError(
+            f"implementation got 'triton', but JAX has no GPU here (its default backend is {jax.default_backend()}); "
+            "pass 'xla' or None. To compile for a GPU of another machine, use jliger.compute_capability."
+        )
+
+
+def check_operands(
+    hidden: Any,
+    kernel: Any,
+    labels: Any,
+    bias: Any,
+    *,
+    kernel_layout: KernelLayout,
+    implementation: str,
+    whose: str = "",
+) -> None:
+    """The arrays that make logits, and the labels; `whose` is what the names of all but the labels begin with."""
+    check_floating(f"{whose}hidden", hidden)
+    check_floating(f"{whose}kernel", kernel)
+    if hidden.ndim < 1:
+        raise ValueError(f"{whose}hidden got a scalar; pass an array [*B, H].")
+    if kernel.ndim != 2:
+        raise ValueError(
+            f"{whose}kernel got shape {kernel.shape}; pass {_LAYOUTS[kernel_layout]}, as "
+            f"{whose}kernel_layout={kernel_layout!r} says."
+        )
+    vocab_dim = 1 if kernel_layout == "hv" else 0
+    if kernel.shape[1 - vocab_dim] != hidden.shape[-1]:
+        other = "vh" if kernel_layout == "hv" else "hv"
+        hint = (
+            f" If the kernel is {_LAYOUTS[other]}, pass {whose}kernel_layout={other!r}; if {whose}hidden is logits, "
+            "pass the hidden states that they are made of."
+            if kernel.shape[vocab_dim] == hidden.shape[-1]
+            else ""
+        )
+        raise ValueError(
+            f"{whose}kernel got shape {kernel.shape}, which as {_LAYOUTS[kernel_layout]} does not fit {whose}hidden of "
+            f"shape {hidden.shape}; H must agree.{hint}"
+        )
+    if kernel.shape[vocab_dim] == 0:
+        raise ValueError(f"{whose}kernel got shape {kernel.shape}; the vocabulary needs at least one column.")
+    if export.is_symbolic_dim(kernel.shape[vocab_dim]) or (
+        implementation == "triton" and export.is_symbolic_dim(hidden.shape[-1])
+    ):
+        raise ValueError(
+            f"{whose}kernel got the symbolic shape {kernel.shape}; export with numbers there. Only the number of "
+            "tokens may be symbolic."
+        )
+    if kernel.dtype not in (hidden.dtype, np.dtype("float32")):
+        raise TypeError(
+            f"{whose}kernel got dtype {kernel.dtype} with {whose}hidden of {hidden.dtype}; pass a kernel of hidden's "
+            "dtype or of float32 (products are taken in hidden's dtype)."
+        )
+    if hidden.dtype == np.dtype("float64") and implementation == "triton":
+        raise TypeError(
+            f"{whose}hidden got dtype float64, which the Triton kernels do not take; pass implementation='xla'."
+        )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels got dtype {labels.dtype}; pass integers.")
+    check_shape("labels", labels, hidden.shape[:-1], "hidden's leading dimensions")
+    if bias is not None:
+        check_vocab_vector(f"{whose}bias", bias, kernel, vocab_dim)
+
+
+def check_adapter(adapter: Any, hidden: Any, kernel: Any, vocab_dim: int, whose: str = "") -> None:
+    """A `LinearAdapter` that fits the head; `whose` is as in `check_operands`."""
+    for name, side, dim, size, what in (
+        ("a", adapter.a, 0, hidden.shape[-1], "[H, R]"),
+        ("b", adapter.b, 1, kernel.shape[vocab_dim], "[R, V]"),
+    ):
+        check_floating(f"{whose}adapter.{name}", side)
+        if side.dtype not in (hidden.dtype, np.dtype("float32")):
+            raise TypeError(
+                f"{whose}adapter.{name} got dtype {side.dtype} with {whose}hidden of {hidden.dtype}; pass hidden's "
+                "dtype or float32."
+            )
+        if side.ndim != 2 or side.shape[dim] != size:
+            raise ValueError(
+                f"{whose}adapter.{name} got shape {side.shape}; pass {what} for {whose}hidden of shape {hidden.shape} "
+                f"and a vocabulary of {kernel.shape[vocab_dim]} (whatever {whose}kernel_layout says)."
+            )
+    if adapter.a.shape[1] != adapter.b.shape[0] or adapter.a.shape[1] == 0:
+        raise ValueError(
+            f"{whose}adapter got a of shape {adapter.a.shape} and b of shape {adapter.b.shape}; pass [H, R] and [R, V] "
+            "of one rank R of at least 1."
+        )
+    if jnp.ndim(adapter.scale) != 0:
+        raise ValueError(f"{whose}adapter.scale got shape {jnp.shape(adapter.scale)}; pass a scalar.")
+
+
+def check_vocab_vector(name: str, array: Any, kernel: Any, vocab_dim: int) -> None:
+    check_floating(name, array)
+    check_shape(name, array, (kernel.shape[vocab_dim],), "one value a column of the vocabulary")
+
+
+def as_logits_dtype(dtype: Any, hidden: Any, implementation: str) -> np.dtype:
+    try:
+        dtype = jnp.dtype(hidden.dtype if dtype is None else dtype)
+    except TypeError as error:
+        raise TypeError(
+            f"logits_dtype got {dtype!r}; pass a floating-point dtype, such as jnp.bfloat16 or 'bfloat16', or None for "
+            "hidden's."
+        ) from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"logits_dtype got {dtype}; pass a floating-point dtype, or None for hidden's.")
+    if implementation == "triton" and dtype not in (np.dtype("float32"), np.dtype("float16"), jnp.dtype("bfloat16")):
+        raise TypeError(f"logits_dtype got {dtype}; the Triton kernels take float32, bfloat16 and float16.")
+    return dtype
