@@ -21,9 +21,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one process and one shape, in about a minute")
     parser.add_argument("--peers", action="store_true", help="also PyTorch's methods, where they are installed")
     parser.add_argument("--only", nargs="*", default=(), metavar="SHAPE", help='shapes, such as "(8192, 4096, 128256)"')
-    parser.add_argument("--no-first-calls", action="store_true", help="do not time first calls, each a process")
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)  # this process measures, into a file
-    parser.add_argument("--first-call", help=argparse.SUPPRESS)  # this process times the first call of one method
+    parser.add_argument("--first-calls", action="store_true", help=argparse.SUPPRESS)  # it also times first calls
     arguments = parser.parse_args()
     if unknown := set(arguments.what) - set(BENCHMARKS):
         parser.error(f"WHAT got {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
@@ -38,16 +37,8 @@ def main() -> None:
     options = [*(["--quick"] if arguments.quick else []), *(["--peers"] if arguments.peers else [])]
     if arguments.only:
         options += ["--only", *arguments.only]
-    first_calls = [] if arguments.no_first_calls or "head" not in arguments.what else _first_calls(arguments.quick)
     count = 1 if arguments.quick else arguments.processes
-    written = processes.run(arguments.what, arguments.out, processes=count, first_calls=first_calls, options=options)
-    _show(written)
-
-
-def _first_calls(quick: bool) -> list[str]:
-    from jliger.bench import head
-
-    return head.first_calls()[: 1 if quick else None]
+    _show(processes.run(arguments.what, arguments.out, count=count, options=options))
 
 
 def _show(written: dict[str, Path]) -> None:

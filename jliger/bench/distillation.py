@@ -64,7 +64,8 @@ def _methods(shape: Shape, *, on_gpu: bool) -> list[Method]:
         bound = Bound(
             (FOUR,), 3 * shape.student.logit_bytes + (casts if dtype == "float32" else shape.student.cast_bytes)
         )
-        for name, beta in {"JSD": 0.5, "forward KL": 0.0, "reverse KL": 1.0}.items():
+        betas = {"JSD": 0.5, "forward KL": 0.0, "reverse KL": 1.0} if dtype == "float32" else {"JSD": 0.5}
+        for name, beta in betas.items():
             step = _loss_and_gradients(_fused, beta=beta)
             found.append(Method(f"{name}, {dtype} kernels", step, dtype, FOUR, bound))
     hard = _loss_and_gradients(_fused, beta=0.5, temperature=2.0, hard_weight=0.5)

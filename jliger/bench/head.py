@@ -28,9 +28,9 @@ def problems(*, with_peers: bool = False, quick: bool = False, only: Sequence[st
         some = [*methods.own(shape), *methods.per_token(shape, ["float32"]), methods.plain()]
         some += methods.flagged(shape) if shape == SMALL[-1] else []
         found.append(problem(shape, some, with_peers=with_peers))
+    found.append(problem(LONG[0], [*methods.own(LONG[0]), methods.plain(), methods.plain("float32")]))
     found.append(problem(RAGGED, methods.own(RAGGED, ["float32"]), floors_of=MAIN))
     found += [problem(shape, methods.own(shape, ["float32"])) for shape in OTHERS]
-    found.append(problem(LONG[0], [*methods.own(LONG[0]), methods.plain(), methods.plain("float32")]))
     # All logits of this one don't fit: the compiler says how much memory they would take.
     found.append(problem(LONG[1], [*methods.own(LONG[1], ["float32"]), methods.plain(memory_only=True)]))
     return [one for one in found if not only or str(one.shape) in only]
@@ -52,7 +52,7 @@ def problem(
 def _all_methods(shape: Shape) -> list[Method]:
     return [
         *methods.own(shape),
-        *methods.flagged(shape),
+        *methods.flagged(shape)[1:],
         *methods.per_token(shape),
         *methods.options(shape),
         methods.plain(first_call=True),
@@ -60,8 +60,3 @@ def _all_methods(shape: Shape) -> list[Method]:
         methods.checkpointed(),
         *methods.tokamax(),
     ]
-
-
-def first_calls() -> list[str]:
-    """The methods whose first call is timed, at the first shape."""
-    return [method.name for method in _all_methods(MAIN) if method.first_call]

@@ -4,8 +4,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from types import MappingProxyType
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -22,83 +21,95 @@ MIB = 2**20
 
 
 class Programs:
-    """The compiled programs of problems, by problem and method.
+    """The compiled programs of problems, by problem and name.
 
     They are traced and lowered one after the other, and compiled side by side: XLA's compiler lets go of Python's lock.
+
+    Attributes:
+      first_calls: seconds of the stages of a first call, where they were timed.
     """
 
-    def __init__(self, problems: Sequence[Problem], threads: int = 8):
-        self._lowered: dict[tuple[str, str], tuple[jax.stages.Lowered, Mapping[str, Any]]] = {}
-        for problem in tqdm(problems, desc="tracing", unit="shape"):
-            for dtype in dict.fromkeys(method.kernel_dtype for method in problem.methods):
-                self._lower(problem, _operands_of(dtype), functools.partial(problem.operands, dtype), ())
-            for floor in problem.floors:
-                self._lower(problem, _operands_of(floor.name), floor.operands, ())
-                self._lower(problem, floor.name, floor.function, jax.eval_shape(floor.operands))
-            for method in problem.methods:
-                shapes = jax.eval_shape(functools.partial(problem.operands, method.kernel_dtype))
-                self._lower(problem, method.name, method.function, shapes, method.flags)
+    def __init__(self, problems: Sequence[Problem], *, time_first_calls: bool = False, threads: int = 12):
+        self.first_calls: dict[tuple[str, str], dict[str, float]] = {}
         self._compiled: dict[tuple[str, str], jax.stages.Compiled | None] = {}
+        if time_first_calls:
+            self._time_first_calls(problems[0])
+        jobs: dict[tuple[str, str], tuple[jax.stages.Lowered, dict[str, Any]]] = {}
+        futures: dict[tuple[str, str], Future[jax.stages.Compiled]] = {}
         with ThreadPoolExecutor(threads) as pool:
-            found = pool.map(self._compile, self._lowered)
-            for key, compiled in zip(self._lowered, tqdm(found, "compiling", len(self._lowered)), strict=True):
-                self._compiled[key] = compiled
-        for key, compiled in self._compiled.items():
-            if compiled is None:  # autotuning beside others may have run out of memory
-                self._compiled[key] = self._compile(key)
-
-    def _lower(
-        self,
-        problem: Problem,
-        name: str,
-        function: Callable[..., Any],
-        shapes: Sequence[Any],
-        flags: Mapping[str, Any] = MappingProxyType({}),
-    ) -> None:
-        self._lowered[str(problem.shape), name] = (jax.jit(function).lower(*shapes), flags)
-
-    def _compile(self, key: tuple[str, str]) -> jax.stages.Compiled | None:
-        lowered, flags = self._lowered[key]
-        try:
-            return lowered.compile(compiler_options=dict(flags) or None)
-        except RuntimeError as error:
-            tqdm.write(f"{key}: {str(error)[:300]}")
-            return None
+            for problem in tqdm(problems, desc="tracing", unit="shape"):
+                for name, function, shapes, flags in _programs(problem):
+                    if (key := (str(problem.shape), name)) not in self._compiled.keys() | futures.keys():
+                        jobs[key] = (jax.jit(function).lower(*shapes), flags)
+                        futures[key] = pool.submit(_compile, *jobs[key])
+            for key in tqdm(futures, desc="compiling", unit="program"):
+                if futures[key].exception() is None:
+                    self._compiled[key] = futures[key].result()
+        for key in futures.keys() - self._compiled.keys():
+            try:  # autotuning beside others may have run out of memory
+                self._compiled[key] = _compile(*jobs[key])
+            except RuntimeError as error:
+                tqdm.write(f"{key}: {str(error)[:300]}")
+                self._compiled[key] = None
 
     def get(self, problem: Problem, name: str) -> jax.stages.Compiled | None:
         """The program; None if it could not be compiled."""
         return self._compiled[str(problem.shape), name]
 
+    def _time_first_calls(self, problem: Problem) -> None:
+        """Times tracing, lowering, compiling and autotuning, one method after the other, in a process that starts.
 
-def first_call(problem: Problem, method: Method) -> dict[str, float]:
-    """Seconds of tracing, lowering, compiling without autotuning, and autotuning; in a process that did nothing yet."""
-    shapes = jax.eval_shape(functools.partial(problem.operands, method.kernel_dtype))
-    jax.block_until_ready(jnp.zeros(()))  # starts the device
-    at = [time.perf_counter()]
-    traced = jax.jit(method.function).trace(*shapes)
-    at.append(time.perf_counter())
-    lowered = traced.lower()
-    at.append(time.perf_counter())
-    lowered.compile(compiler_options=dict(method.flags) or None)
-    at.append(time.perf_counter())
-    lowered.compile(compiler_options={**method.flags, "xla_gpu_autotune_level": 0})
-    at.append(time.perf_counter())
-    trace, lower, compile_all, compile_untuned = (end - start for start, end in itertools.pairwise(at))
-    untuned = min(compile_all, compile_untuned)
-    return {"trace": trace, "lower": lower, "compile": untuned, "autotune": compile_all - untuned}
+        What XLA compiles with autotuning, and then without, differs by autotuning.
+        """
+        _compile(jax.jit(jnp.dot).lower(jnp.ones((512, 512)), jnp.ones((512, 512))), {})  # loads libraries
+        for method in tqdm([m for m in problem.methods if m.first_call], desc="first calls", unit="method"):
+            shapes = jax.eval_shape(functools.partial(problem.operands, method.kernel_dtype))
+            at = [time.perf_counter()]
+            traced = jax.jit(method.function).trace(*shapes)
+            at.append(time.perf_counter())
+            lowered = traced.lower()
+            at.append(time.perf_counter())
+            compiled = _compile(lowered, dict(method.flags))
+            at.append(time.perf_counter())
+            if jax.default_backend() == "gpu":
+                _compile(lowered, {**method.flags, "xla_gpu_autotune_level": 0})
+            at.append(time.perf_counter())
+            trace, lower, compile_all, untuned = (end - start for start, end in itertools.pairwise(at))
+            untuned = min(compile_all, untuned)
+            key = (str(problem.shape), method.name)
+            self._compiled[key] = compiled
+            stages = {"trace": trace, "lower": lower, "compile": untuned, "autotune": compile_all - untuned}
+            self.first_calls[key] = {**stages, "all": trace + lower + compile_all}
+
+
+def _programs(problem: Problem) -> Iterator[tuple[str, Callable[..., Any], Sequence[Any], dict[str, Any]]]:
+    """Name, function, arguments' shapes and flags of all that a problem compiles."""
+    for dtype in dict.fromkeys(method.kernel_dtype for method in problem.methods):
+        yield _operands_of(dtype), functools.partial(problem.operands, dtype), (), {}
+    for floor in problem.floors:
+        yield _operands_of(floor.name), floor.operands, (), {}
+        yield floor.name, floor.function, jax.eval_shape(floor.operands), {}
+    for method in problem.methods:
+        shapes = jax.eval_shape(functools.partial(problem.operands, method.kernel_dtype))
+        yield method.name, method.function, shapes, dict(method.flags)
+
+
+def _compile(lowered: jax.stages.Lowered, flags: dict[str, Any]) -> jax.stages.Compiled:
+    return lowered.compile(compiler_options=flags or None)
 
 
 def copy_bandwidth(effort: Effort, megabytes: int = 1024) -> float:
     """Bytes a second that a large copy reads and writes."""
     array = jax.random.normal(jax.random.key(0), (megabytes // 2, MIB), jnp.bfloat16)
     copy = functools.partial(jax.jit(jnp.negative), array)
+    jax.block_until_ready(copy())
     return 2 * array.nbytes / timing.median(timing.time_in_turn({"copy": Timed(copy)}, effort)["copy"])
 
 
-def measure(
-    what: str, problem: Problem, programs: Programs, bandwidth: float | None, effort: Effort, progress: "tqdm[Any]"
+def measure_methods(
+    problem: Problem, programs: Programs, bandwidth: float | None, effort: Effort, progress: "tqdm[Any]"
 ) -> list[Record]:
-    """A record of each floor, method and peer of a problem."""
+    """A record of each floor and each method of a problem."""
     floors = {floor.name: floor for floor in problem.floors}
     calls = _Calls(problem, programs)
     records: dict[str, Record] = {}
@@ -114,29 +125,35 @@ def measure(
             record: Record = {"name": method.name, "extra_mib": calls.extra_mib(method)}
             if method.flags:
                 record["flags"] = _shown(method.flags)
+            if stages := programs.first_calls.get((str(problem.shape), method.name)):
+                record["first_call"] = stages
             if method.name in found:
                 record |= speed(found, floors, bandwidth, method.name, method.floor, method.bound)
                 if method.baseline in found:
                     baseline, own = (timing.median(found[name]) for name in (method.baseline, method.name))
                     record |= {"baseline": method.baseline, "of_baseline": baseline / own}
             records[method.name] = record
+    return list(records.values())
+
+
+def measure_peers(problem: Problem, programs: Programs, effort: Effort, progress: "tqdm[Any]") -> list[Record]:
+    """A record of each peer of a problem."""
+    floors = {floor.name: floor for floor in problem.floors}
+    calls = _Calls(problem, programs)
+    records: list[Record] = []
     for peers in _chunks(problem.peers, GROUP):
         prepared = {peer.name: peer.prepare() for peer in peers}
         starts = {name: timing.first_call(thing) for name, (thing, _) in prepared.items()}
         wanted = [name for name in floors if any(name == peer.floor for peer in peers)]
         things = {name: thing for name, (thing, _) in prepared.items()}
         found = _time_what_fits(problem, {**calls.of_floors(wanted), **things}, effort)
-        _keep_floors(records, floors, found)
         for peer in peers:
             progress.update()
             if peer.name in found:
-                records[peer.name] = {
-                    "name": peer.name,
-                    "extra_mib": prepared[peer.name][1]() / MIB,
-                    "first_call": {"all": starts[peer.name]},
-                    **speed(found, floors, bandwidth, peer.name, peer.floor, None),
-                }
-    return [{"what": what, "shape": str(problem.shape), **record} for record in records.values()]
+                about: Record = {"name": peer.name, "first_call": {"all": starts[peer.name]}}
+                about["extra_mib"] = prepared[peer.name][1]() / MIB
+                records.append(about | speed(found, floors, None, peer.name, peer.floor, None))
+    return records
 
 
 def speed(

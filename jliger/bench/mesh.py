@@ -92,7 +92,6 @@ def measure(devices: int, arrangement: Arrangement, per_device: Shape, effort: E
     milliseconds = {name: median(seconds) * 1e3 for name, seconds in found.items()}
     together = milliseconds["local"] + milliseconds.get("collectives", 0.0)
     return {
-        "what": "mesh",
         "devices": devices,
         "name": arrangement.name,
         "shape": str(everything),

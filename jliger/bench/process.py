@@ -14,13 +14,15 @@ from jliger.bench.timing import Effort
 
 def run(arguments: argparse.Namespace) -> None:
     effort = Effort()
-    problems = _problems(arguments)
-    if arguments.first_call is not None:
-        _first_call(arguments, problems)
-        return
     found: Record = {"environment": report.environment(), "records": []}
-    if problems:
-        programs = measure.Programs([problem for _, problem in problems])
+
+    def keep(what: str, shape: object, records: list[Record]) -> None:
+        found["records"] += [{"what": what, "shape": str(shape), **record} for record in records]
+        report.write_json(arguments.part, found)
+
+    if problems := _problems(arguments):
+        first_calls = arguments.first_calls and "head" in arguments.what
+        programs = measure.Programs([problem for _, problem in problems], time_first_calls=first_calls)
         bandwidth = None
         if jax.default_backend() == "gpu":
             bandwidth = measure.copy_bandwidth(effort)
@@ -28,12 +30,14 @@ def run(arguments: argparse.Namespace) -> None:
         with tqdm(total=sum(len(p.methods) + len(p.peers) for _, p in problems), unit="method") as progress:
             for what, problem in problems:
                 progress.set_description(f"{what} {problem.shape}")
-                found["records"] += measure.measure(what, problem, programs, bandwidth, effort, progress)
-                report.write_json(arguments.part, found)
+                keep(what, problem.shape, measure.measure_methods(problem, programs, bandwidth, effort, progress))
+            for what, problem in problems:
+                progress.set_description(f"{what} {problem.shape}, PyTorch")
+                keep(what, problem.shape, measure.measure_peers(problem, programs, effort, progress))
     if "mesh" in arguments.what:
         for count, arrangement in tqdm(mesh.plan(), unit="arrangement"):
-            found["records"].append(mesh.measure(count, arrangement, mesh.per_device(), effort))
-            report.write_json(arguments.part, found)
+            record = mesh.measure(count, arrangement, mesh.per_device(), effort)
+            keep("mesh", record["shape"], [record])
 
 
 def _problems(arguments: argparse.Namespace) -> list[tuple[str, Problem]]:
@@ -48,13 +52,3 @@ def _problems(arguments: argparse.Namespace) -> list[tuple[str, Problem]]:
         elif what == "distillation":
             found += [(what, problem) for problem in distillation.problems()]
     return found
-
-
-def _first_call(arguments: argparse.Namespace, problems: list[tuple[str, Problem]]) -> None:
-    what, problem = problems[0]
-    records = [
-        {"what": what, "shape": str(problem.shape), "name": m.name, "first_call": measure.first_call(problem, m)}
-        for m in problem.methods
-        if m.name == arguments.first_call
-    ]
-    report.write_json(arguments.part, {"environment": report.environment(), "records": records})

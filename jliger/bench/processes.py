@@ -11,39 +11,36 @@ from pathlib import Path
 from jliger.bench import report
 
 
-def run(
-    what: Sequence[str], out: Path, *, processes: int, first_calls: Sequence[str], options: Sequence[str]
-) -> dict[str, Path]:
-    """Runs `python -m jliger.bench` once for each first call, then `processes` times; writes one file a benchmark.
+def run(what: Sequence[str], out: Path, *, count: int, options: Sequence[str]) -> dict[str, Path]:
+    """Runs `python -m jliger.bench` as `count` processes; writes one file a benchmark.
 
     The files are written after each process, from what all have found until then.
 
     Args:
       what: benchmarks.
       out: the folder of the result files; `parts/` in it has what each process found.
-      processes: how many measure.
-      first_calls: methods whose first call is timed, each in a process of its own.
-      options: more arguments for each process.
+      count: how many processes.
+      options: more arguments for each.
 
     Returns:
       The result file of each benchmark.
     """
-    first = [(out / "parts" / f"first_call_{n}.json", ("--first-call", name)) for n, name in enumerate(first_calls)]
-    measuring = [(out / "parts" / f"process_{n}.json", ()) for n in range(processes)]
-    for part, _ in (*first, *measuring):
+    parts = [out / "parts" / f"{number}.json" for number in range(count)]
+    for part in parts:
         part.unlink(missing_ok=True)
     written: dict[str, Path] = {}
     with tempfile.TemporaryDirectory() as cache:
-        # Processes share what XLA compiled, so that each program is compiled once.
+        # Processes share what XLA compiled: the first one times first calls, and the others need not wait.
         shared = {
             "JAX_COMPILATION_CACHE_DIR": cache,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        for part, arguments in (*first, *measuring):
-            command = [sys.executable, "-m", "jliger.bench", *what, "--part", str(part), *options, *arguments]
+        for part in parts:
+            command = [sys.executable, "-m", "jliger.bench", *what, "--part", str(part), *options]
+            command += ["--first-calls"] if part == parts[0] else []
             subprocess.run(command, env={**os.environ, **shared}, check=True)
-            written = write(out, [part for part, _ in (*measuring, *first)])
+            written = write(out, parts)
     return written
 
 

@@ -32,7 +32,10 @@ class Effort(NamedTuple):
 
 
 def time_in_turn(things: Mapping[str, Timed], effort: Effort) -> dict[str, list[float]]:
-    """Seconds a call of each thing, one figure a burst; bursts alternate, so that all see the same clock."""
+    """Seconds a call of each thing, one figure a burst; bursts alternate, so that all see the same clock.
+
+    Each thing has been called before: a first call may compile.
+    """
     calls = {name: _calls_a_burst(thing, effort.seconds) for name, thing in things.items()}
     seconds: dict[str, list[float]] = {name: [] for name in things}
     for _ in range(effort.bursts):
@@ -51,8 +54,7 @@ def median(values: list[float]) -> float:
 
 
 def _calls_a_burst(thing: Timed, seconds: float) -> int:
-    """As many calls as fill `seconds`, after a warm-up."""
-    _burst(thing, 1)
+    """As many calls as fill `seconds`, by the time of two."""
     return max(1, math.ceil(seconds / _burst(thing, 2)))
 
 
