@@ -28,11 +28,12 @@ def problems(*, with_peers: bool = False, quick: bool = False, only: Sequence[st
         some = [*methods.own(shape), *methods.per_token(shape, ["float32"]), methods.plain()]
         some += methods.flagged(shape) if shape == SMALL[-1] else []
         found.append(problem(shape, some, with_peers=with_peers))
-    found.append(problem(LONG[0], [*methods.own(LONG[0]), methods.plain(), methods.plain("float32")]))
+    # Where all logits don't fit, or nearly, the compiler says how much memory they would take.
+    memory_of = [methods.plain(dtype, memory_only=True) for dtype in ("bfloat16", "float32")]
+    found.append(problem(LONG[0], [*methods.own(LONG[0]), methods.plain(), memory_of[1]]))
     found.append(problem(RAGGED, methods.own(RAGGED, ["float32"]), floors_of=MAIN))
     found += [problem(shape, methods.own(shape, ["float32"])) for shape in OTHERS]
-    # All logits of this one don't fit: the compiler says how much memory they would take.
-    found.append(problem(LONG[1], [*methods.own(LONG[1], ["float32"]), methods.plain(memory_only=True)]))
+    found.append(problem(LONG[1], [*methods.own(LONG[1], ["float32"]), *memory_of]))
     return [one for one in found if not only or str(one.shape) in only]
 
 

@@ -145,7 +145,8 @@ def plain(logits_dtype: str = "bfloat16", *, memory_only: bool = False, first_ca
     """Plain JAX with all logits, of one dtype."""
     loss = functools.partial(reference.fused_linear_cross_entropy, logits_dtype=jnp.dtype(logits_dtype))
     name = f"plain JAX, {logits_dtype} logits"
-    return Method(name, loss_and_gradients(loss), memory_only=memory_only, first_call=first_call)
+    flags = {"xla_gpu_autotune_level": 0} if memory_only else {}  # products that don't fit can't be tried out
+    return Method(name, loss_and_gradients(loss), memory_only=memory_only, first_call=first_call, flags=flags)
 
 
 def checkpointed() -> Method:
