@@ -48,8 +48,7 @@ def _show(written: dict[str, Path]) -> None:
     for what, path in written.items():
         found = report.read_json(path)
         print(report.table(found["records"], report.MESH_COLUMNS if what == "mesh" else report.COLUMNS))
-        picture = plot.mesh_plot(path) if what == "mesh" else plot.speed_plot(path)
-        print("wrote", path, "and", picture)
+        print("wrote", path, *plot.draw(what, path))
 
 
 if __name__ == "__main__":

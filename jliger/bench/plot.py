@@ -11,6 +11,13 @@ from jliger.bench import report
 from jliger.bench.report import Record
 
 
+def draw(what: str, path: Path) -> list[Path]:
+    """The plots of a benchmark's results, written beside `path`."""
+    if what == "mesh":
+        return [mesh_plot(path)]
+    return [speed_plot(path), *([memory_plot(path)] if what == "head" else [])]
+
+
 def speed_plot(path: Path) -> Path:
     """The share of the floor that each method reaches, a panel a shape; written beside `path`."""
     found = report.read_json(path)
