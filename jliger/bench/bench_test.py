@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
+from jliger import reference
 from jliger.bench import head, measure, methods, problem, report
 from jliger.bench.problem import ONE, THREE, Bound, Floor, Method, Problem, Shape
 from jliger.bench.timing import Effort, Timed, time_in_turn
@@ -95,28 +96,37 @@ def test_a_shape_is_measured():
     def fails(*operands):
         raise RuntimeError("out of memory")
 
-    doubled = Method("doubled", lambda *args: 2 * methods.fused(*args), floor=None, baseline="own")
+    def logits(hidden, kernel, labels):
+        return hidden @ kernel
+
     small = Problem(
-        "(16, 8, 32)",
+        str(SHAPE),
         functools.partial(problem.operands, SHAPE, "float32"),
-        problem.head_floors(SHAPE),
+        problem.head_floors(SHAPE)[1:],
         [
-            Method("own", methods.fused, floor=ONE, bound=methods.forward_bound(SHAPE, "float32"), first_call=True),
-            doubled,
-            Method("large", methods.fused, floor=ONE, memory_only=True),
+            Method("own", logits, floor=ONE, bound=Bound((ONE,), 8), first_call=True),
+            Method("other", logits, floor=None, baseline="own"),
+            Method("large", logits, floor=ONE, memory_only=True),
         ],
     )
     programs = measure.Programs([small], time_first_calls=True)
     with tqdm(disable=True) as progress:
         records = measure.measure_methods(small, programs, 1e9, Effort(1, 0), progress)
     found = {record["name"]: record for record in records}
-    assert list(found) == [ONE, "own", "large", "doubled"]
+    assert list(found) == [ONE, "own", "large", "other"]
     assert found["own"]["of_floor"] > 0
     assert found["own"]["first_call"]["all"] > 0
-    assert found["doubled"]["baseline"] == "own"
+    assert found["other"]["baseline"] == "own"
     assert "milliseconds" not in found["large"]
     assert found["large"]["extra_mib"] == found["own"]["extra_mib"]
     assert measure._time_what_fits(small, {"fails": Timed(fails)}, Effort(1, 0)) == {}
+
+
+def test_plain_jax_computes_what_the_operation_does():
+    operands = problem.operands(SHAPE, "float32", "float32")
+    expected = reference.fused_linear_cross_entropy(*operands)
+    np.testing.assert_allclose(methods.plain_loss(*operands, "float32"), expected, rtol=1e-5)
+    np.testing.assert_allclose(methods.checkpointed_chunks(*operands, chunk=8), expected, rtol=1e-5)
 
 
 def test_a_cpu_measures_one_small_shape():

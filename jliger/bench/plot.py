@@ -48,12 +48,17 @@ def speed_plot(path: Path) -> Path:
 def memory_plot(path: Path) -> Path:
     """Extra memory against tokens, of jliger and of plain JAX, where one H and V were measured with several N."""
     found = report.read_json(path)
-    names = {"jliger": "jliger, float32 kernel", "all logits (plain JAX)": "plain JAX, bfloat16 logits"}
+    lines = {"jliger": ("jliger, float32 kernel",), "all logits (plain JAX)": ("plain JAX", ", bfloat16 logits")}
     at: dict[str, list[tuple[int, float]]] = {}
-    for label, name in names.items():
+    for label, ends in lines.items():
         for record in found["records"]:
             tokens, hidden, vocab = (int(number) for number in record["shape"].strip("()").split(", "))
-            if record["name"] == name and (hidden, vocab) == (4096, 128256) and record.get("extra_mib"):
+            if (
+                record["name"].startswith(ends[0])
+                and record["name"].endswith(ends[-1])
+                and (hidden, vocab) == (4096, 128256)
+                and record.get("extra_mib")
+            ):
                 at.setdefault(label, []).append((tokens, record["extra_mib"] / 1024))
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
     for label, points in at.items():
