@@ -1,5 +1,6 @@
 """Plots of benchmark results, from the JSON files that the benchmarks wrote."""
 
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -19,28 +20,43 @@ def draw(what: str, path: Path) -> list[Path]:
 
 
 def speed_plot(path: Path) -> Path:
-    """The share of the floor that each method reaches, a panel a shape; written beside `path`."""
+    """The share of the floor that each method reaches; written beside `path`.
+
+    A shape with several methods has a panel; those with one share the last. Methods that are held against fewer
+    products than most are left out.
+    """
     found = report.read_json(path)
-    records = [record for record in found["records"] if "of_floor" in record]
-    shapes = list(dict.fromkeys(record["shape"] for record in records))
-    rows = [[r for r in records if r["shape"] == shape] for shape in shapes]
+    compared = [record for record in found["records"] if "of_floor" in record]
+    floor = statistics.mode(record["floor"] for record in compared)
+    at: dict[str, list[Record]] = {}
+    for record in compared:
+        if record["floor"] == floor:
+            at.setdefault(record["shape"], []).append(record)
+    panels = {
+        f"N, H, V = {shape}": [(r["name"], r) for r in own] for shape, own in at.items() if len(own) > 1 or len(at) == 1
+    }
+    if singles := [(f"{r['name']}, {shape}", r) for shape, own in at.items() if len(own) == 1 < len(at) for r in own]:
+        panels["Other N, H, V"] = singles
+    heights = [len(bars) + 2 for bars in panels.values()]
     figure, axes = plt.subplots(
-        len(shapes),
+        len(panels),
         1,
-        figsize=(9, 0.6 * len(shapes) + 0.24 * len(records)),
-        height_ratios=[len(own) + 2 for own in rows],
+        figsize=(9, 0.24 * sum(heights) + 0.8),
+        height_ratios=heights,
         layout="constrained",
         squeeze=False,
         sharex=True,
     )
-    for axis, shape, own in zip(axes[:, 0], shapes, rows, strict=True):
-        bars = axis.barh([r["name"] for r in own], [100 * r["of_floor"] for r in own], color=[_color(r) for r in own])
-        axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
-        axis.invert_yaxis()
+    for axis, (title, bars) in zip(axes[:, 0], panels.items(), strict=True):
+        shares = [100 * record["of_floor"] for _, record in bars]
+        drawn = axis.barh([name for name, _ in bars], shares, color=[_color(record) for _, record in bars])
+        axis.bar_label(drawn, fmt="%.0f", padding=2, fontsize=7)
+        axis.set_ylim(len(bars) - 0.4, -0.6)
         axis.tick_params(labelsize=7)
         axis.axvline(100, color="black", linewidth=0.8)
-        axis.set_title(f"N, H, V = {shape}", fontsize=8, loc="left")
-    axes[-1, 0].set_xlabel("speed, % of the matrix products alone")
+        axis.set_title(title, fontsize=8, loc="left")
+    axes[-1, 0].set_xlim(0, 110)
+    axes[-1, 0].set_xlabel(f"speed, % of the {floor} alone", fontsize=8)
     figure.suptitle(_where(found), fontsize=9)
     return _saved(figure, path.with_suffix(".png"))
 
@@ -61,13 +77,13 @@ def memory_plot(path: Path) -> Path:
             ):
                 at.setdefault(label, []).append((tokens, record["extra_mib"] / 1024))
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    for label, points in at.items():
+    for (label, points), offset in zip(at.items(), (-12, 6), strict=False):
         points = sorted(points)
         axis.plot([x for x, _ in points], [y for _, y in points], "o-", label=label)
         for x, y in points:
-            axis.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, 5), ha="center", fontsize=8)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks([8192, 32768, 131072], ["8192", "32768", "131072"])
+            axis.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, offset), ha="center", fontsize=8)
+    axis.set_xticks(sorted({x for points in at.values() for x, _ in points}))
+    axis.margins(y=0.12)
     axis.set_xlabel("tokens")
     axis.set_ylabel("extra memory, GiB")
     axis.legend(fontsize=8)
