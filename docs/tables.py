@@ -27,9 +27,9 @@ MIB = 2**20
 Record = dict[str, Any]
 
 
-def environment(found: Record) -> str:
-    """What the figures were measured with, in one paragraph."""
-    about, records = found["environment"], found["records"]
+def environment(found: Record, records: Sequence[Record]) -> str:
+    """What the figures of `records` were measured with, in one paragraph."""
+    about = found["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     flags = f"`XLA_FLAGS={about['xla_flags']}`" if about.get("xla_flags") else "XLA's default flags"
     driver = f", driver {about['driver']}" if about.get("driver") else ""
@@ -45,6 +45,7 @@ def environment(found: Record) -> str:
 
 # ---- kinds of tables: functions of a result file's path --------------------------------------------------------
 
+COMPILED = 0.5  # seconds; a first call of less compiled nothing: another method had compiled its kernels
 SUMMARY_SHAPES = (
     "(8192, 4096, 128256)",
     "(32768, 4096, 128256)",
@@ -58,7 +59,8 @@ def summary_table(path: Path, page: Path) -> str:
     """Loss and gradients at five shapes, beside plain JAX and PyTorch Liger at its best chunk budget."""
     del page
     found = _read(path)
-    rows = []
+    rows: list[list[str]] = []
+    shown: list[Record] = []
     for shape in SUMMARY_SHAPES:
         at = {record["name"]: record for record in found["records"] if record["shape"] == shape}
         if (own := at.get("jliger, float32 kernel")) is None:
@@ -67,9 +69,10 @@ def summary_table(path: Path, page: Path) -> str:
         budgets = [r for name, r in at.items() if name.startswith("PyTorch Liger") and "float32" not in name]
         liger = min(budgets, key=lambda record: record["milliseconds"], default={})
         speeds = [percent(own["of_floor"]), percent(own.get("of_bound"))]
+        shown += [own, *([plain] if plain else []), *([liger] if liger else [])]
         rows.append([shape, _ms(own), *speeds, mib(own["extra_mib"]), *_both(plain), *_both(liger)])
     headings = ("N, H, V", "ms", "of the floor", "of the bound", "extra MiB", "plain JAX, ms", "its MiB")
-    return markdown((*headings, "PyTorch Liger at its best, ms", "its MiB"), rows) + "\n\n" + environment(found)
+    return markdown((*headings, "PyTorch Liger at its best, ms", "its MiB"), rows) + "\n\n" + environment(found, shown)
 
 
 def shapes_table(path: Path, page: Path) -> str:
@@ -77,7 +80,9 @@ def shapes_table(path: Path, page: Path) -> str:
     del page
     found = _read(path)
     shapes = dict.fromkeys(record["shape"] for record in found["records"])
-    return "\n\n".join([*(_methods_at(shape, found["records"]) for shape in shapes), environment(found)])
+    return "\n\n".join(
+        [*(_methods_at(shape, found["records"]) for shape in shapes), environment(found, found["records"])]
+    )
 
 
 def _methods_at(shape: str, records: Sequence[Record]) -> str:
@@ -95,11 +100,11 @@ def _methods_at(shape: str, records: Sequence[Record]) -> str:
                 f"floor: {record['name']}" if record.get("is_floor") else record["name"],
                 _ms(record),
                 spread,
-                percent(record.get("of_floor")),
+                _of_floor(record),
                 percent(record.get("of_bound")),
                 baseline,
                 mib(record.get("extra_mib")),
-                NOTHING if first is None else f"{first:.1f}",
+                NOTHING if first is None or first < COMPILED else f"{first:.1f}",
                 f"{record['processes']} × {record['bursts'] // record['processes']}" if "bursts" in record else NOTHING,
             ]
         )
@@ -151,7 +156,15 @@ def _read(path: Path) -> Record:
 
 
 def _ms(record: Record) -> str:
-    return f"{record['milliseconds']:.1f}" if "milliseconds" in record else NOTHING
+    if "milliseconds" not in record:
+        return NOTHING
+    return f"{record['milliseconds']:.{1 if record['milliseconds'] >= 10 else 2}f}"
+
+
+def _of_floor(record: Record) -> str:
+    """A share, with the floor's name where it is not that of loss and gradients."""
+    share = percent(record.get("of_floor"))
+    return f"{share} of {record['floor']}" if record.get("floor") in ("one product", "two products") else share
 
 
 def _both(record: Record) -> list[str]:
@@ -159,8 +172,8 @@ def _both(record: Record) -> list[str]:
 
 
 def plot(path: Path, page: Path) -> str:
-    """The plot of speed beside a result file."""
-    return _picture(path.with_suffix(".png"), page, "speed")
+    """The plot beside a result file."""
+    return _picture(path.with_suffix(".png"), page, "speed and extra memory")
 
 
 def memory_plot(path: Path, page: Path) -> str:

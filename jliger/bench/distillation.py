@@ -75,7 +75,7 @@ def _methods(shape: Shape, *, on_gpu: bool) -> list[Method]:
         Method("JSD with labels, temperature 2, float32 kernels", hard, floor=FOUR),
         Method("JSD, student kernel frozen, float32 kernels", _loss_and_gradients(_fused, (0,), beta=0.5), floor=FOUR),
         Method("JSD, loss alone, float32 kernels", _of_arrays(_fused, beta=0.5), floor=TWO, bound=alone),
-        Method("JSD, plain JAX, all logits, float32 kernels", _loss_and_gradients(_plain, beta=0.5), floor=FOUR),
+        Method("JSD, plain JAX (jliger.reference), float32 kernels", _loss_and_gradients(_plain, beta=0.5), floor=FOUR),
     ]
 
 

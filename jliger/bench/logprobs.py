@@ -36,7 +36,7 @@ def _methods(shape: Shape) -> list[Method]:
         *found,
         Method("with the entropy's gradient, float32 kernel", _and_gradients(_logprobs_and_entropy)),
         Method(f"an adapter of rank {RANK}, kernel frozen", _adapter_gradients),
-        Method("plain JAX, all logits", _and_gradients(_plain)),
+        Method("plain JAX (jliger.reference)", _and_gradients(_plain)),
     ]
 
 
