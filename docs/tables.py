@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,138 +27,164 @@ MIB = 2**20
 Record = dict[str, Any]
 
 
-def aim(record: Record) -> tuple[str, str]:
-    """The share that was aimed at, and whether it was reached, judged before rounding."""
-    if record.get("least_beside") is not None:
-        aimed, found = record["least_beside"], record["of_beside"]
-        reached = "yes" if found >= aimed else "**no**"
-        return f"{aimed} times {record.get('beside', 'loss and gradients')}", f"{reached}, {found:.2f}"
-    if record.get("least") is None:
-        return NOTHING, NOTHING
-    missed = record["least"] - record["of_floor"]
-    return percent(record["least"]), "yes" if missed <= 0 else f"**no**, {100 * missed:.2f} short"
-
-
-def environment(found: Record) -> str:
-    """What the figures were measured with, in one paragraph."""
-    about, records = found["environment"], found["records"]
+def environment(found: Record, records: Sequence[Record]) -> str:
+    """What the figures of `records` were measured with, in one paragraph."""
+    about = found["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    flags = f"`XLA_FLAGS={about['xla_flags']}`" if about.get("xla_flags") else "no XLA flags"
+    flags = f"`XLA_FLAGS={about['xla_flags']}`" if about.get("xla_flags") else "XLA's default flags"
     driver = f", driver {about['driver']}" if about.get("driver") else ""
-    rounds = sorted({record["rounds"] for record in records if "rounds" in record})
-    calls = f"{rounds[0]}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
+    counts = sorted({record["processes"] for record in records if "processes" in record})
+    processes = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    copies = about.get("copy_gb_per_second")
+    copy = f" A large copy moved {statistics.median(copies) / 1e3:.2f} TB/s." if copies else ""
     return (
         f"Measured on {about['devices']} × {about['device']}{driver}, Python {about['python']}, {versions}, {flags}, "
-        f"by `{about['command']}`. Times are medians of {calls} calls."
+        f"by `{about['command']}`. Medians of {processes} processes, with five bursts of calls in each.{copy}"
     )
 
 
 # ---- kinds of tables: functions of a result file's path --------------------------------------------------------
 
+COMPILED = 0.5  # seconds; a first call of less compiled nothing: another method had compiled its kernels
+SUMMARY_SHAPES = (
+    "(8192, 4096, 128256)",
+    "(32768, 4096, 128256)",
+    "(16384, 2304, 256000)",
+    "(8192, 2048, 131072)",
+    "(8192, 1024, 50304)",
+)
 
-def main_table(path: Path, page: Path) -> str:
-    """Loss and gradients at every shape, for both dtypes of the kernel, beside plain JAX."""
+
+def summary_table(path: Path, page: Path) -> str:
+    """Loss and gradients at five shapes, beside plain JAX and PyTorch Liger at its best chunk budget."""
     del page
-    found = json.loads(path.read_text(encoding="utf-8"))
-    at = {(record["shape"], record["name"]): record for record in found["records"]}
-    rows = []
-    for shape in dict.fromkeys(record["shape"] for record in found["records"]):
-        plain = [at.get((shape, name), {}) for name in ("plain JAX, full logits", "jax.checkpoint over chunks")]
-        for dtype in ("float32", "bfloat16"):
-            if (own := at.get((shape, f"jliger, {dtype} kernel"))) is None:
-                continue
-            beside = [f"{percent(r.get('of_floor'))}, {mib(r.get('extra_mib'))}" if r else NOTHING for r in plain]
-            time = f"{own['milliseconds']:.1f}"
-            rows.append([shape, dtype, time, percent(own["of_floor"]), *aim(own), mib(own["extra_mib"]), *beside])
-    headings = (
-        "N, H, V",
-        "kernel",
-        "ms",
-        "of the floor",
-        "aim",
-        "reached",
-        "extra MiB",
-        "plain JAX, full logits",
-        "jax.checkpoint over chunks",
-    )
-    return markdown(headings, rows, left=2) + "\n\n" + environment(found)
-
-
-def ways_table(path: Path, page: Path) -> str:
-    """Every way that was measured at (8192, 4096, 128256), or at the first shape there is."""
-    del page
-    found = json.loads(path.read_text(encoding="utf-8"))
-    shapes = list(dict.fromkeys(record["shape"] for record in found["records"]))
-    return _ways_at("(8192, 4096, 128256)" if "(8192, 4096, 128256)" in shapes else shapes[0], found["records"])
+    found = _read(path)
+    rows: list[list[str]] = []
+    shown: list[Record] = []
+    for shape in SUMMARY_SHAPES:
+        at = {record["name"]: record for record in found["records"] if record["shape"] == shape}
+        if (own := at.get("jliger, float32 kernel")) is None:
+            continue
+        plain = next((r for name, r in at.items() if name.startswith("plain JAX") and "bfloat16 logits" in name), {})
+        budgets = [r for name, r in at.items() if name.startswith("PyTorch Liger") and "float32" not in name]
+        liger = min(budgets, key=lambda record: record["milliseconds"], default={})
+        speeds = [percent(own["of_floor"]), percent(own.get("of_bound"))]
+        shown += [own, *([plain] if plain else []), *([liger] if liger else [])]
+        rows.append([shape, _ms(own), *speeds, mib(own["extra_mib"]), *_both(plain), *_both(liger)])
+    headings = ("N, H, V", "ms", "of the floor", "of the bound", "extra MiB", "plain JAX, ms", "its MiB")
+    return markdown((*headings, "PyTorch Liger at its best, ms", "its MiB"), rows) + "\n\n" + environment(found, shown)
 
 
 def shapes_table(path: Path, page: Path) -> str:
-    """Every way that was measured, at every shape."""
+    """Every method that was measured, at every shape."""
     del page
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = _read(path)
     shapes = dict.fromkeys(record["shape"] for record in found["records"])
-    return "\n\n".join([*(_ways_at(shape, found["records"]) for shape in shapes), environment(found)])
+    return "\n\n".join(
+        [*(_methods_at(shape, found["records"]) for shape in shapes), environment(found, found["records"])]
+    )
 
 
-def _ways_at(shape: str, records: Sequence[Record]) -> str:
+def _methods_at(shape: str, records: Sequence[Record]) -> str:
     rows = []
     for record in records:
         if record["shape"] != shape:
             continue
-        is_floor = record["name"].startswith("floor: ")
-        spread = NOTHING if is_floor else f"{record['least_milliseconds']:.1f} to {record['most_milliseconds']:.1f}"
-        time = f"{record['milliseconds']:.1f}"
-        speed = [NOTHING] * 2 if is_floor else [percent(record["of_floor"]), record["floor"]]
-        rows.append([record["name"], time, spread, *speed, *aim(record), mib(record.get("extra_mib"))])
-    headings = ("what", "ms", "least to most", "of the floor", "floor", "aim", "reached", "extra MiB")
-    return f"At N, H, V = {shape}:\n\n" + markdown(headings, rows)
-
-
-def mesh_table(path: Path, page: Path) -> str:
-    """Several devices, against one device's work and the collectives alone."""
-    del page
-    found = json.loads(path.read_text(encoding="utf-8"))
-    rows = []
-    for record in found["records"]:
-        over = record["over_sum"] - record["most_over_sum"]
-        collectives = record["collective_milliseconds"]
+        spread = NOTHING
+        if "fastest_milliseconds" in record:
+            spread = f"{record['fastest_milliseconds']:.1f} to {record['slowest_milliseconds']:.1f}"
+        first = record.get("first_call", {}).get("all")
+        baseline = f"{record['of_baseline']:.2f}" if "of_baseline" in record else NOTHING
         rows.append(
             [
-                str(record["devices"]),
-                record["name"],
-                f"{record['milliseconds']:.1f}",
-                f"{record['local_milliseconds']:.1f}",
-                NOTHING if collectives is None else f"{collectives:.1f}",
-                percent(record["over_sum"]),
-                percent(record["most_over_sum"]),
-                "yes" if over <= 0 else f"**no**, {100 * over:.2f} over",
-                f"{record['tokens_per_second']:,.0f}",
-                mib(record["extra_mib"]),
-                f"{record['full_milliseconds']:.1f}, {mib(record['full_extra_mib'])}",
+                f"floor: {record['name']}" if record.get("is_floor") else record["name"],
+                _ms(record),
+                spread,
+                _of_floor(record),
+                percent(record.get("of_bound")),
+                baseline,
+                mib(record.get("extra_mib")),
+                NOTHING if first is None or first < COMPILED else f"{first:.1f}",
+                f"{record['processes']} × {record['bursts'] // record['processes']}" if "bursts" in record else NOTHING,
             ]
         )
-    headings = (
-        "devices",
-        "arrangement",
-        "ms",
-        "local work, ms",
-        "collectives, ms",
-        "of their sum",
-        "at most",
-        "kept",
-        "tokens/s",
-        "extra MiB",
-        "full logits: ms, extra MiB",
-    )
-    return markdown(headings, rows, left=2) + "\n\n" + environment(found)
+    headings = ("method", "ms", "all bursts", "of the floor", "of the bound", "times baseline", "extra MiB")
+    return f"At N, H, V = {shape}:\n\n" + markdown((*headings, "first call, s", "n"), rows)
+
+
+def first_calls_table(path: Path, page: Path) -> str:
+    """The stages of first calls, where they were timed one by one."""
+    del page
+    stages = ("trace", "lower", "compile", "autotune")
+    records = [record for record in _read(path)["records"] if "trace" in record.get("first_call", {})]
+    rows = [
+        [r["name"], *(f"{r['first_call'][stage]:.1f}" for stage in stages), f"{r['first_call']['all']:.1f}"]
+        for r in records
+    ]
+    return markdown(("method", *stages, "all, s"), rows)
+
+
+def flags_table(path: Path, page: Path) -> str:
+    """Loss and gradients under XLA's default flags, and under one that may help."""
+    del page
+    records = _read(path)["records"]
+    at = {(record["shape"], record["name"]): record for record in records}
+    rows = []
+    for record in records:
+        if "of_baseline" not in record or not record.get("flags"):
+            continue
+        default = at[record["shape"], record["baseline"]]
+        flag = f"`{record['flags'].replace(',', ', ')}`"
+        rows.append([record["shape"], flag, _ms(default), _ms(record), f"{record['of_baseline']:.3f}"])
+    return markdown(("N, H, V", "flag", "default flags, ms", "with the flag, ms", "times as fast"), rows, left=2)
+
+
+def chunks_table(path: Path, page: Path) -> str:
+    """Loss and gradients in chunks of several sizes."""
+    del page
+    rows = [
+        [r["shape"], r["name"].split(", ")[1], _ms(r), percent(r["of_floor"]), mib(r["extra_mib"])]
+        for r in _read(path)["records"]
+        if "chunk_size" in r["name"] or (r["name"] == "jliger, float32 kernel" and r["shape"] == SUMMARY_SHAPES[0])
+    ]
+    rows = [[shape, "the default" if "kernel" in size else f"`{size}`", *rest] for shape, size, *rest in rows]
+    return markdown(("N, H, V", "chunks", "ms", "of the floor", "extra MiB"), rows, left=2)
+
+
+def _read(path: Path) -> Record:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _ms(record: Record) -> str:
+    if "milliseconds" not in record:
+        return NOTHING
+    return f"{record['milliseconds']:.{1 if record['milliseconds'] >= 10 else 2}f}"
+
+
+def _of_floor(record: Record) -> str:
+    """A share, with the floor's name where it is not that of loss and gradients."""
+    share = percent(record.get("of_floor"))
+    return f"{share} of {record['floor']}" if record.get("floor") in ("one product", "two products") else share
+
+
+def _both(record: Record) -> list[str]:
+    return [_ms(record), mib(record.get("extra_mib"))]
 
 
 def plot(path: Path, page: Path) -> str:
     """The plot beside a result file."""
-    picture = path.with_suffix(".png")
+    return _picture(path.with_suffix(".png"), page, "speed and extra memory")
+
+
+def memory_plot(path: Path, page: Path) -> str:
+    """The plot of memory beside a result file."""
+    return _picture(path.with_name(f"{path.stem}_memory.png"), page, "extra memory against tokens")
+
+
+def _picture(picture: Path, page: Path, title: str) -> str:
     if not picture.exists():
         return not_measured(picture)
-    return f"![speed and extra memory]({os.path.relpath(picture, page.parent)})"
+    return f"![{title}]({os.path.relpath(picture, page.parent)})"
 
 
 def train_table(path: Path, page: Path) -> str:
@@ -252,11 +279,13 @@ def text(path: Path, page: Path) -> str:
 
 
 KINDS: dict[str, Callable[[Path, Path], str]] = {
-    "main": main_table,
-    "ways": ways_table,
+    "summary": summary_table,
     "shapes": shapes_table,
-    "mesh": mesh_table,
+    "first_calls": first_calls_table,
+    "flags": flags_table,
+    "chunks": chunks_table,
     "plot": plot,
+    "memory_plot": memory_plot,
     "train": train_table,
     "distill": distill_table,
     "post_training": post_training_table,

@@ -1,38 +1,54 @@
-"""`python -m jliger.bench WHAT`: measures on the devices at hand, prints tables, writes JSON and a plot."""
+"""`python -m jliger.bench [WHAT ...]`: measures on the devices at hand, prints tables, writes JSON and plots.
+
+Several processes measure the same things, one after the other; figures are medians over them. Everything is timed in
+bursts of calls, in turn with the matrix products that nothing can do without. docs/benchmarks.md says how.
+"""
 
 import argparse
 from pathlib import Path
 
-from jliger.bench import distillation, head, logprobs, mesh, plot
+from jliger.bench import processes, report
+
+BENCHMARKS = ("head", "logprobs", "distillation", "mesh")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m jliger.bench", description=__doc__)
-    choices = ("head", "logprobs", "distillation", "mesh")
-    parser.add_argument("what", nargs="?", choices=choices, default="head", help="what to measure")
-    parser.add_argument("--out", type=Path, help="the JSON file to write; runs/bench/WHAT.json if not given")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each function is timed at least")
-    parser.add_argument("--seconds", type=float, default=6, help="what the rounds of one shape may take beyond that")
-    parser.add_argument("--peers", action="store_true", help="also time what is installed of other libraries")
+    summary, _, details = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(prog="python -m jliger.bench", description=summary, epilog=details)
+    parser.add_argument("what", nargs="*", default=["head"], metavar="WHAT", help=f"any of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="the folder of the result files")
+    parser.add_argument("--processes", type=int, default=3, help="how many processes measure, one after the other")
+    parser.add_argument("--quick", action="store_true", help="one process and one shape, in about a minute")
+    parser.add_argument("--peers", action="store_true", help="also PyTorch's methods, where they are installed")
     parser.add_argument("--only", nargs="*", default=(), metavar="SHAPE", help='shapes, such as "(8192, 4096, 128256)"')
+    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)  # this process measures, into a file
+    parser.add_argument("--first-calls", action="store_true", help=argparse.SUPPRESS)  # it also times first calls
     arguments = parser.parse_args()
-    if arguments.rounds < 1:
-        parser.error(f"--rounds got {arguments.rounds}; pass at least 1")
-    out = arguments.out or Path(f"runs/bench/{arguments.what}.json")
-    effort = head.Effort(arguments.rounds, arguments.seconds)
-    if arguments.what == "mesh":
-        mesh.run(out, rounds=arguments.rounds, seconds=arguments.seconds)
-        picture = plot.mesh_plot(out)
-    elif arguments.what == "logprobs":
-        logprobs.run(out, effort)
-        picture = plot.head_plot(out)
-    elif arguments.what == "distillation":
-        distillation.run(out, effort)
-        picture = plot.head_plot(out, floor="four products")
-    else:
-        head.run(out, effort, with_peers=arguments.peers, only=arguments.only)
-        picture = plot.head_plot(out)
-    print("wrote", out, "and", picture)
+    if unknown := set(arguments.what) - set(BENCHMARKS):
+        parser.error(f"WHAT got {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
+    if arguments.processes < 1:
+        parser.error(f"--processes got {arguments.processes}; pass at least 1")
+    if arguments.part is not None:
+        # JAX is loaded in the processes that measure alone: the one that starts them leaves the device to them.
+        from jliger.bench import process
+
+        process.run(arguments)
+        return
+    options = [*(["--quick"] if arguments.quick else []), *(["--peers"] if arguments.peers else [])]
+    if arguments.only:
+        options += ["--only", *arguments.only]
+    count = 1 if arguments.quick else arguments.processes
+    _show(processes.run(arguments.what, arguments.out, count=count, options=options))
+
+
+def _show(written: dict[str, Path]) -> None:
+    """Prints the results' tables and draws their plots."""
+    from jliger.bench import plot
+
+    for what, path in written.items():
+        found = report.read_json(path)
+        print(report.table(found["records"], report.MESH_COLUMNS if what == "mesh" else report.COLUMNS))
+        print("wrote", path, *plot.draw(what, path))
 
 
 if __name__ == "__main__":

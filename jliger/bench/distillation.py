@@ -3,23 +3,20 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
-from tqdm import tqdm
 
 from jliger import losses, reference
-from jliger.bench import cases, report
-from jliger.bench.head import COLUMNS, Effort
-from jliger.bench.timing import Sample, time_in_turn
+from jliger.bench import problem
+from jliger.bench.methods import DTYPES
+from jliger.bench.problem import FOUR, TWO, Bound, Floor, Method, Problem
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A problem: tokens, the teacher's and the student's hidden size, and the vocabulary."""
+    """A problem's size: tokens, the teacher's and the student's hidden size, and the vocabulary."""
 
     tokens: int
     teacher_hidden: int
@@ -30,17 +27,16 @@ class Shape:
         return f"({self.tokens}, {self.teacher_hidden} → {self.student_hidden}, {self.vocab})"
 
     @property
-    def student(self) -> cases.Shape:
-        return cases.Shape(self.tokens, self.student_hidden, self.vocab)
+    def student(self) -> problem.Shape:
+        return problem.Shape(self.tokens, self.student_hidden, self.vocab)
 
     @property
-    def teacher(self) -> cases.Shape:
-        return cases.Shape(self.tokens, self.teacher_hidden, self.vocab)
+    def teacher(self) -> problem.Shape:
+        return problem.Shape(self.tokens, self.teacher_hidden, self.vocab)
 
 
-GPU_SHAPES = [Shape(8192, 4096, 2048, 128256), Shape(32768, 4096, 2048, 128256)]
-CPU_SHAPE = Shape(1024, 512, 256, 16384)
-FULL_LOGITS_LIMIT = 8192 * 128256  # tokens · vocabulary up to which full logits are tried
+GPU_SHAPE = Shape(8192, 4096, 2048, 128256)
+CPU_SHAPE = Shape(512, 256, 128, 16384)
 
 
 class Arrays(NamedTuple):
@@ -53,57 +49,34 @@ class Arrays(NamedTuple):
     labels: Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """One way to compute a loss, as `jliger.bench.cases.Way`.
-
-    Attributes:
-      name: as the table shows it.
-      function: of `Arrays`.
-      kernel_dtype: of both kernels.
-      floor: `"four products"`, or `"two products"` without gradients.
-      least: the share of the floor's speed that it is meant to reach, or None.
-    """
-
-    name: str
-    function: Callable[[Arrays], Any]
-    kernel_dtype: str = "float32"
-    floor: str = "four products"
-    least: float | None = None
+def problems() -> list[Problem]:
+    on_gpu = jax.default_backend() == "gpu"
+    shape = GPU_SHAPE if on_gpu else CPU_SHAPE
+    return [Problem(shape, functools.partial(_operands, shape), _floors(shape), _methods(shape, on_gpu=on_gpu))]
 
 
-def run(out: Path, effort: Effort) -> list[report.Record]:
-    """Measures every way at every shape, prints a table a shape, writes `out`."""
-    records: list[report.Record] = []
-    shapes = GPU_SHAPES if jax.default_backend() == "gpu" else [CPU_SHAPE]
-    plan = [(shape, _ways(shape)) for shape in shapes]
-    with tqdm(total=sum(len(ways) for _, ways in plan), unit="way") as progress:
-        for shape, ways in plan:
-            found = _measure(shape, ways, effort, progress)
-            records += found
-            report.write_json(out, records)
-            progress.write(report.table(found, COLUMNS))
-    return records
-
-
-def _ways(shape: Shape) -> list[Way]:
-    ways: list[Way] = []
-    for dtype in ("float32", "bfloat16") if jax.default_backend() == "gpu" else ("float32",):
-        ways += [
-            Way(f"forward KL, {dtype} kernels", _loss_and_gradients(_fused, beta=0.0), dtype, least=0.8),
-            Way(f"reverse KL, {dtype} kernels", _loss_and_gradients(_fused, beta=1.0), dtype, least=0.8),
-            Way(f"JSD, {dtype} kernels", _loss_and_gradients(_fused, beta=0.5), dtype, least=0.8),
-        ]
-    hard = {"temperature": 2.0, "hard_weight": 0.5}
-    ways += [
-        Way("JSD with labels, temperature 2, float32 kernels", _loss_and_gradients(_fused, beta=0.5, **hard)),
-        Way("JSD, student kernel frozen, float32 kernels", _loss_and_gradients(_fused, wrt=(0,), beta=0.5)),
-        Way("JSD, loss alone, float32 kernels", functools.partial(_fused, beta=0.5), floor="two products"),
+def _methods(shape: Shape, *, on_gpu: bool) -> list[Method]:
+    # Both models' logits are read once, the student's gradients written once, and both kernels cast.
+    casts = shape.student.cast_bytes + shape.teacher.cast_bytes
+    found: list[Method] = []
+    for dtype in DTYPES if on_gpu else ("float32",):
+        # Of a bfloat16 kernel it is the float32 sum of the student's gradients that is cast.
+        bound = Bound(
+            (FOUR,), 3 * shape.student.logit_bytes + (casts if dtype == "float32" else shape.student.cast_bytes)
+        )
+        betas = {"JSD": 0.5, "forward KL": 0.0, "reverse KL": 1.0} if dtype == "float32" else {"JSD": 0.5}
+        for name, beta in betas.items():
+            step = _loss_and_gradients(_fused, beta=beta)
+            found.append(Method(f"{name}, {dtype} kernels", step, dtype, FOUR, bound))
+    hard = _loss_and_gradients(_fused, beta=0.5, temperature=2.0, hard_weight=0.5)
+    alone = Bound((TWO,), 2 * shape.student.logit_bytes + casts)
+    return [
+        *found,
+        Method("JSD with labels, temperature 2, float32 kernels", hard, floor=FOUR),
+        Method("JSD, student kernel frozen, float32 kernels", _loss_and_gradients(_fused, (0,), beta=0.5), floor=FOUR),
+        Method("JSD, loss alone, float32 kernels", _of_arrays(_fused, beta=0.5), floor=TWO, bound=alone),
+        Method("JSD, plain JAX (jliger.reference), float32 kernels", _loss_and_gradients(_plain, beta=0.5), floor=FOUR),
     ]
-    if shape.tokens * shape.vocab <= FULL_LOGITS_LIMIT:
-        plain = _loss_and_gradients(_plain, beta=0.5)
-        ways.append(Way("JSD, plain JAX, full logits, float32 kernels", plain))
-    return ways
 
 
 def _fused(arrays: Arrays, hard_weight: float = 0.0, **options: Any) -> Any:
@@ -115,12 +88,16 @@ def _plain(arrays: Arrays, **options: Any) -> Any:
     return reference.fused_linear_jsd(*arrays[:4], **options)
 
 
-def _loss_and_gradients(
-    loss: Callable[..., Any], wrt: tuple[int, ...] = (0, 1), **options: Any
-) -> Callable[[Arrays], Any]:
-    """Loss and gradients by the student's hidden states (0), its kernel (1), or both."""
+def _of_arrays(loss: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return lambda *arrays: loss(Arrays(*arrays), **options)
 
-    def function(arrays: Arrays) -> Any:
+
+def _loss_and_gradients(loss: Callable[..., Any], wrt: tuple[int, ...] = (0, 1), **options: Any) -> Callable[..., Any]:
+    """Loss and gradients with respect to the student's hidden states (0), its kernel (1), or both."""
+
+    def function(*operands: Array) -> Any:
+        arrays = Arrays(*operands)
+
         def of_student(hidden: Array, kernel: Array) -> Any:
             return loss(arrays._replace(student_hidden=hidden, student_kernel=kernel), **options)
 
@@ -129,54 +106,26 @@ def _loss_and_gradients(
     return function
 
 
-def _measure(shape: Shape, ways: list[Way], effort: Effort, progress: "tqdm[Any]") -> list[report.Record]:
-    """All ways at one shape, each timed in turn with the products alone."""
-    dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
-    student, teacher = (cases.operands(one, "float32", dtype) for one in (shape.student, shape.teacher))
-    in_float32 = Arrays(*student[:2], teacher[0], teacher[1][:, ::-1], student[2])
-    arrays = {"float32": in_float32, "bfloat16": _with_kernels(in_float32, jnp.bfloat16)}
-    products = _products(shape, dtype)
-    samples: dict[str, dict[str, Sample]] = {}
-    extra: dict[str, int | None] = {}
-    for way in ways:
-        compiled = jax.jit(way.function).lower(arrays[way.kernel_dtype]).compile()
-        extra[way.name] = report.extra_memory(compiled)
-        in_turn = {**products, way.name: functools.partial(compiled, arrays[way.kernel_dtype])}
-        samples[way.name] = time_in_turn(in_turn, least_rounds=effort.least_rounds, seconds=effort.seconds)
-        progress.update()
-    flops = {
-        "four products": 3 * shape.student.product_flops + shape.teacher.product_flops,
-        "two products": shape.student.product_flops + shape.teacher.product_flops,
-    }
-    first = samples[ways[0].name]
-    records = [report.floor(shape, name, _floor(name, first), flops[name]) for name in flops]
-    for way in ways:
-        speed = report.speed(
-            samples[way.name][way.name],
-            floor=way.floor,
-            floor_seconds=_floor(way.floor, samples[way.name]),
-            flops=flops[way.floor],
-            least=way.least,
-            extra=extra[way.name],
-        )
-        records.append({"shape": str(shape), "name": way.name, **speed})
-    return records
+def _operands(shape: Shape, kernel_dtype: str) -> Arrays:
+    dtype = problem.hidden_dtype()
+    student, teacher = (problem.operands(one, dtype, kernel_dtype) for one in (shape.student, shape.teacher))
+    # Both come from the same random numbers; reversed, the teacher's columns are other than the student's.
+    return Arrays(*student[:2], teacher[0], teacher[1][:, ::-1], student[2])
 
 
-def _with_kernels(arrays: Arrays, dtype: jax.typing.DTypeLike) -> Arrays:
-    return arrays._replace(
-        student_kernel=arrays.student_kernel.astype(dtype), teacher_kernel=arrays.teacher_kernel.astype(dtype)
-    )
+def _floors(shape: Shape) -> list[Floor]:
+    """The student's three products with the teacher's one, and both models' logits alone."""
+    three, one = problem.head_floors(shape.student)
+    _, teacher = problem.head_floors(shape.teacher)
+    assert three.times == 1, shape
 
+    def of_four(*operands: Array) -> tuple[Array, ...]:
+        return (*problem.three_products(*operands[:3]), problem.logits_product(*operands[3:]))
 
-def _products(shape: Shape, dtype: str) -> dict[str, Callable[[], Array]]:
-    """The student's three products and the teacher's one, each alone."""
-    teacher = cases.products(shape.teacher, dtype)["product: logits"]
-    return {**cases.products(shape.student, dtype), "product: teacher logits": teacher}
+    def of_two(*operands: Array) -> tuple[Array, ...]:
+        return problem.logits_product(*operands[:2]), problem.logits_product(*operands[2:])
 
-
-def _floor(name: str, samples: dict[str, Sample]) -> float:
-    """Seconds that the products take."""
-    medians = {name: sample.median for name, sample in samples.items() if name.startswith("product: ")}
-    gradients = sum(median for product, median in medians.items() if product.endswith("gradient"))
-    return sum(medians.values()) - (gradients if name == "two products" else 0)
+    return [
+        Floor(FOUR, of_four, lambda: (*three.operands(), *teacher.operands()), 1, three.flops + teacher.flops),
+        Floor(TWO, of_two, lambda: (*one.operands(), *teacher.operands()), 1, one.flops + teacher.flops),
+    ]

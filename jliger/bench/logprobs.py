@@ -1,57 +1,47 @@
 """The log-probability benchmark: `linear_logprobs` with and without gradients, and with a low-rank adapter."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
-from tqdm import tqdm
 
 import jliger
 from jliger import reference
-from jliger.bench import report
-from jliger.bench.cases import Shape, Way
-from jliger.bench.head import COLUMNS, MAIN, Effort, measure
+from jliger.bench.head import CPU_SHAPE, MAIN, problem
+from jliger.bench.methods import DTYPES, forward_bound, recomputed_bound
+from jliger.bench.problem import ONE, THREE, Bound, Method, Problem, Shape
 
-GPU_SHAPES = [MAIN, Shape(32768, 4096, 128256)]
-CPU_SHAPE = Shape(1024, 256, 16384)
 RANK = 16
 
 
-def run(out: Path, effort: Effort) -> list[report.Record]:
-    """Measures every way at every shape, prints a table a shape, writes `out`."""
-    records: list[report.Record] = []
-    shapes = GPU_SHAPES if jax.default_backend() == "gpu" else [CPU_SHAPE]
-    plan = [(shape, _ways(shape)) for shape in shapes]
-    with tqdm(total=sum(len(ways) for _, ways in plan), unit="way") as progress:
-        for shape, ways in plan:
-            found = measure(shape, ways, shape, effort, with_torch=False, progress=progress)
-            records += found
-            report.write_json(out, records)
-            progress.write(report.table(found, COLUMNS))
-    return records
+def problems() -> list[Problem]:
+    shape = MAIN if jax.default_backend() == "gpu" else CPU_SHAPE
+    return [problem(shape, _methods(shape))]
 
 
-def _ways(shape: Shape) -> list[Way]:
-    ways: list[Way] = []
-    on_gpu = jax.default_backend() == "gpu"
-    for dtype in ("float32", "bfloat16") if on_gpu else ("float32",):
-        ways += [
-            Way(f"forward alone, {dtype} kernel", _forward, dtype, "one product", 0.93),
-            Way(f"forward and backward, {dtype} kernel", _and_gradients(_logprobs), dtype, least=0.72),
-            Way(f"with the entropy's gradient, {dtype} kernel", _and_gradients(_logprobs_and_entropy), dtype),
-            Way(f"logits kept, {dtype} kernel", _and_gradients(_logprobs, keep_logits=True), dtype, least=0.9),
+def _methods(shape: Shape) -> list[Method]:
+    found: list[Method] = []
+    for dtype in DTYPES if jax.default_backend() == "gpu" else ("float32",):
+        recomputed = recomputed_bound(shape, dtype)
+        # Kept logits are read twice, and their gradients written once; no product is taken twice.
+        kept = Bound((THREE,), 3 * shape.logit_bytes + shape.cast_bytes)
+        found += [
+            Method(f"forward alone, {dtype} kernel", _forward, dtype, ONE, forward_bound(shape, dtype)),
+            Method(f"forward and backward, {dtype} kernel", _and_gradients(_logprobs), dtype, bound=recomputed),
+            Method(f"logits kept, {dtype} kernel", _and_gradients(_logprobs, keep_logits=True), dtype, bound=kept),
         ]
-    ways.append(Way(f"an adapter of rank {RANK}, kernel frozen", _adapter_gradients))
-    if shape in (MAIN, CPU_SHAPE):
-        ways.append(Way("plain JAX, full logits", _and_gradients(_plain)))
-    return ways
+    return [
+        *found,
+        Method("with the entropy's gradient, float32 kernel", _and_gradients(_logprobs_and_entropy)),
+        Method(f"an adapter of rank {RANK}, kernel frozen", _adapter_gradients),
+        Method("plain JAX (jliger.reference)", _and_gradients(_plain)),
+    ]
 
 
 def _forward(hidden: Array, kernel: Array, labels: Array) -> Any:
-    return jliger.linear_logprobs(hidden, kernel, labels)
+    return jliger.linear_logprobs(hidden, kernel, labels).logprobs
 
 
 def _logprobs(hidden: Array, kernel: Array, labels: Array, **options: Any) -> Any:
@@ -78,7 +68,7 @@ def _and_gradients(function: Callable[..., Any], **options: Any) -> Callable[[Ar
 
 
 def _adapter_gradients(hidden: Array, kernel: Array, labels: Array) -> Any:
-    """Those of hidden states and of an adapter; the kernel's none."""
+    """Gradients of hidden states and of an adapter, and none of the kernel."""
     keys = jax.random.split(jax.random.key(1))
     a = jax.random.normal(keys[0], (hidden.shape[1], RANK)) * hidden.shape[1] ** -0.5
     b = jax.random.normal(keys[1], (RANK, kernel.shape[1]))

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,27 +10,12 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
-from tqdm import tqdm
 
-from jliger.bench import cases, report
-from jliger.bench.cases import Shape
-from jliger.bench.timing import time_in_turn
-
-LIMIT = 1.05  # how many times (local work + collectives) each arrangement may take
-
-COLUMNS = {
-    "devices": "devices",
-    "arrangement": "name",
-    "ms": "milliseconds",
-    "local work, ms": "local_milliseconds",
-    "collectives, ms": "collective_milliseconds",
-    "over their sum": "over_sum",
-    "at most": "most_over_sum",
-    "tokens/s": "tokens_per_second",
-    "extra memory, MiB": "extra_mib",
-    "full logits under jit, ms": "full_milliseconds",
-    "their memory, MiB": "full_extra_mib",
-}
+from jliger import reference
+from jliger.bench import methods, problem
+from jliger.bench.measure import MIB, Record
+from jliger.bench.problem import Shape
+from jliger.bench.timing import Effort, Timed, median, time_in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,25 +53,19 @@ def arrangements(devices: int) -> list[Arrangement]:
     return found
 
 
-def run(out: Path, *, rounds: int, seconds: float) -> list[report.Record]:
-    """Measures 1, 2, 4, … devices, prints a table, writes `out`."""
+def plan() -> list[tuple[int, Arrangement]]:
+    """1, 2, 4, … devices with their arrangements."""
     counts = [n for n in (1, 2, 4, 8) if n <= jax.device_count()]
-    on_gpu = jax.default_backend() == "gpu"
-    per_device = Shape(8192, 4096, 128256) if on_gpu else Shape(256, 128, 2048)
-    dtype = "bfloat16" if on_gpu else "float32"
-    plan = [(count, arrangement) for count in counts for arrangement in arrangements(count)]
-    records = []
-    for count, arrangement in tqdm(plan, unit="arrangement"):
-        records.append(measure(count, arrangement, per_device, dtype, rounds=rounds, seconds=seconds))
-        report.write_json(out, records)
-    print(report.table(records, COLUMNS))
-    return records
+    return [(count, arrangement) for count in counts for arrangement in arrangements(count)]
 
 
-def measure(
-    devices: int, arrangement: Arrangement, per_device: Shape, dtype: str, *, rounds: int, seconds: float
-) -> report.Record:
-    """One arrangement, its local work, its collectives, and XLA's own partitioning of full logits, timed in turn."""
+def per_device() -> Shape:
+    return Shape(8192, 4096, 128256) if jax.default_backend() == "gpu" else Shape(256, 128, 2048)
+
+
+def measure(devices: int, arrangement: Arrangement, per_device: Shape, effort: Effort) -> Record:
+    """One arrangement, its local work, its collectives, and XLA's own partitioning of all logits, timed in turn."""
+    dtype = problem.hidden_dtype()
     mesh = jax.make_mesh(
         (arrangement.data, arrangement.model),
         ("data", "model"),
@@ -98,32 +76,31 @@ def measure(
     local = dataclasses.replace(
         per_device, tokens=everything.tokens // arrangement.data, vocab=per_device.vocab // arrangement.model
     )
-    loss = cases.loss_and_gradients(cases.fused)
+    loss = methods.loss_and_gradients(methods.fused)
+    plain = methods.loss_and_gradients(reference.fused_linear_cross_entropy)
     ours = _compiled(loss, mesh, arrangement, everything, dtype)
-    full = _compiled(cases.loss_and_gradients(cases.full_logits), mesh, arrangement, everything, dtype)
-    functions: dict[str, Callable[[], Any]] = {
-        "ours": ours.call,
-        "local": functools.partial(jax.jit(loss), *cases.operands(local, "float32", dtype)),
-        "full": full.call,
+    full = _compiled(plain, mesh, arrangement, everything, dtype)
+    local_operands = jax.jit(functools.partial(problem.operands, local, dtype, "float32"))()
+    things = {
+        "ours": Timed(ours.call),
+        "local": Timed(functools.partial(jax.jit(loss), *local_operands)),
+        "full": Timed(full.call),
     }
     if devices > 1:
-        functions["collectives"] = _collectives(mesh, arrangement, everything)
-    samples = time_in_turn(functions, least_rounds=rounds, seconds=seconds)
-    milliseconds = {name: sample.median * 1e3 for name, sample in samples.items()}
+        things["collectives"] = Timed(_collectives(mesh, arrangement, everything))
+    found = time_in_turn(things, effort)
+    milliseconds = {name: median(seconds) * 1e3 for name, seconds in found.items()}
     together = milliseconds["local"] + milliseconds.get("collectives", 0.0)
     return {
         "devices": devices,
         "name": arrangement.name,
         "shape": str(everything),
         "milliseconds": milliseconds["ours"],
-        "least_milliseconds": samples["ours"].least * 1e3,
-        "most_milliseconds": samples["ours"].most * 1e3,
-        "rounds": samples["ours"].rounds,
+        "bursts": [1e3 * seconds for seconds in found["ours"]],
         "local_milliseconds": milliseconds["local"],
         "collective_milliseconds": milliseconds.get("collectives"),
-        "over_sum": milliseconds["ours"] / together,
-        "most_over_sum": LIMIT,
-        "tokens_per_second": everything.tokens / samples["ours"].median,
+        "of_sum": together / milliseconds["ours"],
+        "tokens_per_second": everything.tokens / median(found["ours"]),
         "extra_mib": ours.extra_mib,
         "full_milliseconds": milliseconds["full"],
         "full_extra_mib": full.extra_mib,
@@ -139,12 +116,13 @@ class _Program:
 def _compiled(function: Callable[..., Any], mesh: Mesh, arrangement: Arrangement, shape: Shape, dtype: str) -> _Program:
     """`function` on a mesh, gradients sharded like what they are the gradients of."""
     tokens, kernel = (NamedSharding(mesh, spec) for spec in (P("data"), arrangement.kernel_spec))
-    make = jax.jit(functools.partial(cases.operands, shape, "float32", dtype), out_shardings=(tokens, kernel, tokens))
+    make = jax.jit(functools.partial(problem.operands, shape, dtype, "float32"), out_shardings=(tokens, kernel, tokens))
     operands = make()
     whole = NamedSharding(mesh, P())
     compiled = jax.jit(function, out_shardings=(whole, (tokens, kernel))).lower(*operands).compile()
-    extra = report.extra_memory(compiled)
-    return _Program(functools.partial(compiled, *operands), None if extra is None else extra / 2**20)
+    analysis = compiled.memory_analysis()
+    extra = None if analysis is None else analysis.temp_size_in_bytes / MIB
+    return _Program(functools.partial(compiled, *operands), extra)
 
 
 def _collectives(mesh: Mesh, arrangement: Arrangement, shape: Shape) -> Callable[[], Any]:

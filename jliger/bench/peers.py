@@ -1,69 +1,112 @@
-"""Other people's ways, each where it is installed; PyTorch's are timed on the same GPU in the same rounds."""
+"""PyTorch's methods, where they are installed: each at its default and at other settings that give the same answer."""
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-import jax
+from jliger.bench.problem import Peer, Shape
+from jliger.bench.timing import Timed
 
-from jliger.bench.cases import Shape, Way, loss_and_gradients
-
-
-def tokamax_ways() -> list[Way]:
-    """Tokamax's memory-bounded linear softmax cross entropy, if tokamax is installed."""
-    try:
-        import tokamax
-    except ImportError:
-        return []
-
-    def loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
-        return tokamax.linear_softmax_cross_entropy_loss(
-            hidden, labels, kernel.astype(hidden.dtype), reduction="mean", implementation="chunked_xla"
-        )
-
-    return [Way("tokamax chunked_xla", loss_and_gradients(loss), "bfloat16")]
+PEAKED = 4.0  # the logits' standard deviation where they are peaked
+Prepared = tuple[Timed, Callable[[], int]]
 
 
-def torch_ways(shape: Shape) -> dict[str, tuple[Callable[[], Any], Callable[[], int]]]:
-    """PyTorch's, by name: a function that computes loss and gradients, and one that gives its extra memory in bytes."""
+def torch_peers(shape: Shape, *, at_all_settings: bool) -> list[Peer]:
+    """PyTorch Liger and Cut Cross-Entropy.
+
+    Args:
+      shape: the problem.
+      at_all_settings: PyTorch Liger with more chunk sizes and with float32 sums, and Cut Cross-Entropy without its
+        filter and on peaked logits with labels drawn from them, for which the filter is made.
+    """
     if importlib.util.find_spec("torch") is None:
-        return {}
+        return []
     import torch
 
     if not torch.cuda.is_available():
-        return {}
-    hidden = torch.randn(shape.tokens, shape.hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    kernel = torch.randn(shape.vocab, shape.hidden, device="cuda", dtype=torch.bfloat16) * shape.hidden**-0.5
-    kernel.requires_grad_()
-    labels = torch.randint(shape.vocab, (shape.tokens,), device="cuda")
-    losses: dict[str, Callable[[], Any]] = {}
+        return []
+    peers = [Peer("PyTorch, three products", functools.partial(_products, shape))]
     if importlib.util.find_spec("liger_kernel") is not None:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
-
-        losses["PyTorch Liger"] = lambda: Liger.apply(hidden, kernel, labels)
-        losses["PyTorch Liger, float32 sums"] = lambda: Liger.apply(
-            hidden, kernel, labels, None, None, -100, 0.0, 0.0, "mean", None, False, torch.float32
-        )
+        for size in (1, 8, 16, 32) if at_all_settings else (1, 16, 32):
+            name = "PyTorch Liger, " + ("default (chunk_mem_const=1)" if size == 1 else f"chunk_mem_const={size}")
+            peers.append(Peer(name, functools.partial(_liger, shape, size)))
+        if at_all_settings:
+            name = "PyTorch Liger, chunk_mem_const=16, float32 sums"
+            peers.append(Peer(name, functools.partial(_liger, shape, 16, float32_sums=True)))
     if importlib.util.find_spec("cut_cross_entropy") is not None:
-        from cut_cross_entropy import linear_cross_entropy
+        settings = {"default (filter)": {}, "no filter": {"filter_eps": None}}
+        for deviation in (1.0, PEAKED) if at_all_settings else (1.0,):
+            logits = ", peaked logits" if deviation > 1 else ""
+            for setting, options in settings.items() if at_all_settings else [*settings.items()][:1]:
+                name = f"Cut Cross-Entropy, {setting}{logits}"
+                peers.append(Peer(name, functools.partial(_cut, shape, deviation, options)))
+    return peers
 
-        losses["Cut Cross-Entropy"] = lambda: linear_cross_entropy(hidden, kernel, labels, filter_eps=None)
 
-    def measured(loss: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], int]]:
-        def step() -> Any:
-            value = loss()
-            value = value[0] if isinstance(value, tuple) else value
-            torch.autograd.grad(value, (hidden, kernel))
-            torch.cuda.synchronize()
+@functools.lru_cache(maxsize=1)
+def _operands(shape: Shape, deviation: float = 1.0) -> tuple[Any, Any, Any]:
+    """Hidden states, kernel [V, H] and labels in PyTorch; one shape's at a time."""
+    import torch
 
-        def extra_memory() -> int:
-            step()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step()
-            results = (hidden.nbytes + kernel.nbytes) if hidden.requires_grad else 0
-            return max(0, torch.cuda.max_memory_allocated() - before - results)
+    torch.manual_seed(0)
+    on_gpu = {"device": "cuda", "dtype": torch.bfloat16}
+    hidden = torch.randn(shape.tokens, shape.hidden, **on_gpu)
+    kernel = torch.randn(shape.vocab, shape.hidden, **on_gpu) * (deviation * shape.hidden**-0.5)
+    labels = torch.randint(shape.vocab, (shape.tokens,), device="cuda")
+    if deviation > 1:
+        # Adding Gumbel noise and taking the largest draws from the softmax.
+        for part in torch.arange(shape.tokens, device="cuda").split(1024):
+            logits = (hidden[part] @ kernel.T).float()
+            labels[part] = (logits - torch.empty_like(logits).exponential_().log_()).argmax(dim=-1)
+    return hidden.requires_grad_(), kernel.requires_grad_(), labels
 
-        return step, extra_memory
 
-    return {name: measured(loss) for name, loss in losses.items()}
+def _liger(shape: Shape, chunk_mem_const: int, *, float32_sums: bool = False) -> Prepared:
+    import torch
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+
+    hidden, kernel, labels = _operands(shape)
+    defaults = (None, None, -100, 0.0, 0.0, "mean", None, False)
+    rest = (torch.float32 if float32_sums else None, False, False, False, None, None, chunk_mem_const)
+    return _gradients(lambda: Liger.apply(hidden, kernel, labels, *defaults, *rest), hidden, kernel)
+
+
+def _cut(shape: Shape, deviation: float, options: dict[str, Any]) -> Prepared:
+    from cut_cross_entropy import linear_cross_entropy
+
+    hidden, kernel, labels = _operands(shape, deviation)
+    return _gradients(lambda: linear_cross_entropy(hidden, kernel, labels, **options), hidden, kernel)
+
+
+def _products(shape: Shape) -> Prepared:
+    import torch
+
+    hidden, kernel, _ = (operand.detach() for operand in _operands(shape))
+    grads = torch.randn(shape.tokens, shape.vocab, device="cuda", dtype=torch.bfloat16)
+    return _timed(lambda: (hidden @ kernel.T, grads @ kernel, grads.T @ hidden), results=0)
+
+
+def _gradients(loss: Callable[[], Any], hidden: Any, kernel: Any) -> Prepared:
+    import torch
+
+    def step() -> Any:
+        value = loss()
+        return torch.autograd.grad(value[0] if isinstance(value, tuple) else value, (hidden, kernel))
+
+    return _timed(step, results=hidden.nbytes + kernel.nbytes)
+
+
+def _timed(step: Callable[[], Any], results: int) -> Prepared:
+    import torch
+
+    def extra_memory() -> int:
+        """What the allocator held at most during a step, beyond what it held before and the results."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return max(0, torch.cuda.max_memory_allocated() - before - results)
+
+    return Timed(step, lambda _: torch.cuda.synchronize()), extra_memory

@@ -1,6 +1,6 @@
 """Plots of benchmark results, from the JSON files that the benchmarks wrote."""
 
-import json
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -8,44 +8,92 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-
-def head_plot(path: Path, floor: str = "three products") -> Path:
-    """Speed and extra memory of each way that is held against `floor`, a group a shape; written beside `path`."""
-    found = json.loads(path.read_text())
-    records = [r for r in found["records"] if not r["name"].startswith("floor") and r["floor"] == floor]
-    shapes = list(dict.fromkeys(r["shape"] for r in records))
-    common = [n for n in dict.fromkeys(r["name"] for r in records) if _is_shown(n)]
-    figure, axes = plt.subplots(2, 1, figsize=(11, 7.5), sharex=True, layout="constrained")
-    width = 0.85 / max(1, len(common))
-    for place, name in enumerate(common):
-        here = {r["shape"]: r for r in records if r["name"] == name}
-        at = [i + (place - (len(common) - 1) / 2) * width for i, shape in enumerate(shapes) if shape in here]
-        chosen = [here[shape] for shape in shapes if shape in here]
-        axes[0].bar(at, [100 * r["of_floor"] for r in chosen], width, label=name)
-        axes[1].bar(at, [max(1.0, r["extra_mib"]) for r in chosen], width)
-    axes[0].axhline(100, color="black", linewidth=0.8)
-    axes[0].set_ylabel("speed, % of the products alone")
-    axes[1].set_ylabel("extra memory, MiB")
-    axes[1].set_yscale("log")
-    axes[1].set_xticks(range(len(shapes)), shapes, rotation=20, ha="right")
-    axes[1].set_xlabel("tokens, hidden size, vocabulary")
-    environment = found["environment"]
-    figure.suptitle(f"Loss and gradients on {environment['device']}, jax {environment['versions']['jax']}")
-    axes[0].legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
-    return target
+from jliger.bench import report
+from jliger.bench.report import Record
 
 
-def _is_shown(name: str) -> bool:
-    """The ways that are measured at every shape, and other libraries'."""
-    return not name.startswith("jliger, ") or name.removeprefix("jliger, ").split(" ")[0] in ("float32", "bfloat16")
+def draw(what: str, path: Path) -> list[Path]:
+    """The plots of a benchmark's results, written beside `path`."""
+    if what == "mesh":
+        return [mesh_plot(path)]
+    return [speed_plot(path), *([memory_plot(path)] if what == "head" else [])]
+
+
+def speed_plot(path: Path) -> Path:
+    """The share of the floor that each method reaches; written beside `path`.
+
+    A shape with several methods has a panel; those with one share the last. Methods that are held against fewer
+    products than most are left out.
+    """
+    found = report.read_json(path)
+    compared = [record for record in found["records"] if "of_floor" in record]
+    floor = statistics.mode(record["floor"] for record in compared)
+    at: dict[str, list[Record]] = {}
+    for record in compared:
+        if record["floor"] == floor:
+            at.setdefault(record["shape"], []).append(record)
+    panels = {
+        f"N, H, V = {shape}": [(r["name"], r) for r in own] for shape, own in at.items() if len(own) > 1 or len(at) == 1
+    }
+    if singles := [(f"{r['name']}, {shape}", r) for shape, own in at.items() if len(own) == 1 < len(at) for r in own]:
+        panels["Other N, H, V"] = singles
+    heights = [len(bars) + 2 for bars in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels),
+        1,
+        figsize=(9, 0.24 * sum(heights) + 0.8),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+    )
+    for axis, (title, bars) in zip(axes[:, 0], panels.items(), strict=True):
+        shares = [100 * record["of_floor"] for _, record in bars]
+        drawn = axis.barh([name for name, _ in bars], shares, color=[_color(record) for _, record in bars])
+        axis.bar_label(drawn, fmt="%.0f", padding=2, fontsize=7)
+        axis.set_ylim(len(bars) - 0.4, -0.6)
+        axis.tick_params(labelsize=7)
+        axis.axvline(100, color="black", linewidth=0.8)
+        axis.set_title(title, fontsize=8, loc="left")
+    axes[-1, 0].set_xlim(0, 110)
+    axes[-1, 0].set_xlabel(f"speed, % of the {floor} alone", fontsize=8)
+    figure.suptitle(_where(found), fontsize=9)
+    return _saved(figure, path.with_suffix(".png"))
+
+
+def memory_plot(path: Path) -> Path:
+    """Extra memory against tokens, of jliger and of plain JAX, where one H and V were measured with several N."""
+    found = report.read_json(path)
+    lines = {"jliger": ("jliger, float32 kernel",), "all logits (plain JAX)": ("plain JAX", ", bfloat16 logits")}
+    at: dict[str, list[tuple[int, float]]] = {}
+    for label, ends in lines.items():
+        for record in found["records"]:
+            tokens, hidden, vocab = (int(number) for number in record["shape"].strip("()").split(", "))
+            if (
+                record["name"].startswith(ends[0])
+                and record["name"].endswith(ends[-1])
+                and (hidden, vocab) == (4096, 128256)
+                and record.get("extra_mib")
+            ):
+                at.setdefault(label, []).append((tokens, record["extra_mib"] / 1024))
+    figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for (label, points), offset in zip(at.items(), (-12, 6), strict=False):
+        points = sorted(points)
+        axis.plot([x for x, _ in points], [y for _, y in points], "o-", label=label)
+        for x, y in points:
+            axis.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(0, offset), ha="center", fontsize=8)
+    axis.set_xticks(sorted({x for points in at.values() for x, _ in points}))
+    axis.margins(y=0.12)
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("extra memory, GiB")
+    axis.legend(fontsize=8)
+    axis.set_title("Loss and gradients at H = 4096, V = 128256", fontsize=9)
+    return _saved(figure, path.with_name(path.stem + "_memory.png"))
 
 
 def mesh_plot(path: Path) -> Path:
     """Tokens a second and memory per device against the number of devices; written beside `path`."""
-    found = json.loads(path.read_text())
+    found = report.read_json(path)
     records = found["records"]
     names = [n for n in dict.fromkeys(r["name"] for r in records) if n != "one device"]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -56,8 +104,8 @@ def mesh_plot(path: Path) -> Path:
         chosen = [one, *(r for r in records if r["name"] == name)]
         at = [r["devices"] for r in chosen]
         (line,) = axes[0].plot(at, [r["tokens_per_second"] for r in chosen], "o-", label=f"jliger, {name}")
-        shape_of = [r["tokens_per_second"] * r["milliseconds"] / r["full_milliseconds"] for r in chosen]
-        axes[0].plot(at, shape_of, "x:", color=line.get_color(), label=f"full logits, {name}")
+        plain = [r["tokens_per_second"] * r["milliseconds"] / r["full_milliseconds"] for r in chosen]
+        axes[0].plot(at, plain, "x:", color=line.get_color(), label=f"plain JAX, {name}")
         axes[1].plot(at, [r["extra_mib"] for r in chosen], "o-", color=line.get_color())
         axes[1].plot(at, [r["full_extra_mib"] for r in chosen], "x:", color=line.get_color())
     axes[0].set_ylabel("tokens/s, loss and gradients of the head")
@@ -67,8 +115,21 @@ def mesh_plot(path: Path) -> Path:
         ax.set_xlabel("devices")
         ax.set_xticks(counts)
     axes[0].legend(fontsize=7)
-    figure.suptitle(f"{found['environment']['device']}, jax {found['environment']['versions']['jax']}")
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=120)
+    figure.suptitle(_where(found))
+    return _saved(figure, path.with_suffix(".png"))
+
+
+def _color(record: Record) -> str:
+    ours = record["name"].startswith(("jliger", "forward", "logits kept", "with the", "an adapter", "reverse", "JSD"))
+    return "tab:blue" if ours and "plain JAX" not in record["name"] else "tab:gray"
+
+
+def _where(found: Record) -> str:
+    environment = found["environment"]
+    return f"{environment['device']}, jax {environment['versions']['jax']}"
+
+
+def _saved(figure: "plt.Figure", target: Path) -> Path:
+    figure.savefig(target, dpi=110)
     plt.close(figure)
     return target

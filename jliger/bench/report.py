@@ -1,9 +1,10 @@
-"""A benchmark's results: a table to read, JSON to keep, a plot to look at."""
+"""A benchmark's results: one process's records, several processes' records merged, and tables to read."""
 
 import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,54 +13,29 @@ from typing import Any
 
 import jax
 
-from jliger.bench.timing import Sample
-
 Record = dict[str, Any]
-
-
-def extra_memory(compiled: jax.stages.Compiled) -> int | None:
-    """Bytes that a program needs beside its arguments and results, as XLA reports them."""
-    analysis = compiled.memory_analysis()
-    return None if analysis is None else analysis.temp_size_in_bytes
-
-
-def speed(
-    sample: Sample, *, floor: str, floor_seconds: float, flops: float, least: float | None, extra: int | None
-) -> Record:
-    """What was measured of one way, beside the products alone.
-
-    Args:
-      sample: its times.
-      floor: which products it is compared with, in words.
-      floor_seconds: their time.
-      flops: what these products compute.
-      least: the share of their speed that it is meant to reach, or None.
-      extra: bytes of memory, or None.
-    """
-    return {
-        "milliseconds": sample.median * 1e3,
-        "least_milliseconds": sample.least * 1e3,
-        "most_milliseconds": sample.most * 1e3,
-        "rounds": sample.rounds,
-        "of_floor": floor_seconds / sample.median,
-        "floor": floor,
-        "floor_milliseconds": floor_seconds * 1e3,
-        "least": least,
-        "tflops": flops / sample.median / 1e12,
-        "extra_mib": None if extra is None else extra / 2**20,
-    }
-
-
-def floor(shape: object, name: str, seconds: float, flops: float) -> Record:
-    """Products alone, as a way of their own."""
-    return {
-        "shape": str(shape),
-        "name": f"floor: {name}",
-        "milliseconds": seconds * 1e3,
-        "of_floor": 1.0,
-        "floor": name,
-        "tflops": flops / seconds / 1e12,
-    }
+COLUMNS = {
+    "shape": "shape",
+    "method": "name",
+    "ms": "milliseconds",
+    "of the floor": "of_floor",
+    "of the bound": "of_bound",
+    "of the baseline": "of_baseline",
+    "TFLOP/s": "tflops",
+    "extra memory, MiB": "extra_mib",
+}
+MESH_COLUMNS = {
+    "devices": "devices",
+    "arrangement": "name",
+    "ms": "milliseconds",
+    "local work, ms": "local_milliseconds",
+    "collectives, ms": "collective_milliseconds",
+    "their sum's share": "of_sum",
+    "tokens/s": "tokens_per_second",
+    "extra memory, MiB": "extra_mib",
+    "plain JAX, ms": "full_milliseconds",
+    "its memory, MiB": "full_extra_mib",
+}
 
 
 def environment() -> Record:
@@ -81,10 +57,11 @@ def environment() -> Record:
         "torch",
         "liger-kernel",
         "cut-cross-entropy",
+        "quack-kernels",
         "tokamax",
     )
     return {
-        "command": " ".join(["python", "-m", "jliger.bench", *map(_without_folder, sys.argv[1:])]),
+        "command": command(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "python": platform.python_version(),
         "versions": {name: found for name in packages if (found := version(name))},
@@ -92,6 +69,17 @@ def environment() -> Record:
         "devices": len(devices),
         "driver": _driver() if devices[0].platform == "gpu" else None,
     }
+
+
+def command() -> str:
+    """How this process was started, as a user would write it."""
+    return " ".join(["python", "-m", "jliger.bench", *map(_without_folder, sys.argv[1:])])
+
+
+def slug(environment: Record) -> str:
+    """A device's name for a file's: h100 for an NVIDIA H100 80GB HBM3, with how many there are if several."""
+    words = environment["device"].lower().removeprefix("nvidia ").split()
+    return words[0] + (f"x{environment['devices']}" if environment["devices"] > 1 else "")
 
 
 def _without_folder(argument: str) -> str:
@@ -107,9 +95,71 @@ def _driver() -> str | None:
         return None
 
 
-def write_json(path: Path, records: Sequence[Record]) -> None:
+def read_json(path: Path) -> Record:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, found: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), "records": list(records)}, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# Figures that differ from process to process; others come from the first process that has them.
+MEASURED = (
+    "milliseconds",
+    "of_floor",
+    "of_bound",
+    "of_baseline",
+    "floor_milliseconds",
+    "bound_milliseconds",
+    "tflops",
+    "local_milliseconds",
+    "collective_milliseconds",
+    "of_sum",
+    "tokens_per_second",
+    "full_milliseconds",
+)
+SPREAD = ("milliseconds", "of_floor", "of_bound")
+
+
+def merged(parts: Sequence[Record]) -> dict[str, Record]:
+    """What processes found, as one result for each benchmark: medians over processes, and their spread.
+
+    Args:
+      parts: `{"environment": ..., "records": [...]}` of each process.
+    """
+    by_key: dict[tuple[str, ...], list[Record]] = {}
+    for part in parts:
+        for record in part["records"]:
+            key = tuple(str(record.get(field)) for field in ("what", "shape", "devices", "name"))
+            by_key.setdefault(key, []).append(record)
+    results: dict[str, Record] = {}
+    for (what, *_), records in by_key.items():
+        about = {**parts[0]["environment"]}
+        if bandwidths := [part["copy_gb_per_second"] for part in parts if "copy_gb_per_second" in part]:
+            about["copy_gb_per_second"] = bandwidths
+        result = results.setdefault(what, {"environment": about, "records": []})
+        result["records"].append(_merged_record(records))
+    return results
+
+
+def _merged_record(records: Sequence[Record]) -> Record:
+    found: Record = {}
+    for record in records:
+        found = record | found  # the first record that has a field gives it
+    found.pop("what")
+    bursts = [burst for record in records for burst in record.get("bursts", ())]
+    found.pop("bursts", None)
+    for name in MEASURED:
+        values = [record[name] for record in records if record.get(name) is not None]
+        if values:
+            found[name] = statistics.median(values)
+            if name in SPREAD and len(values) > 1:
+                found[f"{name}_spread"] = [min(values), max(values)]
+    if bursts:
+        found |= {"processes": sum("bursts" in record for record in records), "bursts": len(bursts)}
+        found |= {"fastest_milliseconds": min(bursts), "slowest_milliseconds": max(bursts)}
+    return found
 
 
 def table(records: Sequence[Record], columns: dict[str, str]) -> str:

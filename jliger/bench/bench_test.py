@@ -1,0 +1,139 @@
+"""What the benchmark computes from times, and how often it calls what it times; never how fast anything is."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tqdm import tqdm
+
+from jliger import reference
+from jliger.bench import head, measure, methods, problem, report
+from jliger.bench.problem import ONE, THREE, Bound, Floor, Method, Problem, Shape
+from jliger.bench.timing import Effort, Timed, time_in_turn
+
+SHAPE = Shape(16, 8, 32)
+
+
+def test_bursts_alternate_and_wait_once_each():
+    happened = []
+
+    def thing(name):
+        return Timed(lambda: happened.append(name), lambda _: happened.append(f"{name} waited for"))
+
+    found = time_in_turn({"a": thing("a"), "b": thing("b")}, Effort(bursts=3, seconds=0))
+    assert [len(seconds) for seconds in found.values()] == [3, 3]
+    # Two calls of each tell how many fill a burst: here one does.
+    calibration, bursts = happened[:6], happened[6:]
+    assert calibration == ["a", "a", "a waited for", "b", "b", "b waited for"]
+    assert bursts == ["a", "a waited for", "b", "b waited for"] * 3
+
+
+def test_a_bound_adds_products_and_bytes():
+    bound = Bound((THREE, ONE), bytes=600)
+    assert bound.seconds({THREE: 3.0, ONE: 1.0}, bandwidth=100.0) == 10.0
+
+
+def test_bytes_that_are_moved_outside_of_products():
+    tokens, hidden, vocab = 8, 4, 32
+    shape = Shape(tokens, hidden, vocab)
+    assert methods.bound(shape).bytes == 4 * tokens * vocab + 6 * hidden * vocab
+    assert methods.forward_bound(shape, "bfloat16").bytes == 2 * tokens * vocab
+    assert methods.recomputed_bound(shape, "float32").bytes == 6 * tokens * vocab + 12 * hidden * vocab
+    assert methods.recomputed_bound(shape, "float32").floors == (THREE, ONE)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "times"), [((8192, 4096, 128256), 8192, 1), ((131072, 4096, 128256), 32768, 4)]
+)
+def test_a_floor_of_many_logits_is_that_of_fewer_tokens_several_times(shape, tokens, times):
+    part, found = problem.floor_part(Shape(*shape))
+    assert (part.tokens, found) == (tokens, times)
+
+
+def test_the_floor_is_the_products_of_the_layer():
+    rng = np.random.default_rng(0)
+    hidden, kernel, grads = (rng.normal(size=size).astype(np.float32) for size in ((16, 8), (8, 32), (16, 32)))
+    found = problem.three_products(*map(jnp.asarray, (hidden, kernel, grads)))
+    for one, expected in zip(found, (hidden @ kernel, grads @ kernel.T, hidden.T @ grads), strict=True):
+        np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_shares_are_of_medians_in_the_same_bursts():
+    floors = {THREE: Floor(THREE, lambda: None, tuple, times=2, flops=1)}
+    found = {THREE: [1.0, 2.0, 9.0], "own": [8.0, 5.0, 4.0]}
+    record = measure.speed(found, floors, 10.0, "own", THREE, Bound((THREE,), 5))
+    assert (record["milliseconds"], record["of_floor"], record["of_bound"]) == (5000.0, 4 / 5, 4.5 / 5)
+    assert "of_bound" not in measure.speed(found, floors, None, "own", THREE, Bound((THREE,), 5))
+
+
+def test_processes_are_merged_by_medians():
+    def part(milliseconds, of_floor, **more):
+        record = {"what": "head", "shape": "(1, 2, 3)", "name": "a", "milliseconds": milliseconds}
+        record |= {"of_floor": of_floor, "bursts": [milliseconds, milliseconds + 1], "extra_mib": 7, **more}
+        return {"environment": {"device": "x"}, "copy_gb_per_second": milliseconds, "records": [record]}
+
+    parts = [part(10.0, 0.9, first_call={"all": 3}), part(30.0, 0.7), part(20.0, 0.8)]
+    (record,) = report.merged(parts)["head"]["records"]
+    assert (record["milliseconds"], record["of_floor"], record["of_floor_spread"]) == (20.0, 0.8, [0.7, 0.9])
+    assert (record["fastest_milliseconds"], record["slowest_milliseconds"]) == (10.0, 31.0)
+    assert (record["processes"], record["bursts"], record["extra_mib"]) == (3, 6, 7)
+    assert record["first_call"] == {"all": 3}
+    assert "what" not in record
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "slug"), [("NVIDIA H100 80GB HBM3", 1, "h100"), ("NVIDIA H200", 2, "h200x2"), ("cpu", 1, "cpu")]
+)
+def test_files_are_named_after_devices(device, count, slug):
+    assert report.slug({"device": device, "devices": count}) == slug
+
+
+def test_a_shape_is_measured():
+    """One that runs, one with a baseline, one too large to run, and one that runs out of memory."""
+
+    def fails(*operands):
+        raise RuntimeError("out of memory")
+
+    def logits(hidden, kernel, labels):
+        return hidden @ kernel
+
+    small = Problem(
+        str(SHAPE),
+        functools.partial(problem.operands, SHAPE, "float32"),
+        problem.head_floors(SHAPE)[1:],
+        [
+            Method("own", logits, floor=ONE, bound=Bound((ONE,), 8), first_call=True),
+            Method("other", logits, floor=None, baseline="own"),
+            Method("large", logits, floor=ONE, memory_only=True),
+        ],
+    )
+    programs = measure.Programs([small], time_first_calls=True)
+    with tqdm(disable=True) as progress:
+        records = measure.measure_methods(small, programs, 1e9, Effort(1, 0), progress)
+    found = {record["name"]: record for record in records}
+    assert list(found) == [ONE, "own", "large", "other"]
+    assert found["own"]["of_floor"] > 0
+    assert found["own"]["first_call"]["all"] > 0
+    assert found["other"]["baseline"] == "own"
+    assert "milliseconds" not in found["large"]
+    assert found["large"]["extra_mib"] == found["own"]["extra_mib"]
+    assert measure._time_what_fits(small, {"fails": Timed(fails)}, Effort(1, 0)) == {}
+
+
+def test_plain_jax_computes_what_the_operation_does():
+    @jax.jit
+    def losses():
+        operands = problem.operands(SHAPE, "float32", "float32")
+        ways = (methods.plain_loss(*operands, "float32"), methods.checkpointed_chunks(*operands, chunk=8))
+        return reference.fused_linear_cross_entropy(*operands), ways
+
+    expected, found = losses()
+    np.testing.assert_allclose(found, [expected] * 2, rtol=1e-5)
+
+
+def test_a_cpu_measures_one_small_shape():
+    if jax.default_backend() == "gpu":
+        pytest.skip("a GPU measures all shapes")
+    assert [one.shape for one in head.problems()] == [head.CPU_SHAPE]

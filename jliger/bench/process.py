@@ -1,0 +1,54 @@
+"""One of the processes of a benchmark: it measures everything once, and writes what it has after each shape."""
+
+import argparse
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from jliger.bench import distillation, head, logprobs, measure, mesh, report
+from jliger.bench.measure import Record
+from jliger.bench.problem import Problem
+from jliger.bench.timing import Effort
+
+
+def run(arguments: argparse.Namespace) -> None:
+    effort = Effort()
+    found: Record = {"environment": report.environment(), "records": []}
+
+    def keep(what: str, shape: object, records: list[Record]) -> None:
+        found["records"] += [{"what": what, "shape": str(shape), **record} for record in records]
+        report.write_json(arguments.part, found)
+
+    if problems := _problems(arguments):
+        first_calls = arguments.first_calls and "head" in arguments.what
+        programs = measure.Programs([problem for _, problem in problems], time_first_calls=first_calls)
+        bandwidth = None
+        if jax.default_backend() == "gpu":
+            bandwidth = measure.copy_bandwidth(effort)
+            found["copy_gb_per_second"] = bandwidth / 1e9
+        with tqdm(total=sum(len(p.methods) + len(p.peers) for _, p in problems), unit="method") as progress:
+            for what, problem in problems:
+                progress.set_description(f"{what} {problem.shape}")
+                keep(what, problem.shape, measure.measure_methods(problem, programs, bandwidth, effort, progress))
+            for what, problem in problems:
+                progress.set_description(f"{what} {problem.shape}, PyTorch")
+                keep(what, problem.shape, measure.measure_peers(problem, programs, effort, progress))
+    if "mesh" in arguments.what:
+        for count, arrangement in tqdm(mesh.plan(), unit="arrangement"):
+            record = mesh.measure(count, arrangement, mesh.per_device(), effort)
+            keep("mesh", record["shape"], [record])
+
+
+def _problems(arguments: argparse.Namespace) -> list[tuple[str, Problem]]:
+    """What is measured, with the benchmark that it belongs to."""
+    found: list[tuple[str, Problem]] = []
+    for what in arguments.what:
+        if what == "head":
+            options: dict[str, Any] = {"with_peers": arguments.peers, "quick": arguments.quick, "only": arguments.only}
+            found += [(what, problem) for problem in head.problems(**options)]
+        elif what == "logprobs":
+            found += [(what, problem) for problem in logprobs.problems()]
+        elif what == "distillation":
+            found += [(what, problem) for problem in distillation.problems()]
+    return found
