@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import itertools
 import math
 
 import jax
@@ -28,7 +27,8 @@ from sharded import (
 
 import jliger
 from jliger.ops.linear_head import chunks
-from jliger.ops.linear_head.chunks import fused as forward
+from jliger.ops.linear_head.chunks import fused
+from jliger.ops.linear_head.types import Operands
 
 CHUNK = 4
 
@@ -155,7 +155,7 @@ def _recording(function, seen):
 )
 def test_each_device_works_on_its_own_tokens_and_columns(mode, place, reduction, monkeypatch):
     seen = []
-    for name in ("token_stats", "forward_form", "recompute_form"):
+    for name in ("token_stats", "fused_pass", "recompute_pass"):
         monkeypatch.setattr(chunks, name, _seeing(getattr(chunks, name), seen))
     jax.clear_caches()
     problem = problem_of(reduction, chunk_size=CHUNK)
@@ -172,8 +172,8 @@ def test_each_device_works_on_its_own_tokens_and_columns(mode, place, reduction,
 
 def _seeing(function, seen):
     def watched(*args, **kwargs):
-        tokens, head = next(pair for pair in itertools.pairwise(args) if isinstance(pair[0], chunks.Tokens))
-        seen.append((tokens.hidden.shape, head.kernel.shape))
+        operands = next(arg for arg in args if isinstance(arg, Operands))
+        seen.append((operands.hidden.shape, operands.kernel.shape))
         return function(*args, **kwargs)
 
     return watched
@@ -188,8 +188,8 @@ def test_each_device_skips_what_does_not_count_of_its_own(mode, monkeypatch):
         jax.debug.callback(lambda: computed.append(hidden.shape[0]))
         return logits_product(config, hidden, *others)
 
-    logits_product = forward.logits_product
-    monkeypatch.setattr(forward, "logits_product", product)
+    logits_product = fused.logits_product
+    monkeypatch.setattr(fused, "logits_product", product)
     jax.clear_caches()
     where = jnp.arange(32).reshape(4, 8) < 21
     problem = problem_of(chunk_size=CHUNK).replace(where=where)

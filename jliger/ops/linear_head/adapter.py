@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from jliger.core import meshes
 from jliger.core.dtypes import accumulator_dtype
-from jliger.ops.linear_head.types import HeadConfig, Inputs
+from jliger.ops.linear_head.types import HeadConfig, Operands
 
 
 class LinearAdapter(NamedTuple):
@@ -38,17 +38,16 @@ class LinearAdapter(NamedTuple):
     scale: Float[Array, ""] | float = 1.0
 
 
-def with_adapter(config: HeadConfig, inputs: Inputs, adapter: LinearAdapter | None) -> Inputs:
-    """The inputs, with hidden states brought to the adapter's rank; in hidden's dtype, as the products are."""
+def with_adapter(config: HeadConfig, operands: Operands, adapter: LinearAdapter | None) -> Operands:
+    """The operands of a head with an adapter: `hidden · a · scale`, in hidden's dtype as the products are, and `b`."""
     if adapter is None:
-        return inputs
-    dtype = inputs.hidden.dtype
+        return operands
+    dtype = operands.hidden.dtype
     adapted = jnp.dot(
-        inputs.hidden,
+        operands.hidden,
         meshes.replicated(adapter.a).astype(dtype),
         precision=config.precision,
         preferred_element_type=accumulator_dtype(dtype),
     )
-    return inputs._replace(
-        adapted=(adapted * jnp.asarray(adapter.scale).astype(adapted.dtype)).astype(dtype), adapter=adapter.b
-    )
+    adapted = (adapted * jnp.asarray(adapter.scale).astype(adapted.dtype)).astype(dtype)
+    return operands._replace(adapted=adapted, adapter=adapter.b)

@@ -10,8 +10,7 @@ from jliger.core import checks
 from jliger.core.backend import Implementation, fitting_implementation, target_compute_capability
 from jliger.ops.linear_head import checks as head_checks
 from jliger.ops.linear_head.adapter import LinearAdapter
-from jliger.ops.linear_head.gradients import Inputs
-from jliger.ops.linear_head.types import HeadConfig, KernelLayout
+from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands
 from jliger.ops.logits import StatsWanted
 
 
@@ -19,7 +18,7 @@ class Arguments(NamedTuple):
     """Checked arguments, as arrays, and what is known of them when the operation is traced."""
 
     config: HeadConfig
-    inputs: Inputs
+    operands: Operands
     labels: Int[Array, "*B"]
     where: Bool[Array, "*B"] | None
     adapter: LinearAdapter | None
@@ -89,7 +88,7 @@ def head_arguments(
         named = LinearAdapter(*adapter)._asdict().items()
         adapter = LinearAdapter(*(checks.as_array(f"{whose}adapter.{name}", array) for name, array in named))
         head_checks.check_adapter(adapter, hidden, kernel, config.vocab_dim, whose)
-    return Arguments(config, Inputs(hidden, kernel, bias), labels, where, adapter)
+    return Arguments(config, Operands(hidden, kernel, bias), labels, where, adapter)
 
 
 def counted_tokens(labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int) -> Bool[Array, "*B"]:

@@ -15,8 +15,7 @@ from jliger.ops.linear_head import checks as head_checks
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
 from jliger.ops.linear_head.arguments import column_validity, counted_tokens, head_arguments, label_columns
-from jliger.ops.linear_head.gradients import Context, Inputs
-from jliger.ops.linear_head.types import HeadConfig, KernelLayout
+from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands
 from jliger.ops.logits import StatsWanted
 from jliger.ops.logits.objectives import CrossEntropy, Labels, LossWeights
 
@@ -171,7 +170,7 @@ def fused_linear_cross_entropy(
     checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
-    config, inputs, labels, where, adapter = head_arguments(
+    config, operands, labels, where, adapter = head_arguments(
         hidden,
         kernel,
         labels,
@@ -194,7 +193,7 @@ def fused_linear_cross_entropy(
         checks.check_weights(weights, labels)
     if class_weights is not None:
         class_weights = checks.as_array("class_weights", class_weights)
-        head_checks.check_vocab_vector("class_weights", class_weights, inputs.kernel, config.vocab_dim)
+        head_checks.check_vocab_vector("class_weights", class_weights, operands.kernel, config.vocab_dim)
     if normalizer is not None:
         normalizer = checks.as_array("normalizer", normalizer)
         checks.check_shape("normalizer", normalizer, (), "a scalar")
@@ -207,7 +206,7 @@ def fused_linear_cross_entropy(
         ignore_index=int(ignore_index),
     )
     loss, metrics = _fused_linear_cross_entropy(
-        call, inputs, adapter, labels, where, weights, class_weights, normalizer
+        call, operands, adapter, labels, where, weights, class_weights, normalizer
     )
     return (loss, metrics) if return_metrics else loss
 
@@ -226,7 +225,7 @@ class _Call:
 @functools.partial(jax.jit, static_argnums=0)
 def _fused_linear_cross_entropy(
     call: _Call,
-    inputs: Inputs,
+    operands: Operands,
     adapter: LinearAdapter | None,
     labels: Int[Array, "*B"],
     where: Bool[Array, "*B"] | None,
@@ -234,10 +233,10 @@ def _fused_linear_cross_entropy(
     class_weights: Float[Array, " V"] | None,
     normalizer: Float[Array, ""] | None,
 ) -> tuple[Loss, CrossEntropyMetrics]:
-    dtype = accumulator_dtype(inputs.hidden.dtype)
-    inputs = with_adapter(call.config, inputs, adapter)
+    dtype = accumulator_dtype(operands.hidden.dtype)
+    operands = with_adapter(call.config, operands, adapter)
     weights, class_weights, normalizer = jax.lax.stop_gradient((weights, class_weights, normalizer))
-    loss_function = CrossEntropy(call.label_smoothing, call.z_loss, sharding.vocab_size(call.config, inputs.kernel))
+    loss_function = CrossEntropy(call.label_smoothing, call.z_loss, sharding.vocab_size(call.config, operands.kernel))
     counted = counted_tokens(labels, where, call.ignore_index)
     columns = label_columns(labels, counted, loss_function.vocab_size)
     token_weights = jnp.where(counted, 1 if weights is None else weights, 0).astype(dtype)
@@ -249,10 +248,11 @@ def _fused_linear_cross_entropy(
             weights=sharding.label_weights(call.config, class_weights, columns),
             total_weight=sharding.total_class_weight(call.config, class_weights),
         )
-    context = Context(columns, counted, class_weights if call.config.stats_wanted.weighted_sum else None)
+    smoothing_weights = class_weights if call.config.stats_wanted.weighted_sum else None
+    operands = operands._replace(labels=columns, counted=counted, class_weights=smoothing_weights)
 
     if call.reduction == "none":
-        stats = gradients.token_stats(call.config, inputs, context)
+        stats = gradients.token_stats(call.config, operands)
         cross_entropy, z_loss = loss_function.token_losses(stats, loss_labels)
         cross_entropy, z_loss = cross_entropy * token_weights, z_loss * token_weights
         loss = cross_entropy + z_loss
@@ -262,7 +262,7 @@ def _fused_linear_cross_entropy(
             by_label = token_weights if loss_labels.weights is None else token_weights * loss_labels.weights
             divisors = (by_label.sum(), weight) if normalizer is None else (normalizer.astype(dtype),) * 2
             loss_weights = LossWeights(*(token_weights * _inverse(divisor) for divisor in divisors))
-        loss, stats = gradients.weighted_loss(call.config, loss_function, inputs, context, loss_labels, loss_weights)
+        loss, stats = gradients.weighted_loss(call.config, loss_function, operands, loss_labels, loss_weights)
         stats = jax.lax.stop_gradient(stats)
         cross_entropy, z_loss = loss_function.weighted_sums(stats, loss_labels, loss_weights)
     return loss, jax.lax.stop_gradient(

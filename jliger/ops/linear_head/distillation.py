@@ -16,7 +16,7 @@ from jliger.losses.arguments import coefficient
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
 from jliger.ops.linear_head.arguments import column_validity, counted_tokens, head_arguments, label_columns
-from jliger.ops.linear_head.types import Context, HeadConfig, Inputs, KernelLayout, Teacher, TeacherConfig
+from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands, TeacherConfig
 from jliger.ops.logits import StatsWanted
 from jliger.ops.logits.objectives import Distillation, DistillationWeights, Labels
 
@@ -303,7 +303,7 @@ def fused_linear_jsd(
         "stats_wanted": StatsWanted(),
     }
     some_labels = jnp.zeros(student_hidden.shape[:-1], jnp.int32) if labels is None else labels
-    config, inputs, some_labels, where, adapter = head_arguments(
+    config, operands, some_labels, where, adapter = head_arguments(
         student_hidden,
         student_kernel,
         some_labels,
@@ -329,11 +329,11 @@ def fused_linear_jsd(
         whose="teacher_",
         **shared,
     )
-    vocab = inputs.kernel.shape[config.vocab_dim]
+    vocab = operands.kernel.shape[config.vocab_dim]
     if teacher.kernel.shape[teacher_config.vocab_dim] != vocab:
         raise ValueError(
             f"teacher_kernel got shape {teacher.kernel.shape}, for a vocabulary of "
-            f"{teacher.kernel.shape[teacher_config.vocab_dim]}, with student_kernel of shape {inputs.kernel.shape}, "
+            f"{teacher.kernel.shape[teacher_config.vocab_dim]}, with student_kernel of shape {operands.kernel.shape}, "
             f"for one of {vocab}; pass heads over the same vocabulary."
         )
     if weights is not None:
@@ -348,9 +348,8 @@ def fused_linear_jsd(
     )
     loss, metrics = _distillation(
         call,
-        inputs,
+        operands._replace(teacher_hidden=teacher.hidden, teacher_kernel=teacher.kernel, teacher_bias=teacher.bias),
         adapter,
-        Teacher(teacher.hidden, teacher.kernel, teacher.bias),
         None if labels is None else some_labels,
         where,
         weights,
@@ -373,9 +372,8 @@ class _Call:
 @functools.partial(jax.jit, static_argnums=0)
 def _distillation(
     call: _Call,
-    inputs: Inputs,
+    operands: Operands,
     adapter: LinearAdapter | None,
-    teacher: Teacher,
     labels: Int[Array, "*B"] | None,
     where: Bool[Array, "*B"] | None,
     weights: Float[Array, "*B"] | None,
@@ -383,14 +381,14 @@ def _distillation(
     hard_weight: Float[Array, ""],
     soft_weight: Float[Array, ""],
 ) -> tuple[Loss, DistillationMetrics]:
-    dtype = accumulator_dtype(inputs.hidden.dtype)
+    dtype = accumulator_dtype(operands.hidden.dtype)
     assert call.config.teacher is not None
-    inputs = with_adapter(call.config, inputs, adapter)
-    teacher, weights, hard_weight, soft_weight = jax.lax.stop_gradient((teacher, weights, hard_weight, soft_weight))
-    loss_function = Distillation(call.config.teacher.temperature, sharding.vocab_size(call.config, inputs.kernel))
+    operands = with_adapter(call.config, operands, adapter)
+    weights, hard_weight, soft_weight = jax.lax.stop_gradient((weights, hard_weight, soft_weight))
+    loss_function = Distillation(call.config.teacher.temperature, sharding.vocab_size(call.config, operands.kernel))
     if labels is None:
         # Spread over devices as the tokens are. Any value is as good as another.
-        columns = jnp.zeros_like(inputs.hidden.sum(axis=-1), dtype=jnp.int32)
+        columns = jnp.zeros_like(operands.hidden.sum(axis=-1), dtype=jnp.int32)
         counted = columns == 0 if where is None else where
     else:
         counted = counted_tokens(labels, where, call.ignore_index)
@@ -404,7 +402,7 @@ def _distillation(
         hard_shares = shares
     loss_weights = DistillationWeights(shares * soft_weight, None if hard_shares is None else hard_shares * hard_weight)
     loss, found = gradients.weighted_loss(
-        call.config, loss_function, inputs, Context(columns, counted, None, teacher), loss_labels, loss_weights
+        call.config, loss_function, operands._replace(labels=columns, counted=counted), loss_labels, loss_weights
     )
     found = jax.lax.stop_gradient(found)
     divergence, cross_entropy = loss_function.weighted_sums(

@@ -1,10 +1,8 @@
-"""gradients: which form computes them, and for what. Knows nothing of devices, chunks or kernels.
+"""Gradients: which pass computes them, and for which operands. Knows nothing of devices, chunks or kernels.
 
-Two differentiable functions. `weighted_loss` is the forward form: a scalar whose gradients are computed along with it,
-so that its cotangent only scales them. `token_stats` is the recompute form: per-token stats with any cotangents.
-
-Both learn from `symbolic_zeros` which inputs are being differentiated. In place of what is not needed stands an array
-of size zero: a residual tree that changed its structure would not survive a cached trace under `jax.checkpoint`.
+There are two differentiable functions. `weighted_loss` is a scalar whose gradients the fused pass computes together
+with the loss; its cotangent only scales them. `token_stats` returns statistics of each token, which take any
+cotangents; the recompute pass, or the one with saved logits, computes their gradients in the backward pass.
 """
 
 import dataclasses
@@ -15,15 +13,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jliger.core import meshes
-from jliger.core.autodiff import instantiate, is_symbolic_zero, perturbed_flags, primal_values
+from jliger.core.autodiff import (
+    decode_absent,
+    encode_absent,
+    instantiate,
+    is_symbolic_zero,
+    perturbed_flags,
+    primal_values,
+)
 from jliger.core.dtypes import accumulator_dtype
+from jliger.core.meshes import sum_to_type
 from jliger.core.second_derivatives import once_differentiable
 from jliger.core.vmap import vmappable
 from jliger.ops.linear_head import sharding
-from jliger.ops.linear_head.chunks import Grads, GradTypes, Head, TeacherHead, Tokens
-from jliger.ops.linear_head.sharding import Form, Result
-from jliger.ops.linear_head.types import Context, HeadConfig, Inputs
+from jliger.ops.linear_head.sharding import LossPass, Result
+from jliger.ops.linear_head.types import DIMS, Differentiable, GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import RowStats
 from jliger.ops.logits.objectives import coefficients_of
 
@@ -36,80 +40,84 @@ class WeightedLoss(Protocol):
         ...
 
     def coefficients(self, labels: Any, weights: Any) -> Any:
-        """Those of its logit gradients, for the row functions; known before the stats are."""
+        """The coefficients of its logit gradients, for the row functions; they do not depend on the statistics."""
         ...
 
 
-# ---- the forward form ----------------------------------------------------------------------------------------
+# ---- gradients computed together with the loss -----------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def weighted_loss(
-    config: HeadConfig, loss: WeightedLoss, inputs: Inputs, context: Context, labels: Any, weights: Any
+    config: HeadConfig, loss: WeightedLoss, operands: Operands, labels: Any, weights: Any
 ) -> tuple[Float[Array, ""], Any]:
-    """The weighted sum of token losses, and the tokens' stats, through which no gradient flows."""
-    stats = _stats(Form("stats", config), inputs, context)
+    """The weighted sum of token losses, and the tokens' statistics, through which no gradient flows."""
+    stats = _run(LossPass("stats", config), operands).stats
     return loss.total(stats, labels, weights), stats
 
 
 def _weighted_loss_fwd(
-    config: HeadConfig, loss: WeightedLoss, inputs: Any, context: Any, labels: Any, weights: Any
+    config: HeadConfig, loss: WeightedLoss, operands: Any, labels: Any, weights: Any
 ) -> tuple[tuple[Float[Array, ""], Any], Any]:
-    perturbed = perturbed_flags(inputs)
-    inputs, context, labels, weights = primal_values((inputs, context, labels, weights))
-    sums = accumulator_dtype(inputs.hidden.dtype)
-    wanted = _only(perturbed, GradTypes(inputs.hidden.dtype, sums, sums, inputs.hidden.dtype, sums))
-    coefficients, unit = _in_units(loss.coefficients(labels, weights), inputs.hidden)
-    stats, grads, _ = _run(Form("forward", config, wanted), inputs, context, coefficients)
-    assert stats is not None
-    # Of the inputs only their types are kept.
-    return (loss.total(stats, labels, weights), stats), (_with_placeholders(grads), unit, _empty_like(inputs))
+    perturbed = perturbed_flags(operands.differentiable)
+    operands, labels, weights = primal_values((operands, labels, weights))
+    # Gradients of tokens are written once; those of parameters are sums over chunks, to be scaled and rounded later.
+    dtype, sums = operands.hidden.dtype, accumulator_dtype(operands.hidden.dtype)
+    dtypes = GradientDtypes(*(dtype if "t" in DIMS[name] else sums for name in Differentiable._fields))
+    coefficients, unit = _normalize_float16(loss.coefficients(labels, weights), operands.hidden)
+    stats, grads, _ = _run(LossPass("fused", config, _only(perturbed, dtypes)), operands, coefficients)
+    residuals = encode_absent(grads or Differentiable()), unit, _empty_like(operands)
+    return (loss.total(stats, labels, weights), stats), residuals
 
 
 def _weighted_loss_bwd(
     config: HeadConfig, loss: WeightedLoss, residuals: Any, cotangents: Any
-) -> tuple[Inputs, None, None, None]:
+) -> tuple[Operands, None, None]:
     del loss
     grads, unit, like = residuals
-    factor = sharding.whole_cotangent(config, instantiate(cotangents[0]))
-    return _scaled(config, grads, factor if unit is None else factor * unit, like), None, None, None
+    factor = sharding.undo_cotangent_split(config, instantiate(cotangents[0]))
+    return _scaled(config, decode_absent(grads), factor if unit is None else factor * unit, like), None, None
 
 
 weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd, symbolic_zeros=True)
 
 
-# ---- the recompute form --------------------------------------------------------------------------------------
+# ---- gradients for any cotangents, computed in the backward pass -----------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def token_stats(config: HeadConfig, inputs: Inputs, context: Context) -> RowStats:
-    """The tokens' stats, differentiable in all but `max`, a mere shift of `log_sum`, and `prediction`."""
-    return _stats(Form("stats", config, lean=True), inputs, context)
-
-
-def _token_stats_fwd(config: HeadConfig, inputs: Any, context: Any) -> tuple[RowStats, Any]:
-    perturbed = perturbed_flags(inputs)
-    inputs, context = primal_values((inputs, context))
-    form = Form("kept stats", config) if config.keep_logits else Form("stats", config, lean=True)
-    stats, _, logits = _run(form, inputs, context)
+def token_stats(config: HeadConfig, operands: Operands) -> RowStats:
+    """The tokens' statistics, differentiable in all but `max`, a mere shift of `log_sum`, and `prediction`."""
+    stats = _run(LossPass("stats", config, low_memory=True), operands).stats
     assert isinstance(stats, RowStats)
-    flags = [jnp.zeros((int(flag),), jnp.bool) for flag in perturbed]
-    # From max and log-sum alone the row functions know every probability again.
-    return stats, (inputs, context, (stats.max, stats.log_sum), stats.mean_logit, logits, flags)
+    return stats
 
 
-def _token_stats_bwd(config: HeadConfig, residuals: Any, cotangents: Any) -> tuple[Inputs, None]:
-    inputs, context, kept, mean_logit, logits, flags = residuals
+def _token_stats_fwd(config: HeadConfig, operands: Any) -> tuple[RowStats, Any]:
+    perturbed = perturbed_flags(operands.differentiable)
+    operands = primal_values(operands)
+    stats_pass = LossPass("save logits", config) if config.keep_logits else LossPass("stats", config, low_memory=True)
+    stats, _, logits = _run(stats_pass, operands)
+    assert isinstance(stats, RowStats)
+    flags = Differentiable(*(jnp.ones((1,), jnp.bool) if flag else None for flag in perturbed))
+    # The row functions need only max and log-sum to compute every probability again.
+    residuals = operands._replace(logits=logits), stats.max, stats.log_sum, stats.mean_logit, encode_absent(flags)
+    return stats, residuals
+
+
+def _token_stats_bwd(config: HeadConfig, residuals: Any, cotangents: Any) -> tuple[Operands]:
+    operands, row_max, log_sum, mean_logit, flags = residuals
     if is_symbolic_zero(cotangents.mean_logit):
-        cotangents = cotangents._replace(mean_logit=None)  # nothing is computed for an entropy that nobody uses
+        cotangents = cotangents._replace(mean_logit=None)  # an unused entropy costs nothing
     cotangents = jax.tree.map(instantiate, cotangents, is_leaf=is_symbolic_zero)
     coefficients = coefficients_of(cotangents, mean_logit)
-    coefficients = jax.tree.map(functools.partial(sharding.whole_cotangent, config), coefficients)
-    coefficients, unit = _in_units(coefficients, inputs.hidden)
-    wanted = _only([flag.size > 0 for flag in flags], GradTypes(*_own_dtypes(inputs)))
-    form = Form("recompute" if logits is None else "kept", config, wanted)
-    grads = _run(form, inputs, context, *kept, coefficients, logits=logits).grads
-    return _scaled(config, _with_placeholders(grads), unit, _empty_like(inputs)), None
+    coefficients = jax.tree.map(functools.partial(sharding.undo_cotangent_split, config), coefficients)
+    coefficients, unit = _normalize_float16(coefficients, operands.hidden)
+    dtypes = Differentiable(*(None if array is None else array.dtype for array in operands.differentiable))
+    wanted = _only([flag is not None for flag in decode_absent(flags)], dtypes)
+    loss_pass = LossPass("recompute" if operands.logits is None else "saved logits", config, wanted)
+    grads = _run(loss_pass, operands, row_max, log_sum, coefficients).grads
+    return (_scaled(config, grads or Differentiable(), unit, _empty_like(operands)),)
 
 
 token_stats.defvjp(_token_stats_fwd, _token_stats_bwd, symbolic_zeros=True)
@@ -118,30 +126,19 @@ token_stats.defvjp(_token_stats_fwd, _token_stats_bwd, symbolic_zeros=True)
 # ---- what both need ------------------------------------------------------------------------------------------
 
 
-def _stats(form: Form, inputs: Inputs, context: Context) -> Any:
-    stats = _run(form, inputs, context).stats
-    assert stats is not None
-    return stats
+def _run(loss_pass: LossPass, operands: Operands, *per_token: Any) -> Result:
+    def run(examples: Any, operands: Operands, per_token: Any) -> Result:
+        return sharding.run(dataclasses.replace(loss_pass, examples=examples), operands, per_token)
+
+    once = once_differentiable(functools.partial(run, ()), vmappable(run), loss_pass.config.implementation)
+    return once(operands, per_token)
 
 
-def _run(
-    form: Form, inputs: Inputs, context: Context, *per_token: Any, logits: Float[Array, "*B V"] | None = None
-) -> Result:
-    teacher_hidden = teacher_head = None
-    if context.teacher is not None:
-        teacher_hidden, teacher_head = context.teacher.hidden, TeacherHead(*context.teacher[1:])
-    tokens = Tokens(inputs.hidden, context.labels, context.counted, inputs.adapted, teacher_hidden, logits)
-    head = Head(inputs.kernel, inputs.bias, context.class_weights, inputs.adapter, teacher_head)
+def _normalize_float16(coefficients: Any, hidden: Array) -> tuple[Any, Float[Array, ""] | None]:
+    """Coefficients divided by the largest of them, and that divisor; None, and nothing divided, unless in float16.
 
-    def run(examples: Any, tokens: Tokens, head: Head, per_token: Any) -> Result:
-        return sharding.run(dataclasses.replace(form, examples=examples), tokens, head, per_token)
-
-    operands = (tokens, head, per_token)
-    return once_differentiable(functools.partial(run, ()), vmappable(run), form.config.implementation)(*operands)
-
-
-def _in_units(coefficients: Any, hidden: Array) -> tuple[Any, Float[Array, ""] | None]:
-    """Float16 holds nothing below 6e-8, which 1 / tokens soon is: its gradients are kept in units of the largest."""
+    Float16 holds nothing below 6e-8, and 1 / tokens is soon as small.
+    """
     if hidden.dtype != jnp.float16:
         return coefficients, None
     largest = functools.reduce(
@@ -151,35 +148,26 @@ def _in_units(coefficients: Any, hidden: Array) -> tuple[Any, Float[Array, ""] |
     return jax.tree.map(lambda field: field / unit, coefficients), unit
 
 
-def _own_dtypes(inputs: Inputs) -> list[Any]:
-    return [None if field is None else field.dtype for field in inputs]
+def _only(perturbed: list[bool], dtypes: GradientDtypes) -> GradientDtypes:
+    return GradientDtypes(*(dtype if flag else None for flag, dtype in zip(perturbed, dtypes, strict=True)))
 
 
-def _only(perturbed: list[bool], dtypes: GradTypes) -> GradTypes:
-    return GradTypes(*(dtype if flag else None for flag, dtype in zip(perturbed, dtypes, strict=True)))
+def _empty_like(operands: Operands) -> Gradients:
+    """Arrays of size zero that keep each operand's dtype and the devices of a `shard_map` that it varies over."""
+    return Differentiable(
+        *(jnp.zeros((0,)) if array is None else jnp.zeros_like(array, shape=(0,)) for array in operands.differentiable)
+    )
 
 
-def _with_placeholders(grads: Grads | None) -> Grads:
-    return Grads(*(jnp.zeros((0,)) if grad is None else grad for grad in grads or (None,) * len(Grads._fields)))
+def _scaled(config: HeadConfig, grads: Gradients, factor: Float[Array, ""] | None, like: Gradients) -> Operands:
+    """Cotangents of the operands: gradients times `factor`, rounded once, of their operands' types."""
 
-
-def _empty_like(inputs: Inputs) -> Inputs:
-    """Arrays of size zero, of the inputs' dtypes, that vary over the devices of a `shard_map` as they do."""
-    return Inputs(*(jnp.zeros((0,)) if field is None else jnp.zeros_like(field, shape=(0,)) for field in inputs))
-
-
-def _scaled(config: HeadConfig, grads: Grads, factor: Float[Array, ""] | None, like: Inputs) -> Inputs:
-    """Gradients times `factor`, rounded once, as their inputs' types want them."""
-
-    def scaled(grad: Array | None, like: Array | None) -> Array | None:
-        if grad is None or like is None or not grad.size:
+    def scaled(name: str, grad: Array | None, like: Array | None) -> Array | None:
+        if grad is None or like is None:
             return None
         if factor is not None:
             grad = grad.astype(factor.dtype) * factor
-        return meshes.sum_to_type(grad, like).astype(like.dtype)
+        grad = sum_to_type(grad, like).astype(like.dtype)
+        return sharding.pre_divide_cotangent(config, grad) if "t" in DIMS[name] else grad
 
-    found = Inputs(*map(scaled, grads, like))
-    return found._replace(
-        hidden=None if found.hidden is None else sharding.split_cotangent(config, found.hidden),
-        adapted=None if found.adapted is None else sharding.split_cotangent(config, found.adapted),
-    )
+    return Operands(*map(scaled, Differentiable._fields, grads, like))

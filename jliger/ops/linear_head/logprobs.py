@@ -13,8 +13,7 @@ from jliger.core.backend import Implementation
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
 from jliger.ops.linear_head.arguments import column_validity, counted_tokens, head_arguments, label_columns
-from jliger.ops.linear_head.gradients import Context, Inputs
-from jliger.ops.linear_head.types import HeadConfig, KernelLayout
+from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands
 from jliger.ops.logits import StatsWanted
 
 
@@ -118,7 +117,7 @@ def linear_logprobs(
       >>> print(found.logprobs[1, 3:], found.predictions[1, 3:])
       [0. 0.] [-1 -1]
     """
-    config, inputs, labels, where, adapter = head_arguments(
+    config, operands, labels, where, adapter = head_arguments(
         hidden,
         kernel,
         labels,
@@ -136,28 +135,28 @@ def linear_logprobs(
         implementation=implementation,
         stats_wanted=StatsWanted(mean_logit=True),
     )
-    if keep_logits and config.implementation == "triton" and any(map(export.is_symbolic_dim, inputs.hidden.shape)):
+    if keep_logits and config.implementation == "triton" and any(map(export.is_symbolic_dim, operands.hidden.shape)):
         raise ValueError(
-            f"keep_logits got True with hidden of the symbolic shape {inputs.hidden.shape}, for which no kernel can be "
+            f"keep_logits got True with hidden of the symbolic shape {operands.hidden.shape}, for which no kernel can be "
             "launched over all tokens; leave it out, or pass implementation='xla'."
         )
     config = dataclasses.replace(config, keep_logits=bool(keep_logits))
-    return _linear_logprobs(config, int(ignore_index), inputs, adapter, labels, where)
+    return _linear_logprobs(config, int(ignore_index), operands, adapter, labels, where)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _linear_logprobs(
     config: HeadConfig,
     ignore_index: int,
-    inputs: Inputs,
+    operands: Operands,
     adapter: LinearAdapter | None,
     labels: Int[Array, "*B"],
     where: Bool[Array, "*B"] | None,
 ) -> LinearLogprobs:
-    inputs = with_adapter(config, inputs, adapter)
+    operands = with_adapter(config, operands, adapter)
     counted = counted_tokens(labels, where, ignore_index)
-    columns = label_columns(labels, counted, sharding.vocab_size(config, inputs.kernel))
-    stats = gradients.token_stats(config, inputs, Context(columns, counted, None))
+    columns = label_columns(labels, counted, sharding.vocab_size(config, operands.kernel))
+    stats = gradients.token_stats(config, operands._replace(labels=columns, counted=counted))
     # The label's logit and the maximum may be large and close: their difference comes first.
     logprobs = (stats.label_logit - stats.max) - stats.log_sum
     assert stats.mean_logit is not None

@@ -183,8 +183,8 @@ def test_an_entropy_that_is_not_used_has_no_part_in_the_backward_pass(used, impl
         seen.append(args[-1])
         return form(*args)
 
-    form = chunks.recompute_form
-    monkeypatch.setattr(chunks, "recompute_form", recording)
+    form = chunks.recompute_pass
+    monkeypatch.setattr(chunks, "recompute_pass", recording)
     jax.clear_caches()
     problem = make(8, used=used)
 

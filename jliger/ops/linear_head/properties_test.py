@@ -1,5 +1,7 @@
 """What holds for any shapes, dtypes and options."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from jliger.testing.oracle import DTYPES, INTERPRETED, check, fused, make_proble
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 
@@ -55,6 +57,8 @@ losses = st.fixed_dictionaries(
 @examples(9)
 @given(shape=shapes, loss=losses, dtypes=st.sampled_from(DTYPES), scale=st.sampled_from([0.1, 1.0, 10.0]))
 def test_the_rule_of_two(implementation, shape, loss, dtypes, scale):
+    # One token's rounding to 16 bits is a throw of dice, which either side may win by more than a factor of two.
+    assume(dtypes[0] == "float32" or math.prod(shape["batch"]) > 1)
     precision = "highest" if dtypes[0] == "float32" else None
     problem = make_problem(dtype=dtypes[0], kernel_dtype=dtypes[1], scale=scale, precision=precision, **shape, **loss)
     check(problem, implementation)

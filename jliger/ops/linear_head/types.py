@@ -1,16 +1,18 @@
-"""What is known when the operation is traced, in one hashable place."""
+"""What an operation on a linear head is made of: its static configuration, and its arrays with their dimensions."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from jliger.core.backend import Implementation
 from jliger.ops.logits import LogitMap, StatsWanted
 
 KernelLayout = Literal["hv", "vh"]
+Kernel = Float[Array, "H V"] | Float[Array, "V H"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,28 +78,108 @@ class HeadConfig:
         return LogitMap(self.logit_scale, self.logit_softcap, width)
 
 
-class Inputs(NamedTuple):
-    """What carries gradients; as cotangents, None for those that are not asked for."""
+class Head(NamedTuple):
+    """A linear head over some columns of the vocabulary.
 
-    hidden: Float[Array, "*B H"] | Any
-    kernel: Float[Array, "H V"] | Float[Array, "V H"] | Any
-    bias: Float[Array, " V"] | None
-    adapted: Float[Array, "*B R"] | None = None
+    Attributes:
+      kernel: multiplies the hidden states.
+      bias: added to the logits, or None.
+      class_weights: multiply the terms of label smoothing, or None for 1.
+      adapter: multiplies `Operands.adapted`; the product is added to the logits. None for no adapter.
+    """
+
+    kernel: Kernel
+    bias: Float[Array, " V"] | None = None
+    class_weights: Float[Array, " V"] | None = None
     adapter: Float[Array, "R V"] | None = None
 
 
-class Teacher(NamedTuple):
-    """A model to learn from."""
+class Operands(NamedTuple):
+    """Every array that a loss pass reads, from the public functions down to the loops over chunks.
 
-    hidden: Float[Array, "*B G"]
-    kernel: Float[Array, "G V"] | Float[Array, "V G"]
-    bias: Float[Array, " V"] | None
+    The first five can be differentiated; they are the fields of `Differentiable`. `DIMS` says which dimensions each
+    array has. `*B` is any number of leading dimensions, and one (`T`) inside a shard.
+
+    Attributes:
+      hidden: hidden states.
+      kernel: the head's kernel.
+      bias: the head's bias.
+      adapted: hidden states multiplied by the first matrix of an adapter of rank R.
+      adapter: the second matrix of that adapter.
+      labels: each token's column; negative if it is out of range.
+      counted: which tokens count.
+      class_weights: weights of the columns in label smoothing.
+      teacher_hidden, teacher_kernel, teacher_bias: a second head to compare with, for distillation.
+      logits: the products, where an earlier pass kept them.
+    """
+
+    hidden: Any
+    kernel: Any
+    bias: Float[Array, " V"] | None = None
+    adapted: Float[Array, "*B R"] | None = None
+    adapter: Float[Array, "R V"] | None = None
+    labels: Any = None
+    counted: Any = None
+    class_weights: Float[Array, " V"] | None = None
+    teacher_hidden: Float[Array, "*B G"] | None = None
+    teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"] | None = None
+    teacher_bias: Float[Array, " V"] | None = None
+    logits: Float[Array, "*B V"] | None = None
+
+    @property
+    def head(self) -> Head:
+        return Head(self.kernel, self.bias, self.class_weights, self.adapter)
+
+    @property
+    def teacher_head(self) -> Head:
+        assert self.teacher_kernel is not None
+        return Head(self.teacher_kernel, self.teacher_bias)
+
+    @property
+    def differentiable(self) -> "Differentiable[Any]":
+        return Differentiable(*self[: len(Differentiable._fields)])
 
 
-class Context(NamedTuple):
-    """What carries none. `class_weights` are here for the row functions, to smooth labels with."""
+class Differentiable[T](NamedTuple):
+    """One thing for each operand that can be differentiated: its gradient, or that gradient's dtype.
 
-    labels: Int[Array, "*B"]
-    counted: Bool[Array, "*B"]
-    class_weights: Float[Array, " V"] | None
-    teacher: Teacher | None = None
+    None stands for an operand that is absent or not differentiated, and nothing is computed for it.
+    """
+
+    hidden: T | None = None
+    kernel: T | None = None
+    bias: T | None = None
+    adapted: T | None = None
+    adapter: T | None = None
+
+
+Gradients = Differentiable[Array]
+GradientDtypes = Differentiable[np.dtype]
+
+# Which dimensions each operand, and its gradient, has: t tokens, h hidden, v vocabulary, r the adapter's rank, g the
+# teacher's hidden size. Shardings, reductions over devices and dtypes of sums all follow from this table: a gradient
+# without t is a sum over tokens, one without v is a sum over columns.
+DIMS: Mapping[str, str] = {
+    "hidden": "th",
+    "kernel": "hv",
+    "bias": "v",
+    "adapted": "tr",
+    "adapter": "rv",
+    "labels": "t",
+    "counted": "t",
+    "class_weights": "v",
+    "teacher_hidden": "tg",
+    "teacher_kernel": "gv",
+    "teacher_bias": "v",
+    "logits": "tv",
+}
+
+
+def operand_dims(config: HeadConfig) -> dict[str, str]:
+    """`DIMS`, with kernels in the layouts that `config` says."""
+    dims = dict(DIMS)
+    if config.kernel_layout == "vh":
+        dims["kernel"] = "vh"
+    if config.teacher is not None and config.teacher.head.kernel_layout == "vh":
+        dims["teacher_kernel"] = "vg"
+    return dims

@@ -9,9 +9,8 @@ from jliger.ops.linear_head.chunks.grad_accumulators import add_chunk, after_chu
 from jliger.ops.linear_head.chunks.matmuls import logits_product
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk, Queue, write_stats
 from jliger.ops.linear_head.chunks.sizes import forward_chunk
-from jliger.ops.linear_head.chunks.types import Grads, GradTypes, Head, Tokens
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
-from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.linear_head.types import GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits.distillation import (
     Divergence,
     PairBlock,
@@ -31,33 +30,31 @@ class PairMerge(NamedTuple):
     divergence: Callable[[Divergence], Divergence]
 
 
-def distillation_form(
+def distillation_pass(
     config: HeadConfig,
-    wanted: GradTypes,
-    tokens: Tokens,
-    head: Head,
+    wanted: GradientDtypes,
+    operands: Operands,
     coefficients: PairCoefficients | None,
     merge: PairMerge | None = None,
-) -> tuple[Comparison, Grads | None]:
+) -> tuple[Comparison, Gradients | None]:
     """How far the student is from its teacher, and the student's gradients.
 
     Args:
       config: how both models' logits come about.
       wanted: which gradients, in which dtypes; the kernel's and the bias's are sums over chunks in float32 before.
-      tokens: `[T]` of them.
-      head: the student's head, and the teacher's.
+      operands: of `[T]` tokens.
       coefficients: of each token's logit gradients, `[T]`; None for no gradients, which takes no time for them.
       merge: over devices that share the columns; what is returned is merged.
     """
     assert config.teacher is not None
-    assert head.teacher is not None
-    assert tokens.teacher is not None
+    assert operands.teacher_hidden is not None
     rows = get_pair_rows(config.implementation, config.compute_capability)
-    dtype = tokens.hidden.dtype
-    vocab = head.kernel.shape[config.vocab_dim]
-    blocks = Blocks.make(config, head, dtype, rows.alignment)
-    teacher_head = Head(*head.teacher, class_weights=None)
-    teacher_blocks = Blocks.make(config.teacher.head, teacher_head, tokens.teacher.dtype, rows.alignment)
+    dtype = operands.hidden.dtype
+    vocab = operands.kernel.shape[config.vocab_dim]
+    blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
+    teacher_blocks = Blocks.make(
+        config.teacher.head, operands.teacher_head, operands.teacher_hidden.dtype, rows.alignment
+    )
     pair_map = PairMap(
         blocks.logit_map,
         teacher_blocks.logit_map,
@@ -65,12 +62,14 @@ def distillation_form(
         config.teacher.temperature,
         config.teacher.with_labels,
     )
-    queue = Queue.make(tokens.counted, forward_chunk(config, tokens.labels.shape[0], vocab))
+    queue = Queue.make(operands.counted, forward_chunk(config, operands.labels.shape[0], vocab))
 
-    def step(size: int, index: Int[Array, ""] | int, carry: tuple[Comparison, Grads]) -> tuple[Comparison, Grads]:
+    def step(
+        size: int, index: Int[Array, ""] | int, carry: tuple[Comparison, Gradients]
+    ) -> tuple[Comparison, Gradients]:
         found, grads = carry
         start = index * queue.chunk
-        chunk = Chunk.make(queue.slots(start, size), tokens, rows.alignment)
+        chunk = Chunk.make(queue.slots(start, size), operands, rows.alignment)
         columns, block, _ = blocks.block(0, chunk.labels)
         teacher_columns, teacher_block, _ = teacher_blocks.block(0, chunk.labels)
         assert chunk.teacher is not None
@@ -94,6 +93,6 @@ def distillation_form(
             grads = add_chunk(config, wanted, grads, chunk, columns, logit_grads)
         return write_stats(found, Comparison(stats, divergence.value), start), grads
 
-    initial = (queue.empty_stats(config, tokens.hidden), before_chunks(wanted, tokens, head))
+    initial = (queue.empty_stats(config, operands.hidden), before_chunks(wanted, operands))
     found, grads = queue.loop(step, initial, (queue.chunk,))
-    return queue.restore(found), None if coefficients is None else after_chunks(wanted, grads, head)
+    return queue.restore(found), None if coefficients is None else after_chunks(wanted, grads, operands.head)

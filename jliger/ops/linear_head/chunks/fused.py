@@ -8,40 +8,37 @@ from jliger.ops.linear_head.chunks.grad_accumulators import add_chunk, after_chu
 from jliger.ops.linear_head.chunks.matmuls import logits_product
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk, Queue, write_stats
 from jliger.ops.linear_head.chunks.sizes import forward_chunk
-from jliger.ops.linear_head.chunks.types import Grads, GradTypes, Head, Tokens
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
-from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.linear_head.types import GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import Coefficients, RowStats, get_rows
 
 
-def forward_form(
+def fused_pass(
     config: HeadConfig,
-    wanted: GradTypes,
-    tokens: Tokens,
-    head: Head,
+    wanted: GradientDtypes,
+    operands: Operands,
     coefficients: Coefficients,
     merge: Callable[[RowStats], RowStats] | None = None,
-) -> tuple[RowStats, Grads]:
+) -> tuple[RowStats, Gradients]:
     """Stats, and the gradients of a loss whose coefficients are known beforehand.
 
     Args:
       config: how logits come about.
       wanted: which gradients, in which dtypes; the kernel's and the bias's are sums over chunks in float32 before.
-      tokens: `[T]` of them.
-      head: kernel, bias and class weights.
+      operands: of `[T]` tokens.
       coefficients: of each token's logit gradients, `[T]`.
       merge: makes stats of all columns from those of the head's, if it has but some; the stats returned are the head's.
     """
     rows = get_rows(config.implementation, config.compute_capability)
-    dtype = tokens.hidden.dtype
-    vocab = head.kernel.shape[config.vocab_dim]
-    blocks = Blocks.make(config, head, dtype, rows.alignment)
-    queue = Queue.make(tokens.counted, forward_chunk(config, tokens.labels.shape[0], vocab))
+    dtype = operands.hidden.dtype
+    vocab = operands.kernel.shape[config.vocab_dim]
+    blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
+    queue = Queue.make(operands.counted, forward_chunk(config, operands.labels.shape[0], vocab))
 
-    def step(size: int, index: Int[Array, ""] | int, carry: tuple[RowStats, Grads]) -> tuple[RowStats, Grads]:
+    def step(size: int, index: Int[Array, ""] | int, carry: tuple[RowStats, Gradients]) -> tuple[RowStats, Gradients]:
         stats, grads = carry
         start = index * queue.chunk
-        chunk = Chunk.make(queue.slots(start, size), tokens, rows.alignment)
+        chunk = Chunk.make(queue.slots(start, size), operands, rows.alignment)
         columns, block, _ = blocks.block(0, chunk.labels)
         product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
         parts = (product, block, blocks.logit_map)
@@ -54,6 +51,6 @@ def forward_form(
             logit_grads = rows.row_grads(*parts, all_columns.max, all_columns.log_sum, chunk_coefficients, dtype=dtype)
         return write_stats(stats, found, start), add_chunk(config, wanted, grads, chunk, columns, logit_grads)
 
-    initial = (queue.empty_stats(config, tokens.hidden), before_chunks(wanted, tokens, head))
+    initial = (queue.empty_stats(config, operands.hidden), before_chunks(wanted, operands))
     stats, grads = queue.loop(step, initial, (queue.chunk,))
-    return queue.restore(stats), after_chunks(wanted, grads, head)
+    return queue.restore(stats), after_chunks(wanted, grads, operands.head)

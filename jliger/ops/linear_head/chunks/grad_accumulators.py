@@ -7,23 +7,23 @@ from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head.chunks.arrays import plus
 from jliger.ops.linear_head.chunks.matmuls import hidden_grad_product, kernel_grad_product
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk
-from jliger.ops.linear_head.chunks.types import Grads, GradTypes, Head, Tokens, empty_grads
-from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.linear_head.chunks.types import zero_gradients
+from jliger.ops.linear_head.types import GradientDtypes, Gradients, Head, HeadConfig, Operands
 
 
-def before_chunks(wanted: GradTypes, tokens: Tokens, head: Head) -> Grads:
+def before_chunks(wanted: GradientDtypes, operands: Operands) -> Gradients:
     """What a loop begins with: zeros of the tokens', for those that don't count; none of the head's, which are sums."""
-    return empty_grads(GradTypes(wanted.hidden, None, None, wanted.adapted, None), tokens, head)
+    return zero_gradients(GradientDtypes(hidden=wanted.hidden, adapted=wanted.adapted), operands)
 
 
 def add_chunk(
     config: HeadConfig,
-    wanted: GradTypes,
-    grads: Grads,
+    wanted: GradientDtypes,
+    grads: Gradients,
     chunk: Chunk,
     columns: Head,
     logit_grads: Float[Array, "C V"],
-) -> Grads:
+) -> Gradients:
     """Gradients with a chunk's part of them; the head's in float32."""
     sums = accumulator_dtype(chunk.hidden.dtype)
     if grads.hidden is not None:
@@ -43,7 +43,7 @@ def add_chunk(
     return grads
 
 
-def after_chunks(wanted: GradTypes, grads: Grads, head: Head) -> Grads:
+def after_chunks(wanted: GradientDtypes, grads: Gradients, head: Head) -> Gradients:
     """What a loop ends with, as it was wanted."""
     return grads._replace(
         kernel=_finished(grads.kernel, head.kernel, wanted.kernel),

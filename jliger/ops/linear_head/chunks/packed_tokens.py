@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head.chunks.arrays import pad, whole
 from jliger.ops.linear_head.chunks.sizes import is_symbolic
-from jliger.ops.linear_head.chunks.types import Tokens, stats_of
-from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.linear_head.chunks.types import stats_of
+from jliger.ops.linear_head.types import HeadConfig, Operands
 
 
 class Queue(NamedTuple):
@@ -101,12 +101,14 @@ class Chunk(NamedTuple):
     teacher: Float[Array, "C G"] | None
 
     @classmethod
-    def make(cls, slots: Int[Array, " C"], tokens: Tokens, alignment: int) -> "Chunk":
+    def make(cls, slots: Int[Array, " C"], operands: Operands, alignment: int) -> "Chunk":
         def rows(array: Array) -> Array:
             return whole(pad(_take(array, slots, 0), (1,), alignment))
 
-        adapted, teacher = (None if array is None else rows(array) for array in (tokens.adapted, tokens.teacher))
-        return cls(slots, rows(tokens.hidden), _take(tokens.labels, slots, -1), adapted, teacher)
+        adapted, teacher = (
+            None if array is None else rows(array) for array in (operands.adapted, operands.teacher_hidden)
+        )
+        return cls(slots, rows(operands.hidden), _take(operands.labels, slots, -1), adapted, teacher)
 
     def take(self, tree: Any) -> Any:
         """The chunk's part of per-token arrays."""

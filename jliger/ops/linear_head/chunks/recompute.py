@@ -7,47 +7,45 @@ from jliger.ops.linear_head.chunks.arrays import plus
 from jliger.ops.linear_head.chunks.matmuls import hidden_grad_product, kernel_grad_product, logits_product
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk, Queue
 from jliger.ops.linear_head.chunks.sizes import part_sizes, recompute_tile
-from jliger.ops.linear_head.chunks.types import Grads, GradTypes, Head, Tokens, empty_grads
+from jliger.ops.linear_head.chunks.types import zero_gradients
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
-from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.linear_head.types import Differentiable, GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import Coefficients, get_rows
 
 
-def recompute_form(
+def recompute_pass(
     config: HeadConfig,
-    wanted: GradTypes,
-    tokens: Tokens,
-    head: Head,
+    wanted: GradientDtypes,
+    operands: Operands,
     row_max: Float[Array, " T"],
     log_sum: Float[Array, " T"],
     coefficients: Coefficients,
-) -> Grads:
+) -> Gradients:
     """Gradients for any coefficients.
 
     Args:
       config: how logits come about.
       wanted: which gradients, in which dtypes.
-      tokens: `[T]` of them.
-      head: kernel, bias and class weights.
+      operands: of `[T]` tokens.
       row_max: of each token's stats, over all columns, `[T]`.
       log_sum: likewise.
       coefficients: of each token's logit gradients, `[T]`.
     """
     rows = get_rows(config.implementation, config.compute_capability)
-    dtype = tokens.hidden.dtype
+    dtype = operands.hidden.dtype
     sums = accumulator_dtype(dtype)
-    num_tokens, vocab = tokens.labels.shape[0], head.kernel.shape[config.vocab_dim]
+    num_tokens, vocab = operands.labels.shape[0], operands.kernel.shape[config.vocab_dim]
     chunk_size, width = recompute_tile(config, num_tokens, vocab)
-    blocks = Blocks.make(config, head, dtype, rows.alignment, width)
-    queue = Queue.make(tokens.counted, chunk_size)
+    blocks = Blocks.make(config, operands.head, dtype, rows.alignment, width)
+    queue = Queue.make(operands.counted, chunk_size)
     # With several chunks the kernel's gradient is a sum over them; with one, each block of it is written once.
     add = queue.has_several_chunks
 
-    def step(size: int, index: Int[Array, ""] | int, grads: Grads) -> Grads:
-        chunk = Chunk.make(queue.slots(index * queue.chunk, size), tokens, rows.alignment)
+    def step(size: int, index: Int[Array, ""] | int, grads: Gradients) -> Gradients:
+        chunk = Chunk.make(queue.slots(index * queue.chunk, size), operands, rows.alignment)
         chunk_max, chunk_log_sum, chunk_coefficients = chunk.take((row_max, log_sum, coefficients))
 
-        def block_step(index: Int[Array, ""] | int, carry: Grads) -> Grads:
+        def block_step(index: Int[Array, ""] | int, carry: Gradients) -> Gradients:
             columns, block, start = blocks.block(index, chunk.labels)
             product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
             logit_grads = rows.row_grads(
@@ -82,5 +80,7 @@ def recompute_form(
         bias=None if wanted.bias is None else sums,
         adapter=None if wanted.adapter is None else sums,
     )
-    grads = queue.loop(step, empty_grads(in_sums, tokens, head), part_sizes(queue.chunk))
-    return Grads(*(grad if grad is None else grad.astype(dtype) for grad, dtype in zip(grads, wanted, strict=True)))
+    grads = queue.loop(step, zero_gradients(in_sums, operands), part_sizes(queue.chunk))
+    return Differentiable(
+        *(grad if grad is None else grad.astype(dtype) for grad, dtype in zip(grads, wanted, strict=True))
+    )

@@ -8,54 +8,52 @@ from jliger.ops.linear_head.chunks.grad_accumulators import add_chunk, after_chu
 from jliger.ops.linear_head.chunks.matmuls import logits_product
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk, Queue
 from jliger.ops.linear_head.chunks.sizes import forward_chunk
-from jliger.ops.linear_head.chunks.types import Grads, GradTypes, Head, Tokens
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
-from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.linear_head.types import GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import Coefficients, RowStats, get_rows
 
 
-def kept_stats(config: HeadConfig, tokens: Tokens, head: Head) -> tuple[RowStats, Float[Array, "T V"]]:
+def stats_and_logits_pass(config: HeadConfig, operands: Operands) -> tuple[RowStats, Float[Array, "T V"]]:
     """Stats, and the product that they are of, in the tokens' order.
 
     Tokens that don't count are computed too: leaving them out would take a copy of all that is kept.
     """
     rows = get_rows(config.implementation, config.compute_capability)
-    vocab = head.kernel.shape[config.vocab_dim]
-    blocks = Blocks.make(config, head, tokens.hidden.dtype, rows.alignment)
-    counted = _where_counted(tokens)
-    chunk = Chunk.make(jnp.arange(tokens.labels.shape[0]), counted, rows.alignment)
+    vocab = operands.kernel.shape[config.vocab_dim]
+    blocks = Blocks.make(config, operands.head, operands.hidden.dtype, rows.alignment)
+    counted = _where_counted(operands)
+    chunk = Chunk.make(jnp.arange(operands.labels.shape[0]), counted, rows.alignment)
     columns, block, _ = blocks.block(0, counted.labels)
     product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
     stats = rows.row_stats(product, block, blocks.logit_map, config.stats_wanted)
     empty = jax.tree.map(jnp.zeros_like, stats)._replace(prediction=jnp.full_like(stats.prediction, -1))
-    stats = jax.tree.map(lambda field, none: jnp.where(tokens.counted, field, none), stats, empty)
+    stats = jax.tree.map(lambda field, none: jnp.where(operands.counted, field, none), stats, empty)
     return stats, product[:, :vocab]
 
 
-def kept_form(
+def saved_logits_pass(
     config: HeadConfig,
-    wanted: GradTypes,
-    tokens: Tokens,
-    head: Head,
+    wanted: GradientDtypes,
+    operands: Operands,
     row_max: Float[Array, " T"],
     log_sum: Float[Array, " T"],
     coefficients: Coefficients,
-) -> Grads:
-    """Gradients for any coefficients, from `tokens.logits`; the other arguments are the recompute form's."""
-    assert tokens.logits is not None
+) -> Gradients:
+    """Gradients for any coefficients, from `operands.logits`; the other arguments are the recompute form's."""
+    assert operands.logits is not None
     rows = get_rows(config.implementation, config.compute_capability)
-    dtype = tokens.hidden.dtype
-    num_tokens, vocab = tokens.logits.shape
-    blocks = Blocks.make(config, head, dtype, rows.alignment)
-    queue = Queue.make(jnp.full_like(tokens.counted, True), forward_chunk(config, num_tokens, vocab))
-    counted = _where_counted(tokens)
-    per_token = jax.tree.map(lambda array: jnp.where(tokens.counted, array, 0), (row_max, log_sum, coefficients))
+    dtype = operands.hidden.dtype
+    num_tokens, vocab = operands.logits.shape
+    blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
+    queue = Queue.make(jnp.full_like(operands.counted, True), forward_chunk(config, num_tokens, vocab))
+    counted = _where_counted(operands)
+    per_token = jax.tree.map(lambda array: jnp.where(operands.counted, array, 0), (row_max, log_sum, coefficients))
     # Padded, if at all, to whole chunks, and to the columns of the padded kernel.
     width = blocks.head.kernel.shape[config.vocab_dim]
     rest = ((0, queue.num_chunks * queue.chunk - num_tokens), (0, width - vocab))
-    product = jnp.pad(tokens.logits, rest) if rest != ((0, 0), (0, 0)) else tokens.logits
+    product = jnp.pad(operands.logits, rest) if rest != ((0, 0), (0, 0)) else operands.logits
 
-    def step(size: int, index: Int[Array, ""] | int, grads: Grads) -> Grads:
+    def step(size: int, index: Int[Array, ""] | int, grads: Gradients) -> Gradients:
         start = index * queue.chunk
         chunk = Chunk.make(queue.slots(start, size), counted, rows.alignment)
         columns, block, _ = blocks.block(0, chunk.labels)
@@ -63,15 +61,15 @@ def kept_form(
         logit_grads = rows.row_grads(part, block, blocks.logit_map, *chunk.take(per_token), dtype=dtype)
         return add_chunk(config, wanted, grads, chunk, columns, logit_grads)
 
-    grads = queue.loop(step, before_chunks(wanted, tokens, head), (queue.chunk,))
-    return after_chunks(wanted, grads, head)
+    grads = queue.loop(step, before_chunks(wanted, operands), (queue.chunk,))
+    return after_chunks(wanted, grads, operands.head)
 
 
-def _where_counted(tokens: Tokens) -> Tokens:
+def _where_counted(operands: Operands) -> Operands:
     """With zeros for what doesn't count, whatever its hidden states hold, and a label that is none."""
-    counted = tokens.counted[:, None]
-    return tokens._replace(
-        hidden=jnp.where(counted, tokens.hidden, 0),
-        labels=jnp.where(tokens.counted, tokens.labels, -1),
-        adapted=None if tokens.adapted is None else jnp.where(counted, tokens.adapted, 0),
+    counted = operands.counted[:, None]
+    return operands._replace(
+        hidden=jnp.where(counted, operands.hidden, 0),
+        labels=jnp.where(operands.counted, operands.labels, -1),
+        adapted=None if operands.adapted is None else jnp.where(counted, operands.adapted, 0),
     )

@@ -9,37 +9,35 @@ from jaxtyping import Array, Float, Int
 from jliger.ops.linear_head.chunks.matmuls import logits_product
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk, Queue, write_stats
 from jliger.ops.linear_head.chunks.sizes import forward_chunk, part_sizes, recompute_tile, stats_chunk
-from jliger.ops.linear_head.chunks.types import Head, Tokens
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
-from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.linear_head.types import HeadConfig, Operands
 from jliger.ops.logits import RowStats, get_rows
 
 
-def token_stats(config: HeadConfig, tokens: Tokens, head: Head, *, lean: bool) -> RowStats:
+def stats_pass(config: HeadConfig, operands: Operands, *, low_memory: bool) -> RowStats:
     """What a loss needs of each token's logits.
 
     Tokens that don't count get the stats of a row with log-sum-exp 0, label logit 0 and prediction −1.
 
     Args:
       config: how logits come about.
-      tokens: `[T]` of them.
-      head: kernel, bias and class weights.
-      lean: keep within the recompute form's memory, and never hold the whole kernel in the products' dtype, if that is
-        not its own; a little slower.
+      operands: of `[T]` tokens.
+      low_memory: stay within the memory of the recompute pass, and never hold the whole kernel in another dtype than
+        its own; a little slower.
     """
     rows = get_rows(config.implementation, config.compute_capability)
-    num_tokens, vocab = tokens.labels.shape[0], head.kernel.shape[config.vocab_dim]
-    dtype = tokens.hidden.dtype
-    in_blocks = lean and head.kernel.dtype != dtype
+    num_tokens, vocab = operands.labels.shape[0], operands.kernel.shape[config.vocab_dim]
+    dtype = operands.hidden.dtype
+    in_blocks = low_memory and operands.kernel.dtype != dtype
     if in_blocks:
         chunk_size, width = recompute_tile(config, num_tokens, vocab)
     else:
-        chunk_size, width = (stats_chunk if lean else forward_chunk)(config, num_tokens, vocab), vocab
-    blocks = Blocks.make(config, head, dtype, rows.alignment, width)
-    queue = Queue.make(tokens.counted, chunk_size)
+        chunk_size, width = (stats_chunk if low_memory else forward_chunk)(config, num_tokens, vocab), vocab
+    blocks = Blocks.make(config, operands.head, dtype, rows.alignment, width)
+    queue = Queue.make(operands.counted, chunk_size)
 
     def step(size: int, index: Int[Array, ""] | int, stats: RowStats) -> RowStats:
-        chunk = Chunk.make(queue.slots(index * queue.chunk, size), tokens, rows.alignment)
+        chunk = Chunk.make(queue.slots(index * queue.chunk, size), operands, rows.alignment)
 
         def block_step(index: Int[Array, ""] | int, merged: RowStats | None) -> RowStats:
             columns, block, start = blocks.block(index, chunk.labels)
@@ -51,7 +49,7 @@ def token_stats(config: HeadConfig, tokens: Tokens, head: Head, *, lean: bool) -
         return write_stats(stats, blocks.sweep(block_step, None), index * queue.chunk)
 
     sizes = part_sizes(queue.chunk) if in_blocks else (queue.chunk,)
-    return queue.restore(queue.loop(step, queue.empty_stats(config, tokens.hidden), sizes))
+    return queue.restore(queue.loop(step, queue.empty_stats(config, operands.hidden), sizes))
 
 
 def merge_stats(left: RowStats, right: RowStats) -> RowStats:

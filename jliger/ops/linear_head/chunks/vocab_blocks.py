@@ -10,8 +10,7 @@ from jaxtyping import Array, Int
 
 from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head.chunks.arrays import pad, whole, write_block
-from jliger.ops.linear_head.chunks.types import Head
-from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.linear_head.types import Head, HeadConfig
 from jliger.ops.logits import Block, LogitMap
 
 

@@ -6,10 +6,10 @@ share itself is one and the same (`sharding.shard`), and so is who sums what wit
 """
 
 from jliger.ops.linear_head.sharding.dispatch import label_weights as label_weights
+from jliger.ops.linear_head.sharding.dispatch import pre_divide_cotangent as pre_divide_cotangent
 from jliger.ops.linear_head.sharding.dispatch import run as run
-from jliger.ops.linear_head.sharding.dispatch import split_cotangent as split_cotangent
 from jliger.ops.linear_head.sharding.dispatch import total_class_weight as total_class_weight
+from jliger.ops.linear_head.sharding.dispatch import undo_cotangent_split as undo_cotangent_split
 from jliger.ops.linear_head.sharding.dispatch import vocab_size as vocab_size
-from jliger.ops.linear_head.sharding.dispatch import whole_cotangent as whole_cotangent
-from jliger.ops.linear_head.sharding.passes import Form as Form
+from jliger.ops.linear_head.sharding.passes import LossPass as LossPass
 from jliger.ops.linear_head.sharding.passes import Result as Result

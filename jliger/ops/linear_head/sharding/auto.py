@@ -8,76 +8,61 @@ import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, NamedSharding, use_abstract_mesh
 
-from jliger.ops.linear_head.chunks import Head, Tokens
-from jliger.ops.linear_head.sharding.passes import Form, Result, Role, operand_roles, result_roles
+from jliger.ops.linear_head.sharding.passes import LossPass, Result, dims_of_operands, dims_of_results
 from jliger.ops.linear_head.sharding.plan import Plan, local_plan
-from jliger.ops.linear_head.sharding.shard import run_share
+from jliger.ops.linear_head.sharding.shard import run_on_shard
+from jliger.ops.linear_head.types import DIMS, Operands, operand_dims
 
 # The callback's address would otherwise be part of every program's key in the persistent compilation cache.
 jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 
-_FACTORS: dict[str, dict[Role, str]] = {
-    layout: {
-        "hidden": "... h",
-        "token": "...",
-        "kernel": kernel,
-        "vocab": "v",
-        "adapted": "... r",
-        "adapter": "r v",
-        "teacher": "... g",
-        "teacher kernel hv": "g v",
-        "teacher kernel vh": "v g",
-        "logits": "... v",
-    }
-    for layout, kernel in (("hv", "h v"), ("vh", "v h"))
-}
 
-
-def run_partitioned(form: Form, tokens: Tokens, head: Head, per_token: Any) -> Result:
-    """`run_share` on each device's share, as XLA chose it."""
-    operands, tree = jax.tree.flatten((tokens, head, per_token))
-    roles = tuple(jax.tree.leaves(operand_roles(form.config, tokens, head, per_token)))
-    leading = tokens.labels.ndim - sum(flags[roles.index("token")] for flags in form.examples)
-    results = _partitioned(form, tree, roles, leading)(*operands)
-    return jax.tree.unflatten(jax.tree.structure(result_roles(form)), results)
+def run_partitioned(loss_pass: LossPass, operands: Operands, per_token: Any) -> Result:
+    """`run_on_shard` on each device's part, as XLA chose it."""
+    leaves, tree = jax.tree.flatten((operands, per_token))
+    dims = tuple(jax.tree.leaves(dims_of_operands(loss_pass.config, operands, per_token)))
+    token_ndim = operands.labels.ndim - sum(loss_pass.examples_of(dims.index(DIMS["labels"])))
+    results = _partitioned(loss_pass, tree, dims, token_ndim)(*leaves)
+    return Result(*jax.tree.unflatten(jax.tree.structure(dims_of_results(loss_pass)), results))
 
 
 @functools.cache
-def _partitioned(form: Form, tree: Any, roles: tuple[Role, ...], leading: int) -> Callable[..., Any]:
-    results = tuple(jax.tree.leaves(result_roles(form)))
-    vocab_dim = form.config.vocab_dim
-    # Of each operand, which dimensions of examples it has.
-    examples = [[flags[index] for flags in form.examples] for index in range(len(roles))]
+def _partitioned(loss_pass: LossPass, tree: Any, dims: tuple[str, ...], token_ndim: int) -> Callable[..., Any]:
+    """The pass as one operation that XLA partitions; tokens have `token_ndim` leading dimensions."""
+    result_dims = tuple(jax.tree.leaves(dims_of_results(loss_pass)))
+    kernel_dims = operand_dims(loss_pass.config)["kernel"]
+    examples = [loss_pass.examples_of(index) for index in range(len(dims))]
 
-    def share(plan: Plan, *operands: Any) -> tuple[Any, ...]:
-        tokens, head, per_token = tree.unflatten(operands)
-        return tuple(jax.tree.leaves(run_share(form, plan, tokens, head, per_token)))
+    def run_on(plan: Plan, *leaves: Any) -> tuple[Any, ...]:
+        return tuple(jax.tree.leaves(run_on_shard(loss_pass, plan, *tree.unflatten(leaves))))
 
     @custom_partitioning
-    def whole(*operands: Any) -> tuple[Any, ...]:
-        return share(local_plan((), vocab_dim), *operands)
+    def whole(*leaves: Any) -> tuple[Any, ...]:
+        return run_on(local_plan(()), *leaves)
 
-    def partition(mesh: Any, operands: Any, found: Any) -> Any:
+    def partition(mesh: Any, leaves: Any, results: Any) -> Any:
         # Where the kernel's gradient is wanted, its sharding says over which axes its sum is to be scattered.
-        kernel_grad = _sharded(found[results.index("kernel")]) if "kernel" in results else None
-        plan = Plan.of_operands(form, dict(mesh.shape), roles, [*map(_sharded, operands)], kernel_grad)
+        kernel_grad = _sharded(results[result_dims.index(kernel_dims)]) if kernel_dims in result_dims else None
+        plan = Plan.of_operands(loss_pass, dict(mesh.shape), dims, [*map(_sharded, leaves)], kernel_grad)
         return (
             mesh,
-            _without_mesh(functools.partial(share, plan)),
-            tuple(NamedSharding(mesh, plan.spec(role, result=True)) for role in results),
-            tuple(NamedSharding(mesh, plan.spec(role, flags)) for role, flags in zip(roles, examples, strict=True)),
+            _without_mesh(functools.partial(run_on, plan)),
+            tuple(NamedSharding(mesh, plan.spec(its_dims, is_result=True)) for its_dims in result_dims),
+            tuple(NamedSharding(mesh, spec) for spec in map(plan.spec, dims, examples)),
         )
 
-    def factors(role: Role, flags: Sequence[bool]) -> str:
-        lead = [f"e{level}" for level, flag in enumerate(flags) if flag]
-        tokens = " ".join(f"t{dim}" for dim in range(leading))
-        return " ".join([*lead, _FACTORS[form.config.kernel_layout][role].replace("...", tokens)])
+    def factors(its_dims: str, has: Sequence[bool]) -> str:
+        """Dimensions as a Shardy rule has them: e0, e1, ... are examples, t0, t1, ... leading dimensions of tokens."""
+        lead = [f"e{level}" for level, flag in enumerate(has) if flag]
+        tokens = [f"t{dim}" for dim in range(token_ndim)]
+        return " ".join([*lead, *(name for dim in its_dims for name in (tokens if dim == "t" else [dim]))])
 
-    rule = ", ".join(map(factors, roles, examples)) + " -> "
-    rule += ", ".join(factors(role, [True] * len(form.examples)) for role in results)
-    inner = [factor for factor, role in (("h", "hidden"), ("r", "adapter"), ("g", "teacher")) if role in roles]
-    special: dict[str, Any] = {"need_replication_factors": tuple(inner)}
-    if not {"kernel", "vocab", "adapter", "logits"} & set(results):
+    rule = ", ".join(map(factors, dims, examples)) + " -> "
+    rule += ", ".join(factors(its_dims, [True] * len(loss_pass.examples)) for its_dims in result_dims)
+    # Dimensions inside products are whole on every device.
+    inner = tuple(dim for dim in "hrg" if any(dim in its_dims for its_dims in dims))
+    special: dict[str, Any] = {"need_replication_factors": inner}
+    if not any("v" in its_dims for its_dims in result_dims):
         special["reduction_factors"] = ("v",)
     whole.def_partition(partition=partition, sharding_rule=lambda *_: (rule, special))
     return whole

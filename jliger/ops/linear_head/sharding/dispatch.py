@@ -1,4 +1,4 @@
-"""Manual, Explicit or Auto: how a form is run where its inputs are."""
+"""Manual, Explicit or Auto: how a pass is run where its operands are."""
 
 import functools
 from typing import Any
@@ -10,25 +10,24 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jliger.core.meshes import Axes, as_replicated, as_varying, is_explicit, mesh_of, varying_axes
-from jliger.ops.linear_head.chunks import Grads, Head, Tokens
-from jliger.ops.linear_head.sharding.passes import Form, Result, operand_roles, result_roles
+from jliger.ops.linear_head.sharding.passes import LossPass, Result, dims_of_operands, dims_of_results
 from jliger.ops.linear_head.sharding.plan import Plan, as_axes, first_column, local_plan
-from jliger.ops.linear_head.sharding.shard import run_share
-from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.linear_head.sharding.shard import run_on_shard
+from jliger.ops.linear_head.types import Differentiable, Gradients, HeadConfig, Operands
 
 
-def run(form: Form, tokens: Tokens, head: Head, per_token: Any) -> Result:
-    """The form on tokens of any leading dimensions, wherever its operands are."""
-    mesh = mesh_of(tokens.hidden, head.kernel, tokens.labels)
+def run(loss_pass: LossPass, operands: Operands, per_token: Any) -> Result:
+    """The pass on tokens of any leading dimensions, wherever its operands are."""
+    mesh = mesh_of(operands.hidden, operands.kernel, operands.labels)
     if mesh.manual_axes:
-        return _run_manual(form, mesh, tokens, head, per_token)
+        return _run_manual(loss_pass, mesh, operands, per_token)
     if is_explicit(mesh):
-        return _run_explicit(form, mesh, tokens, head, per_token)
-    if jax.device_count() > 1 and tokens.labels.ndim:
+        return _run_explicit(loss_pass, mesh, operands, per_token)
+    if jax.device_count() > 1 and operands.labels.ndim:
         from jliger.ops.linear_head.sharding.auto import run_partitioned
 
-        return run_partitioned(form, tokens, head, per_token)
-    return run_share(form, local_plan((), form.config.vocab_dim), tokens, head, per_token)
+        return run_partitioned(loss_pass, operands, per_token)
+    return run_on_shard(loss_pass, local_plan(()), operands, per_token)
 
 
 def vocab_size(config: HeadConfig, kernel: Array) -> int:
@@ -62,76 +61,68 @@ def total_class_weight(config: HeadConfig, class_weights: Float[Array, " V"]) ->
     return jax.lax.psum(total, config.vocab_axes) if config.vocab_axes else total
 
 
-def whole_cotangent(config: HeadConfig, cotangent: Array) -> Array:
-    """The cotangent of a result that devices share, where `shard_map(check_vma=False)` has split it among them."""
+def undo_cotangent_split(config: HeadConfig, cotangent: Array) -> Array:
+    """Undoes `check_vma=False`'s division of a replicated output's cotangent, by psum."""
     axes = _untyped_vocab_axes(config)
     return jax.lax.psum(cotangent, axes) if axes else cotangent
 
 
-def split_cotangent(config: HeadConfig, cotangent: Array) -> Array:
-    """What of a cotangent of hidden each device returns, where `shard_map(check_vma=False)` sums it over devices."""
+def pre_divide_cotangent(config: HeadConfig, cotangent: Array) -> Array:
+    """Divides by the axis sizes, since `check_vma=False` will sum this cotangent over devices."""
     return functools.reduce(lambda ct, axis: ct / jax.lax.axis_size(axis), _untyped_vocab_axes(config), cotangent)
 
 
-def _untyped_vocab_axes(config: HeadConfig) -> Axes:
-    return tuple(axis for axis in config.vocab_axes if axis not in varying_axes(jax.lax.axis_index(axis)))
+def _run_manual(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, per_token: Any) -> Result:
+    """Inside a user's `shard_map`: every loop carry must vary over the axes that any operand varies over.
 
-
-def _run_manual(form: Form, mesh: AbstractMesh, tokens: Tokens, head: Head, per_token: Any) -> Result:
-    """Inside a user's `shard_map`: all loops carry what varies as the operands together do.
-
-    Explicit axes that it leaves may spread operands further.
+    Explicit axes that the `shard_map` leaves may shard the operands further.
     """
-    operands = (tokens, head, per_token)
-    varying = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(operands)))
-    tokens, head, per_token = jax.tree.map(lambda leaf: as_varying(leaf, varying), operands)
-    if any(_is_spread(leaf) for leaf in jax.tree.leaves(operands)):
-        _check_vocab_axes(form.config, *jax.tree.leaves(operands))
-        result = _run_explicit(form, mesh, tokens, head, per_token)
-        return jax.tree.map(lambda leaf: as_varying(leaf, varying), result)
-    result = run_share(form, local_plan(form.config.vocab_axes, form.config.vocab_dim), tokens, head, per_token)
-    return result._replace(stats=jax.tree.map(functools.partial(as_replicated, form.config.vocab_axes), result.stats))
+    arrays = (operands, per_token)
+    axes = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(arrays)))
+    operands, per_token = jax.tree.map(lambda leaf: as_varying(leaf, axes), arrays)
+    vocab_axes = loss_pass.config.vocab_axes
+    if any(_is_spread(leaf) for leaf in jax.tree.leaves(arrays)):
+        _check_vocab_axes(loss_pass.config, *jax.tree.leaves(arrays))
+        result = _run_explicit(loss_pass, mesh, operands, per_token)
+        return jax.tree.map(lambda leaf: as_varying(leaf, axes), result)
+    result = run_on_shard(loss_pass, local_plan(vocab_axes), operands, per_token)
+    return result._replace(stats=jax.tree.map(functools.partial(as_replicated, vocab_axes), result.stats))
 
 
-def _run_explicit(form: Form, mesh: AbstractMesh, tokens: Tokens, head: Head, per_token: Any) -> Result:
-    """Axes are in the types: a `shard_map` made from them."""
+def _run_explicit(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, per_token: Any) -> Result:
+    """Explicit axes: a `shard_map` made from the shardings in the operands' types."""
 
     def sharded(array: Array) -> tuple[tuple[int, ...], P]:
         return array.shape, jax.typeof(array).sharding.spec
 
-    leaves, tree = jax.tree.flatten((tokens, head, per_token))
-    roles = jax.tree.leaves(operand_roles(form.config, tokens, head, per_token))
-    examples = [[flags[index] for flags in form.examples] for index in range(len(roles))]
+    leaves, tree = jax.tree.flatten((operands, per_token))
+    dims = jax.tree.leaves(dims_of_operands(loss_pass.config, operands, per_token))
     sizes = {axis: mesh.shape[axis] for axis in mesh.explicit_axes}
-    plan = Plan.of_operands(form, sizes, roles, [*map(sharded, leaves)])
-    in_specs = tree.unflatten(map(plan.spec, roles, examples))
-    out_specs = jax.tree.map(lambda role: plan.spec(role, result=True), result_roles(form))
-    operands = tree.unflatten(
-        reshard(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, jax.tree.leaves(in_specs), strict=True)
-    )
+    plan = Plan.of_operands(loss_pass, sizes, dims, [*map(sharded, leaves)])
+    in_specs = tuple(plan.spec(its_dims, loss_pass.examples_of(index)) for index, its_dims in enumerate(dims))
+    out_specs = Result(*jax.tree.map(functools.partial(plan.spec, is_result=True), dims_of_results(loss_pass)))
+    leaves = [reshard(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, in_specs, strict=True)]
 
-    def share(*operands: Any) -> Result:
-        return run_share(form, plan, *operands)
+    def run_here(*leaves: Array) -> Result:
+        return run_on_shard(loss_pass, plan, *tree.unflatten(leaves))
 
-    # Sums over devices are made, and stated, in `run_share`; what they are typed as is for `out_specs` to say.
-    # All axes, but for those of a `jax.vmap` around; beside manual axes, which can't be named again, those it takes.
-    axes = {axis for spec in jax.tree.leaves(in_specs) for entry in spec for axis in as_axes(entry)}
+    # All axes, but for those of an enclosing `jax.vmap`; beside manual axes, which cannot be named again, those in use.
+    axes = {axis for spec in in_specs for entry in spec for axis in as_axes(entry)}
+    # `run_on_shard` does every reduction itself, so `check_vma` is off and `out_specs` declare the result.
     mapped = jax.shard_map(
-        share,
+        run_here,
         mesh=mesh,
         in_specs=in_specs,
         out_specs=out_specs,
         axis_names=axes if mesh.manual_axes else set(),
         check_vma=False,
     )
-    result = mapped(*operands)
-    return (
-        result if result.grads is None else result._replace(grads=_like_inputs(mesh, plan, result.grads, tokens, head))
-    )
+    result = mapped(*leaves)
+    return result if result.grads is None else result._replace(grads=_sharded_like(mesh, plan, result.grads, operands))
 
 
-def _like_inputs(mesh: AbstractMesh, plan: Plan, grads: Grads, tokens: Tokens, head: Head) -> Any:
-    """Gradients sharded like their inputs, where the plan had left an axis out."""
+def _sharded_like(mesh: AbstractMesh, plan: Plan, grads: Gradients, operands: Operands) -> Gradients:
+    """Gradients sharded as their operands are, where the plan had left an axis out."""
 
     def like(grad: Array | None, primal: Array | None) -> Array | None:
         if grad is None or primal is None:
@@ -139,7 +130,12 @@ def _like_inputs(mesh: AbstractMesh, plan: Plan, grads: Grads, tokens: Tokens, h
         spec = plan.spec_like(jax.typeof(primal).sharding.spec, grad.ndim - len(plan.examples))
         return reshard(grad, NamedSharding(mesh, spec))
 
-    return Grads(*map(like, grads, Grads(tokens.hidden, head.kernel, head.bias, tokens.adapted, head.adapter)))
+    return Differentiable(*map(like, grads, operands.differentiable))
+
+
+def _untyped_vocab_axes(config: HeadConfig) -> Axes:
+    """Manual vocabulary axes of a `shard_map` with `check_vma=False`, where types do not say what varies."""
+    return tuple(axis for axis in config.vocab_axes if axis not in varying_axes(jax.lax.axis_index(axis)))
 
 
 def _check_vocab_axes(config: HeadConfig, *arrays: Array) -> None:

@@ -7,28 +7,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jliger.ops.linear_head.chunks import Head, Tokens
-from jliger.ops.linear_head.sharding.passes import Form, Result
+from jliger.ops.linear_head.sharding.passes import LossPass, Result, dims_of_operands
+from jliger.ops.linear_head.types import Operands
 
 
 def run_examples(
-    form: Form, one: Callable[[Tokens, Head, Any], Result], tokens: Tokens, head: Head, per_token: Any
+    loss_pass: LossPass, one_example: Callable[[Operands, Any], Result], operands: Operands, per_token: Any
 ) -> Result:
-    """`one`, which knows no examples, for each of them; results have all of their dimensions, which lead.
+    """`one_example` for each example of the enclosing `jax.vmap`s; their dimensions lead in every result.
 
-    Examples that share a head, and no sum over tokens, are more tokens. Otherwise they are a loop.
+    Examples that share the head, and no sum over tokens, become more tokens. Otherwise they are a loop.
     """
-    operands = (tokens, head, per_token)
-    leaves, tree = jax.tree.flatten(operands)
-    is_head = [part is head for part in operands for _ in jax.tree.leaves(part)]
-    levels = range(len(form.examples))
-    loops = [level for level in levels if form.sums_tokens or any(_select(form.examples[level], is_head))]
+    leaves, tree = jax.tree.flatten((operands, per_token))
+    is_head = ["t" not in dims for dims in jax.tree.leaves(dims_of_operands(loss_pass.config, operands, per_token))]
+    examples = loss_pass.examples
+    levels = range(len(examples))
+    loops = [level for level in levels if loss_pass.sums_tokens or any(_select(examples[level], is_head))]
     order = (*loops, *(level for level in levels if level not in loops))
-    sizes = [_size(form, leaves, level) for level in levels]
+    sizes = [_size(loss_pass, leaves, level) for level in levels]
 
-    def arranged(index: int, leaf: Array) -> Array:
-        """Dimensions of loops first, those that it has; then those of tokens, which all per-token arrays get."""
-        has = [flags[index] for flags in form.examples]
+    def arrange(index: int, leaf: Array) -> Array:
+        """Puts the dimensions of loops first; arrays of tokens get every dimension that becomes tokens."""
+        has = loss_pass.examples_of(index)
         gets = [has[level] or not (level in loops or is_head[index]) for level in levels]
         whole = jnp.expand_dims(leaf, [level for level in levels if not has[level]])
         whole = whole.transpose(*order, *range(len(levels), whole.ndim))
@@ -38,17 +38,16 @@ def run_examples(
 
     def loop(leaves: Sequence[Array], remaining: Sequence[int]) -> Result:
         if not remaining:
-            return one(*tree.unflatten(leaves))
-        flags = form.examples[remaining[0]]
+            return one_example(*tree.unflatten(leaves))
+        flags = examples[remaining[0]]
 
-        def member(mapped: list[Array]) -> Result:
-            found = iter(mapped)
-            each = [next(found) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
-            return loop(each, remaining[1:])
+        def run_member(mapped: list[Array]) -> Result:
+            rest = iter(mapped)
+            return loop([next(rest) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)], remaining[1:])
 
-        return jax.lax.map(member, _select(leaves, flags))
+        return jax.lax.map(run_member, _select(leaves, flags))
 
-    result = loop([arranged(index, leaf) for index, leaf in enumerate(leaves)], loops)
+    result = loop([arrange(index, leaf) for index, leaf in enumerate(leaves)], loops)
     back = [order.index(level) for level in levels]
     return jax.tree.map(lambda array: array.transpose(*back, *range(len(levels), array.ndim)), result)
 
@@ -57,7 +56,7 @@ def _select(values: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
     return [value for value, flag in zip(values, flags, strict=True) if flag]
 
 
-def _size(form: Form, leaves: Sequence[Array], level: int) -> int:
+def _size(loss_pass: LossPass, leaves: Sequence[Array], level: int) -> int:
     """How many examples a level has here."""
-    index = form.examples[level].index(True)
-    return leaves[index].shape[sum(flags[index] for flags in form.examples[:level])]
+    index = loss_pass.examples[level].index(True)
+    return leaves[index].shape[sum(loss_pass.examples_of(index)[:level])]

@@ -1,4 +1,4 @@
-"""The operation as the sharding stage sees it: arrays with roles in, arrays with roles out."""
+"""A loss pass as the sharding stage sees it: static arguments, and the dimensions of its operands and results."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple
@@ -6,32 +6,32 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from jliger.ops.linear_head.chunks import Grads, GradTypes, Head, Stats, TeacherHead, Tokens, stats_of
-from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.linear_head.chunks import Stats, stats_of
+from jliger.ops.linear_head.types import Differentiable, GradientDtypes, Gradients, HeadConfig, Operands, operand_dims
 
-NOTHING_WANTED = GradTypes(None, None, None)
+_NONE_WANTED = GradientDtypes()
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
-    """Which of the chunk loops to run.
+class LossPass:
+    """Which of the loops over chunks to run.
 
     Attributes:
-      kind: `"stats"` for `chunks.token_stats`, `"forward"` for `chunks.forward_form`, whose per-token operands are
-        `Coefficients`, `"recompute"` for `chunks.recompute_form`, whose are max, log-sum and `Coefficients`. With a
-        teacher, the first two are `chunks.distillation_form`, without and with `PairCoefficients`. `"kept stats"` and
-        `"kept"` are `chunks.kept_stats` and `chunks.kept_form`.
-      config: how logits come about.
-      wanted: which gradients, in which dtypes.
-      lean: as `chunks.token_stats` takes it.
-      examples: for each `jax.vmap` around, the outermost first, which operands have a dimension of examples for it.
-        These dimensions lead, and all results have all of them.
+      kind: `"stats"` is `chunks.stats_pass`; `"fused"` is `chunks.fused_pass`, with `Coefficients` for each token;
+        `"recompute"` is `chunks.recompute_pass`, with maximum, log-sum and `Coefficients`; `"save logits"` and
+        `"saved logits"` are `chunks.stats_and_logits_pass` and `chunks.saved_logits_pass`. With a teacher, `"stats"`
+        and `"fused"` are `chunks.distillation_pass`, without and with `PairCoefficients`.
+      config: how logits are computed.
+      wanted: the dtypes of the gradients that are wanted.
+      low_memory: as in `chunks.stats_pass`.
+      examples: for each enclosing `jax.vmap`, the outermost first, which operands have a dimension of examples for it.
+        These dimensions lead, and every result has all of them.
     """
 
-    kind: Literal["stats", "forward", "recompute", "kept stats", "kept"]
+    kind: Literal["stats", "fused", "recompute", "save logits", "saved logits"]
     config: HeadConfig
-    wanted: GradTypes = NOTHING_WANTED
-    lean: bool = False
+    wanted: GradientDtypes = _NONE_WANTED
+    low_memory: bool = False
     examples: tuple[tuple[bool, ...], ...] = ()
 
     @property
@@ -39,77 +39,45 @@ class Form:
         """Whether a result is a sum over tokens."""
         return any(dtype is not None for dtype in (self.wanted.kernel, self.wanted.bias, self.wanted.adapter))
 
+    def examples_of(self, operand: int) -> list[bool]:
+        """Which dimensions of examples an operand has."""
+        return [flags[operand] for flags in self.examples]
+
+    @property
+    def has_stats(self) -> bool:
+        return self.kind in ("stats", "fused", "save logits")
+
 
 class Result(NamedTuple):
-    """What a form computes.
+    """What a pass returns.
 
     Attributes:
-      stats: `[*B]`, None for gradients alone.
-      grads: those wanted; None for stats alone.
-      logits: `[*B, V]`, if they are kept.
+      stats: `[*B]`, or None for gradients alone.
+      grads: the gradients that are wanted, or None for statistics alone.
+      logits: the products `[*B, V]`, if the pass saves them.
     """
 
     stats: Stats | None
-    grads: Grads | None
+    grads: Gradients | None
     logits: Float[Array, "*B V"] | None = None
 
 
-Role = Literal[
-    "hidden",
-    "token",
-    "kernel",
-    "vocab",
-    "adapted",
-    "adapter",
-    "teacher",
-    "teacher kernel hv",
-    "teacher kernel vh",
-    "logits",
-]
-"""Which dimensions an array has: `[*B, H]`, `[*B]`, the kernel's, `[V]`, `[*B, R]`, `[R, V]`; of a teacher with hidden
-states of size `G`, `[*B, G]`, `[G, V]` and `[V, G]`; and `[*B, V]`."""
-
-
-def operand_roles(config: HeadConfig, tokens: Tokens, head: Head, per_token: Any) -> Any:
-    """The role of each operand, in the operands' own tree."""
-
-    def role(name: Role, array: Any) -> Any:
-        return None if array is None else name
-
-    teacher = None
-    if config.teacher is not None and head.teacher is not None:
-        layout = f"teacher kernel {config.teacher.head.kernel_layout}"
-        teacher = TeacherHead._make((layout, role("vocab", head.teacher.bias)))
+def dims_of_operands(config: HeadConfig, operands: Operands, per_token: Any) -> Any:
+    """The dimensions of each operand, in the operands' own tree."""
+    dims = operand_dims(config)
     return (
-        Tokens._make(
-            (
-                "hidden",
-                "token",
-                "token",
-                role("adapted", tokens.adapted),
-                role("teacher", tokens.teacher),
-                role("logits", tokens.logits),
-            )
-        ),
-        Head._make(
-            (
-                "kernel",
-                role("vocab", head.bias),
-                role("vocab", head.class_weights),
-                role("adapter", head.adapter),
-                teacher,
-            )
-        ),
-        jax.tree.map(lambda _: "token", per_token),
+        Operands._make(None if array is None else dims[name] for name, array in operands._asdict().items()),
+        jax.tree.map(lambda _: "t", per_token),
     )
 
 
-def result_roles(form: Form) -> Result:
-    """The role of each result, in the result's own tree."""
-    stats = None if form.kind in ("recompute", "kept") else stats_of(form.config, "token", "token")
-    if form.kind == "stats":
-        return Result(stats, None)
-    if form.kind == "kept stats":
-        return Result(stats, None, "logits")  # type: ignore[bad-argument-type]  # a role in its place
-    roles = zip(("hidden", "kernel", "vocab", "adapted", "adapter"), form.wanted, strict=True)
-    return Result(stats, Grads._make(None if dtype is None else role for role, dtype in roles))
+def dims_of_results(loss_pass: LossPass) -> Any:
+    """The dimensions of each result, in the tree of a `Result`."""
+    dims = operand_dims(loss_pass.config)
+    stats = stats_of(loss_pass.config, "t", "t") if loss_pass.has_stats else None
+    if loss_pass.kind == "stats":
+        return (stats, None, None)
+    if loss_pass.kind == "save logits":
+        return (stats, None, dims["logits"])
+    wanted = loss_pass.wanted._asdict().items()
+    return (stats, Differentiable(*(None if dtype is None else dims[name] for name, dtype in wanted)), None)

@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
 from jliger.core.meshes import Axes
-from jliger.ops.linear_head.sharding.passes import Form, Role
+from jliger.ops.linear_head.sharding.passes import LossPass
+from jliger.ops.linear_head.types import DIMS, operand_dims
 
 
 class Plan(NamedTuple):
@@ -19,7 +20,6 @@ class Plan(NamedTuple):
       vocab: axes that shard the vocabulary and no tokens: each device has some columns for all its tokens.
       scattered: for each dimension of the kernel, token axes that shard its gradient too (FSDP): the kernel is gathered
         over them, and its gradient's sum scattered.
-      vocab_dim: which dimension of the kernel is the vocabulary.
       single: axes of one device, which are in specs, and over which nothing is moved.
       examples: for each dimension of `jax.vmap`, the axes that shard it. Devices sum nothing over them: each example
         has results of its own.
@@ -28,7 +28,6 @@ class Plan(NamedTuple):
     batch: tuple[Axes, ...]
     vocab: Axes
     scattered: tuple[Axes, Axes]
-    vocab_dim: int
     single: frozenset[str] = frozenset()
     examples: tuple[Axes, ...] = ()
 
@@ -53,71 +52,62 @@ class Plan(NamedTuple):
         vocab = _without(by_dim[vocab_dim], tokens)
         first, second = (tuple(axis for axis in axes if axis in tokens) for axes in by_dim)
         single = frozenset(axis for axis, size in sizes.items() if size == 1)
-        return cls(batch, vocab, (first, second), vocab_dim, single, examples)
+        return cls(batch, vocab, (first, second), single, examples)
 
     @classmethod
     def of_operands(
         cls,
-        form: Form,
+        loss_pass: LossPass,
         sizes: Mapping[str, int],
-        roles: Sequence[Role],
+        dims: Sequence[str],
         operands: Sequence[tuple[tuple[int, ...], Any]],
         kernel_grad: tuple[tuple[int, ...], Any] | None = None,
     ) -> "Plan":
-        """From the shapes and specs of all operands, and perhaps of a result: the kernel's gradient."""
-        examples: list[Axes] = []
-        for level, flags in enumerate(form.examples):
-            # Whichever operand is spread: one that is whole has each device's examples already.
-            found: Axes = ()
-            for index, (shape, spec) in enumerate(operands):
-                if flags[index] and not found:
-                    found = _axes_of(shape, spec, sizes)[sum(outer[index] for outer in form.examples[:level])]
-            examples.append(_without(found, {axis for axes in examples for axis in axes}))
+        """From the dimensions, and the shapes and specs, of all operands.
 
-        def inner(shape: tuple[int, ...], spec: Any, levels: int) -> tuple[tuple[int, ...], P]:
+        `kernel_grad` is the shape and spec of a result, the kernel's gradient, to shard that as XLA wants it.
+        """
+        examples: list[Axes] = []
+        for level, flags in enumerate(loss_pass.examples):
+            # Any operand that is sharded tells: one that is not has each device's examples already.
+            level_axes: Axes = ()
+            for index, (shape, spec) in enumerate(operands):
+                if flags[index] and not level_axes:
+                    level_axes = _axes_of(shape, spec, sizes)[sum(loss_pass.examples_of(index)[:level])]
+            examples.append(_without(level_axes, {axis for axes in examples for axis in axes}))
+
+        def without_examples(shape: tuple[int, ...], spec: Any, levels: int) -> tuple[tuple[int, ...], P]:
             return shape[levels:], P(*_entries(shape, spec)[levels:])
 
-        def operand(role: Role) -> tuple[tuple[int, ...], P]:
-            index = roles.index(role)
-            return inner(*operands[index], sum(flags[index] for flags in form.examples))
+        def operand(its_dims: str) -> tuple[tuple[int, ...], P]:
+            index = dims.index(its_dims)
+            return without_examples(*operands[index], sum(loss_pass.examples_of(index)))
 
-        kernel = operand("kernel") if kernel_grad is None else inner(*kernel_grad, len(examples))
-        return cls.make(sizes, operand("hidden"), kernel, form.config.vocab_dim, tuple(examples))
+        kernel_dims = operand_dims(loss_pass.config)["kernel"]
+        kernel = operand(kernel_dims) if kernel_grad is None else without_examples(*kernel_grad, len(examples))
+        return cls.make(sizes, operand(DIMS["hidden"]), kernel, loss_pass.config.vocab_dim, tuple(examples))
 
-    def spec(self, role: Role, examples: Sequence[bool] = (), *, result: bool = False) -> P:
-        """How an array of this role is sharded as operand, or as result.
+    def spec(self, dims: str, examples: Sequence[bool] = (), *, is_result: bool = False) -> P:
+        """How an array of these dimensions (`types.DIMS`) is sharded, as an operand or as a result.
 
-        Args:
-          role: the array's.
-          examples: which dimensions of examples it has; a result has them all.
-          result: whether it is one.
+        `examples` says which dimensions of examples an operand has; a result has them all.
         """
-        has = [True] * len(self.examples) if result else examples
-        lead = [_entry(axes) for axes, flag in zip(self.examples, has, strict=True) if flag]
-        return P(*lead, *self._spec(role, result=result))
+        has = [True] * len(self.examples) if is_result else examples
+        entries = [_entry(axes) for axes, flag in zip(self.examples, has, strict=True) if flag]
+        is_kernel_gradient = is_result and set(dims) == {"h", "v"}
+        for index, dim in enumerate(dims):
+            if dim == "t":
+                entries += [_entry(axes) for axes in self.batch]
+                continue
+            axes = self.vocab if dim == "v" else ()
+            entries.append(_entry(axes + self.scattered[index] if is_kernel_gradient else axes))
+        return P(*entries)
 
     def spec_like(self, spec: P, ndim: int) -> P:
-        """That of a gradient of each example, spread as `spec` spreads the last `ndim` dimensions of its input."""
+        """Of each example's gradient, sharded as `spec` shards the last `ndim` dimensions of its operand."""
         used = {axis for axes in self.examples for axis in axes}
         own = [_entry(_without(as_axes(entry), used)) for entry in spec[len(spec) - ndim :]]
         return P(*map(_entry, self.examples), *own)
-
-    def _spec(self, role: Role, *, result: bool) -> P:
-        batch = [_entry(axes) for axes in self.batch]
-        if role in ("hidden", "adapted", "teacher"):
-            return P(*batch, None)
-        if role == "token":
-            return P(*batch)
-        if role == "logits":
-            return P(*batch, _entry(self.vocab))
-        if role == "vocab":
-            return P(_entry(self.vocab))
-        if role in ("adapter", "teacher kernel hv"):
-            return P(None, _entry(self.vocab))
-        if role == "teacher kernel vh":
-            return P(_entry(self.vocab), None)
-        vocab = [self.vocab if dim == self.vocab_dim else () for dim in range(2)]
-        return P(*(_entry(axes + self.scattered[dim] if result else axes) for dim, axes in enumerate(vocab)))
 
     @property
     def columns(self) -> Axes:
@@ -137,21 +127,25 @@ class Plan(NamedTuple):
     def _moving(self, axes: Axes) -> Axes:
         return tuple(axis for axis in axes if axis not in self.single)
 
-    def sum_kernel_grad(self, grad: Array) -> Array:
-        if self.summed:
-            grad = jax.lax.psum(grad, self.summed)
-        for dim, axes in enumerate(map(self._moving, self.scattered)):
-            if axes:
-                grad = jax.lax.psum_scatter(grad, axes, scatter_dimension=dim, tiled=True)
-        return grad
+    def reduction_axes(self, dims: str) -> Axes:
+        """The axes over which a gradient of these dimensions is a sum."""
+        return (() if "v" in dims else self.columns) + (() if "t" in dims else self.tokens)
 
-    def sum_over_tokens(self, grad: Array) -> Array:
-        return jax.lax.psum(grad, self.tokens) if self.tokens else grad
+    def reduce(self, grad: Array, dims: str) -> Array:
+        """Sums one device's part of a gradient over `reduction_axes`; the kernel's is scattered where it can be."""
+        if set(dims) == {"h", "v"}:
+            grad = jax.lax.psum(grad, self.summed) if self.summed else grad
+            for dim, axes in enumerate(map(self._moving, self.scattered)):
+                if axes:
+                    grad = jax.lax.psum_scatter(grad, axes, scatter_dimension=dim, tiled=True)
+            return grad
+        axes = self.reduction_axes(dims)
+        return jax.lax.psum(grad, axes) if axes else grad
 
 
-def local_plan(vocab: Axes, vocab_dim: int) -> Plan:
-    """For one device's share as all there is, but for the vocabulary."""
-    return Plan((), vocab, ((), ()), vocab_dim)
+def local_plan(vocab: Axes) -> Plan:
+    """For tokens that are all on this device; `vocab` names the axes that shard the columns."""
+    return Plan((), vocab, ((), ()))
 
 
 def first_column(vocab: Axes, width: int) -> Int[Array, ""] | int:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jliger.ops.linear_head.sharding.passes import Form
+from jliger.ops.linear_head.sharding.passes import LossPass
 from jliger.ops.linear_head.sharding.plan import Plan, first_column, local_plan
 from jliger.ops.linear_head.types import HeadConfig
 from jliger.ops.logits import StatsWanted
@@ -25,21 +25,21 @@ def make_config():
 
 def test_nothing_sharded():
     plan = make(P(), P())
-    assert plan[:4] == (((), ()), (), ((), ()), 1)
+    assert plan[:3] == (((), ()), (), ((), ()))
     assert plan.tokens == plan.summed == ()
-    assert plan.spec("hidden") == P(None, None, None)
-    assert plan.spec("token") == P(None, None)
-    assert plan.spec("kernel") == plan.spec("kernel", result=True) == P(None, None)
-    assert plan.spec("vocab") == P(None)
+    assert plan.spec("th") == P(None, None, None)
+    assert plan.spec("t") == P(None, None)
+    assert plan.spec("hv") == plan.spec("hv", is_result=True) == P(None, None)
+    assert plan.spec("v") == P(None)
 
 
 def test_data_and_sequence_parallel():
     plan = make(P("data", "seq"), P())
     assert plan.batch == (("data",), ("seq",))
     assert plan.tokens == plan.summed == ("data", "seq")
-    assert plan.spec("hidden") == P("data", "seq", None)
-    assert plan.spec("token") == P("data", "seq")
-    assert plan.spec("kernel", result=True) == P(None, None)
+    assert plan.spec("th") == P("data", "seq", None)
+    assert plan.spec("t") == P("data", "seq")
+    assert plan.spec("hv", is_result=True) == P(None, None)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_fsdp(kernel, scattered, summed):
     assert plan.scattered == scattered
     assert plan.summed == summed
     # As operand it is gathered, as result it is scattered.
-    assert plan.spec("kernel") == P(None, None)
-    assert plan.spec("kernel", result=True) == P(*(*kernel, None)[:2])
+    assert plan.spec("hv") == P(None, None)
+    assert plan.spec("hv", is_result=True) == P(*(*kernel, None)[:2])
 
 
 @pytest.mark.parametrize(("vocab_dim", "kernel"), [(1, P(None, "model")), (0, P("model", None))])
@@ -67,23 +67,24 @@ def test_vocabulary_parallel(vocab_dim, kernel):
     plan = make(P("data"), kernel, vocab_dim, kernel_shape=shape)
     assert plan.vocab == ("model",)
     assert plan.scattered == ((), ())
-    assert plan.spec("kernel") == plan.spec("kernel", result=True) == kernel
-    assert plan.spec("vocab") == plan.spec("vocab", result=True) == P("model")
+    dims = "hv" if vocab_dim == 1 else "vh"
+    assert plan.spec(dims) == plan.spec(dims, is_result=True) == kernel
+    assert plan.spec("v") == plan.spec("v", is_result=True) == P("model")
 
 
 def test_both_at_once():
     plan = make(P("data", "seq"), P("data", ("model", "seq")))
-    assert plan[:4] == ((("data",), ("seq",)), ("model",), (("data",), ("seq",)), 1)
+    assert plan[:3] == ((("data",), ("seq",)), ("model",), (("data",), ("seq",)))
     assert plan.summed == ()
-    assert plan.spec("kernel") == P(None, "model")
-    assert plan.spec("kernel", result=True) == P("data", ("model", "seq"))
+    assert plan.spec("hv") == P(None, "model")
+    assert plan.spec("hv", is_result=True) == P("data", ("model", "seq"))
 
 
 def test_vocabulary_axes_come_first():
     # Whichever way round the kernel has them: its gradient comes in this order and is put in the other afterwards.
     plan = make(P("data"), P(None, ("data", "model")))
-    assert plan.spec("kernel") == P(None, "model")
-    assert plan.spec("kernel", result=True) == P(None, ("model", "data"))
+    assert plan.spec("hv") == P(None, "model")
+    assert plan.spec("hv", is_result=True) == P(None, ("model", "data"))
 
 
 def test_order_within_a_role_is_kept():
@@ -94,28 +95,28 @@ def test_order_within_a_role_is_kept():
 
 def test_rows_of_the_kernel_over_an_axis_without_tokens_are_gathered():
     plan = make(P("data"), P("model"))
-    assert plan[:4] == ((("data",), ()), (), ((), ()), 1)
-    assert plan.spec("kernel") == plan.spec("kernel", result=True) == P(None, None)
+    assert plan[:3] == ((("data",), ()), (), ((), ()))
+    assert plan.spec("hv") == plan.spec("hv", is_result=True) == P(None, None)
 
 
 def test_the_hidden_dimension_is_gathered():
     plan = make(P("data", None, "model"), P("model"))
     assert plan.tokens == ("data",)
-    assert plan.spec("hidden") == plan.spec("hidden", result=True) == P("data", None, None)
+    assert plan.spec("th") == plan.spec("th", is_result=True) == P("data", None, None)
 
 
 @pytest.mark.parametrize(
     ("hidden_shape", "kernel_shape", "expected"),
     [
-        ((7, 4, 16), KERNEL, (((), ("seq",)), ("data", "model"), ((), ()), 1)),
-        ((8, 3, 16), KERNEL, ((("data",), ()), ("model",), ((), ("data",)), 1)),
+        ((7, 4, 16), KERNEL, (((), ("seq",)), ("data", "model"), ((), ()))),
+        ((8, 3, 16), KERNEL, ((("data",), ()), ("model",), ((), ("data",)))),
         # Both axes shard one dimension: one of them alone is not tried.
-        (HIDDEN, (16, 60), ((("data",), ("seq",)), (), ((), ()), 1)),
+        (HIDDEN, (16, 60), ((("data",), ("seq",)), (), ((), ()))),
     ],
 )
 def test_an_axis_that_does_not_divide_its_dimension_is_left_out(hidden_shape, kernel_shape, expected):
     hidden, kernel = P("data", "seq"), P(None, ("data", "model"))
-    assert make(hidden, kernel, hidden_shape=hidden_shape, kernel_shape=kernel_shape)[:4] == expected
+    assert make(hidden, kernel, hidden_shape=hidden_shape, kernel_shape=kernel_shape)[:3] == expected
 
 
 def test_rows_that_do_not_divide():
@@ -124,15 +125,15 @@ def test_rows_that_do_not_divide():
 
 def test_axes_of_one_device_stay_in_specs_and_move_nothing():
     plan = make(P(("one", "data")), P(None, "one"))
-    assert plan.spec("token") == P(("one", "data"), None)
+    assert plan.spec("t") == P(("one", "data"), None)
     assert plan.tokens == plan.summed == ("data",)
     assert plan.columns == ()
 
 
 def test_no_leading_dimensions_but_one():
     plan = make(P("data"), P("data"), hidden_shape=(8, 16))
-    assert plan.spec("hidden") == P("data", None)
-    assert plan.spec("token") == P("data")
+    assert plan.spec("th") == P("data", None)
+    assert plan.spec("t") == P("data")
 
 
 @pytest.mark.parametrize(
@@ -153,30 +154,30 @@ def test_no_leading_dimensions_but_one():
     ],
 )
 def test_examples_of_a_vmap(flags, specs, examples, batch, kernel_grad):
-    shapes = {"hidden": HIDDEN, "token": HIDDEN[:-1], "kernel": KERNEL}
-    has = [name[0] in flags for name in shapes]
+    shapes = {"th": HIDDEN, "t": HIDDEN[:-1], "hv": KERNEL}
+    has = [name in flags for name in ("h", "t", "k")]
     operands = [((8,) * flag + shape, spec) for flag, shape, spec in zip(has, shapes.values(), specs, strict=True)]
-    form = Form("stats", make_config(), examples=(tuple(has),))
+    form = LossPass("stats", make_config(), examples=(tuple(has),))
     plan = Plan.of_operands(form, SIZES, tuple(shapes), operands)
     assert (plan.examples, plan.batch) == (tuple(examples), tuple(batch))
     assert plan.tokens == sum(batch, ())
-    assert plan.spec("kernel", result=True) == kernel_grad
-    assert plan.spec("token", [has[1]]) == P("data", *plan.spec("token", [False]))
+    assert plan.spec("hv", is_result=True) == kernel_grad
+    assert plan.spec("t", [has[1]]) == P("data", *plan.spec("t", [False]))
 
 
 def test_examples_of_two_vmaps():
     # The outer one is of kernels, and whole; the inner one of tokens, and spread.
-    form = Form("stats", make_config(), examples=((False, True), (True, False)))
+    form = LossPass("stats", make_config(), examples=((False, True), (True, False)))
     operands = [((4, *HIDDEN), P("data")), ((3, *KERNEL), P(None, "data"))]
-    plan = Plan.of_operands(form, SIZES, ("hidden", "kernel"), operands)
+    plan = Plan.of_operands(form, SIZES, ("th", "hv"), operands)
     assert plan.examples == ((), ("data",))
-    assert plan.spec("kernel", (True, False)) == P(None, None, None)
-    assert plan.spec("hidden", (False, True)) == P("data", None, None, None)
-    assert plan.spec("hidden", result=True) == P(None, "data", None, None, None)
+    assert plan.spec("hv", (True, False)) == P(None, None, None)
+    assert plan.spec("th", (False, True)) == P("data", None, None, None)
+    assert plan.spec("th", is_result=True) == P(None, "data", None, None, None)
 
 
 def test_a_share_as_all_there_is():
-    plan = local_plan(("model",), 0)
+    plan = local_plan(("model",))
     assert plan.tokens == plan.summed == ()
     assert plan.vocab == ("model",)
     assert first_column((), 64) == 0

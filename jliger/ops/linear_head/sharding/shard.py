@@ -1,121 +1,117 @@
-"""One device's share: its tokens, its columns, and the sums over devices that its results are part of."""
+"""One device's part of a pass: its tokens, its columns, and the sums over devices that its results are part of."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
-from jliger.core.meshes import Axes
+from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head import chunks
-from jliger.ops.linear_head.chunks import Grads, GradTypes, Head, Tokens
+from jliger.ops.linear_head.chunks import Stats
 from jliger.ops.linear_head.sharding.examples import run_examples
 from jliger.ops.linear_head.sharding.merge import merge_over, pair_merge
-from jliger.ops.linear_head.sharding.passes import Form, Result
+from jliger.ops.linear_head.sharding.passes import LossPass, Result
 from jliger.ops.linear_head.sharding.plan import Plan, first_column
+from jliger.ops.linear_head.types import DIMS, Differentiable, GradientDtypes, Gradients, Operands, operand_dims
 from jliger.ops.logits import RowStats
 
 
-def run_share(form: Form, plan: Plan, tokens: Tokens, head: Head, per_token: Any) -> Result:
-    """What this device contributes, with all sums over devices done; results are sharded as the plan says.
+def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, per_token: Any) -> Result:
+    """One device's part of the pass, with all reductions over devices done, sharded as the plan says.
 
-    Leading dimensions become tokens here, on the share, where that moves nothing between devices.
+    Leading dimensions are flattened into one dimension of tokens here, where that moves nothing between devices.
     """
-    if form.examples:
-        one = functools.partial(run_share, dataclasses.replace(form, examples=()), plan)
-        return run_examples(form, one, tokens, head, per_token)
-    if not tokens.labels.size:
-        return _of_no_tokens(form, plan, tokens, head)
-    width = head.kernel.shape[plan.vocab_dim]
+    if loss_pass.examples:
+        one_example = functools.partial(run_on_shard, dataclasses.replace(loss_pass, examples=()), plan)
+        return run_examples(loss_pass, one_example, operands, per_token)
+    if not operands.labels.size:
+        return _run_without_tokens(loss_pass, plan, operands)
+    width = operands.kernel.shape[loss_pass.config.vocab_dim]
     start = first_column(plan.columns, width)
-    # Elsewhere a label is no column here; one that is none anywhere stays negative.
-    labels = tokens.labels - start
-    labels = jnp.where((labels < 0) | (labels >= width), -1, labels)
-    flat = Tokens(
-        tokens.hidden.reshape(-1, tokens.hidden.shape[-1]),
-        labels.reshape(-1),
-        tokens.counted.reshape(-1),
-        *(
-            None if array is None else array.reshape(-1, array.shape[-1])
-            for array in (tokens.adapted, tokens.teacher, tokens.logits)
-        ),
-    )
+    flat = Operands(*(_flatten(name, array) for name, array in operands._asdict().items()))
+    # Local index for labels in this shard, −1 for all others.
+    labels = flat.labels - start
+    flat = flat._replace(labels=jnp.where((labels < 0) | (labels >= width), -1, labels))
     per_token = jax.tree.map(lambda array: array.reshape(-1), per_token)
-    wanted = _in_sums(form.wanted, plan, tokens)
-
-    merge = functools.partial(merge_over, plan.columns) if plan.columns else None
-    stats, grads, logits = None, None, None
-    if form.config.teacher is not None:
-        coefficients = per_token[0] if per_token else None
-        merge_pairs = pair_merge(form.config.teacher.temperature, plan.columns, start) if plan.columns else None
-        stats, grads = chunks.distillation_form(form.config, wanted, flat, head, coefficients, merge=merge_pairs)
-    elif form.kind == "stats":
-        stats = chunks.token_stats(form.config, flat, head, lean=form.lean)
-    elif form.kind == "kept stats":
-        stats, logits = chunks.kept_stats(form.config, flat, head)
-    elif form.kind == "kept":
-        grads = chunks.kept_form(form.config, wanted, flat, head, *per_token)
-    elif form.kind == "forward":
-        stats, grads = chunks.forward_form(form.config, wanted, flat, head, *per_token, merge=merge)
-    else:
-        grads = chunks.recompute_form(form.config, wanted, flat, head, *per_token)
-    if isinstance(stats, RowStats) and merge is not None:
-        stats = merge(stats._replace(prediction=jnp.where(flat.counted, stats.prediction + start, -1)))
-    if stats is not None:
-        stats = jax.tree.map(lambda array: array.reshape(tokens.labels.shape), stats)
+    stats, grads, logits = _run_chunks(loss_pass, plan, flat, per_token, start)
     return Result(
-        stats,
-        None if grads is None else _summed(grads, form.wanted, plan, tokens),
-        None if logits is None else logits.reshape(*tokens.labels.shape, width),
+        jax.tree.map(lambda array: array.reshape(operands.labels.shape), stats),
+        None if grads is None else _reduce(loss_pass, plan, grads, operands),
+        None if logits is None else logits.reshape(*operands.labels.shape, width),
     )
 
 
-def _of_no_tokens(form: Form, plan: Plan, tokens: Tokens, head: Head) -> Result:
-    """Stats of no rows, and gradients of zero."""
-    rows = jnp.zeros_like(tokens.hidden, chunks.accumulator_dtype(tokens.hidden.dtype), shape=tokens.labels.shape)
-    stats = chunks.stats_of(form.config, rows, rows.astype(jnp.int32))
-    if form.kind == "stats":
+def _run_chunks(
+    loss_pass: LossPass, plan: Plan, operands: Operands, per_token: Any, start: Int[Array, ""] | int
+) -> Result:
+    """The loop over chunks, with statistics merged over the devices that shard the vocabulary."""
+    config, wanted = loss_pass.config, _dtypes_of_sums(loss_pass, plan, operands)
+    merge = functools.partial(merge_over, plan.columns) if plan.columns else None
+    stats: Stats | None = None
+    grads = logits = None
+    if config.teacher is not None:
+        coefficients = per_token[0] if per_token else None
+        merge_pairs = pair_merge(config.teacher.temperature, plan.columns, start) if plan.columns else None
+        stats, grads = chunks.distillation_pass(config, wanted, operands, coefficients, merge=merge_pairs)
+    elif loss_pass.kind == "stats":
+        stats = chunks.stats_pass(config, operands, low_memory=loss_pass.low_memory)
+    elif loss_pass.kind == "save logits":
+        stats, logits = chunks.stats_and_logits_pass(config, operands)
+    elif loss_pass.kind == "saved logits":
+        grads = chunks.saved_logits_pass(config, wanted, operands, *per_token)
+    elif loss_pass.kind == "fused":
+        stats, grads = chunks.fused_pass(config, wanted, operands, *per_token, merge=merge)
+    else:
+        grads = chunks.recompute_pass(config, wanted, operands, *per_token)
+    if isinstance(stats, RowStats) and merge is not None:
+        stats = merge(stats._replace(prediction=jnp.where(operands.counted, stats.prediction + start, -1)))
+    return Result(stats, grads, logits)
+
+
+def _run_without_tokens(loss_pass: LossPass, plan: Plan, operands: Operands) -> Result:
+    """Statistics of no tokens, and gradients of zero."""
+    hidden, shape = operands.hidden, operands.labels.shape
+    rows = jnp.zeros_like(hidden, accumulator_dtype(hidden.dtype), shape=shape)
+    stats = chunks.stats_of(loss_pass.config, rows, rows.astype(jnp.int32)) if loss_pass.has_stats else None
+    if loss_pass.kind == "stats":
         return Result(stats, None)
-    if form.kind == "kept stats":
-        shape = (*tokens.labels.shape, head.kernel.shape[plan.vocab_dim])
-        return Result(stats, None, jnp.zeros_like(tokens.hidden, form.config.logits_dtype, shape=shape))
-    grads = chunks.empty_grads(form.wanted, tokens, head)
-    return Result(stats if form.kind == "forward" else None, _summed(grads, form.wanted, plan, tokens))
+    if loss_pass.kind == "save logits":
+        width = operands.kernel.shape[loss_pass.config.vocab_dim]
+        return Result(stats, None, jnp.zeros_like(hidden, loss_pass.config.logits_dtype, shape=(*shape, width)))
+    grads = chunks.zero_gradients(_dtypes_of_sums(loss_pass, plan, operands), operands)
+    return Result(stats, _reduce(loss_pass, plan, grads, operands))
 
 
-def _in_sums(wanted: GradTypes, plan: Plan, tokens: Tokens) -> GradTypes:
-    """What is summed over devices is summed in float32, and rounded after."""
-    sums = chunks.accumulator_dtype(tokens.hidden.dtype)
+def _flatten(name: str, array: Array | None) -> Array | None:
+    """`[T, ...]` from `[*B, ...]`; arrays without tokens stay as they are."""
+    if array is None or "t" not in DIMS[name]:
+        return array
+    return array.reshape(-1, *array.shape[array.ndim - (len(DIMS[name]) - 1) :])
 
-    def in_sums(dtype: Any, axes: Axes) -> Any:
-        return sums if dtype is not None and axes else dtype
 
-    return GradTypes(
-        hidden=in_sums(wanted.hidden, plan.columns),
-        kernel=in_sums(wanted.kernel, plan.tokens),
-        bias=in_sums(wanted.bias, plan.tokens),
-        adapted=in_sums(wanted.adapted, plan.columns),
-        adapter=in_sums(wanted.adapter, plan.tokens),
+def _dtypes_of_sums(loss_pass: LossPass, plan: Plan, operands: Operands) -> GradientDtypes:
+    """Dtypes of this device's gradients: what is summed over devices is summed in float32, and rounded after."""
+    sums = accumulator_dtype(operands.hidden.dtype)
+    dims = operand_dims(loss_pass.config)
+    return GradientDtypes(
+        *(
+            sums if dtype is not None and plan.reduction_axes(dims[name]) else dtype
+            for name, dtype in loss_pass.wanted._asdict().items()
+        )
     )
 
 
-def _summed(grads: Grads, wanted: GradTypes, plan: Plan, tokens: Tokens) -> Grads:
-    def of_tokens(grad: Array | None, dtype: Any, like: Array | None) -> Array | None:
+def _reduce(loss_pass: LossPass, plan: Plan, grads: Gradients, operands: Operands) -> Gradients:
+    """Gradients summed over devices, rounded, and of tokens in their leading dimensions."""
+    dims = operand_dims(loss_pass.config)
+
+    def reduce(name: str, grad: Array | None, dtype: Any, like: Array | None) -> Array | None:
         if grad is None or like is None:
             return None
-        grad = jax.lax.psum(grad, plan.columns) if plan.columns else grad
-        return grad.astype(dtype).reshape(like.shape)
+        grad = plan.reduce(grad, dims[name]).astype(dtype)
+        return grad.reshape(like.shape) if "t" in dims[name] else grad
 
-    def of_columns(grad: Array | None, dtype: Any, summed: Callable[[Array], Array]) -> Array | None:
-        return None if grad is None else summed(grad).astype(dtype)
-
-    return Grads(
-        hidden=of_tokens(grads.hidden, wanted.hidden, tokens.hidden),
-        kernel=of_columns(grads.kernel, wanted.kernel, plan.sum_kernel_grad),
-        bias=of_columns(grads.bias, wanted.bias, plan.sum_over_tokens),
-        adapted=of_tokens(grads.adapted, wanted.adapted, tokens.adapted),
-        adapter=of_columns(grads.adapter, wanted.adapter, plan.sum_over_tokens),
-    )
+    return Differentiable(*map(reduce, Differentiable._fields, grads, loss_pass.wanted, operands.differentiable))
