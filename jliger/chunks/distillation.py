@@ -50,8 +50,8 @@ def distillation_form(
     teacher_head = Head(*head.teacher, class_weights=None)
     teacher_blocks = Blocks.make(config.teacher.head, teacher_head, tokens.teacher.dtype, rows.alignment)
     pair_map = PairMap(
-        blocks.logit_map,
-        teacher_blocks.logit_map,
+        config.logit_map(vocab),
+        config.teacher.head.logit_map(vocab),
         config.teacher.beta,
         config.teacher.temperature,
         config.teacher.with_labels,
@@ -62,8 +62,8 @@ def distillation_form(
         found, grads = carry
         start = index * queue.chunk
         chunk = Chunk.make(queue.slots(start, size), tokens, rows.alignment)
-        columns, block, _ = blocks.block(0, chunk.labels)
-        teacher_columns, teacher_block, _ = teacher_blocks.block(0, chunk.labels)
+        columns, block = blocks.block(blocks.full_span, chunk.labels)
+        teacher_columns, teacher_block = teacher_blocks.block(teacher_blocks.full_span, chunk.labels)
         assert chunk.teacher is not None
         products = Products(
             logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter),

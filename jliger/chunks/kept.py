@@ -24,9 +24,9 @@ def kept_stats(config: HeadConfig, tokens: Tokens, head: Head) -> tuple[RowStats
     blocks = Blocks.make(config, head, tokens.hidden.dtype, rows.alignment)
     counted = _where_counted(tokens)
     chunk = Chunk.make(jnp.arange(tokens.labels.shape[0]), counted, rows.alignment)
-    columns, block, _ = blocks.block(0, counted.labels)
+    columns, block = blocks.block(blocks.full_span, counted.labels)
     product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
-    stats = rows.row_stats(product, block, blocks.logit_map, config.stats_wanted)
+    stats = rows.row_stats(product, block, config.logit_map(vocab), config.stats_wanted)
     empty = jax.tree.map(jnp.zeros_like, stats)._replace(prediction=jnp.full_like(stats.prediction, -1))
     stats = jax.tree.map(lambda field, none: jnp.where(tokens.counted, field, none), stats, empty)
     return stats, product[:, :vocab]
@@ -58,9 +58,9 @@ def kept_form(
     def step(size: int, index: Int[Array, ""] | int, grads: Grads) -> Grads:
         start = index * queue.chunk
         chunk = Chunk.make(queue.slots(start, size), counted, rows.alignment)
-        columns, block, _ = blocks.block(0, chunk.labels)
+        columns, block = blocks.block(blocks.full_span, chunk.labels)
         part = jax.lax.dynamic_slice_in_dim(product, start, size)
-        logit_grads = rows.row_grads(part, block, blocks.logit_map, *chunk.take(per_token), dtype=dtype)
+        logit_grads = rows.row_grads(part, block, config.logit_map(vocab), *chunk.take(per_token), dtype=dtype)
         return add_chunk(config, wanted, grads, chunk, columns, logit_grads)
 
     grads = queue.loop(step, before_chunks(wanted, tokens, head), (queue.chunk,))

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from jliger.chunks.arrays import plus
-from jliger.chunks.blocks import Blocks
+from jliger.chunks.blocks import Blocks, Span
 from jliger.chunks.queue import Chunk, Queue
 from jliger.chunks.sizes import part_sizes, recompute_tile
 from jliger.chunks.types import Grads, GradTypes, Head, Tokens, accumulator_dtype, empty_grads
@@ -46,11 +46,12 @@ def recompute_form(
         chunk = Chunk.make(queue.slots(index * queue.chunk, size), tokens, rows.alignment)
         chunk_max, chunk_log_sum, chunk_coefficients = chunk.take((row_max, log_sum, coefficients))
 
-        def block_step(index: Int[Array, ""] | int, carry: Grads) -> Grads:
-            columns, block, start = blocks.block(index, chunk.labels)
+        def block_step(span: Span, carry: Grads) -> Grads:
+            columns, block = blocks.block(span, chunk.labels)
             product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
+            logit_map = config.logit_map(span.width)
             logit_grads = rows.row_grads(
-                product, block, blocks.logit_map, chunk_max, chunk_log_sum, chunk_coefficients, dtype=dtype
+                product, block, logit_map, chunk_max, chunk_log_sum, chunk_coefficients, dtype=dtype
             )
             if wanted.hidden is not None:
                 part = hidden_grad_product(config, logit_grads, columns.kernel, sums)
@@ -60,13 +61,13 @@ def recompute_form(
                 carry = carry._replace(adapted=plus(carry.adapted, part))
             if carry.kernel is not None:
                 part = kernel_grad_product(config, chunk.hidden, logit_grads, sums)
-                carry = carry._replace(kernel=blocks.write(carry.kernel, part, start, config.vocab_dim, add=add))
+                carry = carry._replace(kernel=blocks.write(carry.kernel, part, span, config.vocab_dim, add=add))
             if carry.adapter is not None and chunk.adapted is not None:
                 part = kernel_grad_product(config.of_adapter, chunk.adapted, logit_grads, sums)
-                carry = carry._replace(adapter=blocks.write(carry.adapter, part, start, 1, add=add))
+                carry = carry._replace(adapter=blocks.write(carry.adapter, part, span, 1, add=add))
             if carry.bias is not None:
                 part = logit_grads.sum(axis=0, dtype=sums)
-                carry = carry._replace(bias=blocks.write(carry.bias, part, start, 0, add=add))
+                carry = carry._replace(bias=blocks.write(carry.bias, part, span, 0, add=add))
             return carry
 
         found = blocks.sweep(block_step, grads._replace(hidden=None, adapted=None))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jliger.chunks.blocks import Blocks
+from jliger.chunks.blocks import Blocks, Span
 from jliger.chunks.queue import Chunk, Queue, write_stats
 from jliger.chunks.sizes import forward_chunk, part_sizes, recompute_tile, stats_chunk
 from jliger.chunks.types import Head, Tokens
@@ -41,11 +41,11 @@ def token_stats(config: HeadConfig, tokens: Tokens, head: Head, *, lean: bool) -
     def step(size: int, index: Int[Array, ""] | int, stats: RowStats) -> RowStats:
         chunk = Chunk.make(queue.slots(index * queue.chunk, size), tokens, rows.alignment)
 
-        def block_step(index: Int[Array, ""] | int, merged: RowStats | None) -> RowStats:
-            columns, block, start = blocks.block(index, chunk.labels)
+        def block_step(span: Span, merged: RowStats | None) -> RowStats:
+            columns, block = blocks.block(span, chunk.labels)
             product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
-            found = rows.row_stats(product, block, blocks.logit_map, config.stats_wanted)
-            found = found._replace(prediction=found.prediction + start)
+            found = rows.row_stats(product, block, config.logit_map(span.width), config.stats_wanted)
+            found = found._replace(prediction=found.prediction + span.start)
             return found if merged is None else merge_stats(found, merged)
 
         return write_stats(stats, blocks.sweep(block_step, None), index * queue.chunk)
