@@ -44,15 +44,12 @@ def recompute_form(
 
     def step(size: int, index: Int[Array, ""] | int, grads: Grads) -> Grads:
         chunk = Chunk.make(queue.slots(index * queue.chunk, size), tokens, rows.alignment)
-        chunk_max, chunk_log_sum, chunk_coefficients = chunk.take((row_max, log_sum, coefficients))
+        of_chunk = chunk.take((row_max, log_sum, coefficients))
 
         def block_step(span: Span, carry: Grads) -> Grads:
             columns, block = blocks.block(span, chunk.labels)
             product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
-            logit_map = config.logit_map(span.width)
-            logit_grads = rows.row_grads(
-                product, block, logit_map, chunk_max, chunk_log_sum, chunk_coefficients, dtype=dtype
-            )
+            logit_grads = rows.row_grads(product, block, config.logit_map(span.width), *of_chunk, dtype=dtype)
             if wanted.hidden is not None:
                 part = hidden_grad_product(config, logit_grads, columns.kernel, sums)
                 carry = carry._replace(hidden=plus(carry.hidden, part))

@@ -69,12 +69,13 @@ def call_kernel(
     if isinstance(kernel, InterpretedFunction):
         outputs = _interpret(kernel, operands, out_type, grid, constexprs)
     else:
-        # By position go the operands; an output's place is that of a parameter which is not given. One that the kernel
-        # is to do without is given, as None. jax-triton makes a constexpr of a None, which is part of its cache's key.
-        parameters = kernel.params[len(operands) : len(operands) + len(out_type)]
-        absent = {p.name: None for p, output in zip(parameters, out_type, strict=True) if output is None}
+        # Given are the operands, and as None the outputs that there are not; each other output gets a parameter that is
+        # not given. Of a None jax-triton makes a constexpr, which is part of its cache's key.
+        names = [parameter.name for parameter in kernel.params]
+        given: dict[str, Any] = dict(zip(names, operands, strict=False))
+        of_outputs = zip(names[len(operands) :], out_type, strict=False)
+        given |= {name: None for name, output in of_outputs if output is None}
         outputs = jax_triton.triton_call(
-            *operands,
             kernel=kernel,
             out_type=_present(out_type),
             grid=grid,
@@ -85,7 +86,7 @@ def call_kernel(
             # Stated, because Triton's default for it changes from one release to the next.
             backend_options={"enable_fp_fusion": True},
             cost_estimate={"flops": flops, "bytes_accessed": bytes_accessed},
-            **absent,
+            **given,
             **constexprs,
         )
     written = iter(_as_varying(outputs, _present(operands)))

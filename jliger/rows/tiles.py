@@ -1,8 +1,9 @@
 """What all row kernels share: tiles of a row, how they become logits, and a row's softmax.
 
 Each program has a row to itself, and goes over it tile by tile. A tile is `[LANES, VECTOR]` columns: a lane is a
-thread, and its vector is contiguous, to be loaded by one instruction and reduced within the thread. A mask would make
-one load for each column of it: whole tiles have none, and what is left of a row is a tile of its own after the loop.
+thread, and its vector is contiguous, to be loaded by one instruction and reduced within the thread. Whole tiles have
+no mask, which takes instructions, and where it may end within a vector a load for each column; what is left of a row is
+a tile of its own, outside the loop.
 
 What a kernel is compiled for is in NamedTuples, upper case. An array that a call does not have, read or written, is
 None, and what would touch it is compiled away.
