@@ -225,7 +225,7 @@ def test_a_training_step_is_exported(capability, dtypes, reduction):
     assert f"{tokens}x{vocab}" not in module, "logits of all tokens"
 
 
-# The README's shapes; of the first two the last block of columns is narrower than the others.
+# The README's shapes. The last block of columns is narrower than the others, and all columns are in no whole tiles.
 @pytest.mark.parametrize("vocab", [128256, 151936, 50304])
 def test_tiles_are_loaded_and_stored_as_vectors(vocab):
     def loss(hidden, kernel, bias, labels, reduction):
@@ -238,9 +238,12 @@ def test_tiles_are_loaded_and_stored_as_vectors(vocab):
     shapes = [((8192, 64), "bfloat16"), ((64, vocab), "bfloat16"), ((vocab,), "float32"), ((8192,), "int32")]
     module = lowered(every_kernel, *(jax.ShapeDtypeStruct(*shape) for shape in shapes), capability=90)
     found = {launch.ptx: launch.name for launch in launches(module)}
-    # Two widths of blocks, and all columns: the statistics of the second pass over tokens, and those with gradients.
+    # Gradients by themselves are computed for blocks of columns, of two widths.
     assert sorted(found.values()) == ["row_grads_kernel"] * 2 + ["row_stats_and_grads_kernel", "row_stats_kernel"]
     for ptx, name in found.items():
+        # Where a row starts takes 64 bits.
+        program = re.search(r"mov\.u32\s+(%r\d+), %ctaid\.x", ptx)[1]
+        assert not re.search(rf"mul\.lo\.s32\s+%r\d+, {program},", ptx)
         # Logits and bias, 8 columns a thread; by themselves come the label's, and the vector of the prediction.
         tiles = 2 if name == "row_stats_and_grads_kernel" else 1
         assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) >= 3 * tiles

@@ -29,8 +29,19 @@ from jliger.rows.tiles import (
 )
 
 
+class _Stats(NamedTuple):
+    """Pointers to `jliger.rows.RowStats`, `[T]` each, those that are not wanted None."""
+
+    max: Any
+    log_sum: Any
+    label_logit: Any
+    prediction: Any
+    weighted_sum: Any
+    mean_logit: Any
+
+
 class _Coefficients(NamedTuple):
-    """A row's `jliger.rows.Coefficients`."""
+    """A row's `jliger.rows.Coefficients`, or pointers to those of all rows, `[T]` each."""
 
     probability: Any
     label: Any
@@ -56,7 +67,35 @@ class _Factors(NamedTuple):
 
 
 @triton.jit
+def _load_coefficients(pointers, index):
+    return _Coefficients(
+        tl.load(pointers.probability + index),
+        tl.load(pointers.label + index),
+        load_or_none(pointers.probability_lse, index),
+        load_or_none(pointers.smoothing, index),
+        load_or_none(pointers.probability_logit, index),
+    )
+
+
+@triton.jit
+def _store_stats_of_row(stats, index, row, label, SHAPE: tl.constexpr, TILE: tl.constexpr):
+    """One pass over a row, from its first column to its last; returns its maximum and log-sum too."""
+    label_logit = load_label_logit(row, label, SHAPE)
+    WITH_WEIGHTED_SUM: tl.constexpr = stats.weighted_sum is not None
+    WITH_MEAN_LOGIT: tl.constexpr = stats.mean_logit is not None
+    softmax = softmax_of_row(row, 1, False, WITH_WEIGHTED_SUM, WITH_MEAN_LOGIT, SHAPE, TILE)
+    tl.store(stats.max + index, softmax.max)
+    tl.store(stats.log_sum + index, softmax.log_sum)
+    tl.store(stats.label_logit + index, label_logit)
+    tl.store(stats.prediction + index, softmax.prediction)
+    store_if_wanted(stats.weighted_sum, index, softmax.weighted_sum)
+    store_if_wanted(stats.mean_logit, index, softmax.mean_logit)
+    return softmax.max, softmax.log_sum
+
+
+@triton.jit
 def _factors(coefficients, row_max, log_sum):
+    """Everything that is the same in all of a row's columns, so that it is computed once."""
     probability = coefficients.probability
     if coefficients.probability_lse is not None:
         probability += coefficients.probability_lse * (row_max + log_sum)
@@ -88,7 +127,7 @@ def _logit_grads(row, columns, inside, row_max, factors, label, SHAPE: tl.conste
 def _store_grads_of_tile(
     grads_ptr, start, row, row_max, factors, SHAPE: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr
 ):
-    columns = tile_columns(start, TILE)
+    columns = tile_columns(start, TILE)  # [LANES, VECTOR]
     inside = columns_inside(columns, SHAPE, WHOLE)
     grads = _logit_grads(row, columns, inside, row_max, factors, 0.0, SHAPE, "evict_first")
     store_tile(grads_ptr, columns, inside, grads, SHAPE)
@@ -99,7 +138,7 @@ def _store_grads_of_row(grads_ptr, row, label, row_max, factors, SHAPE: tl.const
     """One pass over a row, from its last column to its first."""
     # Loaded first, for the tiles need not wait for it.
     label_grad = _logit_grads(row, label, is_column(label, SHAPE), row_max, factors, factors.label, SHAPE, "")
-    # What is left of the row, and its padding, which may go on for longer than a tile.
+    # First what is left of the row, and its padding, which may go on for longer than a tile.
     for start in tl.static_range(TILE.whole, SHAPE.stride, TILE.size):
         _store_grads_of_tile(grads_ptr, start, row, row_max, factors, SHAPE, TILE, WHOLE=False)
     for back in tl.range(TILE.size, TILE.whole + 1, TILE.size, loop_unroll_factor=TILE.unroll):
@@ -125,14 +164,8 @@ def row_stats_kernel(
     # 64 bits, for a row may start beyond what 32 count.
     index = tl.program_id(0).to(tl.int64)
     row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr)
-    label_logit = load_label_logit(row, tl.load(labels_ptr + index), SHAPE)
-    softmax = softmax_of_row(row, 1, False, weighted_sum_ptr is not None, mean_logit_ptr is not None, SHAPE, TILE)
-    tl.store(max_ptr + index, softmax.max)
-    tl.store(log_sum_ptr + index, softmax.log_sum)
-    tl.store(label_logit_ptr + index, label_logit)
-    tl.store(prediction_ptr + index, softmax.prediction)
-    store_if_wanted(weighted_sum_ptr, index, softmax.weighted_sum)
-    store_if_wanted(mean_logit_ptr, index, softmax.mean_logit)
+    stats = _Stats(max_ptr, log_sum_ptr, label_logit_ptr, prediction_ptr, weighted_sum_ptr, mean_logit_ptr)
+    _store_stats_of_row(stats, index, row, tl.load(labels_ptr + index), SHAPE, TILE)
 
 
 @triton.jit
@@ -155,15 +188,11 @@ def row_grads_kernel(
     index = tl.program_id(0).to(tl.int64)
     row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr)
     coefficients = _Coefficients(
-        tl.load(probability_ptr + index),
-        tl.load(label_coefficient_ptr + index),
-        load_or_none(probability_lse_ptr, index),
-        load_or_none(smoothing_ptr, index),
-        load_or_none(probability_logit_ptr, index),
+        probability_ptr, label_coefficient_ptr, probability_lse_ptr, smoothing_ptr, probability_logit_ptr
     )
     label = tl.load(labels_ptr + index)
     row_max = tl.load(max_ptr + index)
-    factors = _factors(coefficients, row_max, tl.load(log_sum_ptr + index))
+    factors = _factors(_load_coefficients(coefficients, index), row_max, tl.load(log_sum_ptr + index))
     _store_grads_of_row(grads_ptr + index * SHAPE.stride, row, label, row_max, factors, SHAPE, TILE)
 
 
@@ -193,19 +222,10 @@ def row_stats_and_grads_kernel(
     label = tl.load(labels_ptr + index)
     # Loaded first, so that the second pass need not wait for them.
     coefficients = _Coefficients(
-        tl.load(probability_ptr + index),
-        tl.load(label_coefficient_ptr + index),
-        load_or_none(probability_lse_ptr, index),
-        load_or_none(smoothing_ptr, index),
-        load_or_none(probability_logit_ptr, index),
+        probability_ptr, label_coefficient_ptr, probability_lse_ptr, smoothing_ptr, probability_logit_ptr
     )
-    label_logit = load_label_logit(row, label, SHAPE)
-    softmax = softmax_of_row(row, 1, False, weighted_sum_ptr is not None, mean_logit_ptr is not None, SHAPE, TILE)
-    tl.store(max_ptr + index, softmax.max)
-    tl.store(log_sum_ptr + index, softmax.log_sum)
-    tl.store(label_logit_ptr + index, label_logit)
-    tl.store(prediction_ptr + index, softmax.prediction)
-    store_if_wanted(weighted_sum_ptr, index, softmax.weighted_sum)
-    store_if_wanted(mean_logit_ptr, index, softmax.mean_logit)
-    factors = _factors(coefficients, softmax.max, softmax.log_sum)
-    _store_grads_of_row(grads_ptr + index * SHAPE.stride, row, label, softmax.max, factors, SHAPE, TILE)
+    coefficients = _load_coefficients(coefficients, index)
+    stats = _Stats(max_ptr, log_sum_ptr, label_logit_ptr, prediction_ptr, weighted_sum_ptr, mean_logit_ptr)
+    row_max, log_sum = _store_stats_of_row(stats, index, row, label, SHAPE, TILE)
+    factors = _factors(coefficients, row_max, log_sum)
+    _store_grads_of_row(grads_ptr + index * SHAPE.stride, row, label, row_max, factors, SHAPE, TILE)

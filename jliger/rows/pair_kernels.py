@@ -46,6 +46,19 @@ class PairShape(NamedTuple):
     inverse_temperature: float
 
 
+class _Stats(NamedTuple):
+    """Pointers to `jliger.rows.pairs.PairStats`, `[T]` each, those that are not wanted None."""
+
+    student_max: Any
+    student_log_sum: Any
+    student_prediction: Any
+    teacher_max: Any
+    teacher_log_sum: Any
+    teacher_prediction: Any
+    label_logit: Any
+    hard_log_sum: Any
+
+
 class _Pair(NamedTuple):
     """A pair of rows and what is known of their softmaxes: maximum and log-sum, the student's at temperature 1 too.
 
@@ -200,18 +213,33 @@ def _store_pair_grads_of_row(
 
 
 @triton.jit
-def _softmaxes(student, teacher, WITH_HARD_SUM: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr):
-    TEMPERED: tl.constexpr = SHAPE.inverse_temperature
-    student_softmax = softmax_of_row(student, TEMPERED, WITH_HARD_SUM, False, False, SHAPE.student, TILE)
-    teacher_softmax = softmax_of_row(teacher, TEMPERED, False, False, False, SHAPE.teacher, TILE)
-    return student_softmax, teacher_softmax
-
-
-@triton.jit
-def _store_softmax(index, softmax, max_ptr, log_sum_ptr, prediction_ptr):
+def _store_softmax(softmax, index, max_ptr, log_sum_ptr, prediction_ptr):
     tl.store(max_ptr + index, softmax.max)
     tl.store(log_sum_ptr + index, softmax.log_sum)
     tl.store(prediction_ptr + index, softmax.prediction)
+
+
+@triton.jit
+def _store_stats_of_rows(stats, index, student, teacher, label, SHAPE: tl.constexpr, TILE: tl.constexpr):
+    """One pass over each row, from its first column to its last; returns the pair that is then known."""
+    label_logit = load_label_logit(student, label, SHAPE.student)
+    BY: tl.constexpr = SHAPE.inverse_temperature
+    WITH_HARD_SUM: tl.constexpr = stats.hard_log_sum is not None
+    of_student = softmax_of_row(student, BY, WITH_HARD_SUM, False, False, SHAPE.student, TILE)
+    of_teacher = softmax_of_row(teacher, BY, False, False, False, SHAPE.teacher, TILE)
+    _store_softmax(of_student, index, stats.student_max, stats.student_log_sum, stats.student_prediction)
+    _store_softmax(of_teacher, index, stats.teacher_max, stats.teacher_log_sum, stats.teacher_prediction)
+    store_if_wanted(stats.label_logit, index, label_logit)
+    store_if_wanted(stats.hard_log_sum, index, of_student.hard_log_sum)
+    return _Pair(
+        student,
+        teacher,
+        of_student.max,
+        of_student.log_sum,
+        of_student.hard_log_sum,
+        of_teacher.max,
+        of_teacher.log_sum,
+    )
 
 
 @triton.jit
@@ -236,12 +264,17 @@ def pair_stats_kernel(
     index = tl.program_id(0).to(tl.int64)
     student = Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None)
     teacher = Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None)
-    label_logit = load_label_logit(student, load_or_none(labels_ptr, index), SHAPE.student)
-    of_student, of_teacher = _softmaxes(student, teacher, hard_log_sum_ptr is not None, SHAPE, TILE)
-    _store_softmax(index, of_student, student_max_ptr, student_log_sum_ptr, student_prediction_ptr)
-    _store_softmax(index, of_teacher, teacher_max_ptr, teacher_log_sum_ptr, teacher_prediction_ptr)
-    store_if_wanted(label_logit_ptr, index, label_logit)
-    store_if_wanted(hard_log_sum_ptr, index, of_student.hard_log_sum)
+    stats = _Stats(
+        student_max_ptr,
+        student_log_sum_ptr,
+        student_prediction_ptr,
+        teacher_max_ptr,
+        teacher_log_sum_ptr,
+        teacher_prediction_ptr,
+        label_logit_ptr,
+        hard_log_sum_ptr,
+    )
+    _store_stats_of_rows(stats, index, student, teacher, load_or_none(labels_ptr, index), SHAPE, TILE)
 
 
 @triton.jit
@@ -341,25 +374,20 @@ def pair_stats_and_grads_kernel(
     teacher = Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None)
     # Loaded first, so that the last pass need not wait for them.
     label = load_or_none(labels_ptr, index)
-    label_logit = load_label_logit(student, label, SHAPE.student)
     coefficients = _Coefficients(
         tl.load(soft_ptr + index), load_or_none(probability_ptr, index), load_or_none(label_coefficient_ptr, index)
     )
-    of_student, of_teacher = _softmaxes(student, teacher, hard_log_sum_ptr is not None, SHAPE, TILE)
-    _store_softmax(index, of_student, student_max_ptr, student_log_sum_ptr, student_prediction_ptr)
-    _store_softmax(index, of_teacher, teacher_max_ptr, teacher_log_sum_ptr, teacher_prediction_ptr)
-    store_if_wanted(label_logit_ptr, index, label_logit)
-    store_if_wanted(hard_log_sum_ptr, index, of_student.hard_log_sum)
-
-    pair = _Pair(
-        student,
-        teacher,
-        of_student.max,
-        of_student.log_sum,
-        of_student.hard_log_sum,
-        of_teacher.max,
-        of_teacher.log_sum,
+    stats = _Stats(
+        student_max_ptr,
+        student_log_sum_ptr,
+        student_prediction_ptr,
+        teacher_max_ptr,
+        teacher_log_sum_ptr,
+        teacher_prediction_ptr,
+        label_logit_ptr,
+        hard_log_sum_ptr,
     )
+    pair = _store_stats_of_rows(stats, index, student, teacher, label, SHAPE, TILE)
     grads_ptr += index * SHAPE.student.stride
     if SHAPE.beta == 0:
         slope = -1.0

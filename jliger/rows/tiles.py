@@ -119,6 +119,7 @@ def load_or_none(pointer, index):
 
 @triton.jit
 def store_if_wanted(pointer, index, value):
+    """Writes `value` at `index` of an array, if there is one."""
     if pointer is not None:
         tl.store(pointer + index, value)
 
@@ -143,6 +144,7 @@ def columns_inside(columns, SHAPE: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def where_inside(inside, values, otherwise):
+    """`values` of columns that exist, as `columns_inside` tells them."""
     if inside is not None:
         values = tl.where(inside, values, otherwise)
     return values
@@ -150,7 +152,11 @@ def where_inside(inside, values, otherwise):
 
 @triton.jit
 def load_columns(pointers, inside, EVICTION: tl.constexpr):
-    """A load, of zeros where `inside` is false."""
+    """A load, of zeros where `inside` is false.
+
+    `EVICTION` is `"evict_last"` for what a later pass reads again, `"evict_first"` for what none does, `""` for what
+    other rows read too.
+    """
     if inside is None:
         values = tl.load(pointers, eviction_policy=EVICTION)
     else:
@@ -245,7 +251,7 @@ def _add_tile(
     lanes, start, row, INVERSE_TEMPERATURE: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr
 ):
     """Every lane's softmax with one more vector each."""
-    columns = tile_columns(start, TILE)
+    columns = tile_columns(start, TILE)  # [LANES, VECTOR], as are logits, and what is made of them column by column
     inside = columns_inside(columns, SHAPE, WHOLE)
     logits, _ = load_logits(row, columns, inside, SHAPE, "evict_last")
     hard_sum, weighted_sum, logit_sum = lanes.hard_sum, lanes.weighted_sum, lanes.logit_sum
@@ -257,6 +263,7 @@ def _add_tile(
     logits = where_inside(inside, logits, float("-inf"))
     tile_max = tl.max(logits, axis=1)  # [LANES]
     new_max = tl.maximum(lanes.max, tile_max)
+    # What was summed below the old maximum is brought below the new one; both factors are at most 1.
     step = lanes.max - new_max
     below = logits - new_max[:, None]
     exp = tl.exp(below * INVERSE_TEMPERATURE)
@@ -265,6 +272,7 @@ def _add_tile(
     if hard_sum is not None:
         hard_sum = hard_sum * tl.exp(step) + tl.sum(tl.exp(below), axis=1)
     sum_exp = lanes.sum * tl.exp(step * INVERSE_TEMPERATURE) + tl.sum(exp, axis=1)
+    # Of equal maxima the first stays.
     new_start = tl.where(tile_max > lanes.max, start, lanes.start)
     return _Lanes(new_max, new_start, sum_exp, hard_sum, weighted_sum, logit_sum)
 
@@ -314,6 +322,7 @@ def softmax_of_row(
     if TILE.whole < SHAPE.width:
         lanes = _add_tile(lanes, TILE.whole, row, INVERSE_TEMPERATURE, SHAPE, TILE, WHOLE=False)
 
+    # Lanes are put together as tiles were.
     row_max = tl.max(lanes.max, axis=0)
     step = lanes.max - row_max
     sum_exp = tl.sum(lanes.sum * tl.exp(step * INVERSE_TEMPERATURE), axis=0)
