@@ -15,6 +15,7 @@ import triton.language as tl
 from jliger.rows.tiles import (
     Row,
     Shape,
+    Softmax,
     columns_inside,
     is_column,
     load_label_logit,
@@ -60,18 +61,12 @@ class _Stats(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """A pair of rows and what is known of their softmaxes: maximum and log-sum, the student's at temperature 1 too.
-
-    `student_hard_log_sum` is None without labels, or if the temperature is 1.
-    """
+    """A pair of rows, and what is known of their softmaxes, of which the divergence asks for `max` and `log_sum`."""
 
     student: Any
     teacher: Any
-    student_max: Any
-    student_log_sum: Any
-    student_hard_log_sum: Any
-    teacher_max: Any
-    teacher_log_sum: Any
+    of_student: Any
+    of_teacher: Any
 
 
 class _Coefficients(NamedTuple):
@@ -90,8 +85,8 @@ def _compared(pair, columns, inside, SHAPE: tl.constexpr, EVICTION: tl.constexpr
     """
     logits, by_product = load_logits(pair.student, columns, inside, SHAPE.student, EVICTION)
     teacher_logits, _ = load_logits(pair.teacher, columns, inside, SHAPE.teacher, EVICTION)
-    log_p = (logits - pair.student_max) * SHAPE.inverse_temperature - pair.student_log_sum
-    log_r = (teacher_logits - pair.teacher_max) * SHAPE.inverse_temperature - pair.teacher_log_sum
+    log_p = (logits - pair.of_student.max) * SHAPE.inverse_temperature - pair.of_student.log_sum
+    log_r = (teacher_logits - pair.of_teacher.max) * SHAPE.inverse_temperature - pair.of_teacher.log_sum
     p, r = tl.exp(log_p), tl.exp(log_r)
     # Zeros are told by comparing with 0, which is false for NaN: what is not a number stays one.
     if SHAPE.beta == 0:
@@ -153,8 +148,8 @@ def _pair_grads(pair, columns, inside, slope, coefficients, label, SHAPE: tl.con
     logits, by_product, p, q, terms = _compared(pair, columns, inside, SHAPE, EVICTION)
     grads = tl.where(coefficients.soft == 0, 0.0, coefficients.soft * (q - p * slope))
     if coefficients.probability is not None:
-        if pair.student_hard_log_sum is not None:
-            p = tl.exp(logits - pair.student_max - pair.student_hard_log_sum)
+        if pair.of_student.hard_log_sum is not None:
+            p = tl.exp(logits - pair.of_student.max - pair.of_student.hard_log_sum)
         grads += coefficients.probability * p - label
     return grads * by_product, terms
 
@@ -213,6 +208,12 @@ def _store_pair_grads_of_row(
 
 
 @triton.jit
+def _load_softmax(index, max_ptr, log_sum_ptr, hard_log_sum_ptr):
+    row_max, log_sum = tl.load(max_ptr + index), tl.load(log_sum_ptr + index)
+    return Softmax(row_max, log_sum, load_or_none(hard_log_sum_ptr, index), None, None, None)
+
+
+@triton.jit
 def _store_softmax(softmax, index, max_ptr, log_sum_ptr, prediction_ptr):
     tl.store(max_ptr + index, softmax.max)
     tl.store(log_sum_ptr + index, softmax.log_sum)
@@ -231,15 +232,7 @@ def _store_stats_of_rows(stats, index, student, teacher, label, SHAPE: tl.conste
     _store_softmax(of_teacher, index, stats.teacher_max, stats.teacher_log_sum, stats.teacher_prediction)
     store_if_wanted(stats.label_logit, index, label_logit)
     store_if_wanted(stats.hard_log_sum, index, of_student.hard_log_sum)
-    return _Pair(
-        student,
-        teacher,
-        of_student.max,
-        of_student.log_sum,
-        of_student.hard_log_sum,
-        of_teacher.max,
-        of_teacher.log_sum,
-    )
+    return _Pair(student, teacher, of_student, of_teacher)
 
 
 @triton.jit
@@ -294,13 +287,10 @@ def pair_divergence_kernel(
 ):
     index = tl.program_id(0).to(tl.int64)
     pair = _Pair(
-        student=Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None),
-        teacher=Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None),
-        student_max=tl.load(student_max_ptr + index),
-        student_log_sum=tl.load(student_log_sum_ptr + index),
-        student_hard_log_sum=None,
-        teacher_max=tl.load(teacher_max_ptr + index),
-        teacher_log_sum=tl.load(teacher_log_sum_ptr + index),
+        Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None),
+        Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None),
+        _load_softmax(index, student_max_ptr, student_log_sum_ptr, None),
+        _load_softmax(index, teacher_max_ptr, teacher_log_sum_ptr, None),
     )
     value, slope = _divergence_of_rows(pair, SHAPE, TILE)
     tl.store(value_ptr + index, value)
@@ -329,13 +319,10 @@ def pair_grads_kernel(
 ):
     index = tl.program_id(0).to(tl.int64)
     pair = _Pair(
-        student=Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None),
-        teacher=Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None),
-        student_max=tl.load(student_max_ptr + index),
-        student_log_sum=tl.load(student_log_sum_ptr + index),
-        student_hard_log_sum=load_or_none(hard_log_sum_ptr, index),
-        teacher_max=tl.load(teacher_max_ptr + index),
-        teacher_log_sum=tl.load(teacher_log_sum_ptr + index),
+        Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None),
+        Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None),
+        _load_softmax(index, student_max_ptr, student_log_sum_ptr, hard_log_sum_ptr),
+        _load_softmax(index, teacher_max_ptr, teacher_log_sum_ptr, None),
     )
     coefficients = _Coefficients(
         tl.load(soft_ptr + index), load_or_none(probability_ptr, index), load_or_none(label_coefficient_ptr, index)

@@ -68,7 +68,7 @@ class Row(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """What one pass finds of a row; with a temperature `τ` that divides logits.
+    """What one pass finds of a row, or as much as is asked for; with a temperature `τ` that divides logits.
 
     Attributes:
       max: `max_v z_v`.
