@@ -1,6 +1,7 @@
 """Every kernel, in every form it takes, compiles for A100, H100 and B200, on a machine that has none of them."""
 
 import itertools
+import re
 import subprocess
 
 import jax
@@ -22,7 +23,6 @@ CAPABILITIES = [80, 90, 100]
 BRANCHES = {
     "bias": [False, True],
     "class_weights": [False, True],
-    "first": [False, True],
     "softcap": [None, 30.0],
     "scale": [1.0, -0.5],
     "by_lse": [False, True],
@@ -47,12 +47,7 @@ def all_kernels(branch, capability):
     def vector(name):
         return shape(stride) if branch[name] else None
 
-    block = Block(
-        vector("bias"),
-        vector("class_weights"),
-        shape(tokens, dtype="int32"),
-        shape(1, dtype="int32") if branch["first"] else None,
-    )
+    block = Block(vector("bias"), vector("class_weights"), shape(tokens, dtype="int32"))
     per_token = shape(tokens)
     coefficients = Coefficients(
         per_token, per_token, *(per_token if branch[name] else None for name in ("by_lse", "smoothing", "by_logit"))
@@ -228,6 +223,35 @@ def test_a_training_step_is_exported(capability, dtypes, reduction):
     with_gradient = {"row_stats_and_grads_kernel"} if reduction == "mean" else {"row_grads_kernel"}
     assert names == {"row_stats_kernel"} | with_gradient
     assert f"{tokens}x{vocab}" not in module, "logits of all tokens"
+
+
+# The README's shapes. The last block of columns is narrower than the others, and all columns are in no whole tiles.
+@pytest.mark.parametrize("vocab", [128256, 151936, 50304])
+def test_tiles_are_loaded_and_stored_as_vectors(vocab):
+    def loss(hidden, kernel, bias, labels, reduction):
+        options = dict(bias=bias, reduction=reduction, implementation="triton")
+        return jliger.fused_linear_cross_entropy(hidden, kernel, labels, **options).sum()
+
+    def every_kernel(hidden, kernel, bias, labels):
+        return [jax.grad(loss, (0, 1))(hidden, kernel, bias, labels, reduction) for reduction in ("mean", "none")]
+
+    shapes = [((8192, 64), "bfloat16"), ((64, vocab), "bfloat16"), ((vocab,), "float32"), ((8192,), "int32")]
+    module = lowered(every_kernel, *(jax.ShapeDtypeStruct(*shape) for shape in shapes), capability=90)
+    found = {launch.ptx: launch.name for launch in launches(module)}
+    # Gradients by themselves are computed for blocks of columns, of two widths.
+    assert sorted(found.values()) == ["row_grads_kernel"] * 2 + ["row_stats_and_grads_kernel", "row_stats_kernel"]
+    for ptx, name in found.items():
+        # Where a row starts takes 64 bits.
+        program = re.search(r"mov\.u32\s+(%r\d+), %ctaid\.x", ptx)[1]
+        assert not re.search(rf"mul\.lo\.s32\s+%r\d+, {program},", ptx)
+        # Logits and bias, 8 columns a thread; by themselves come the label's, and the vector of the prediction.
+        tiles = 2 if name == "row_stats_and_grads_kernel" else 1
+        assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) >= 3 * tiles
+        alone = len(re.findall(r"ld\.global\S*\.b16", ptx))
+        assert alone == {"row_stats_kernel": 2, "row_grads_kernel": 1, "row_stats_and_grads_kernel": 3}[name]
+        if "grads" in name:
+            assert re.search(r"st\.global\S*\.v4\.b32", ptx)
+            assert len(re.findall(r"st\.global\S*\.b16", ptx)) == 1
 
 
 def test_another_backend_is_not_exported_for():

@@ -35,8 +35,8 @@ _one_at_a_time = threading.Lock()
 
 def call_kernel(
     kernel: Any,
-    operands: Sequence[jax.Array],
-    out_type: Sequence[jax.ShapeDtypeStruct],
+    operands: Sequence[jax.Array | None],
+    out_type: Sequence[jax.ShapeDtypeStruct | None],
     *,
     name: str,
     grid: tuple[int],
@@ -46,13 +46,17 @@ def call_kernel(
     flops: int,
     bytes_accessed: int,
     **constexprs: Any,
-) -> tuple[jax.Array, ...]:
+) -> tuple[Any, ...]:
     """Runs `kernel` over `grid`; returns its outputs, the only memory that it writes.
+
+    A kernel is compiled once for each combination of dtypes, of constexprs, and of what is None. It is not compiled
+    again for other shapes: those that it asks about are among its constexprs.
 
     Args:
       kernel: a `triton.jit` function; its parameters are the operands, the outputs, then constexprs.
-      operands: the arrays that it reads.
-      out_type: shapes and dtypes of the arrays that it returns. None is an alias of an operand.
+      operands: the arrays that it reads. None is no array: the kernel's parameter is None too, when it is compiled.
+      out_type: shapes and dtypes of the arrays that it returns, none of which is an alias of an operand. None is no
+        array, as among the operands, and None is returned in its place.
       name: as profilers show it.
       grid: programs to launch.
       num_warps: warps per program.
@@ -60,25 +64,37 @@ def call_kernel(
       compute_capability: the GPU to compile for, or None for the one present.
       flops: arithmetic operations done, for profilers.
       bytes_accessed: bytes moved, for profilers.
-      **constexprs: the kernel's compile-time parameters.
+      **constexprs: the kernel's compile-time parameters, hashable; NamedTuples too.
     """
     if isinstance(kernel, InterpretedFunction):
-        return _as_varying(_interpret(kernel, operands, out_type, grid, constexprs), operands)
-    outputs = jax_triton.triton_call(
-        *operands,
-        kernel=kernel,
-        out_type=tuple(out_type),
-        grid=grid,
-        name=name,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        compute_capability=compute_capability,
-        # Stated, because Triton's default for it changes from one release to the next.
-        backend_options={"enable_fp_fusion": True},
-        cost_estimate={"flops": flops, "bytes_accessed": bytes_accessed},
-        **constexprs,
-    )
-    return _as_varying(outputs, operands)
+        outputs = _interpret(kernel, operands, out_type, grid, constexprs)
+    else:
+        # Given are the operands, and as None the outputs that there are not; each other output gets a parameter that is
+        # not given. Of a None jax-triton makes a constexpr, which is part of its cache's key.
+        names = [parameter.name for parameter in kernel.params]
+        given: dict[str, Any] = dict(zip(names, operands, strict=False))
+        of_outputs = zip(names[len(operands) :], out_type, strict=False)
+        given |= {name: None for name, output in of_outputs if output is None}
+        outputs = jax_triton.triton_call(
+            kernel=kernel,
+            out_type=_present(out_type),
+            grid=grid,
+            name=name,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            compute_capability=compute_capability,
+            # Stated, because Triton's default for it changes from one release to the next.
+            backend_options={"enable_fp_fusion": True},
+            cost_estimate={"flops": flops, "bytes_accessed": bytes_accessed},
+            **given,
+            **constexprs,
+        )
+    written = iter(_as_varying(outputs, _present(operands)))
+    return tuple(None if output is None else next(written) for output in out_type)
+
+
+def _present(arrays: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(array for array in arrays if array is not None)
 
 
 def _as_varying(outputs: Sequence[jax.Array], operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
@@ -99,23 +115,24 @@ def _as_varying(outputs: Sequence[jax.Array], operands: Sequence[jax.Array]) -> 
 
 def _interpret(
     kernel: Any,
-    operands: Sequence[jax.Array],
-    out_type: Sequence[jax.ShapeDtypeStruct],
+    operands: Sequence[jax.Array | None],
+    out_type: Sequence[jax.ShapeDtypeStruct | None],
     grid: tuple[int],
     constexprs: dict[str, Any],
 ) -> tuple[jax.Array, ...]:
-    def run(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    def run(*given: np.ndarray | None) -> tuple[np.ndarray, ...]:
         # Copies, so that a kernel that writes to an operand cannot pass for one that does not.
-        inputs = [np.array(a, order="C") for a in arrays]
-        outputs = [np.empty(o.shape, o.dtype) for o in out_type]
+        inputs = [None if array is None else np.array(array, order="C") for array in given]
+        outputs = [None if output is None else np.empty(output.shape, output.dtype) for output in out_type]
+        pointers = [None if array is None else _Pointer(array) for array in [*inputs, *outputs]]
         with _one_at_a_time:
-            kernel[grid](*map(_Pointer, [*inputs, *outputs]), **constexprs)
-        for given, now in zip(arrays, inputs, strict=True):
-            if not np.array_equal(given.view(np.uint8), now.view(np.uint8)):
+            kernel[grid](*pointers, **constexprs)
+        for before, after in zip(_present(given), _present(inputs), strict=True):
+            if not np.array_equal(before.view(np.uint8), after.view(np.uint8)):
                 raise AssertionError("a kernel wrote to one of its operands")
-        return tuple(outputs)
+        return _present(outputs)
 
-    return jax.pure_callback(run, tuple(out_type), *operands, vmap_method="sequential")
+    return jax.pure_callback(run, _present(out_type), *operands, vmap_method="sequential")
 
 
 class _Pointer:

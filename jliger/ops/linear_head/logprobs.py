@@ -137,8 +137,8 @@ def linear_logprobs(
     )
     if keep_logits and config.implementation == "triton" and any(map(export.is_symbolic_dim, operands.hidden.shape)):
         raise ValueError(
-            f"keep_logits got True with hidden of the symbolic shape {operands.hidden.shape}, for which no kernel can be "
-            "launched over all tokens; leave it out, or pass implementation='xla'."
+            f"keep_logits got True with hidden of the symbolic shape {operands.hidden.shape}, for which no kernel can "
+            "be launched over all tokens; leave it out, or pass implementation='xla'."
         )
     config = dataclasses.replace(config, keep_logits=bool(keep_logits))
     return _linear_logprobs(config, int(ignore_index), operands, adapter, labels, where)

@@ -1,14 +1,15 @@
 """The row functions of pairs through Triton."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import triton
 from jaxtyping import Array, Float
 
 from jliger.core.triton_call import call_kernel
 from jliger.ops.logits import distillation_triton_kernels as pair_kernels
+from jliger.ops.logits.distillation_triton_kernels import PairShape
 from jliger.ops.logits.distillation_types import (
     Divergence,
     PairBlock,
@@ -18,8 +19,8 @@ from jliger.ops.logits.distillation_types import (
     Products,
     SoftmaxStats,
 )
-
-_VECTOR = 8  # logits a thread takes at once: 16 bytes of bfloat16
+from jliger.ops.logits.triton_tiles import Shape, Tile
+from jliger.ops.logits.types import LogitMap
 
 
 def pair_stats(
@@ -27,18 +28,15 @@ def pair_stats(
 ) -> PairStats:
     outputs = call_kernel(
         pair_kernels.pair_stats_kernel,
-        [*products, *_biases(products, block), block.student.labels],
-        _stats_types(products),
+        [*products, *_biases(block), _labels(block, pair_map)],
+        _stats_types(products, pair_map),
         name="jliger_pair_stats",
         flops=10 * products.student.size,
         bytes_accessed=_nbytes(products),
         compute_capability=compute_capability,
-        HAS_LABELS=pair_map.with_labels,
-        INVERSE_TEMPERATURE=1 / pair_map.temperature,
-        **_launch(products),
-        **_logit_constexprs(products, block, pair_map),
+        **_launch(products, pair_map),
     )
-    return _pair_stats(outputs, pair_map)
+    return _pair_stats(outputs)
 
 
 def pair_divergence(
@@ -52,16 +50,13 @@ def pair_divergence(
     student, teacher = stats.student, stats.teacher
     outputs = call_kernel(
         pair_kernels.pair_divergence_kernel,
-        [*products, *_biases(products, block), student.max, student.log_sum, teacher.max, teacher.log_sum],
+        [*products, *_biases(block), student.max, student.log_sum, teacher.max, teacher.log_sum],
         [_row_type(products, jnp.float32)] * 2,
         name="jliger_pair_divergence",
         flops=20 * products.student.size,
         bytes_accessed=_nbytes(products),
         compute_capability=compute_capability,
-        BETA=pair_map.beta,
-        INVERSE_TEMPERATURE=1 / pair_map.temperature,
-        **_launch(products),
-        **_logit_constexprs(products, block, pair_map),
+        **_launch(products, pair_map),
     )
     return Divergence(*outputs)
 
@@ -78,28 +73,16 @@ def pair_grads(
     compute_capability: int | None = None,
 ) -> Float[Array, "T V"]:
     student, teacher = stats.student, stats.teacher
-    hard_log_sum = student.log_sum if stats.hard_log_sum is None else stats.hard_log_sum
-    softmaxes = [student.max, student.log_sum, hard_log_sum, teacher.max, teacher.log_sum]
+    softmaxes = [student.max, student.log_sum, stats.hard_log_sum, teacher.max, teacher.log_sum]
     (grads,) = call_kernel(
         pair_kernels.pair_grads_kernel,
-        [
-            *products,
-            *_biases(products, block),
-            block.student.labels,
-            *softmaxes,
-            slope,
-            *_coefficient_operands(coefficients),
-        ],
+        [*products, *_biases(block), _labels(block, pair_map), *softmaxes, slope, *coefficients],
         [jax.ShapeDtypeStruct(products.student.shape, dtype)],
         name="jliger_pair_grads",
         flops=20 * products.student.size,
         bytes_accessed=_nbytes(products) + products.student.size * jnp.dtype(dtype).itemsize,
         compute_capability=compute_capability,
-        BETA=pair_map.beta,
-        HAS_LABELS=pair_map.with_labels,
-        INVERSE_TEMPERATURE=1 / pair_map.temperature,
-        **_launch(products),
-        **_logit_constexprs(products, block, pair_map),
+        **_launch(products, pair_map),
     )
     return grads
 
@@ -115,9 +98,9 @@ def pair_stats_and_grads(
 ) -> tuple[PairStats, Divergence, Float[Array, "T V"]]:
     *stats, value, slope, grads = call_kernel(
         pair_kernels.pair_stats_and_grads_kernel,
-        [*products, *_biases(products, block), block.student.labels, *_coefficient_operands(coefficients)],
+        [*products, *_biases(block), _labels(block, pair_map), *coefficients],
         [
-            *_stats_types(products),
+            *_stats_types(products, pair_map),
             *[_row_type(products, jnp.float32)] * 2,
             jax.ShapeDtypeStruct(products.student.shape, dtype),
         ],
@@ -125,26 +108,25 @@ def pair_stats_and_grads(
         flops=50 * products.student.size,
         bytes_accessed=_nbytes(products) + products.student.size * jnp.dtype(dtype).itemsize,
         compute_capability=compute_capability,
-        BETA=pair_map.beta,
-        HAS_LABELS=pair_map.with_labels,
-        INVERSE_TEMPERATURE=1 / pair_map.temperature,
-        **_launch(products),
-        **_logit_constexprs(products, block, pair_map),
+        **_launch(products, pair_map),
     )
-    return _pair_stats(tuple(stats), pair_map), Divergence(value, slope), grads
+    return _pair_stats(stats), Divergence(value, slope), grads
 
 
-def _launch(products: Products) -> dict[str, Any]:
+def _launch(products: Products, pair_map: PairMap) -> dict[str, Any]:
     """One program a pair of rows, large, so that those in flight are few and much of them stays in the cache."""
-    rows, width = products.student.shape
-    lanes = max(32, min(32 * 32, triton.next_power_of_2(width) // _VECTOR))
+    rows, stride = products.student.shape
+    tile = Tile.make(pair_map.student.width, most_warps=32, unroll=2)
+
+    def shape(logit_map: LogitMap) -> Shape:
+        return Shape(stride, logit_map.width, logit_map.scale, logit_map.softcap)
+
     return {
         "grid": (rows,),
-        "LANES": lanes,
-        "VECTOR": _VECTOR,
-        "UNROLL": 2,
-        "num_warps": lanes // 32,
+        "num_warps": tile.lanes // 32,
         "num_stages": 1,
+        "SHAPE": PairShape(shape(pair_map.student), shape(pair_map.teacher), pair_map.beta, 1 / pair_map.temperature),
+        "TILE": tile,
     }
 
 
@@ -152,43 +134,26 @@ def _nbytes(products: Products) -> int:
     return products.student.nbytes + products.teacher.nbytes
 
 
-def _biases(products: Products, block: PairBlock) -> list[Array]:
-    """Kernels have a pointer for either bias, and do not read one that there is not."""
-    biases = block.student.bias, block.teacher.bias
-    return [product if bias is None else bias for product, bias in zip(products, biases, strict=True)]
+def _biases(block: PairBlock) -> list[Array | None]:
+    return [block.student.bias, block.teacher.bias]
 
 
-def _coefficient_operands(coefficients: PairCoefficients) -> list[Array]:
-    return [coefficients.soft if field is None else field for field in coefficients]
-
-
-def _logit_constexprs(products: Products, block: PairBlock, pair_map: PairMap) -> dict[str, Any]:
-    return {
-        "STRIDE": products.student.shape[1],
-        "WIDTH": pair_map.student.width,
-        "STUDENT_SCALE": pair_map.student.scale,
-        "STUDENT_SOFTCAP": pair_map.student.softcap,
-        "STUDENT_HAS_BIAS": block.student.bias is not None,
-        "TEACHER_SCALE": pair_map.teacher.scale,
-        "TEACHER_SOFTCAP": pair_map.teacher.softcap,
-        "TEACHER_HAS_BIAS": block.teacher.bias is not None,
-    }
+def _labels(block: PairBlock, pair_map: PairMap) -> Array | None:
+    return block.student.labels if pair_map.with_labels else None
 
 
 def _row_type(products: Products, dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((products.student.shape[0],), dtype)
 
 
-def _stats_types(products: Products) -> list[jax.ShapeDtypeStruct]:
+def _stats_types(products: Products, pair_map: PairMap) -> list[jax.ShapeDtypeStruct | None]:
+    """Of the fields of `PairStats`, in their order."""
     number, column = _row_type(products, jnp.float32), _row_type(products, jnp.int32)
-    return [number, number, column, number, number, column, number, number]
+    softmax = [number, number, column]
+    label_logit = number if pair_map.with_labels else None
+    hard_log_sum = number if pair_map.with_hard_sum else None
+    return [*softmax, *softmax, label_logit, hard_log_sum]
 
 
-def _pair_stats(outputs: tuple[Array, ...], pair_map: PairMap) -> PairStats:
-    *softmaxes, label_logit, hard_log_sum = outputs
-    return PairStats(
-        SoftmaxStats(*softmaxes[:3]),
-        SoftmaxStats(*softmaxes[3:]),
-        label_logit if pair_map.with_labels else None,
-        hard_log_sum if pair_map.with_hard_sum else None,
-    )
+def _pair_stats(outputs: Sequence[Any]) -> PairStats:
+    return PairStats(SoftmaxStats(*outputs[:3]), SoftmaxStats(*outputs[3:6]), *outputs[6:])

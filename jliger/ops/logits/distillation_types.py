@@ -31,7 +31,7 @@ class Products(NamedTuple):
 class PairBlock(NamedTuple):
     """Everything about the pair's logits but the logits themselves: all columns, or one device's share of them.
 
-    The teacher's labels are not read, nor are class weights; columns begin with the first.
+    The teacher's labels are not read, nor are class weights.
     """
 
     student: Block

@@ -19,7 +19,7 @@ def in_float64(product, block, logit_map, coefficients):
         for x in (product, block.bias, block.class_weights, block.labels)
     )
     columns = np.arange(product.shape[1])
-    inside = (columns < logit_map.width) & (columns >= (0 if block.first is None else int(block.first[0])))
+    inside = columns < logit_map.width
     with np.errstate(invalid="ignore"):
         logits = (product + (0 if bias is None else bias)) * logit_map.scale
         slope = np.full(logits.shape, logit_map.scale)
@@ -44,20 +44,18 @@ def in_float64(product, block, logit_map, coefficients):
     return logits, stats, np.where(inside, grads * slope, 0)
 
 
-def make_block(width, *, padding=0, dtype="float32", bias=False, class_weights=False, first=None, scale=1.0, seed=0):
+def make_block(width, *, padding=0, dtype="float32", bias=False, class_weights=False, scale=1.0, seed=0):
     random = np.random.default_rng(seed)
     product = random.normal(size=(ROWS, width + padding)) * scale
     vectors = random.uniform(0.1, 2, size=(2, width + padding))
     # What lies beyond the width has no say, whatever it is.
     product[:, width:], vectors[:, width:] = np.nan, np.nan
     # Labels: the first column, the last, one inside, and three that are none of the block's.
-    low = first or 0
-    labels = [low, width - 1, (low + width) // 2, -1, width, low - 1]
+    labels = [0, width - 1, width // 2, -1, width, width + 1]
     return jnp.asarray(product, dtype), Block(
         jnp.asarray(vectors[0], jnp.float32) if bias else None,
         jnp.asarray(vectors[1], jnp.float32) if class_weights else None,
         jnp.asarray(labels, jnp.int32),
-        None if first is None else jnp.asarray([first], jnp.int32),
     )
 
 
@@ -114,9 +112,8 @@ def check_rows(implementation, product, block, logit_map, coefficients, *, wante
 @pytest.mark.parametrize("with_lse_and_smoothing", [False, True])
 @pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize("by_logit", [False, True])
-@pytest.mark.parametrize("first", [None, 3])
-def test_every_branch(first, by_logit, vectors, with_lse_and_smoothing, softcap, implementation):
-    product, block = make_block(37, padding=3, bias=vectors, class_weights=vectors, first=first)
+def test_every_branch(by_logit, vectors, with_lse_and_smoothing, softcap, implementation):
+    product, block = make_block(37, padding=3, bias=vectors, class_weights=vectors)
     coefficients = make_coefficients(by_lse=with_lse_and_smoothing, smoothing=with_lse_and_smoothing, by_logit=by_logit)
     wanted = StatsWanted(with_lse_and_smoothing, by_logit)
     check_rows(implementation, product, block, LogitMap(0.7, softcap, 37), coefficients, wanted=wanted)
@@ -128,12 +125,6 @@ def test_widths_about_those_of_tiles(width, implementation):
         pytest.skip("minutes, interpreted")
     product, block = make_block(width, padding=-width % 8, bias=True)
     check_rows(implementation, product, block, LogitMap(1.0, None, width), make_coefficients())
-
-
-@pytest.mark.parametrize("first", [1, 130, 300])
-def test_blocks_that_start_later(first, implementation):
-    product, block = make_block(301, padding=3, first=first)
-    check_rows(implementation, product, block, LogitMap(1.0, None, 301), make_coefficients())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

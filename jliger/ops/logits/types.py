@@ -56,13 +56,11 @@ class Block(NamedTuple):
       bias: added to the logits, or None.
       class_weights: `u`, or None for 1.
       labels: the label's column in this block; any value outside `[0, V)` is no column.
-      first: columns before this one belong to another block. A `[1]` array, or None for 0.
     """
 
     bias: Float[Array, " V"] | None
     class_weights: Float[Array, " V"] | None
     labels: Int[Array, " T"]
-    first: Int[Array, " 1"] | None = None
 
 
 class LogitMap(NamedTuple):

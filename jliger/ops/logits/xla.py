@@ -86,8 +86,6 @@ def _logits(
         logits, slope = logit_map.softcap * tanh, slope * (1 - tanh * tanh)
     columns = jax.lax.broadcasted_iota(jnp.int32, product.shape, 1)
     inside = columns < logit_map.width
-    if block.first is not None:
-        inside &= columns >= block.first
     return jnp.where(inside, logits, -jnp.inf), slope, inside
 
 

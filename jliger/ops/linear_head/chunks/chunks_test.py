@@ -99,7 +99,7 @@ def test_any_number_of_tokens_that_count(tokens_and_chunk, reduction, differenti
 
 
 def wide(implementation):
-    """Tokens and columns at which the vocabulary is gone through in blocks, the last one overlapping."""
+    """Tokens and columns at which the vocabulary is gone through in blocks, the last one narrower."""
     return (1030, 2203) if implementation == "xla" else (8200, 20011)
 
 

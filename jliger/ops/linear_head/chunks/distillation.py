@@ -56,8 +56,8 @@ def distillation_pass(
         config.teacher.head, operands.teacher_head, operands.teacher_hidden.dtype, rows.alignment
     )
     pair_map = PairMap(
-        blocks.logit_map,
-        teacher_blocks.logit_map,
+        config.logit_map(vocab),
+        config.teacher.head.logit_map(vocab),
         config.teacher.beta,
         config.teacher.temperature,
         config.teacher.with_labels,
@@ -70,8 +70,8 @@ def distillation_pass(
         found, grads = carry
         start = index * queue.chunk
         chunk = Chunk.make(queue.slots(start, size), operands, rows.alignment)
-        columns, block, _ = blocks.block(0, chunk.labels)
-        teacher_columns, teacher_block, _ = teacher_blocks.block(0, chunk.labels)
+        columns, block = blocks.block(blocks.full_span, chunk.labels)
+        teacher_columns, teacher_block = teacher_blocks.block(teacher_blocks.full_span, chunk.labels)
         assert chunk.teacher is not None
         products = Products(
             logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter),

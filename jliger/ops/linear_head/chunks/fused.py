@@ -39,9 +39,9 @@ def fused_pass(
         stats, grads = carry
         start = index * queue.chunk
         chunk = Chunk.make(queue.slots(start, size), operands, rows.alignment)
-        columns, block, _ = blocks.block(0, chunk.labels)
+        columns, block = blocks.block(blocks.full_span, chunk.labels)
         product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
-        parts = (product, block, blocks.logit_map)
+        parts = (product, block, config.logit_map(vocab))
         chunk_coefficients = chunk.take(coefficients)
         if merge is None:
             found, logit_grads = rows.row_stats_and_grads(*parts, config.stats_wanted, chunk_coefficients, dtype=dtype)

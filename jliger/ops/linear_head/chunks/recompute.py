@@ -8,7 +8,7 @@ from jliger.ops.linear_head.chunks.matmuls import hidden_grad_product, kernel_gr
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk, Queue
 from jliger.ops.linear_head.chunks.sizes import part_sizes, recompute_tile
 from jliger.ops.linear_head.chunks.types import zero_gradients
-from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
+from jliger.ops.linear_head.chunks.vocab_blocks import Blocks, Span
 from jliger.ops.linear_head.types import Differentiable, GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import Coefficients, get_rows
 
@@ -43,14 +43,12 @@ def recompute_pass(
 
     def step(size: int, index: Int[Array, ""] | int, grads: Gradients) -> Gradients:
         chunk = Chunk.make(queue.slots(index * queue.chunk, size), operands, rows.alignment)
-        chunk_max, chunk_log_sum, chunk_coefficients = chunk.take((row_max, log_sum, coefficients))
+        of_chunk = chunk.take((row_max, log_sum, coefficients))
 
-        def block_step(index: Int[Array, ""] | int, carry: Gradients) -> Gradients:
-            columns, block, start = blocks.block(index, chunk.labels)
+        def block_step(span: Span, carry: Gradients) -> Gradients:
+            columns, block = blocks.block(span, chunk.labels)
             product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
-            logit_grads = rows.row_grads(
-                product, block, blocks.logit_map, chunk_max, chunk_log_sum, chunk_coefficients, dtype=dtype
-            )
+            logit_grads = rows.row_grads(product, block, config.logit_map(span.width), *of_chunk, dtype=dtype)
             if wanted.hidden is not None:
                 part = hidden_grad_product(config, logit_grads, columns.kernel, sums)
                 carry = carry._replace(hidden=plus(carry.hidden, part))
@@ -59,13 +57,13 @@ def recompute_pass(
                 carry = carry._replace(adapted=plus(carry.adapted, part))
             if carry.kernel is not None:
                 part = kernel_grad_product(config, chunk.hidden, logit_grads, sums)
-                carry = carry._replace(kernel=blocks.write(carry.kernel, part, start, config.vocab_dim, add=add))
+                carry = carry._replace(kernel=blocks.write(carry.kernel, part, span, config.vocab_dim, add=add))
             if carry.adapter is not None and chunk.adapted is not None:
                 part = kernel_grad_product(config.of_adapter, chunk.adapted, logit_grads, sums)
-                carry = carry._replace(adapter=blocks.write(carry.adapter, part, start, 1, add=add))
+                carry = carry._replace(adapter=blocks.write(carry.adapter, part, span, 1, add=add))
             if carry.bias is not None:
                 part = logit_grads.sum(axis=0, dtype=sums)
-                carry = carry._replace(bias=blocks.write(carry.bias, part, start, 0, add=add))
+                carry = carry._replace(bias=blocks.write(carry.bias, part, span, 0, add=add))
             return carry
 
         found = blocks.sweep(block_step, grads._replace(hidden=None, adapted=None))

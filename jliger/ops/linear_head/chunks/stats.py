@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from jliger.ops.linear_head.chunks.matmuls import logits_product
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk, Queue, write_stats
 from jliger.ops.linear_head.chunks.sizes import forward_chunk, part_sizes, recompute_tile, stats_chunk
-from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
+from jliger.ops.linear_head.chunks.vocab_blocks import Blocks, Span
 from jliger.ops.linear_head.types import HeadConfig, Operands
 from jliger.ops.logits import RowStats, get_rows
 
@@ -39,11 +39,11 @@ def stats_pass(config: HeadConfig, operands: Operands, *, low_memory: bool) -> R
     def step(size: int, index: Int[Array, ""] | int, stats: RowStats) -> RowStats:
         chunk = Chunk.make(queue.slots(index * queue.chunk, size), operands, rows.alignment)
 
-        def block_step(index: Int[Array, ""] | int, merged: RowStats | None) -> RowStats:
-            columns, block, start = blocks.block(index, chunk.labels)
+        def block_step(span: Span, merged: RowStats | None) -> RowStats:
+            columns, block = blocks.block(span, chunk.labels)
             product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
-            found = rows.row_stats(product, block, blocks.logit_map, config.stats_wanted)
-            found = found._replace(prediction=found.prediction + start)
+            found = rows.row_stats(product, block, config.logit_map(span.width), config.stats_wanted)
+            found = found._replace(prediction=found.prediction + span.start)
             return found if merged is None else merge_stats(found, merged)
 
         return write_stats(stats, blocks.sweep(block_step, None), index * queue.chunk)

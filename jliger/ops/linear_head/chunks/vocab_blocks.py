@@ -2,31 +2,34 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head.chunks.arrays import pad, whole, write_block
 from jliger.ops.linear_head.types import Head, HeadConfig
-from jliger.ops.logits import Block, LogitMap
+from jliger.ops.logits import Block
+
+
+class Span(NamedTuple):
+    """Which columns are one block's; how many is known when the operation is traced."""
+
+    start: Int[Array, ""] | int
+    width: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """A head's columns in blocks of one width, in the products' dtype.
-
-    The last block starts early enough to fit, and leaves out the columns that it shares with the one before. Blocks are
-    taken from the last to the first, so that a whole one overwrites what the last one left out.
+    """A head's columns in blocks of one width, in the products' dtype; what is left is the last block, a narrower one.
 
     Attributes:
       head: as given; in the products' dtype and padded, if one block is all.
       dtype: the products'.
       alignment: what sides of products are padded to.
       vocab: columns in all.
-      width: columns a block.
+      width: columns a block; of several blocks a multiple of 128.
     """
 
     config: HeadConfig
@@ -44,6 +47,9 @@ class Blocks:
         vocab = head.kernel.shape[config.vocab_dim]
         if width is None or width == vocab:
             return cls(config, _prepared(head, dtype, alignment), dtype, alignment, vocab, vocab)
+        # So a block of a vector starts on a multiple of 512 bytes, of which kernels count on 16: XLA may give them a
+        # pointer into the whole vector, rather than to a copy.
+        assert width % 128 == 0
         return cls(config, head, dtype, alignment, vocab, width)
 
     @property
@@ -51,46 +57,41 @@ class Blocks:
         return -(-self.vocab // self.width)
 
     @property
-    def logit_map(self) -> LogitMap:
-        return self.config.logit_map(self.width)
+    def full_span(self) -> Span:
+        return Span(0, self.vocab)
 
-    def sweep(self, step: Callable[[Any, Any], Any], carry: Any) -> Any:
-        """`carry = step(index, carry)` from the last block to the first."""
-        carry = step(self.num_blocks - 1, carry)
+    def sweep(self, step: Callable[[Span, Any], Any], carry: Any) -> Any:
+        """`carry = step(span, carry)` from the last block to the first.
+
+        The last one stands outside the loop: it may be narrower, and sums can start with it.
+        """
+        last = (self.num_blocks - 1) * self.width
+        carry = step(Span(last, self.vocab - last), carry)
         if self.num_blocks == 1:
             return carry
-        return jax.lax.fori_loop(1, self.num_blocks, lambda done, carry: step(self.num_blocks - 1 - done, carry), carry)
 
-    def block(self, index: Int[Array, ""] | int, labels: Int[Array, " C"]) -> tuple[Head, Block, Int[Array, ""] | int]:
-        """A block of the head, what row functions want of it, and the first of its columns."""
-        if self.num_blocks == 1:
-            return self.head, Block(self.head.bias, self.head.class_weights, labels), 0
-        start = jnp.minimum(index * self.width, self.vocab - self.width)
-        first = None if self.vocab % self.width == 0 else (index * self.width - start).astype(jnp.int32)[None]
+        def whole_step(done: Int[Array, ""], carry: Any) -> Any:
+            return step(Span(last - done * self.width, self.width), carry)
 
-        def part(array: Array, dim: int) -> Array:
-            return jax.lax.dynamic_slice_in_dim(array, start, self.width, dim)
+        return jax.lax.fori_loop(1, self.num_blocks, whole_step, carry)
 
-        def vector(array: Array | None) -> Array | None:
-            if array is None:
-                return None
-            columns = part(array, 0)
-            # As it may start on any four bytes, kernels need a copy; of a mere slice XLA would hand them a pointer.
-            return columns if first is None else jnp.where(jnp.arange(self.width) >= first, columns, 0)
+    def block(self, span: Span, labels: Int[Array, " C"]) -> tuple[Head, Block]:
+        """A block of the head, and what row functions want of it."""
+        head = self.head
+        if self.num_blocks > 1:
 
-        head = Head(
-            part(self.head.kernel, self.config.vocab_dim),
-            vector(self.head.bias),
-            vector(self.head.class_weights),
-            None if self.head.adapter is None else part(self.head.adapter, 1),
-        )
-        head = _prepared(head, self.dtype, self.alignment)
-        return head, Block(head.bias, head.class_weights, labels - start, first), start
+            def part(array: Array | None, dim: int) -> Any:
+                return None if array is None else jax.lax.dynamic_slice_in_dim(array, *span, axis=dim)
 
-    def write(self, full: Array, part: Array, start: Int[Array, ""] | int, vocab_dim: int, *, add: bool) -> Array:
+            kernel = part(head.kernel, self.config.vocab_dim)
+            parts = Head(kernel, part(head.bias, 0), part(head.class_weights, 0), part(head.adapter, 1))
+            head = _prepared(parts, self.dtype, self.alignment)
+        return head, Block(head.bias, head.class_weights, labels - span.start)
+
+    def write(self, full: Array, part: Array, span: Span, vocab_dim: int, *, add: bool) -> Array:
         """`full` with a block's part of it, without its padding, written or added."""
-        sizes = [self.width if dim == vocab_dim else size for dim, size in enumerate(full.shape)]
-        offsets = tuple(start if dim == vocab_dim else 0 for dim in range(full.ndim))
+        sizes = [span.width if dim == vocab_dim else size for dim, size in enumerate(full.shape)]
+        offsets = tuple(span.start if dim == vocab_dim else 0 for dim in range(full.ndim))
         return write_block(full, part[tuple(map(slice, sizes))], offsets, add=add)
 
 

@@ -1,0 +1,39 @@
+"""Blocks of columns are all columns, each once."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
+from jliger.ops.linear_head.types import Head, HeadConfig
+from jliger.ops.logits import StatsWanted
+
+
+@pytest.mark.parametrize("vocab", [100, 128, 129, 250, 256, 301])
+def test_each_column_is_in_one_block(vocab):
+    config = HeadConfig(
+        kernel_layout="vh", logit_scale=1.0, logit_softcap=None, logits_dtype=jnp.dtype("float32"), precision=None,
+        chunk_size=None, implementation="xla", compute_capability=None, stats_wanted=StatsWanted(),
+    )  # fmt: skip
+    columns = jnp.arange(vocab, dtype=jnp.float32)
+    blocks = Blocks.make(config, Head(columns[:, None], columns, None), jnp.float32, 8, min(vocab, 128))
+    labels = jnp.asarray([vocab - 1])
+
+    def step(span, carry):
+        head, block = blocks.block(span, labels)
+        # Multiples of 64, once padded; and a label that is a column of the last block alone.
+        assert head.kernel.shape[0] == block.bias.size == span.width + (-span.width % 64 if span.width % 8 else 0)
+        count, kernel, bias, label_column = carry
+        return (
+            blocks.write(count, jnp.ones(span.width), span, 0, add=True),
+            blocks.write(kernel, head.kernel, span, 0, add=False),
+            blocks.write(bias, block.bias, span, 0, add=False),
+            label_column + jnp.where((block.labels >= 0) & (block.labels < span.width), block.labels + span.start, 0),
+        )
+
+    found = blocks.sweep(step, (jnp.zeros(vocab), jnp.zeros((vocab, 8)), jnp.zeros(vocab), jnp.zeros(1, jnp.int32)))
+    count, kernel, bias, label_column = map(np.asarray, found)
+    np.testing.assert_array_equal(count, 1)
+    np.testing.assert_array_equal(bias, columns)
+    np.testing.assert_array_equal(kernel, np.asarray(columns)[:, None] * (np.arange(8) == 0))
+    np.testing.assert_array_equal(label_column, labels)
