@@ -105,5 +105,5 @@ def _compared(
     m = beta * r + (1 - beta) * p
     tiniest = jnp.finfo(m.dtype).tiny
     log_m = jnp.log(jnp.where(m < tiniest, tiniest, m))
-    q = (1 - beta) * times(p, log_p, log_m)
-    return p, q, q + beta * times(r, log_r, log_m)
+    q = times((1 - beta) * p, log_p, log_m)
+    return p, q, q + times(beta * r, log_r, log_m)
