@@ -133,11 +133,16 @@ def _run(
     tokens = Tokens(inputs.hidden, context.labels, context.counted, inputs.adapted, teacher_hidden, logits)
     head = Head(inputs.kernel, inputs.bias, context.class_weights, inputs.adapter, teacher_head)
 
-    def run(examples: Any, tokens: Tokens, head: Head, per_token: Any) -> Result:
-        return sharding.run(dataclasses.replace(form, examples=examples), tokens, head, per_token)
+    def run(config: HeadConfig, examples: Any, tokens: Tokens, head: Head, per_token: Any) -> Result:
+        return sharding.run(dataclasses.replace(form, config=config, examples=examples), tokens, head, per_token)
 
-    operands = (tokens, head, per_token)
-    return once_differentiable(functools.partial(run, ()), vmappable(run), form.config.implementation)(*operands)
+    config = form.config
+    # Triton's kernels cannot be differentiated. Where lowering chooses, tangents are XLA's on every platform.
+    in_xla = dataclasses.replace(config, implementation="xla")
+    operation = once_differentiable(
+        functools.partial(run, in_xla, ()), vmappable(functools.partial(run, config)), config.implementation
+    )
+    return operation(tokens, head, per_token)
 
 
 def _in_units(coefficients: Any, hidden: Array) -> tuple[Any, Float[Array, ""] | None]:

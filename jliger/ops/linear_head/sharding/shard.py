@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jliger.core.backend import Implementation, run_by_platform
 from jliger.core.meshes import Axes
 from jliger.ops.linear_head import chunks
 from jliger.ops.linear_head.chunks import Grads, GradTypes, Head, Tokens
@@ -22,10 +23,20 @@ from jliger.ops.logits import RowStats
 def run_share(form: Form, plan: Plan, tokens: Tokens, head: Head, per_token: Any) -> Result:
     """What this device contributes, with all sums over devices done; results are sharded as the plan says.
 
-    Leading dimensions become tokens here, on the share, where that moves nothing between devices.
+    This is where `implementation=None` becomes one of the implementations, or both of them.
     """
+
+    def run(implementation: Implementation, *operands: Any) -> Result:
+        config = dataclasses.replace(form.config, implementation=implementation)
+        return _run(dataclasses.replace(form, config=config), plan, *operands)
+
+    return run_by_platform(run, form.config.implementation, tokens, head, per_token)
+
+
+def _run(form: Form, plan: Plan, tokens: Tokens, head: Head, per_token: Any) -> Result:
+    """Leading dimensions become tokens here, on the share, where that moves nothing between devices."""
     if form.examples:
-        one = functools.partial(run_share, dataclasses.replace(form, examples=()), plan)
+        one = functools.partial(_run, dataclasses.replace(form, examples=()), plan)
         return run_examples(form, one, tokens, head, per_token)
     if not tokens.labels.size:
         return _of_no_tokens(form, plan, tokens, head)
