@@ -13,7 +13,7 @@ import jax
 Implementation = Literal["triton", "xla"]
 
 Choice = Literal["triton", "xla", "by platform"]
-"""An implementation; or both, of which lowering keeps the one for its platform. Only `run_by_platform` sees the last."""
+"""An implementation, or both: `run_by_platform` traces both, and lowering keeps the one for its platform."""
 
 _LOWEST_CAPABILITY = 80
 _PACKAGE = str(Path(__file__).parent.parent)
@@ -24,8 +24,8 @@ _compute_capability = jax.make_user_context(None)
 def compute_capability(capability: int) -> contextlib.AbstractContextManager[None]:
     """Compiles for a GPU of this compute capability, on a machine that may have none.
 
-    Within this context `implementation=None` means Triton in what is lowered for NVIDIA GPUs. Functions are traced anew:
-    what was traced outside it is not reused inside, nor the other way round.
+    Within this context `implementation=None` means Triton wherever a program is lowered for NVIDIA GPUs. Functions are
+    traced anew: what was traced outside it is not reused inside, nor the other way round.
 
     Args:
       capability: ten times the major version plus the minor: 80 (A100), 90 (H100, H200), 100 (B200).

@@ -42,7 +42,8 @@ def check_logit_options(
     check_choice("implementation", implementation, ("triton", "xla", None))
     if implementation == "triton" and not has_triton():
         raise ValueError(
-            "implementation got 'triton', but triton and jax-triton are not installed; install them, or pass 'xla'."
+            "implementation got 'triton', but triton and jax-triton are not installed; pass 'xla', or install them: "
+            "pip install 'jliger[cuda13]', or 'jliger[cuda12]' for CUDA 12."
         )
     if implementation == "triton" and not can_run_triton():
         raise ValueError(
