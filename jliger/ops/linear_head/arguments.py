@@ -72,7 +72,7 @@ def head_arguments(
     logits_dtype = head_checks.as_logits_dtype(logits_dtype, hidden, implementation)
     choice = implementation
     if choice is None:
-        arrays = [array for array in (hidden, kernel, labels, bias, where) if array is not None]
+        arrays = jax.tree.leaves((hidden, kernel, labels, bias, where))
         choice = fitting_implementation(*arrays) if head_checks.triton_takes(hidden, logits_dtype) else "xla"
     config = HeadConfig(
         kernel_layout=kernel_layout,
