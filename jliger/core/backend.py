@@ -24,8 +24,9 @@ _compute_capability = jax.make_user_context(None)
 def compute_capability(capability: int) -> contextlib.AbstractContextManager[None]:
     """Compiles for a GPU of this compute capability, on a machine that may have none.
 
-    Within this context `implementation=None` means Triton wherever a program is lowered for NVIDIA GPUs. Functions are
-    traced anew: what was traced outside it is not reused inside, nor the other way round.
+    Within this context `implementation=None` means Triton wherever a program is lowered for NVIDIA GPUs, and XLA for
+    other platforms: an export for both `"cpu"` and `"cuda"` has both. Functions are traced anew: what was traced
+    outside the context is not reused inside, nor the other way round.
 
     Args:
       capability: ten times the major version plus the minor: 80 (A100), 90 (H100, H200), 100 (B200).
@@ -124,9 +125,9 @@ def _platform_of(array: jax.Array) -> str:
 def _warn_of_missing_triton() -> None:
     """Once in a process: this function is cached."""
     warnings.warn(
-        "jliger computes with XLA on this NVIDIA GPU, because triton and jax-triton are not installed. Its Triton "
-        "kernels are faster and need less memory: pip install 'jliger[cuda13]', or 'jliger[cuda12]' for CUDA 12. "
-        "implementation='xla' silences this warning.",
+        "jliger uses XLA on NVIDIA GPUs here, because triton and jax-triton are not installed. Its Triton kernels are "
+        "faster and need less memory: pip install 'jliger[cuda13]', or 'jliger[cuda12]' for CUDA 12. To keep XLA "
+        "without this warning, pass implementation='xla'.",
         stacklevel=2,
         skip_file_prefixes=(_PACKAGE,),
     )
