@@ -114,7 +114,7 @@ def _present_capability() -> int | None:
     except RuntimeError:  # JAX has no such backend here
         return None
     versions = (gpu.compute_capability.split(".") for gpu in gpus)
-    return min(10 * int(major) + int(minor) for major, minor in versions)
+    return min((10 * int(major) + int(minor) for major, minor in versions), default=None)
 
 
 def _platform_of(array: jax.Array) -> str:

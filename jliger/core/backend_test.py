@@ -64,7 +64,7 @@ def test_the_default_fits_the_device():
 
 def test_concrete_arrays_choose_by_their_device(gpu):
     gpu(90)
-    on_cpu = [jax.device_put(array, jax.devices("cpu")[0]) for array in ARGS]
+    on_cpu = jax.device_put(ARGS, jax.devices("cpu")[0])
     assert backend.fitting_implementation(*on_cpu) == "xla"
     assert seen_by_tracers(*ARGS) == "by platform"
     choices = []  # one of them is not differentiated
@@ -88,7 +88,7 @@ def test_one_warning_of_a_gpu_without_triton(gpu):
     backend._warn_of_missing_triton.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loss(*(jax.device_put(array, jax.devices("cpu")[0]) for array in ARGS))
+        backend.fitting_implementation(*jax.device_put(ARGS, jax.devices("cpu")[0]))
         kernels_in(lambda *args: loss(*args, implementation="xla"), *ARGS)
         gpu(None, has_triton=False)
         kernels_in(loss, *ARGS)
