@@ -388,6 +388,8 @@ def _distillation(
     dtype = accumulator_dtype(operands.hidden.dtype)
     assert call.config.teacher is not None
     operands = with_adapter(call.config, operands, adapter)
+    teacher = {name: array for name, array in operands._asdict().items() if name.startswith("teacher_")}
+    operands = operands._replace(**jax.lax.stop_gradient(teacher))
     weights, hard_weight, soft_weight = jax.lax.stop_gradient((weights, hard_weight, soft_weight))
     loss_function = Distillation(call.config.teacher.temperature, sharding.vocab_size(call.config, operands.kernel))
     if labels is None:
