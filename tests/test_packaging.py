@@ -36,6 +36,18 @@ except ValueError as error:
     assert run_python(code).splitlines() == ["(3, 4)", "True"]
 
 
+def test_triton_is_installed_for_gpus_and_tests_alone():
+    def requirements(entries):
+        return [entry for entry in entries if re.match(r"(jax-)?triton\b", entry)]
+
+    assert requirements(PROJECT["dependencies"]) == []
+    extras = {name: requirements(entries) for name, entries in PROJECT["optional-dependencies"].items()}
+    with_triton = {name: entries for name, entries in extras.items() if entries}
+    assert sorted(with_triton) == ["cuda12", "cuda13", "test"]
+    assert len(with_triton["test"]) == 2
+    assert all(entries == with_triton["test"] for entries in with_triton.values())
+
+
 def test_importing_jliger_imports_no_triton_and_starts_no_device():
     code = """
 import sys, jliger

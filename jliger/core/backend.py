@@ -1,12 +1,22 @@
 """Which backend fits, and which GPU to compile for."""
 
 import contextlib
+import functools
 import importlib.util
-from typing import Literal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 
 Implementation = Literal["triton", "xla"]
+
+Choice = Literal["triton", "xla", "by platform"]
+"""An implementation, or both: `run_by_platform` traces both, and lowering keeps the one for its platform."""
+
+_LOWEST_CAPABILITY = 80
+_PACKAGE = str(Path(__file__).parent.parent)
 
 _compute_capability = jax.make_user_context(None)
 
@@ -14,8 +24,9 @@ _compute_capability = jax.make_user_context(None)
 def compute_capability(capability: int) -> contextlib.AbstractContextManager[None]:
     """Compiles for a GPU of this compute capability, on a machine that may have none.
 
-    Within this context `implementation=None` means Triton, and functions are traced anew: what was traced outside it is
-    not reused inside, nor the other way round.
+    Within this context `implementation=None` means Triton wherever a program is lowered for NVIDIA GPUs, and XLA for
+    other platforms: an export for both `"cpu"` and `"cuda"` has both. Functions are traced anew: what was traced
+    outside the context is not reused inside, nor the other way round.
 
     Args:
       capability: ten times the major version plus the minor: 80 (A100), 90 (H100, H200), 100 (B200).
@@ -46,14 +57,38 @@ def target_compute_capability() -> int | None:
     return _compute_capability.value
 
 
-def fitting_implementation() -> Implementation:
-    """Triton for an NVIDIA GPU, present or named by `compute_capability`; XLA for anything else."""
-    if target_compute_capability() is not None:
-        return "triton"
-    device = jax.config.jax_default_device
-    platform = getattr(device, "platform", device) or jax.default_backend()
-    is_nvidia = platform in ("gpu", "cuda") and "cuda" in jax.devices()[0].client.platform_version.lower()
-    return "triton" if is_nvidia and has_triton() else "xla"
+def fitting_implementation(*arrays: jax.Array) -> Choice:
+    """What `implementation=None` means for an operation on these arrays.
+
+    Triton is for NVIDIA GPUs of at least sm_80, present or named by `compute_capability`; XLA for anything else.
+    Concrete arrays are where the operation will run. With a tracer among them, only lowering knows the platform.
+    """
+    capability = target_compute_capability() or _present_capability()
+    if capability is None or capability < _LOWEST_CAPABILITY:
+        return "xla"
+    platforms = {None if isinstance(array, jax.core.Tracer) else _platform_of(array) for array in arrays}
+    if platforms.isdisjoint(("gpu", "cuda", None)):
+        return "xla"
+    if not has_triton():
+        _warn_of_missing_triton()
+        return "xla"
+    # Arrays on several platforms: some are uncommitted, and JAX moves those to where the others are.
+    return "triton" if platforms <= {"gpu", "cuda"} else "by platform"
+
+
+def run_by_platform(function: Callable[..., Any], choice: Choice, *operands: Any) -> Any:
+    """`function(implementation, *operands)`, where `function` is traceable with either implementation.
+
+    Args:
+      function: its results must have the same structure, shapes and dtypes with both.
+      choice: `"by platform"` traces both, and each platform that is lowered for gets its own.
+      *operands: trees of arrays.
+    """
+    if choice != "by platform":
+        return function(choice, *operands)
+    return jax.lax.platform_dependent(
+        *operands, cuda=functools.partial(function, "triton"), default=functools.partial(function, "xla")
+    )
 
 
 def can_run_triton() -> bool:
@@ -70,3 +105,29 @@ def can_run_triton() -> bool:
 
 def has_triton() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("triton", "jax_triton"))
+
+
+def _present_capability() -> int | None:
+    """The lowest compute capability of this process's NVIDIA GPUs, as `compute_capability` counts; None without one."""
+    try:
+        gpus = jax.local_devices(backend="cuda")
+    except RuntimeError:  # JAX has no such backend here
+        return None
+    versions = (gpu.compute_capability.split(".") for gpu in gpus)
+    return min((10 * int(major) + int(minor) for major, minor in versions), default=None)
+
+
+def _platform_of(array: jax.Array) -> str:
+    return next(iter(array.sharding.device_set)).platform
+
+
+@functools.cache
+def _warn_of_missing_triton() -> None:
+    """Once in a process: this function is cached."""
+    warnings.warn(
+        "jliger uses XLA on NVIDIA GPUs here, because triton and jax-triton are not installed. Its Triton kernels are "
+        "faster and need less memory: pip install 'jliger[cuda13]', or 'jliger[cuda12]' for CUDA 12. To keep XLA "
+        "without this warning, pass implementation='xla'.",
+        stacklevel=2,
+        skip_file_prefixes=(_PACKAGE,),
+    )

@@ -7,7 +7,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jliger.core.backend import Implementation
+from jliger.core.backend import Choice
 
 _WHAT_WORKS = (
     "The operation is differentiable once, in reverse mode. For second derivatives use forward mode over reverse mode, "
@@ -16,7 +16,7 @@ _WHAT_WORKS = (
 
 
 def once_differentiable(
-    operation: Callable[..., Any], vmappable_operation: Callable[..., Any], implementation: Implementation
+    operation: Callable[..., Any], vmappable_operation: Callable[..., Any], implementation: Choice
 ) -> Callable[..., Any]:
     """`vmappable_operation`, with the derivatives of `operation`, in forward mode only.
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax_triton
 import numpy as np
+from jax.interpreters import mlir
 from jax.interpreters.partial_eval import dce_rules
 from jax.sharding import NamedSharding, PartitionSpec
 from jax_triton.triton_lib import triton_kernel_call_p
@@ -28,6 +29,25 @@ def _keep_call(used_outputs: Sequence[bool], *rest: Any) -> tuple[list[bool], An
 
 
 dce_rules[triton_kernel_call_p] = _keep_call
+
+
+def _lower_for_others(ctx: mlir.LoweringRuleContext, *operands: Any, **_: Any) -> Any:
+    """Lowers a Triton call for platforms other than NVIDIA's.
+
+    `jax.export` for several platforms lowers each branch of `jax.lax.platform_dependent` for all of them (jax 0.12).
+    What stands in the CUDA branch for the others is a call without a kernel: this branch is removed there before
+    anything is compiled. Anywhere else, compiling such a call fails.
+    """
+    platforms = ctx.module_context.platforms
+    if "cuda" not in platforms:
+        raise NotImplementedError(
+            f"a Triton kernel got lowered for {', '.join(platforms)}; pass implementation=None or 'xla', or lower for "
+            "'cuda'."
+        )
+    return jax.ffi.ffi_lowering(jax_triton.CUSTOM_CALL_TARGET_NAME)(ctx, *operands)
+
+
+mlir.register_lowering(triton_kernel_call_p, _lower_for_others)
 
 # The interpreter patches Triton's language while it runs; several devices call it from several threads.
 _one_at_a_time = threading.Lock()

@@ -58,7 +58,6 @@ def head_arguments(
         whose=whose,
     )
     vocab_axes = checks.check_axes("vocab_axis_name", vocab_axis_name)
-    implementation = implementation or fitting_implementation()
     checks.check_precision(precision)
     hidden, kernel = checks.as_array(f"{whose}hidden", hidden), checks.as_array(f"{whose}kernel", kernel)
     labels = checks.as_array("labels", labels)
@@ -70,6 +69,10 @@ def head_arguments(
     if where is not None:
         checks.check_where(where, labels)
     logits_dtype = head_checks.as_logits_dtype(logits_dtype, hidden, implementation)
+    choice = implementation
+    if choice is None:
+        arrays = jax.tree.leaves((hidden, kernel, labels, bias, where))
+        choice = fitting_implementation(*arrays) if head_checks.triton_takes(hidden, logits_dtype) else "xla"
     config = HeadConfig(
         kernel_layout=kernel_layout,
         logit_scale=float(logit_scale),
@@ -77,7 +80,7 @@ def head_arguments(
         logits_dtype=logits_dtype,
         precision=jax.config.jax_default_matmul_precision if precision is None else precision,
         chunk_size=None if chunk_size is None else int(chunk_size),
-        implementation=implementation,
+        implementation=choice,
         compute_capability=target_compute_capability(),
         stats_wanted=stats_wanted,
         vocab_axes=vocab_axes,

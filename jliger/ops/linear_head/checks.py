@@ -11,6 +11,7 @@ from jliger.core.backend import can_run_triton, has_triton
 from jliger.core.checks import check_choice, check_floating, check_integer, check_number, check_shape
 from jliger.ops.linear_head.types import KernelLayout
 
+_TRITON_DTYPES = (np.dtype("float32"), np.dtype("float16"), jnp.dtype("bfloat16"))
 _LAYOUTS = {"hv": "[H, V]", "vh": "[V, H]"}
 
 
@@ -41,7 +42,8 @@ def check_logit_options(
     check_choice("implementation", implementation, ("triton", "xla", None))
     if implementation == "triton" and not has_triton():
         raise ValueError(
-            "implementation got 'triton', but triton and jax-triton are not installed; install them, or pass 'xla'."
+            "implementation got 'triton', but triton and jax-triton are not installed; pass 'xla', or install them: "
+            "pip install 'jliger[cuda13]', or 'jliger[cuda12]' for CUDA 12."
         )
     if implementation == "triton" and not can_run_triton():
         raise ValueError(
@@ -57,7 +59,7 @@ def check_operands(
     bias: Any,
     *,
     kernel_layout: KernelLayout,
-    implementation: str,
+    implementation: str | None,
     whose: str = "",
 ) -> None:
     """The arrays that make logits, and the labels; `whose` is what the names of all but the labels begin with."""
@@ -139,7 +141,7 @@ def check_vocab_vector(name: str, array: Any, kernel: Any, vocab_dim: int) -> No
     check_shape(name, array, (kernel.shape[vocab_dim],), "one value a column of the vocabulary")
 
 
-def as_logits_dtype(dtype: Any, hidden: Any, implementation: str) -> np.dtype:
+def as_logits_dtype(dtype: Any, hidden: Any, implementation: str | None) -> np.dtype:
     try:
         dtype = jnp.dtype(hidden.dtype if dtype is None else dtype)
     except TypeError as error:
@@ -149,6 +151,15 @@ def as_logits_dtype(dtype: Any, hidden: Any, implementation: str) -> np.dtype:
         ) from error
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"logits_dtype got {dtype}; pass a floating-point dtype, or None for hidden's.")
-    if implementation == "triton" and dtype not in (np.dtype("float32"), np.dtype("float16"), jnp.dtype("bfloat16")):
+    if implementation == "triton" and dtype not in _TRITON_DTYPES:
         raise TypeError(f"logits_dtype got {dtype}; the Triton kernels take float32, bfloat16 and float16.")
     return dtype
+
+
+def triton_takes(hidden: Any, logits_dtype: np.dtype) -> bool:
+    """Whether the Triton kernels take what these checks let through if no implementation is named."""
+    return (
+        hidden.dtype != np.dtype("float64")
+        and logits_dtype in _TRITON_DTYPES
+        and not export.is_symbolic_dim(hidden.shape[-1])
+    )

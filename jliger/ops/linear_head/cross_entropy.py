@@ -134,7 +134,8 @@ def fused_linear_cross_entropy(
         class weights) are spread; labels are columns of the whole. Elsewhere shardings are followed by themselves.
       adapter: a `jliger.LinearAdapter`: logits become those of `hidden · (kernel + scale · a · b)`, and gradients flow
         to `a`, `b` and `scale` too.
-      implementation: `"triton"` for NVIDIA GPUs, `"xla"` for any device, None for what fits the default device.
+      implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None takes what fits the device
+        that the arrays are on, or under `jax.jit` the platform that is compiled for.
 
     Returns:
       The loss, float32 (float64 for float64 hidden states): `[]`, or `[*B]` with `"none"`. With `return_metrics`, that

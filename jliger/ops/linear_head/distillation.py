@@ -16,6 +16,7 @@ from jliger.losses.arguments import coefficient
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
 from jliger.ops.linear_head.arguments import column_validity, counted_tokens, head_arguments, label_columns
+from jliger.ops.linear_head.checks import triton_takes
 from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands, TeacherConfig
 from jliger.ops.logits import StatsWanted
 from jliger.ops.logits.objectives import Distillation, DistillationWeights, Labels
@@ -148,7 +149,8 @@ def fused_linear_kl(
       precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.
       chunk_size: tokens a chunk, or None for the rule that `fused_linear_cross_entropy` names.
       vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, over which both kernels' columns are spread.
-      implementation: `"triton"` for NVIDIA GPUs, `"xla"` for any device, None for what fits the default device.
+      implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None takes what fits the device
+        that the arrays are on, or under `jax.jit` the platform that is compiled for.
 
     Returns:
       The loss, float32 (float64 for float64 hidden states), `[]`. With `return_metrics`, that and the metrics.
@@ -339,6 +341,8 @@ def fused_linear_jsd(
     if weights is not None:
         weights = checks.as_array("weights", weights)
         checks.check_weights(weights, some_labels)
+    if implementation is None and not triton_takes(teacher.hidden, teacher_config.logits_dtype):
+        config = dataclasses.replace(config, implementation="xla")
     call = _Call(
         config=dataclasses.replace(
             config, teacher=TeacherConfig(teacher_config, float(beta), float(temperature), with_labels)
@@ -384,6 +388,8 @@ def _distillation(
     dtype = accumulator_dtype(operands.hidden.dtype)
     assert call.config.teacher is not None
     operands = with_adapter(call.config, operands, adapter)
+    teacher = {name: array for name, array in operands._asdict().items() if name.startswith("teacher_")}
+    operands = operands._replace(**jax.lax.stop_gradient(teacher))
     weights, hard_weight, soft_weight = jax.lax.stop_gradient((weights, hard_weight, soft_weight))
     # In reverse mode the teacher's gradients are zeros anyway; a second derivative would see through them.
     teacher = {name: jax.lax.stop_gradient(getattr(operands, name)) for name in operands._fields if "teacher" in name}

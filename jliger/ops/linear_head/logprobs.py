@@ -93,7 +93,8 @@ def linear_logprobs(
         to `a`, `b` and `scale` too.
       keep_logits: keep the logits for the backward pass, where memory allows. Tokens that don't count then take as
         much time and memory as others. Where nothing is differentiated it has no effect.
-      implementation: `"triton"` for NVIDIA GPUs, `"xla"` for any device, None for what fits the default device.
+      implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None takes what fits the device
+        that the arrays are on, or under `jax.jit` the platform that is compiled for.
 
     Returns:
       `LinearLogprobs`, float32 (float64 for float64 hidden states) and int32, `[*B]`.
@@ -135,12 +136,14 @@ def linear_logprobs(
         implementation=implementation,
         stats_wanted=StatsWanted(mean_logit=True),
     )
-    if keep_logits and config.implementation == "triton" and any(map(export.is_symbolic_dim, operands.hidden.shape)):
-        raise ValueError(
-            f"keep_logits got True with hidden of the symbolic shape {operands.hidden.shape}, for which no kernel can "
-            "be launched over all tokens; leave it out, or pass implementation='xla'."
-        )
     config = dataclasses.replace(config, keep_logits=bool(keep_logits))
+    if keep_logits and any(map(export.is_symbolic_dim, operands.hidden.shape)):
+        if implementation == "triton":
+            raise ValueError(
+                f"keep_logits got True with hidden of the symbolic shape {operands.hidden.shape}, for which no kernel "
+                "can be launched over all tokens; leave it out, or pass implementation='xla'."
+            )
+        config = dataclasses.replace(config, implementation="xla")
     return _linear_logprobs(config, int(ignore_index), operands, adapter, labels, where)
 
 

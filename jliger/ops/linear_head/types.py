@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from jliger.core.backend import Implementation
+from jliger.core.backend import Choice
 from jliger.ops.logits import LogitMap, StatsWanted
 
 KernelLayout = Literal["hv", "vh"]
@@ -43,7 +43,7 @@ class HeadConfig:
       logits_dtype: what products are rounded to before the row functions read them.
       precision: of every product, resolved: the backward pass may be traced where the user's default is another.
       chunk_size: tokens a chunk, or None for the rule in `jliger.ops.linear_head.chunks`.
-      implementation: the backend of the row functions.
+      implementation: the backend of the row functions; below `sharding.shard` it is never `"by platform"`.
       compute_capability: the GPU to compile for, or None for the one present.
       stats_wanted: which of the stats that not every loss needs.
       keep_logits: whether per-token stats keep logits for their backward pass, rather than compute them again.
@@ -57,7 +57,7 @@ class HeadConfig:
     logits_dtype: np.dtype
     precision: jax.lax.PrecisionLike
     chunk_size: int | None
-    implementation: Implementation
+    implementation: Choice
     compute_capability: int | None
     stats_wanted: StatsWanted
     vocab_axes: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import jax
 from jaxtyping import Array, Float
 
-from jliger.core.backend import Implementation
+from jliger.core.backend import Choice
 from jliger.ops.logits.types import Block as Block
 from jliger.ops.logits.types import Coefficients as Coefficients
 from jliger.ops.logits.types import LogitMap as LogitMap
@@ -65,8 +65,9 @@ class Rows(NamedTuple):
     alignment: int
 
 
-def get_rows(implementation: Implementation, compute_capability: int | None) -> Rows:
+def get_rows(implementation: Choice, compute_capability: int | None) -> Rows:
     """The row functions of a backend; Triton is imported here, when it is asked for, and nowhere before."""
+    assert implementation != "by platform"  # `run_by_platform` is around
     if implementation == "xla":
         from jliger.ops.logits import xla
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import jax
 from jaxtyping import Array, Float
 
-from jliger.core.backend import Implementation
+from jliger.core.backend import Choice
 from jliger.ops.logits.distillation_types import Divergence as Divergence
 from jliger.ops.logits.distillation_types import PairBlock as PairBlock
 from jliger.ops.logits.distillation_types import PairCoefficients as PairCoefficients
@@ -70,8 +70,9 @@ class PairRows(NamedTuple):
     alignment: int
 
 
-def get_pair_rows(implementation: Implementation, compute_capability: int | None) -> PairRows:
+def get_pair_rows(implementation: Choice, compute_capability: int | None) -> PairRows:
     """The row functions of pairs of a backend; Triton is imported here, when it is asked for, and nowhere before."""
+    assert implementation != "by platform"  # `run_by_platform` is around
     if implementation == "xla":
         from jliger.ops.logits import distillation_xla as pair_xla
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jliger.core.backend import Implementation, run_by_platform
 from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head import chunks
 from jliger.ops.linear_head.chunks import Stats
@@ -36,7 +37,12 @@ def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, per_token:
     labels = flat.labels - start
     flat = flat._replace(labels=jnp.where((labels < 0) | (labels >= width), -1, labels))
     per_token = jax.tree.map(lambda array: array.reshape(-1), per_token)
-    stats, grads, logits = _run_chunks(loss_pass, plan, flat, per_token, start)
+
+    def run(implementation: Implementation, *arrays: Any) -> Result:
+        config = dataclasses.replace(loss_pass.config, implementation=implementation)
+        return _run_chunks(dataclasses.replace(loss_pass, config=config), plan, start, *arrays)
+
+    stats, grads, logits = run_by_platform(run, loss_pass.config.implementation, flat, per_token)
     return Result(
         jax.tree.map(lambda array: array.reshape(operands.labels.shape), stats),
         None if grads is None else _reduce(loss_pass, plan, grads, operands),
@@ -45,7 +51,7 @@ def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, per_token:
 
 
 def _run_chunks(
-    loss_pass: LossPass, plan: Plan, operands: Operands, per_token: Any, start: Int[Array, ""] | int
+    loss_pass: LossPass, plan: Plan, start: Int[Array, ""] | int, operands: Operands, per_token: Any
 ) -> Result:
     """The loop over chunks, with statistics merged over the devices that shard the vocabulary."""
     config, wanted = loss_pass.config, _dtypes_of_sums(loss_pass, plan, operands)
