@@ -391,9 +391,6 @@ def _distillation(
     teacher = {name: array for name, array in operands._asdict().items() if name.startswith("teacher_")}
     operands = operands._replace(**jax.lax.stop_gradient(teacher))
     weights, hard_weight, soft_weight = jax.lax.stop_gradient((weights, hard_weight, soft_weight))
-    # In reverse mode the teacher's gradients are zeros anyway; a second derivative would see through them.
-    teacher = {name: jax.lax.stop_gradient(getattr(operands, name)) for name in operands._fields if "teacher" in name}
-    operands = operands._replace(**teacher)
     loss_function = Distillation(call.config.teacher.temperature, sharding.vocab_size(call.config, operands.kernel))
     if labels is None:
         # Spread over devices as the tokens are. Any value is as good as another.
