@@ -80,7 +80,7 @@ def cases():
 
 
 @needs_plugin
-@pytest.mark.parametrize(("reduction", "name", "vocab"), cases())
+@pytest.mark.parametrize(("reduction", "name", "vocab"), [*cases()])
 def test_a_kernel_writes_its_own_outputs_and_nothing_else(reduction, name, vocab):
     found = program(reduction, name, vocab)
     assert {launch.name for launch in found} == KERNELS[reduction]

@@ -16,6 +16,8 @@ import jliger
 
 ON_GPU = jax.default_backend() == "gpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# How many times as many examples Hypothesis tries.
+EXAMPLES = int(os.environ.get("JLIGER_EXAMPLES", "1"))
 
 if ON_GPU:
     IMPLEMENTATIONS = ["xla", "triton"]

@@ -157,7 +157,7 @@ def test_what_triton_does_not_take():
 
 
 def test_triton_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(checks, "has_triton", lambda: False)
+    monkeypatch.setattr(head_checks, "has_triton", lambda: False)
     with pytest.raises(ValueError, match=r"implementation got 'triton'.*not installed.*'xla'"):
         call(implementation="triton")
 
