@@ -1,4 +1,4 @@
-"""What tests of the examples share; and tests that need several devices are left to a process that has them."""
+"""What tests of the examples share. Tests on a mesh are collected only by a process that has several devices."""
 
 import importlib
 import os
@@ -11,8 +11,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-# tests/test_sharding.py starts such processes; on a machine with several GPUs set the variable by hand.
-collect_ignore_glob = [] if os.environ.get("JLIGER_SHARDING_TESTS") == "1" else ["sharding/*"]
+# .ci/test starts such a process, with eight simulated devices.
+collect_ignore_glob = [] if jax.device_count() > 1 else ["sharding/*", "accumulation/*"]
 
 
 @pytest.fixture(scope="session")

@@ -83,8 +83,8 @@ def test_resuming_a_finished_run_shows_its_report_again(distill, options, finish
     ("config", "tie_embeddings"),
     [
         (("forward", 0.5, 1.0, 0.5), False),
-        (("reverse", 0.5, 2.0, 0.25), True),
-        (("jsd", 0.3, 1.5, 0.0), False),
+        pytest.param(("reverse", 0.5, 2.0, 0.25), True, marks=pytest.mark.exhaustive),
+        pytest.param(("jsd", 0.3, 1.5, 0.0), False, marks=pytest.mark.exhaustive),
     ],
 )
 def test_both_losses_are_one(distill, config, tie_embeddings):
@@ -117,6 +117,7 @@ def test_a_gpu_gets_triton_by_itself(distill, options):
         assert "triton_kernel_call" in step.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.exhaustive
 def test_another_run_in_its_place_takes_the_teacher_from_the_cache(distill, options, finished, tmp_path, capsys):
     out = shutil.copytree(finished, tmp_path / "run")
     (out / "notes.txt").write_text("mine")
@@ -133,6 +134,7 @@ def test_another_run_in_its_place_takes_the_teacher_from_the_cache(distill, opti
     assert list(summary["heads"]) == ["jliger"]
 
 
+@pytest.mark.exhaustive
 def test_a_teacher_that_cannot_be_read_is_trained_anew(distill, options, finished, tmp_path, capsys):
     cache = Path(options[options.index("--cache-dir") + 1])
     copied = shutil.copytree(cache, tmp_path / "cache")
@@ -147,6 +149,7 @@ def test_a_teacher_that_cannot_be_read_is_trained_anew(distill, options, finishe
     assert [path.name for path in copied.glob("*teacher-*")] == [teacher.name]
 
 
+@pytest.mark.exhaustive
 def test_resuming_a_killed_run_gives_the_uninterrupted_curves(
     distill, options, finished, tmp_path, monkeypatch, capsys
 ):

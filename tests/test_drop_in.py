@@ -131,7 +131,9 @@ class TransformerLM(nn.Module):
         return jliger.linen.fused_linear_cross_entropy(head, y, targets.tokens, **options)
 
 
-@pytest.mark.parametrize(("logits_via_embedding", "label_smoothing"), [(False, 0.1), (True, 0.0)])
+@pytest.mark.parametrize(
+    ("logits_via_embedding", "label_smoothing"), [(False, 0.1), pytest.param(True, 0.0, marks=pytest.mark.exhaustive)]
+)
 def test_lm1b(logits_via_embedding, label_smoothing):
     model, tokens = TransformerLM(logits_via_embedding), make_tokens()
     weights = np.where(tokens > 0, 1.0, 0.0).astype(np.float32)
@@ -214,7 +216,7 @@ class Gemma(nnx.Module):
         return self.embedder.loss(x, targets, **options)
 
 
-@pytest.mark.parametrize("embedder", [Embedder, ScaledEmbed])
+@pytest.mark.parametrize("embedder", [Embedder, pytest.param(ScaledEmbed, marks=pytest.mark.exhaustive)])
 def test_gemma(embedder):
     tokens = make_tokens()
     inputs, targets = tokens[:, :-1], tokens[:, 1:]

@@ -89,6 +89,7 @@ def test_how_long_two_runs_are_one(grpo):
     assert found["largest_difference_of_evaluations"] == 0.25
 
 
+@pytest.mark.exhaustive
 def test_a_head_alone_samples_for_itself(grpo, options, finished, tmp_path, capsys):
     few = ["--beta", "0.001", "--head", "jliger", "--steps", "3"]
     arguments = [*options, *few, "--out", str(tmp_path / "run")]
@@ -107,6 +108,7 @@ def test_a_head_alone_samples_for_itself(grpo, options, finished, tmp_path, caps
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
 
 
+@pytest.mark.exhaustive
 def test_a_diverging_run_ends_with_a_message(grpo, options, tmp_path):
     with pytest.raises(SystemExit, match="lower learning rate"):
         grpo.main([*options, "--head", "jliger", "--learning-rate", "1e38", "--out", str(tmp_path / "run")])
@@ -129,7 +131,7 @@ def test_advantages_compare_answers_of_one_prompt(grpo):
     np.testing.assert_allclose(advantages, [2**0.5, -(2**0.5), 0, 0, 0, 0, 0, 0], atol=1e-3)
 
 
-@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@pytest.mark.parametrize("entropy_coef", [pytest.param(0.0, marks=pytest.mark.exhaustive), 0.1])
 def test_losses_and_gradients_of_both_heads(grpo, entropy_coef):
     import post_training
     from language_model import LanguageModel, ModelConfig

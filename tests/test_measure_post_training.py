@@ -29,7 +29,7 @@ def sweep(import_example) -> ModuleType:
     return import_example("sweep_post_training")
 
 
-@pytest.mark.parametrize("loss", ["dpo", "grpo"])
+@pytest.mark.parametrize("loss", ["dpo", pytest.param("grpo", marks=pytest.mark.exhaustive)])
 def test_both_heads_take_the_same_steps(measure, tmp_path, loss, capsys):
     records = {}
     for head in ("full", "jliger"):
@@ -95,6 +95,7 @@ def test_bad_arguments(measure, tmp_path, capsys, arguments, message):
     assert not file.exists()
 
 
+@pytest.mark.exhaustive
 def test_a_sweep_of_processes_that_wait_for_one_another(measure, sweep, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     file = tmp_path / "sweep.json"

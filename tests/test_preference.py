@@ -41,7 +41,7 @@ def options(corpus_folder, tmp_path_factory) -> list[str]:
     return text.split()
 
 
-@pytest.fixture(scope="module", params=["orpo", "dpo"])
+@pytest.fixture(scope="module", params=[pytest.param("orpo", marks=pytest.mark.exhaustive), "dpo"])
 def finished(preference, options, tmp_path_factory, request) -> Path:
     """A run of both heads from beginning to end."""
     out = tmp_path_factory.mktemp("runs") / request.param
@@ -80,6 +80,7 @@ def test_both_heads_have_one_curve_and_jliger_less_memory(finished):
     assert (finished / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.exhaustive
 def test_a_folder_is_overwritten_only_if_asked_for(preference, options, tmp_path, capsys):
     few = ["--steps", "3", "--pretraining-steps", "3", "--head", "jliger", "--eval-batches", "1"]
     arguments = [*options, *few, "--out", str(tmp_path / "run")]
@@ -98,6 +99,7 @@ def test_a_folder_is_overwritten_only_if_asked_for(preference, options, tmp_path
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 1
 
 
+@pytest.mark.exhaustive
 def test_a_diverging_run_ends_with_a_message(preference, options, tmp_path):
     arguments = [*options, "--head", "jliger", "--out", str(tmp_path / "run")]
     assert "lower learning rate" in refusal(preference, [*arguments, "--pretraining-learning-rate", "1e38"])
@@ -115,7 +117,7 @@ def test_pairs_part_after_the_prompt(preference):
     assert (rejected[changed] >= 1000).all()
 
 
-@pytest.mark.parametrize("loss", ["orpo", "dpo"])
+@pytest.mark.parametrize("loss", [pytest.param("orpo", marks=pytest.mark.exhaustive), "dpo"])
 def test_only_completions_count(preference, loss):
     import post_training
     from language_model import LanguageModel, ModelConfig

@@ -74,6 +74,7 @@ def test_the_report_shows_both_heads_side_by_side(train_lm, options, finished, c
     assert content(finished / "jliger") == before
 
 
+@pytest.mark.exhaustive
 def test_tied_embeddings_in_bfloat16(train_lm, options, tmp_path, capsys):
     out = tmp_path / "run"
     train_lm.main([*options, "--out", str(out), "--steps", "4", "--tie-embeddings", "--dtype", "bfloat16"])
@@ -92,6 +93,7 @@ def test_a_gpu_gets_triton_by_itself(train_lm, options):
         assert "triton_kernel_call" in program.step.lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.exhaustive
 def test_resuming_a_killed_run_gives_the_uninterrupted_curve(
     train_lm, options, finished, tmp_path, monkeypatch, capsys
 ):
@@ -155,7 +157,16 @@ def damage_all(checkpoint: Path) -> None:
         path.write_bytes(b"\x00damaged")
 
 
-@pytest.mark.parametrize("damage", [flip_bytes, truncate, remove_arrays, damage_position, damage_all])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_bytes,
+        *(
+            pytest.param(damage, marks=pytest.mark.exhaustive)
+            for damage in (truncate, remove_arrays, damage_position, damage_all)
+        ),
+    ],
+)
 def test_a_corrupt_checkpoint_is_named_and_left_alone(train_lm, options, finished, tmp_path, damage):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
@@ -169,6 +180,7 @@ def test_a_corrupt_checkpoint_is_named_and_left_alone(train_lm, options, finishe
     assert content(out) == before
 
 
+@pytest.mark.exhaustive
 def test_going_on_from_the_checkpoint_before_a_corrupt_one(train_lm, options, finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
@@ -204,6 +216,7 @@ def test_resume_needs_a_run_with_the_same_settings(train_lm, options, finished, 
     assert not (tmp_path / "absent").exists()
 
 
+@pytest.mark.exhaustive
 def test_overwrite_starts_anew_and_keeps_other_files(train_lm, options, finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
@@ -214,6 +227,7 @@ def test_overwrite_starts_anew_and_keeps_other_files(train_lm, options, finished
     assert (out / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.exhaustive
 def test_a_diverging_run_ends_with_a_message_and_its_checkpoints(train_lm, options, tmp_path):
     arguments = [*options, "--out", str(tmp_path), "--head", "full", "--learning-rate", "1e38"]
     assert "lower learning rate" in refusal(train_lm, arguments)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -64,14 +65,38 @@ def options(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(options, tmp_path_factory) -> Path:
-    """Runs of both heads, one killed and resumed, one resumed on another mesh, a benchmark, and what is refused."""
-    folder = tmp_path_factory.mktemp("runs")
+def arguments_of(options, tmp_path_factory) -> Callable[..., list[str]]:
+    """Arguments of a run in a folder of its own; `.folder` has all of them."""
 
     def arguments(name: str, mesh: str, *more: str) -> list[str]:
-        return [*options, "--out", str(folder / name), "--mesh", mesh, *more]
+        return [*options, "--out", str(arguments.folder / name), "--mesh", mesh, *more]
 
-    killed = arguments("killed", MESHES["jliger"])
+    arguments.folder = tmp_path_factory.mktemp("runs")
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def runs(arguments_of) -> Path:
+    """Runs of both heads, a benchmark, and what is refused."""
+    folder = arguments_of.folder
+    printed = run_several(
+        [
+            arguments_of("jliger", MESHES["jliger"]),
+            arguments_of("full", MESHES["full"], "--head", "full", "--accumulate", "1"),
+            arguments_of("", MESHES["jliger"], "--benchmark", str(folder / "record.json"), "--timed-steps", "2"),
+            arguments_of("jliger", MESHES["jliger"]),
+            arguments_of("jliger", MESHES["jliger"], "--resume", "--learning-rate", "0.02"),
+        ]
+    )
+    (folder / "printed").write_text(printed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(runs, arguments_of) -> Path:
+    """Beside the others: a run that was killed and resumed, and one that was resumed on another mesh."""
+    folder = arguments_of.folder
+    killed = arguments_of("killed", MESHES["jliger"])
     process = subprocess.Popen(
         [sys.executable, str(PROGRAM), *killed], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
@@ -84,39 +109,35 @@ def runs(options, tmp_path_factory) -> Path:
     assert process.returncode == -signal.SIGKILL, errors.decode()
     shutil.copytree(folder / "killed", folder / "resumed")
     shutil.copytree(folder / "killed", folder / "as killed")
-    printed = run_several(
+    run_several(
         [
             [*killed, "--resume"],
-            arguments("resumed", MESHES["resumed"], "--resume", "--accumulate", "1"),
-            arguments("jliger", MESHES["jliger"]),
-            arguments("full", MESHES["full"], "--head", "full", "--accumulate", "1"),
-            arguments("", MESHES["jliger"], "--benchmark", str(folder / "record.json"), "--timed-steps", "2"),
-            arguments("jliger", MESHES["jliger"]),
-            arguments("jliger", MESHES["jliger"], "--resume", "--learning-rate", "0.02"),
+            arguments_of("resumed", MESHES["resumed"], "--resume", "--accumulate", "1"),
         ]
     )
-    (folder / "printed").write_text(printed)
     return folder
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(runs):
-    before = losses(runs / "as killed")
+@pytest.mark.exhaustive
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(resumed):
+    before = losses(resumed / "as killed")
     assert 5 <= max(before) < STEPS
     # To the bit: the same program on the same numbers.
-    assert losses(runs / "killed") == losses(runs / "jliger")
-    assert list(losses(runs / "killed")) == list(range(1, STEPS + 1))
-    lines = (runs / "killed" / "metrics.jsonl").read_text().splitlines()
+    assert losses(resumed / "killed") == losses(resumed / "jliger")
+    assert list(losses(resumed / "killed")) == list(range(1, STEPS + 1))
+    lines = (resumed / "killed" / "metrics.jsonl").read_text().splitlines()
     steps = [record["step"] for record in map(json.loads, lines) if record["event"] == "train"]
     # It went on from a checkpoint, not from the beginning, and nothing was taken out of the file.
     assert steps[: max(before)] == list(range(1, max(before) + 1))
     assert steps[max(before)] >= 3
 
 
-def test_a_run_goes_on_under_another_mesh(runs):
-    whole, resumed = losses(runs / "jliger"), losses(runs / "resumed")
+@pytest.mark.exhaustive
+def test_a_run_goes_on_under_another_mesh(resumed):
+    whole, gone_on = losses(resumed / "jliger"), losses(resumed / "resumed")
     # Sums over devices in another order: the losses, near 6, agree to a few units in the last place.
-    np.testing.assert_allclose(list(resumed.values()), list(whole.values()), rtol=1e-5)
-    lines = (runs / "resumed" / "metrics.jsonl").read_text().splitlines()
+    np.testing.assert_allclose(list(gone_on.values()), list(whole.values()), rtol=1e-5)
+    lines = (resumed / "resumed" / "metrics.jsonl").read_text().splitlines()
     meshes = [record["mesh"] for record in map(json.loads, lines) if record["event"] == "compiled"]
     assert meshes == [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 8, "tensor": 1}]
 

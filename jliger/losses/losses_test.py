@@ -20,6 +20,13 @@ def no_implicit_promotion():
 
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# For what all losses have from the same few functions: one of each kind, the others exhaustive.
+OFTEN = ("dpo-sigmoid", "dpo-bco_pair", "orpo", "kto", "grpo-dapo-token", "grpo-grpo-sequence", "ppo_clip")
+some_cases = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case.name in OFTEN else [pytest.mark.exhaustive]) for case in CASES],
+    ids=lambda case: case.name,
+)
 
 
 def float32(arrays):
@@ -104,7 +111,7 @@ def test_what_does_not_count_does_not_matter(case):
         np.testing.assert_array_equal(clean[2][name][~where], 0, name)
 
 
-@every_case
+@some_cases
 def test_a_sequence_that_does_not_count_is_as_if_it_were_not_there(case):
     arrays = float32(case.arrays())
     keep = np.array([True, False, True, True, False])
@@ -146,7 +153,7 @@ def test_nan_that_counts_is_not_hidden(case):
         assert np.isnan(case.loss_and_grads(poisoned, where=some(case, arrays))[0]), name
 
 
-@every_case
+@some_cases
 def test_parts_with_the_count_of_the_whole_add_up(case):
     arrays = float32(case.arrays())
     where = some(case, arrays)
@@ -163,7 +170,7 @@ def test_parts_with_the_count_of_the_whole_add_up(case):
         assert_close(np.concatenate([part[2][name] for part in parts]), grad, eps=16 * EPS)
 
 
-@every_case
+@some_cases
 def test_low_precision_is_computed_in_float32(case):
     low = {
         name: array if array.dtype == bool else jnp.asarray(array, jnp.bfloat16)
@@ -180,7 +187,7 @@ def test_low_precision_is_computed_in_float32(case):
         np.testing.assert_array_equal(grad, wanted[2][name].astype(jnp.bfloat16), name)
 
 
-@every_case
+@some_cases
 def test_without_jit(case):
     arrays = float32(case.arrays())
     where = some(case, arrays)
@@ -188,7 +195,7 @@ def test_without_jit(case):
     assert_close(case.function(**arrays, where=where), (loss, metrics), eps=16 * EPS)
 
 
-@every_case
+@some_cases
 def test_under_vmap(case):
     batches = [float32(case.arrays(seed)) for seed in (4, 5)]
     wheres = [some(case, batches[0], seed) for seed in (6, 7)]
@@ -199,7 +206,7 @@ def test_under_vmap(case):
         assert_close(here, case.loss_and_grads(arrays, where=where), eps=16 * EPS)
 
 
-@every_case
+@some_cases
 def test_metrics_carry_no_gradient(case):
     arrays = float32(case.arrays())
     flags = {name: array for name, array in arrays.items() if array.dtype == bool}

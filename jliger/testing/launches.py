@@ -118,6 +118,19 @@ def written_parameters(ptx: str) -> set[int]:
     return written
 
 
+def narrow_row_offsets(ptx: str) -> list[str]:
+    """32-bit products of a program's index, which is a row: rows may start past 2³¹ elements."""
+    instructions = list(_instructions(ptx))
+    rows = {target for _, target, sources in instructions if "%ctaid.x" in sources}
+    assert rows, "no program index"
+    products = ("mul.lo.s32", "mul.lo.u32", "mad.lo.s32", "mad.lo.u32", "shl.b32")
+    return [
+        f"{opcode} {target}{sources}"
+        for opcode, target, sources in instructions
+        if opcode.startswith(products) and rows & set(_registers(sources))
+    ]
+
+
 def _instructions(ptx: str) -> Iterator[tuple[str, str, str]]:
     """Opcode, first operand and the others."""
     body = ptx[ptx.index(".entry") :]

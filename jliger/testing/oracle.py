@@ -16,6 +16,8 @@ import jliger
 
 ON_GPU = jax.default_backend() == "gpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# How many times as many examples Hypothesis tries.
+EXAMPLES = int(os.environ.get("JLIGER_EXAMPLES", "1"))
 
 if ON_GPU:
     IMPLEMENTATIONS = ["xla", "triton"]
@@ -131,13 +133,21 @@ def _jitted(finder: Any, function: Any, static: tuple[tuple[str, Any], ...]) -> 
 def found_by(finder: Any, function: Any, *arrays: Any, options: dict[str, Any]) -> dict[str, Any]:
     """`finder(function, *arrays, options)` under jit; what was compiled for the same options is used again.
 
-    A reference runs op by op on a GPU, where XLA would fuse it and round less than its dtypes say.
+    A reference runs op by op on a GPU, where XLA would fuse it and round less than its dtypes say. So does one without
+    16-bit numbers: few ops are left to compile then, since most tests share their shapes.
     """
-    if ON_GPU and function.__module__ == jliger.reference.__name__:
+    if function.__module__ == jliger.reference.__name__ and (ON_GPU or not _has_16_bits(arrays, options)):
         return finder(function, *arrays, options)
     static = {name: value for name, value in options.items() if not isinstance(value, jax.Array)}
     rest = {name: value for name, value in options.items() if name not in static}
     return _jitted(finder, function, tuple(static.items()))(*arrays, rest)
+
+
+def _has_16_bits(arrays: Any, options: dict[str, Any]) -> bool:
+    dtypes = {array.dtype for array in jax.tree.leaves((arrays, options)) if isinstance(array, jax.Array)}
+    return any(jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2 for dtype in dtypes) or (
+        options.get("logits_dtype") in ("bfloat16", "float16")
+    )
 
 
 def fused(problem: Problem, implementation: str | None = None) -> dict[str, Any]:

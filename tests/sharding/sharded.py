@@ -1,10 +1,12 @@
 """What these tests share: problems, where their arrays may be, and what a result has to be."""
 
 import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -84,6 +86,27 @@ EVERYTHING = {
 def pick(everything: Any, *, on_gpus: Any, interpreted: Any) -> Any:
     """Which cases to run here: all of them only where compiling is cheap."""
     return on_gpus if ON_GPU else interpreted if INTERPRETED else everything
+
+
+def now_and_then(cases: Iterable[Any], often: Callable[[int, Any], bool]) -> list[Any]:
+    """All cases, marked exhaustive but for those of which `often(number, case)` holds."""
+    return [
+        pytest.param(*case, marks=[] if often(number, case) else [pytest.mark.exhaustive])
+        for number, case in enumerate(case if isinstance(case, tuple) else (case,) for case in cases)
+    ]
+
+
+def crossed(firsts: Sequence[Any], cases: Sequence[Any]) -> list[Any]:
+    """Each of `firsts` with each case; every second pair is exhaustive, so that each of both is left."""
+    pairs = [
+        (first, *(case if isinstance(case, tuple) else (case,)), number + turn)
+        for number, first in enumerate(firsts)
+        for turn, case in enumerate(cases)
+    ]
+    return [
+        pytest.param(*pair[:-1], marks=[pytest.mark.exhaustive] if pair[-1] % 2 and len(cases) > 1 else [])
+        for pair in pairs
+    ]
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from sharded import IMPLEMENTATION
+from sharded import IMPLEMENTATION, crossed
 
 import jliger
 from jliger.heads import medusa
@@ -64,8 +64,11 @@ def assert_same(found):
         np.testing.assert_allclose(one, other, rtol=0, atol=little)
 
 
-@pytest.mark.parametrize("of_head", [P(), P(None, "data", "model"), P(None, None, "model")])
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("axis_type", "of_head"),
+    crossed([AxisType.Auto, AxisType.Explicit], [P(), P(None, "data", "model"), P(None, None, "model")]),
+    ids=str,
+)
 def test_medusa_under_jit(axis_type, of_head):
     with jax.set_mesh(jax.make_mesh((2, 2), ("data", "model"), axis_types=(axis_type,) * 2)):
         specs = specs_of_heads(of_head), P("data"), P(None, "data")
@@ -73,8 +76,7 @@ def test_medusa_under_jit(axis_type, of_head):
         assert_same(jax.jit(jax.value_and_grad(total, (0, 1)))(*arrays))
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("parallel", ["tokens", "vocabulary"])
+@pytest.mark.parametrize(("check_vma", "parallel"), crossed([True, False], ["tokens", "vocabulary"]))
 def test_medusa_in_a_shard_map(parallel, check_vma):
     def share(heads, hidden, labels):
         if parallel == "vocabulary":

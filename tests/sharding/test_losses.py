@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from sharded import crossed
 
 from jliger import losses
 from jliger.testing.oracle import INTERPRETED
@@ -59,8 +60,7 @@ def of_logprobs(loss, batch, **options):
     )
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(("axis_type", "name"), crossed([AxisType.Auto, AxisType.Explicit], list(LOSSES)), ids=str)
 def test_sharded_arrays(name, axis_type):
     wanted = of_logprobs(LOSSES[name], batch())
     mesh = mesh_of(axis_type)
@@ -117,8 +117,7 @@ def test_spread_log_probabilities_without_a_mesh_in_scope():
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(("check_vma", "name"), crossed([True, False], list(LOSSES)))
 def test_parts_inside_a_shard_map_with_the_global_count(name, check_vma):
     (wanted, _), wanted_grads = of_logprobs(LOSSES[name], batch())
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jliger.testing.oracle import DTYPES, INTERPRETED, check, fused, make_problem
+from jliger.testing.oracle import DTYPES, EXAMPLES, check, fused, make_problem
 
 pytest.importorskip("hypothesis")
 
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 
 def examples(count):
-    """Each example is a compilation; the same ones every time."""
+    """Each example is a compilation; the same ones every time. .ci/exhaustive asks for more of them."""
     return settings(
-        max_examples=count // 3 if INTERPRETED else count,
+        max_examples=count * EXAMPLES,
         deadline=None,
         derandomize=True,
         database=None,
@@ -54,7 +54,7 @@ losses = st.fixed_dictionaries(
 )
 
 
-@examples(9)
+@examples(6)
 @given(shape=shapes, loss=losses, dtypes=st.sampled_from(DTYPES), scale=st.sampled_from([0.1, 1.0, 10.0]))
 def test_the_rule_of_two(implementation, shape, loss, dtypes, scale):
     # One token's rounding to 16 bits is a throw of dice, which either side may win by more than a factor of two.
@@ -64,7 +64,7 @@ def test_the_rule_of_two(implementation, shape, loss, dtypes, scale):
     check(problem, implementation)
 
 
-@examples(5)
+@examples(3)
 @given(seed=st.integers(0, 2**16), tokens=st.integers(2, 30), reduction=st.sampled_from(["mean", "none"]))
 def test_the_order_of_tokens_is_nothing(implementation, seed, tokens, reduction):
     problem = make_problem(
@@ -85,7 +85,7 @@ def test_the_order_of_tokens_is_nothing(implementation, seed, tokens, reduction)
         np.testing.assert_allclose(other[name], value, rtol=1e-5, atol=3e-6, err_msg=name)
 
 
-@examples(5)
+@examples(3)
 @given(seed=st.integers(0, 2**16), vocab=st.integers(2, 60), reduction=st.sampled_from(["mean", "none"]))
 def test_the_order_of_columns_is_nothing(implementation, seed, vocab, reduction):
     problem = make_problem(
@@ -108,7 +108,7 @@ def test_the_order_of_columns_is_nothing(implementation, seed, vocab, reduction)
         np.testing.assert_allclose(other[name], value, rtol=1e-5, atol=3e-6, err_msg=name)
 
 
-@examples(5)
+@examples(3)
 @given(seed=st.integers(0, 2**16), shift=st.floats(-30, 30, width=16))
 def test_a_shift_of_all_logits_is_nothing(implementation, seed, shift):
     problem = make_problem(seed, bias="float32", label_smoothing=0.2, precision="highest")

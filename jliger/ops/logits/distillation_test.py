@@ -9,10 +9,11 @@ import pytest
 
 from jliger.ops.logits import Block, LogitMap
 from jliger.ops.logits.distillation import PairBlock, PairCoefficients, PairMap, Products, get_pair_rows
-from jliger.testing.oracle import INTERPRETED, every_pair
+from jliger.testing.oracle import INTERPRETED, ON_GPU, every_pair
 
 ROWS = 6
 BETAS = [0.0, 0.1, 0.5, 1.0]
+HAS_TILES = INTERPRETED or ON_GPU
 
 
 def logits_in_float64(product, bias, logit_map):
@@ -146,8 +147,14 @@ def check_pair(implementation, products, block, pair_map, coefficients, dtype="f
         np.testing.assert_allclose(found[:, :width], grads, rtol=half_unit, atol=rounding * size + subnormal)
 
 
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize(("temperature", "labels"), [(1.0, False), (1.0, True), (0.5, True), (3.0, False)])
+@pytest.mark.parametrize(
+    ("temperature", "labels", "beta"),
+    [
+        pytest.param(temperature, labels, beta, marks=[] if (i + j) % 2 == 0 else [pytest.mark.exhaustive])
+        for i, (temperature, labels) in enumerate([(1.0, False), (1.0, True), (3.0, False), (0.5, True)])
+        for j, beta in enumerate(BETAS)
+    ],
+)
 def test_every_divergence(temperature, labels, beta, implementation):
     products, block, coefficients = make_pair(301, padding=3, labels=labels, scale=3)
     pair_map = make_map(301, beta, temperature=temperature, labels=labels)
@@ -169,7 +176,14 @@ def test_maps_of_either_side(options, implementation):
     check_pair(implementation, products, block, pair_map, coefficients)
 
 
-@pytest.mark.parametrize("width", [1, 2, 8, 9, 255, 256, 257, 2049, 8192, 8193, 33000])
+@pytest.mark.parametrize(
+    "width",
+    [
+        # XLA has no tiles.
+        pytest.param(width, marks=[] if HAS_TILES or width in (1, 257, 33000) else [pytest.mark.exhaustive])
+        for width in (1, 2, 8, 9, 255, 256, 257, 2049, 8192, 8193, 33000)
+    ],
+)
 def test_widths_about_those_of_tiles(width, implementation):
     if INTERPRETED and width > 9000:
         pytest.skip("minutes, interpreted")

@@ -1,14 +1,17 @@
 """The row functions of every backend against the same words in numpy and float64."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jliger.ops.logits import Block, Coefficients, LogitMap, StatsWanted, get_rows
-from jliger.testing.oracle import INTERPRETED
+from jliger.testing.oracle import INTERPRETED, ON_GPU, every_pair
 
 ROWS = 6
+HAS_TILES = INTERPRETED or ON_GPU
 BOTH = StatsWanted(weighted_sum=True, mean_logit=True)
 
 
@@ -108,10 +111,22 @@ def check_rows(implementation, product, block, logit_map, coefficients, *, wante
         assert not np.any(np.asarray(found)[:, logit_map.width :]), "padding must have gradient 0"
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("with_lse_and_smoothing", [False, True])
-@pytest.mark.parametrize("vectors", [False, True])
-@pytest.mark.parametrize("by_logit", [False, True])
+BRANCHES = {
+    "by_logit": [False, True],
+    "vectors": [False, True],
+    "with_lse_and_smoothing": [False, True],
+    "softcap": [None, 3.0],
+}
+
+
+def every_branch():
+    """All combinations; those with which any two values of two things meet are enough for every change's tests."""
+    often = [tuple(row.values()) for row in every_pair(BRANCHES)]
+    for branch in itertools.product(*BRANCHES.values()):
+        yield pytest.param(*branch, marks=[] if branch in often else [pytest.mark.exhaustive])
+
+
+@pytest.mark.parametrize(list(BRANCHES), [*every_branch()])
 def test_every_branch(by_logit, vectors, with_lse_and_smoothing, softcap, implementation):
     product, block = make_block(37, padding=3, bias=vectors, class_weights=vectors)
     coefficients = make_coefficients(by_lse=with_lse_and_smoothing, smoothing=with_lse_and_smoothing, by_logit=by_logit)
@@ -119,7 +134,14 @@ def test_every_branch(by_logit, vectors, with_lse_and_smoothing, softcap, implem
     check_rows(implementation, product, block, LogitMap(0.7, softcap, 37), coefficients, wanted=wanted)
 
 
-@pytest.mark.parametrize("width", [1, 2, 7, 8, 9, 255, 256, 257, 2047, 2048, 2049, 8192, 8193, 33000])
+@pytest.mark.parametrize(
+    "width",
+    [
+        # XLA has no tiles.
+        pytest.param(width, marks=[] if HAS_TILES or width in (1, 257, 33000) else [pytest.mark.exhaustive])
+        for width in (1, 2, 7, 8, 9, 255, 256, 257, 2047, 2048, 2049, 8192, 8193, 33000)
+    ],
+)
 def test_widths_about_those_of_tiles(width, implementation):
     if INTERPRETED and width > 9000:
         pytest.skip("minutes, interpreted")
