@@ -22,10 +22,10 @@ def section_table(name: str, table: Callable[[Record], str]) -> Callable[[Path, 
 
     def kind(path: Path, page: Path) -> str:
         del page
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if name not in found:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if name not in result:
             return f"Not measured yet: `{path.name}` has no {name.replace('_', ' ')}."
-        return f"{table(found[name])}\n\n{measured_on(found[name])}"
+        return f"{table(result[name])}\n\n{measured_on(result[name])}"
 
     return kind
 
@@ -118,11 +118,11 @@ def training(section: Record) -> str:
 def memory(section: Record) -> str:
     """XLA's temporary memory with full logits and with jliger."""
     rows = []
-    found = {key_of(record): record for record in section["records"] if record["head"] == "full"}
+    result = {key_of(record): record for record in section["records"] if record["head"] == "full"}
     for record in section["records"]:
         if record["head"] != "jliger":
             continue
-        full = found.get(key_of(record))
+        full = result.get(key_of(record))
         what = [record["what"], record["dtype"]]
         what += [f"chunks of {record['chunk_size']}"] if record.get("chunk_size") else []
         what += [f"{record['microbatches']} microbatches"] if record.get("microbatches", 1) > 1 else []

@@ -27,9 +27,9 @@ MIB = 2**20
 Record = dict[str, Any]
 
 
-def environment(found: Record, records: Sequence[Record]) -> str:
+def environment(result: Record, records: Sequence[Record]) -> str:
     """What the figures of `records` were measured with, in one paragraph."""
-    about = found["environment"]
+    about = result["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     flags = f"`XLA_FLAGS={about['xla_flags']}`" if about.get("xla_flags") else "XLA's default flags"
     driver = f", driver {about['driver']}" if about.get("driver") else ""
@@ -58,11 +58,11 @@ SUMMARY_SHAPES = (
 def summary_table(path: Path, page: Path) -> str:
     """Loss and gradients at five shapes, beside plain JAX and PyTorch Liger at its best chunk budget."""
     del page
-    found = _read(path)
+    result = _read(path)
     rows: list[list[str]] = []
     shown: list[Record] = []
     for shape in SUMMARY_SHAPES:
-        at = {record["name"]: record for record in found["records"] if record["shape"] == shape}
+        at = {record["name"]: record for record in result["records"] if record["shape"] == shape}
         if (own := at.get("jliger, float32 kernel")) is None:
             continue
         plain = next((r for name, r in at.items() if name.startswith("plain JAX") and "bfloat16 logits" in name), {})
@@ -72,16 +72,16 @@ def summary_table(path: Path, page: Path) -> str:
         shown += [own, *([plain] if plain else []), *([liger] if liger else [])]
         rows.append([shape, _ms(own), *speeds, mib(own["extra_mib"]), *_both(plain), *_both(liger)])
     headings = ("N, H, V", "ms", "of the floor", "of the bound", "extra MiB", "plain JAX, ms", "its MiB")
-    return markdown((*headings, "PyTorch Liger at its best, ms", "its MiB"), rows) + "\n\n" + environment(found, shown)
+    return markdown((*headings, "PyTorch Liger at its best, ms", "its MiB"), rows) + "\n\n" + environment(result, shown)
 
 
 def shapes_table(path: Path, page: Path) -> str:
     """Every method that was measured, at every shape."""
     del page
-    found = _read(path)
-    shapes = dict.fromkeys(record["shape"] for record in found["records"])
+    result = _read(path)
+    shapes = dict.fromkeys(record["shape"] for record in result["records"])
     return "\n\n".join(
-        [*(_methods_at(shape, found["records"]) for shape in shapes), environment(found, found["records"])]
+        [*(_methods_at(shape, result["records"]) for shape in shapes), environment(result, result["records"])]
     )
 
 
@@ -190,9 +190,9 @@ def _picture(picture: Path, page: Path, title: str) -> str:
 def train_table(path: Path, page: Path) -> str:
     """What examples/train_lm.py found, from its summary."""
     del page
-    found = json.loads(path.read_text(encoding="utf-8"))
-    columns = [found["heads"][head] for head in ("full", "jliger")]
-    comparison = found["comparison"]
+    result = json.loads(path.read_text(encoding="utf-8"))
+    columns = [result["heads"][head] for head in ("full", "jliger")]
+    comparison = result["comparison"]
 
     def row(name: str, cell: Callable[[Record], str]) -> list[str]:
         return [name, *map(cell, columns)]
@@ -208,8 +208,8 @@ def train_table(path: Path, page: Path) -> str:
     ]
     return (
         markdown(("", "full logits", "jliger"), rows)
-        + f"\n\nOn {found['device']}, jax {found['jax']}: vocabulary {found['vocab_size']}, hidden size "
-        f"{found['hidden_size']}, {found['batch_size']} × {found['length']} tokens a step, {found['dtype']}. Over "
+        + f"\n\nOn {result['device']}, jax {result['jax']}: vocabulary {result['vocab_size']}, hidden size "
+        f"{result['hidden_size']}, {result['batch_size']} × {result['length']} tokens a step, {result['dtype']}. Over "
         f"{comparison['steps']} steps the training losses differ by at most "
         f"{comparison['largest_relative_difference']:.1e} of the loss. The step's temporary memory is "
         f"{comparison['temporary_memory_saving_percent']:.1f} % less, all its memory "
@@ -220,21 +220,21 @@ def train_table(path: Path, page: Path) -> str:
 def distill_table(path: Path, page: Path) -> str:
     """What examples/distill.py found, from its summary."""
     del page
-    found = json.loads(path.read_text(encoding="utf-8"))
+    result = json.loads(path.read_text(encoding="utf-8"))
     titles = {"teacher": "teacher", "alone": "student, labels alone", "distilled": "student, with teacher"}
     rows = [
         [
             title,
-            *(f"{found['models'][name][key]:,}" for key in ("parameters", "steps", "tokens")),
-            f"{found['models'][name]['heldout']['loss']:.4f}",
+            *(f"{result['models'][name][key]:,}" for key in ("parameters", "steps", "tokens")),
+            f"{result['models'][name]['heldout']['loss']:.4f}",
         ]
         for name, title in titles.items()
     ]
-    settings, comparison = found["settings"], found["comparison"]
-    full, fused = (found["heads"][head]["memory_bytes"]["temporary"] / MIB for head in ("full", "jliger"))
+    settings, comparison = result["settings"], result["comparison"]
+    full, fused = (result["heads"][head]["memory_bytes"]["temporary"] / MIB for head in ("full", "jliger"))
     return (
         markdown(("", "parameters", "steps", "tokens to learn from", "held-out loss"), rows)
-        + f"\n\nOn {found['device']}, jax {found['jax']}: vocabulary {settings['vocab_size']}, "
+        + f"\n\nOn {result['device']}, jax {result['jax']}: vocabulary {settings['vocab_size']}, "
         f"{settings['batch_size']} × {settings['length']} tokens a step, {settings['dtype']}. The step with the "
         f"teacher takes {full:.1f} MiB of temporary memory with full logits of both models and {fused:.1f} MiB with "
         f"jliger, {comparison['temporary_memory_saving_percent']:.1f} % less; over {comparison['steps']} steps the two "
@@ -245,10 +245,10 @@ def distill_table(path: Path, page: Path) -> str:
 def post_training_table(path: Path, page: Path) -> str:
     """Steps of examples/sweep_post_training.py, each head beside the other."""
     del page
-    found = json.loads(path.read_text(encoding="utf-8"))
-    at = {(record["loss"], record["head"]): record for record in found["records"]}
+    result = json.loads(path.read_text(encoding="utf-8"))
+    at = {(record["loss"], record["head"]): record for record in result["records"]}
     rows = []
-    for loss in dict.fromkeys(record["loss"] for record in found["records"]):
+    for loss in dict.fromkeys(record["loss"] for record in result["records"]):
         full, fused = at[loss, "full"], at[loss, "jliger"]
         peaks = [record["peak_bytes"] / 2**30 for record in (full, fused)]
         speeds = [f"{record['tokens_per_second']:,.0f}" for record in (full, fused)]
@@ -263,7 +263,7 @@ def post_training_table(path: Path, page: Path) -> str:
         "full, tokens/s",
         "jliger, tokens/s",
     )
-    about, first = found["environment"], found["records"][0]
+    about, first = result["environment"], result["records"][0]
     return (
         markdown(headings, rows)
         + f"\n\n{first['config']} ({about['parameters']:,} parameters in {first['parameters']}, arithmetic in "

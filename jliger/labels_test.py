@@ -30,18 +30,18 @@ def test_against_shifting_by_hand(batch, by, masked, packed):
     tokens = random.integers(0, 50, (*batch, LENGTH)).astype(np.int32)
     mask = random.random(tokens.shape) < 0.6 if masked else None
     segment_ids = np.sort(random.integers(0, 3, tokens.shape), axis=-1) if packed else None
-    found = jax.jit(lambda *arrays: jliger.shift_labels(*arrays[:2], by, segment_ids=arrays[2], ignore_index=-7))(
+    result = jax.jit(lambda *arrays: jliger.shift_labels(*arrays[:2], by, segment_ids=arrays[2], ignore_index=-7))(
         tokens, mask, segment_ids
     )
-    np.testing.assert_array_equal(found, by_hand(tokens, mask, by, segment_ids, -7))
-    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(result, by_hand(tokens, mask, by, segment_ids, -7))
+    assert result.dtype == jnp.int32
 
 
 def test_several_distances():
     random = np.random.default_rng(0)
     tokens, mask = random.integers(0, 50, (3, LENGTH)), random.random((3, LENGTH)) < 0.5
-    found = jliger.shift_labels(tokens, mask, by=range(1, 4))
-    np.testing.assert_array_equal(found, [jliger.shift_labels(tokens, mask, by=by) for by in (1, 2, 3)])
+    result = jliger.shift_labels(tokens, mask, by=range(1, 4))
+    np.testing.assert_array_equal(result, [jliger.shift_labels(tokens, mask, by=by) for by in (1, 2, 3)])
 
 
 def test_padding_segment():
@@ -58,8 +58,8 @@ def test_padding_segment():
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32", "int16"])
 def test_ignore_index_always_fits(dtype):
-    found = jliger.shift_labels(np.array([1, 2, 100], dtype))
-    assert found.tolist() == [2, 100, -100]
+    result = jliger.shift_labels(np.array([1, 2, 100], dtype))
+    assert result.tolist() == [2, 100, -100]
 
 
 @pytest.mark.parametrize(

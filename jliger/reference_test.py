@@ -115,13 +115,13 @@ def test_reductions_by_hand(loss_fn):
     labels, weights = [0, 1, 2, -100], jnp.asarray([1.0, 2, 0.5, 9])
     nll = np.log([2, 4, 4])
     weighted = np.array([1, 2, 0.5]) * nll
-    found = {
+    result = {
         reduction: of_logits(loss_fn, logits, labels, reduction=reduction, weights=weights)
         for reduction in ("mean", "sum", "none")
     }
-    np.testing.assert_allclose(found["none"], [*weighted, 0], rtol=1e-6)
-    np.testing.assert_allclose(found["sum"], weighted.sum(), rtol=1e-6)
-    np.testing.assert_allclose(found["mean"], weighted.sum() / 3.5, rtol=1e-6)
+    np.testing.assert_allclose(result["none"], [*weighted, 0], rtol=1e-6)
+    np.testing.assert_allclose(result["sum"], weighted.sum(), rtol=1e-6)
+    np.testing.assert_allclose(result["mean"], weighted.sum() / 3.5, rtol=1e-6)
     np.testing.assert_allclose(of_logits(loss_fn, logits, labels), nll.mean(), rtol=1e-6)
     np.testing.assert_allclose(of_logits(loss_fn, logits, labels, normalizer=10), nll.sum() / 10, rtol=1e-6)
     where = jnp.asarray([True, False, True, True])

@@ -40,8 +40,8 @@ def all_options(hidden, kernel):
 
 
 def of_logprobs(hidden, kernel):
-    found = jliger.linear_logprobs(hidden, kernel, LABELS, bias=BIAS, adapter=ADAPTER)
-    return found.logprobs.sum() + found.entropy.sum()
+    result = jliger.linear_logprobs(hidden, kernel, LABELS, bias=BIAS, adapter=ADAPTER)
+    return result.logprobs.sum() + result.entropy.sum()
 
 
 def distilled(hidden, kernel):

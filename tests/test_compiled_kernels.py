@@ -11,7 +11,13 @@ import pytest
 import jliger
 from jliger import losses
 from jliger.ops.logits import Block, Coefficients, LogitMap, StatsWanted, get_rows
-from jliger.ops.logits.distillation import PairBlock, PairCoefficients, PairMap, Products, get_pair_rows
+from jliger.ops.logits.distillation import (
+    DistillationBlock,
+    DistillationCoefficients,
+    DistillationMap,
+    Products,
+    get_distillation_rows,
+)
 from jliger.testing.launches import HAS_PLUGIN, launches, lowered, narrow_row_offsets, pointers, written_parameters
 from jliger.testing.oracle import every_pair
 
@@ -81,15 +87,15 @@ def all_pair_kernels(branch):
     """A function that calls all four kernels of pairs in one form, and its arguments' shapes."""
     tokens, width = 4, branch["width"]
     stride = width + -width % 8
-    rows = get_pair_rows("triton", branch["capability"])
+    rows = get_distillation_rows("triton", branch["capability"])
 
     def shape(*dims, dtype="float32"):
         return jax.ShapeDtypeStruct(dims, dtype)
 
     labels = shape(tokens, dtype="int32")
-    block = PairBlock(*(Block(shape(stride) if bias else None, None, labels) for bias in branch["biases"]))
+    block = DistillationBlock(*(Block(shape(stride) if bias else None, None, labels) for bias in branch["biases"]))
     of_labels = (shape(tokens) if branch["labels"] else None,) * 2
-    pair_map = PairMap(
+    distillation_map = DistillationMap(
         *(LogitMap(0.5, softcap, width) for softcap in branch["softcaps"]),
         branch["beta"],
         branch["temperature"],
@@ -98,14 +104,16 @@ def all_pair_kernels(branch):
     dtype = jnp.dtype(branch["dtypes"][0])
 
     def call(products, block, coefficients):
-        stats = rows.pair_stats(products, block, pair_map)
-        divergence = rows.pair_divergence(products, block, pair_map, stats)
-        grads = rows.pair_grads(products, block, pair_map, stats, divergence.slope, coefficients, dtype=dtype)
-        at_once = rows.pair_stats_and_grads(products, block, pair_map, coefficients, dtype=dtype)
+        stats = rows.distillation_stats(products, block, distillation_map)
+        divergence = rows.distillation_divergence(products, block, distillation_map, stats)
+        grads = rows.distillation_grads(
+            products, block, distillation_map, stats, divergence.slope, coefficients, dtype=dtype
+        )
+        at_once = rows.distillation_stats_and_grads(products, block, distillation_map, coefficients, dtype=dtype)
         return stats, divergence, grads, at_once
 
     products = Products(*(shape(tokens, stride, dtype=dtype) for dtype in branch["dtypes"]))
-    return call, (products, block, PairCoefficients(shape(tokens), *of_labels))
+    return call, (products, block, DistillationCoefficients(shape(tokens), *of_labels))
 
 
 def assemble(ptx, capability, folder):

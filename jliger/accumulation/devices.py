@@ -140,14 +140,14 @@ class Layout(NamedTuple):
                 )
         leaves, structure = jax.tree.flatten(differentiated)
         if specs is None:
-            found = [_typed_spec(leaf) for leaf in leaves]
+            result = [_typed_spec(leaf) for leaf in leaves]
         else:
             try:
                 full = jax.tree.broadcast(specs, differentiated, is_leaf=lambda spec: spec is None)
             except ValueError as error:
                 raise ValueError(f"specs got a tree that is no prefix of what is differentiated: {error}") from error
-            found = [P() if spec is None else spec for spec in structure.flatten_up_to(full)]
-        return cls(mesh, axes, tuple(found))
+            result = [P() if spec is None else spec for spec in structure.flatten_up_to(full)]
+        return cls(mesh, axes, tuple(result))
 
     @property
     def shares(self) -> int:

@@ -221,9 +221,9 @@ def _accumulate(plan: _Plan, call: Call, group: Devices, operands: Operands) -> 
         )
 
     if count == 1:
-        found, gradients = _forward_and_backward(plan, call, of_microbatch(jnp.int32(0), operands.state))
-        sums, state = found.sums, found.state
-        rows = jax.tree.map(lambda array: array[None], found.rows)
+        microbatch_result, gradients = _forward_and_backward(plan, call, of_microbatch(jnp.int32(0), operands.state))
+        sums, state = microbatch_result.sums, microbatch_result.state
+        rows = jax.tree.map(lambda array: array[None], microbatch_result.rows)
     else:
         sums, gradients, state, rows = _loop(plan, call, group, operands, of_microbatch)
 
@@ -255,9 +255,9 @@ def _loop(
 
     def add(carry: tuple[_Sums, Tree, State], index: Int[Array, ""]) -> tuple[tuple[_Sums, Tree, State], Tree]:
         sums, gradients, state = carry
-        found, more = _forward_and_backward(plan, call, of_microbatch(index, state))
-        sums, gradients = jax.tree.map(jnp.add, (sums, gradients), (found.sums, more))
-        return (sums, gradients, found.state), found.rows
+        microbatch_result, more = _forward_and_backward(plan, call, of_microbatch(index, state))
+        sums, gradients = jax.tree.map(jnp.add, (sums, gradients), (microbatch_result.sums, more))
+        return (sums, gradients, microbatch_result.state), microbatch_result.rows
 
     types = jax.eval_shape(lambda: _forward(plan, call, of_microbatch(jnp.int32(0), operands.state)))
     start = (
@@ -273,14 +273,14 @@ def _forward_and_backward(plan: _Plan, call: Call, operands: Operands) -> tuple[
     """A microbatch's sums, and the gradients of its sum of losses."""
 
     def loss_of(differentiated: Tree) -> tuple[Float[Array, ""], _Found]:
-        found = _forward(plan, call, operands._replace(differentiated=differentiated))
-        return found.sums.loss, found
+        microbatch_result = _forward(plan, call, operands._replace(differentiated=differentiated))
+        return microbatch_result.sums.loss, microbatch_result
 
-    loss, pull_back, found = jax.vjp(loss_of, operands.differentiated, has_aux=True)
+    loss, pull_back, microbatch_result = jax.vjp(loss_of, operands.differentiated, has_aux=True)
     # Those of its mean, times its weight: in float16 a sum's might not fit.
-    scale = weight_divisor(found.sums.weight)
+    scale = weight_divisor(microbatch_result.sums.weight)
     (gradients,) = pull_back(devices.typed_like(1 / scale, loss))
-    return found, jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(leaf.dtype)) * scale, gradients)
+    return microbatch_result, jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(leaf.dtype)) * scale, gradients)
 
 
 def _forward(plan: _Plan, call: Call, operands: Operands) -> _Found:
@@ -292,7 +292,9 @@ def _forward(plan: _Plan, call: Call, operands: Operands) -> _Found:
         raise ValueError(f"aux_reduction got a tree that is no prefix of what loss_fn returns: {error}") from error
 
     def of_kind(kind: AuxReduction, value: Callable[[Array], Array]) -> Tree:
-        return jax.tree.map(lambda found, leaf: value(jnp.asarray(leaf)) if found == kind else None, kinds, aux)
+        return jax.tree.map(
+            lambda microbatch_result, leaf: value(jnp.asarray(leaf)) if microbatch_result == kind else None, kinds, aux
+        )
 
     def weighted(leaf: Array) -> Array:
         # The mean of nothing may be a NaN.
@@ -334,8 +336,8 @@ def _aux(total: Array | None, weighted: Array | None, rows: Array | None, weight
 def _checked(result: Any) -> tuple[Float[Array, ""], Float[Array, ""], Tree]:
     """The loss's sum, its weight and aux, the first two in the dtype of sums."""
     if type(result) is not tuple or len(result) not in (2, 3):
-        found = f"{len(result)} results" if type(result) is tuple else type(result).__name__
-        raise TypeError(f"loss_fn returned {found}; return (sum, weight) or (sum, weight, aux).")
+        microbatch_result = f"{len(result)} results" if type(result) is tuple else type(result).__name__
+        raise TypeError(f"loss_fn returned {microbatch_result}; return (sum, weight) or (sum, weight, aux).")
     scalars = []
     for name, value in zip(("sum of losses", "weight"), result, strict=False):
         if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float):

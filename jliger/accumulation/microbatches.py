@@ -27,8 +27,8 @@ def check_rows(batch: tuple[Tree, ...], num_microbatches: int, shares: int) -> N
     if not rows:
         raise ValueError("batch got no array; pass arrays whose first dimension is the batch's.")
     if len(rows) > 1:
-        found = ", ".join(f"{count} at {path}" for count, path in rows.items())
-        raise ValueError(f"batch got arrays of different numbers of rows: {found}; all have a row an example.")
+        result = ", ".join(f"{count} at {path}" for count, path in rows.items())
+        raise ValueError(f"batch got arrays of different numbers of rows: {result}; all have a row an example.")
     (count,) = rows
     if count % (num_microbatches * shares):
         among = f" over {shares} devices" if shares > 1 else ""

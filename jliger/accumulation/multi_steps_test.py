@@ -70,16 +70,16 @@ def test_the_whole_batches_updates(name):
     with jax.enable_x64(True):
         updates = rows_of_calls()
         expected = by_whole_batches(OPTIMIZERS[name](), updates)
-        found = by_calls(jliger.weighted_multi_steps(OPTIMIZERS[name](), 3), updates)
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), found, expected)
+        result = by_calls(jliger.weighted_multi_steps(OPTIMIZERS[name](), 3), updates)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), result, expected)
 
 
 def test_unweighted_means_are_not():
     with jax.enable_x64(True):
         updates = rows_of_calls()
         expected = by_whole_batches(OPTIMIZERS["sgd"](), updates)
-        found = by_calls(optax.MultiSteps(OPTIMIZERS["sgd"](), 3), updates, weighted=False)
-        assert np.linalg.norm(found["kernel"] - expected["kernel"]) > 0.01
+        result = by_calls(optax.MultiSteps(OPTIMIZERS["sgd"](), 3), updates, weighted=False)
+        assert np.linalg.norm(result["kernel"] - expected["kernel"]) > 0.01
 
 
 def test_one_call_an_update_is_the_optimizer_itself():
@@ -91,9 +91,9 @@ def test_one_call_an_update_is_the_optimizer_itself():
     of_call = jax.jit(optimizer.update)
     for seed in range(3):
         grads = random_like(params, seed)
-        found, state = of_call(grads, state, params, weight=17)
+        result, state = of_call(grads, state, params, weight=17)
         expected, inner_state = inner.update(grads, inner_state, params)
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        jax.tree.map(np.testing.assert_array_equal, result, expected)
         assert state.has_updated
 
 
@@ -161,12 +161,12 @@ def test_clipping_sees_the_mean():
 
 def run(optimizer, gradients_and_weights):
     """Updates of calls for one parameter."""
-    state, found = optimizer.init(jnp.float32(0)), []
+    state, result = optimizer.init(jnp.float32(0)), []
     of_call = jax.jit(optimizer.update)
     for gradient, weight in gradients_and_weights:
         update, state = of_call(jnp.float32(gradient), state, jnp.float32(0), weight=weight)
-        found.append(float(update))
-    return found
+        result.append(float(update))
+    return result
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -290,8 +290,8 @@ def test_microbatches_within_calls():
         optimizer, params = jliger.weighted_multi_steps(optax.adam(0.1), 3), initial()
         state = optimizer.init(params)
         for rows in calls:
-            found, gradients = jliger.accumulate_gradients(sums, 4)(params, rows)
-            updates, state = optimizer.update(gradients, state, params, weight=found.weight)
+            result, gradients = jliger.accumulate_gradients(sums, 4)(params, rows)
+            updates, state = optimizer.update(gradients, state, params, weight=result.weight)
             params = optax.apply_updates(params, updates)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), params, expected)
 
@@ -302,8 +302,8 @@ def test_nnx_optimizer():
 
     @nnx.jit
     def step(model, optimizer, rows):
-        found, gradients = jliger.accumulate_gradients(sums, 1)(model, rows)
-        optimizer.update(model, gradients, weight=found.weight)
+        result, gradients = jliger.accumulate_gradients(sums, 1)(model, rows)
+        optimizer.update(model, gradients, weight=result.weight)
 
     calls = rows_of_calls()[0]
     model, whole = (nnx.Linear(SIZE, 1, rngs=nnx.Rngs(0)) for _ in range(2))
@@ -328,8 +328,8 @@ def test_train_state():
         return jnp.sum(jnp.square(decoder.apply(params, rows[:, :-1])[:, 0] - rows[:, -1])), rows.shape[0]
 
     def step(state, rows):
-        found, gradients = jliger.accumulate_gradients(sums, 1)(state.params, rows)
-        updates, opt_state = state.tx.update(gradients, state.opt_state, state.params, weight=found.weight)
+        result, gradients = jliger.accumulate_gradients(sums, 1)(state.params, rows)
+        updates, opt_state = state.tx.update(gradients, state.opt_state, state.params, weight=result.weight)
         params = optax.apply_updates(state.params, updates)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
 

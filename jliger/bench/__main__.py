@@ -46,8 +46,8 @@ def _show(written: dict[str, Path]) -> None:
     from jliger.bench import plot
 
     for what, path in written.items():
-        found = report.read_json(path)
-        print(report.table(found["records"], report.MESH_COLUMNS if what == "mesh" else report.COLUMNS))
+        result = report.read_json(path)
+        print(report.table(result["records"], report.MESH_COLUMNS if what == "mesh" else report.COLUMNS))
         print("wrote", path, *plot.draw(what, path))
 
 

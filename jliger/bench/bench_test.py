@@ -22,8 +22,8 @@ def test_bursts_alternate_and_wait_once_each():
     def thing(name):
         return Timed(lambda: happened.append(name), lambda _: happened.append(f"{name} waited for"))
 
-    found = time_in_turn({"a": thing("a"), "b": thing("b")}, Effort(bursts=3, seconds=0))
-    assert [len(seconds) for seconds in found.values()] == [3, 3]
+    result = time_in_turn({"a": thing("a"), "b": thing("b")}, Effort(bursts=3, seconds=0))
+    assert [len(seconds) for seconds in result.values()] == [3, 3]
     # Two calls of each tell how many fill a burst: here one does.
     calibration, bursts = happened[:6], happened[6:]
     assert calibration == ["a", "a", "a waited for", "b", "b", "b waited for"]
@@ -48,24 +48,24 @@ def test_bytes_that_are_moved_outside_of_products():
     ("shape", "tokens", "times"), [((8192, 4096, 128256), 8192, 1), ((131072, 4096, 128256), 32768, 4)]
 )
 def test_a_floor_of_many_logits_is_that_of_fewer_tokens_several_times(shape, tokens, times):
-    part, found = problem.floor_part(Shape(*shape))
-    assert (part.tokens, found) == (tokens, times)
+    part, result = problem.floor_part(Shape(*shape))
+    assert (part.tokens, result) == (tokens, times)
 
 
 def test_the_floor_is_the_products_of_the_layer():
     rng = np.random.default_rng(0)
     hidden, kernel, grads = (rng.normal(size=size).astype(np.float32) for size in ((16, 8), (8, 32), (16, 32)))
-    found = problem.three_products(*map(jnp.asarray, (hidden, kernel, grads)))
-    for one, expected in zip(found, (hidden @ kernel, grads @ kernel.T, hidden.T @ grads), strict=True):
+    result = problem.three_products(*map(jnp.asarray, (hidden, kernel, grads)))
+    for one, expected in zip(result, (hidden @ kernel, grads @ kernel.T, hidden.T @ grads), strict=True):
         np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_shares_are_of_medians_in_the_same_bursts():
     floors = {THREE: Floor(THREE, lambda: None, tuple, times=2, flops=1)}
-    found = {THREE: [1.0, 2.0, 9.0], "own": [8.0, 5.0, 4.0]}
-    record = measure.speed(found, floors, 10.0, "own", THREE, Bound((THREE,), 5))
+    result = {THREE: [1.0, 2.0, 9.0], "own": [8.0, 5.0, 4.0]}
+    record = measure.speed(result, floors, 10.0, "own", THREE, Bound((THREE,), 5))
     assert (record["milliseconds"], record["of_floor"], record["of_bound"]) == (5000.0, 4 / 5, 4.5 / 5)
-    assert "of_bound" not in measure.speed(found, floors, None, "own", THREE, Bound((THREE,), 5))
+    assert "of_bound" not in measure.speed(result, floors, None, "own", THREE, Bound((THREE,), 5))
 
 
 def test_processes_are_merged_by_medians():
@@ -112,13 +112,13 @@ def test_a_shape_is_measured():
     programs = measure.Programs([small], time_first_calls=True)
     with tqdm(disable=True) as progress:
         records = measure.measure_methods(small, programs, 1e9, Effort(1, 0), progress)
-    found = {record["name"]: record for record in records}
-    assert list(found) == [ONE, "own", "large", "other"]
-    assert found["own"]["of_floor"] > 0
-    assert found["own"]["first_call"]["all"] > 0
-    assert found["other"]["baseline"] == "own"
-    assert "milliseconds" not in found["large"]
-    assert found["large"]["extra_mib"] == found["own"]["extra_mib"]
+    result = {record["name"]: record for record in records}
+    assert list(result) == [ONE, "own", "large", "other"]
+    assert result["own"]["of_floor"] > 0
+    assert result["own"]["first_call"]["all"] > 0
+    assert result["other"]["baseline"] == "own"
+    assert "milliseconds" not in result["large"]
+    assert result["large"]["extra_mib"] == result["own"]["extra_mib"]
     assert measure._time_what_fits(small, {"fails": Timed(fails)}, Effort(1, 0)) == {}
 
 
@@ -129,8 +129,8 @@ def test_plain_jax_computes_what_the_operation_does():
         ways = (methods.plain_loss(*operands, "float32"), methods.checkpointed_chunks(*operands, chunk=8))
         return reference.fused_linear_cross_entropy(*operands), ways
 
-    expected, found = losses()
-    np.testing.assert_allclose(found, [expected] * 2, rtol=1e-5)
+    expected, result = losses()
+    np.testing.assert_allclose(result, [expected] * 2, rtol=1e-5)
 
 
 def test_a_cpu_measures_one_small_shape():

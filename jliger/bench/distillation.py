@@ -58,7 +58,7 @@ def problems() -> list[Problem]:
 def _methods(shape: Shape, *, on_gpu: bool) -> list[Method]:
     # Both models' logits are read once, the student's gradients written once, and both kernels cast.
     casts = shape.student.cast_bytes + shape.teacher.cast_bytes
-    found: list[Method] = []
+    result: list[Method] = []
     for dtype in DTYPES if on_gpu else ("float32",):
         # Of a bfloat16 kernel it is the float32 sum of the student's gradients that is cast.
         bound = Bound(
@@ -67,11 +67,11 @@ def _methods(shape: Shape, *, on_gpu: bool) -> list[Method]:
         betas = {"JSD": 0.5, "forward KL": 0.0, "reverse KL": 1.0} if dtype == "float32" else {"JSD": 0.5}
         for name, beta in betas.items():
             step = _loss_and_gradients(_fused, beta=beta)
-            found.append(Method(f"{name}, {dtype} kernels", step, dtype, FOUR, bound))
+            result.append(Method(f"{name}, {dtype} kernels", step, dtype, FOUR, bound))
     hard = _loss_and_gradients(_fused, beta=0.5, temperature=2.0, hard_weight=0.5)
     alone = Bound((TWO,), 2 * shape.student.logit_bytes + casts)
     return [
-        *found,
+        *result,
         Method("JSD with labels, temperature 2, float32 kernels", hard, floor=FOUR),
         Method("JSD, student kernel frozen, float32 kernels", _loss_and_gradients(_fused, (0,), beta=0.5), floor=FOUR),
         Method("JSD, loss alone, float32 kernels", _of_arrays(_fused, beta=0.5), floor=TWO, bound=alone),

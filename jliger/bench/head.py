@@ -23,18 +23,18 @@ def problems(*, with_peers: bool = False, quick: bool = False, only: Sequence[st
     if quick:
         quick_methods = [*methods.own(MAIN), *methods.flagged(MAIN), methods.plain()]
         return [problem(MAIN, quick_methods, with_peers=with_peers)]
-    found = [problem(MAIN, _all_methods(MAIN), with_peers=with_peers)]
+    result = [problem(MAIN, _all_methods(MAIN), with_peers=with_peers)]
     for shape in SMALL:
         some = [*methods.own(shape), *methods.per_token(shape, ["float32"]), methods.plain()]
         some += methods.flagged(shape) if shape == SMALL[-1] else []
-        found.append(problem(shape, some, with_peers=with_peers))
+        result.append(problem(shape, some, with_peers=with_peers))
     # Where all logits don't fit, or nearly, the compiler says how much memory they would take.
     memory_of = [methods.plain(dtype, memory_only=True) for dtype in ("bfloat16", "float32")]
-    found.append(problem(LONG[0], [*methods.own(LONG[0]), methods.plain(), memory_of[1]]))
-    found.append(problem(RAGGED, methods.own(RAGGED, ["float32"]), floors_of=MAIN))
-    found += [problem(shape, methods.own(shape, ["float32"])) for shape in OTHERS]
-    found.append(problem(LONG[1], [*methods.own(LONG[1], ["float32"]), *memory_of]))
-    return [one for one in found if not only or str(one.shape) in only]
+    result.append(problem(LONG[0], [*methods.own(LONG[0]), methods.plain(), memory_of[1]]))
+    result.append(problem(RAGGED, methods.own(RAGGED, ["float32"]), floors_of=MAIN))
+    result += [problem(shape, methods.own(shape, ["float32"])) for shape in OTHERS]
+    result.append(problem(LONG[1], [*methods.own(LONG[1], ["float32"]), *memory_of]))
+    return [one for one in result if not only or str(one.shape) in only]
 
 
 def problem(

@@ -22,18 +22,18 @@ def problems() -> list[Problem]:
 
 
 def _methods(shape: Shape) -> list[Method]:
-    found: list[Method] = []
+    result: list[Method] = []
     for dtype in DTYPES if jax.default_backend() == "gpu" else ("float32",):
         recomputed = recomputed_bound(shape, dtype)
         # Kept logits are read twice, and their gradients written once; no product is taken twice.
         kept = Bound((THREE,), 3 * shape.logit_bytes + shape.cast_bytes)
-        found += [
+        result += [
             Method(f"forward alone, {dtype} kernel", _forward, dtype, ONE, forward_bound(shape, dtype)),
             Method(f"forward and backward, {dtype} kernel", _and_gradients(_logprobs), dtype, bound=recomputed),
             Method(f"logits kept, {dtype} kernel", _and_gradients(_logprobs, keep_logits=True), dtype, bound=kept),
         ]
     return [
-        *found,
+        *result,
         Method("with the entropy's gradient, float32 kernel", _and_gradients(_logprobs_and_entropy)),
         Method(f"an adapter of rank {RANK}, kernel frozen", _adapter_gradients),
         Method("plain JAX (jliger.reference)", _and_gradients(_plain)),
@@ -49,8 +49,8 @@ def _logprobs(hidden: Array, kernel: Array, labels: Array, **options: Any) -> An
 
 
 def _logprobs_and_entropy(hidden: Array, kernel: Array, labels: Array) -> Any:
-    found = jliger.linear_logprobs(hidden, kernel, labels)
-    return found.logprobs, found.entropy
+    result = jliger.linear_logprobs(hidden, kernel, labels)
+    return result.logprobs, result.entropy
 
 
 def _plain(hidden: Array, kernel: Array, labels: Array) -> Any:
@@ -60,11 +60,11 @@ def _plain(hidden: Array, kernel: Array, labels: Array) -> Any:
 def _and_gradients(function: Callable[..., Any], **options: Any) -> Callable[[Array, Array, Array], Any]:
     """Values, and gradients with cotangents that differ from token to token."""
 
-    def found(hidden: Array, kernel: Array, labels: Array) -> Any:
+    def result(hidden: Array, kernel: Array, labels: Array) -> Any:
         values, pull_back = jax.vjp(lambda *args: function(*args, labels, **options), hidden, kernel)
         return values, pull_back(jax.tree.map(_cotangent, values))
 
-    return found
+    return result
 
 
 def _adapter_gradients(hidden: Array, kernel: Array, labels: Array) -> Any:

@@ -116,8 +116,8 @@ def measure_methods(
     for group in _groups(problem.methods):
         things = {m.name: thing for m in group if (thing := calls.of_method(m)) is not None}
         wanted = [name for name in floors if any(name in _floors_of(method) for method in group)]
-        found = _time_what_fits(problem, {**calls.of_floors(wanted), **things} if things else {}, effort)
-        _keep_floors(records, floors, found)
+        times = _time_what_fits(problem, {**calls.of_floors(wanted), **things} if things else {}, effort)
+        _keep_floors(records, floors, times)
         for method in group:
             if method.name in records:
                 continue
@@ -127,10 +127,10 @@ def measure_methods(
                 record["flags"] = _shown(method.flags)
             if stages := programs.first_calls.get((str(problem.shape), method.name)):
                 record["first_call"] = stages
-            if method.name in found:
-                record |= speed(found, floors, bandwidth, method.name, method.floor, method.bound)
-                if method.baseline in found:
-                    baseline, own = (timing.median(found[name]) for name in (method.baseline, method.name))
+            if method.name in times:
+                record |= speed(times, floors, bandwidth, method.name, method.floor, method.bound)
+                if method.baseline in times:
+                    baseline, own = (timing.median(times[name]) for name in (method.baseline, method.name))
                     record |= {"baseline": method.baseline, "of_baseline": baseline / own}
             records[method.name] = record
     return list(records.values())
@@ -146,18 +146,18 @@ def measure_peers(problem: Problem, programs: Programs, effort: Effort, progress
         starts = {name: timing.first_call(thing) for name, (thing, _) in prepared.items()}
         wanted = [name for name in floors if any(name == peer.floor for peer in peers)]
         things = {name: thing for name, (thing, _) in prepared.items()}
-        found = _time_what_fits(problem, {**calls.of_floors(wanted), **things}, effort)
+        times = _time_what_fits(problem, {**calls.of_floors(wanted), **things}, effort)
         for peer in peers:
             progress.update()
-            if peer.name in found:
+            if peer.name in times:
                 about: Record = {"name": peer.name, "first_call": {"all": starts[peer.name]}}
                 about["extra_mib"] = prepared[peer.name][1]() / MIB
-                records.append(about | speed(found, floors, None, peer.name, peer.floor, None))
+                records.append(about | speed(times, floors, None, peer.name, peer.floor, None))
     return records
 
 
 def speed(
-    found: Mapping[str, list[float]],
+    times: Mapping[str, list[float]],
     floors: Mapping[str, Floor],
     bandwidth: float | None,
     name: str,
@@ -168,9 +168,9 @@ def speed(
 
     A floor that did not fit leaves its shares out, and so does a bandwidth of None.
     """
-    own = timing.median(found[name])
-    medians = {key: timing.median(found[key]) * floors[key].times for key in floors if key in found}
-    record: Record = {"milliseconds": own * 1e3, "bursts": [1e3 * seconds for seconds in found[name]]}
+    own = timing.median(times[name])
+    medians = {key: timing.median(times[key]) * floors[key].times for key in floors if key in times}
+    record: Record = {"milliseconds": own * 1e3, "bursts": [1e3 * seconds for seconds in times[name]]}
     if floor in medians:
         record |= {"floor": floor, "floor_milliseconds": 1e3 * medians[floor], "of_floor": medians[floor] / own}
     if bound is not None and bandwidth is not None and medians.keys() >= set(bound.floors):
@@ -222,16 +222,16 @@ def _time_what_fits(problem: Problem, things: Mapping[str, Timed], effort: Effor
     return timing.time_in_turn(fitting, effort)
 
 
-def _keep_floors(records: dict[str, Record], floors: Mapping[str, Floor], found: Mapping[str, list[float]]) -> None:
+def _keep_floors(records: dict[str, Record], floors: Mapping[str, Floor], times: Mapping[str, list[float]]) -> None:
     """Records of floors, from the first group that was timed with them."""
     for floor in floors.values():
-        if floor.name in found and floor.name not in records:
-            seconds = timing.median(found[floor.name]) * floor.times
+        if floor.name in times and floor.name not in records:
+            seconds = timing.median(times[floor.name]) * floor.times
             records[floor.name] = {
                 "name": floor.name,
                 "is_floor": True,
                 "milliseconds": 1e3 * seconds,
-                "bursts": [1e3 * burst * floor.times for burst in found[floor.name]],
+                "bursts": [1e3 * burst * floor.times for burst in times[floor.name]],
                 "tflops": floor.flops / seconds / 1e12,
             }
 

@@ -43,14 +43,14 @@ def arrangements(devices: int) -> list[Arrangement]:
     """Those that make sense on so many devices."""
     if devices == 1:
         return [Arrangement("one device", 1, 1)]
-    found = [
+    result = [
         Arrangement("data parallel", devices, 1),
         Arrangement("FSDP", devices, 1, fsdp=True),
         Arrangement("vocabulary parallel", 1, devices),
     ]
     if devices >= 4:
-        found.append(Arrangement("FSDP + vocabulary parallel", devices // 2, 2, fsdp=True))
-    return found
+        result.append(Arrangement("FSDP + vocabulary parallel", devices // 2, 2, fsdp=True))
+    return result
 
 
 def plan() -> list[tuple[int, Arrangement]]:
@@ -88,19 +88,19 @@ def measure(devices: int, arrangement: Arrangement, per_device: Shape, effort: E
     }
     if devices > 1:
         things["collectives"] = Timed(_collectives(mesh, arrangement, everything))
-    found = time_in_turn(things, effort)
-    milliseconds = {name: median(seconds) * 1e3 for name, seconds in found.items()}
+    result = time_in_turn(things, effort)
+    milliseconds = {name: median(seconds) * 1e3 for name, seconds in result.items()}
     together = milliseconds["local"] + milliseconds.get("collectives", 0.0)
     return {
         "devices": devices,
         "name": arrangement.name,
         "shape": str(everything),
         "milliseconds": milliseconds["ours"],
-        "bursts": [1e3 * seconds for seconds in found["ours"]],
+        "bursts": [1e3 * seconds for seconds in result["ours"]],
         "local_milliseconds": milliseconds["local"],
         "collective_milliseconds": milliseconds.get("collectives"),
         "of_sum": together / milliseconds["ours"],
-        "tokens_per_second": everything.tokens / median(found["ours"]),
+        "tokens_per_second": everything.tokens / median(result["ours"]),
         "extra_mib": ours.extra_mib,
         "full_milliseconds": milliseconds["full"],
         "full_extra_mib": full.extra_mib,

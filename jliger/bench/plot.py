@@ -25,8 +25,8 @@ def speed_plot(path: Path) -> Path:
     A shape with several methods has a panel; those with one share the last. Methods that are held against fewer
     products than most are left out.
     """
-    found = report.read_json(path)
-    compared = [record for record in found["records"] if "of_floor" in record]
+    result = report.read_json(path)
+    compared = [record for record in result["records"] if "of_floor" in record]
     floor = statistics.mode(record["floor"] for record in compared)
     at: dict[str, list[Record]] = {}
     for record in compared:
@@ -57,17 +57,17 @@ def speed_plot(path: Path) -> Path:
         axis.set_title(title, fontsize=8, loc="left")
     axes[-1, 0].set_xlim(0, 110)
     axes[-1, 0].set_xlabel(f"speed, % of the {floor} alone", fontsize=8)
-    figure.suptitle(_where(found), fontsize=9)
+    figure.suptitle(_where(result), fontsize=9)
     return _saved(figure, path.with_suffix(".png"))
 
 
 def memory_plot(path: Path) -> Path:
     """Extra memory against tokens, of jliger and of plain JAX, where one H and V were measured with several N."""
-    found = report.read_json(path)
+    result = report.read_json(path)
     lines = {"jliger": ("jliger, float32 kernel",), "all logits (plain JAX)": ("plain JAX", ", bfloat16 logits")}
     at: dict[str, list[tuple[int, float]]] = {}
     for label, ends in lines.items():
-        for record in found["records"]:
+        for record in result["records"]:
             tokens, hidden, vocab = (int(number) for number in record["shape"].strip("()").split(", "))
             if (
                 record["name"].startswith(ends[0])
@@ -93,8 +93,8 @@ def memory_plot(path: Path) -> Path:
 
 def mesh_plot(path: Path) -> Path:
     """Tokens a second and memory per device against the number of devices; written beside `path`."""
-    found = report.read_json(path)
-    records = found["records"]
+    result = report.read_json(path)
+    records = result["records"]
     names = [n for n in dict.fromkeys(r["name"] for r in records) if n != "one device"]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     counts = sorted({r["devices"] for r in records})
@@ -115,7 +115,7 @@ def mesh_plot(path: Path) -> Path:
         ax.set_xlabel("devices")
         ax.set_xticks(counts)
     axes[0].legend(fontsize=7)
-    figure.suptitle(_where(found))
+    figure.suptitle(_where(result))
     return _saved(figure, path.with_suffix(".png"))
 
 
@@ -124,8 +124,8 @@ def _color(record: Record) -> str:
     return "tab:blue" if ours and "plain JAX" not in record["name"] else "tab:gray"
 
 
-def _where(found: Record) -> str:
-    environment = found["environment"]
+def _where(result: Record) -> str:
+    environment = result["environment"]
     return f"{environment['device']}, jax {environment['versions']['jax']}"
 
 

@@ -14,11 +14,11 @@ from jliger.bench.timing import Effort
 
 def run(arguments: argparse.Namespace) -> None:
     effort = Effort()
-    found: Record = {"environment": report.environment(), "records": []}
+    result: Record = {"environment": report.environment(), "records": []}
 
     def keep(what: str, shape: object, records: list[Record]) -> None:
-        found["records"] += [{"what": what, "shape": str(shape), **record} for record in records]
-        report.write_json(arguments.part, found)
+        result["records"] += [{"what": what, "shape": str(shape), **record} for record in records]
+        report.write_json(arguments.part, result)
 
     if problems := _problems(arguments):
         first_calls = arguments.first_calls and "head" in arguments.what
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
         bandwidth = None
         if jax.default_backend() == "gpu":
             bandwidth = measure.copy_bandwidth(effort)
-            found["copy_gb_per_second"] = bandwidth / 1e9
+            result["copy_gb_per_second"] = bandwidth / 1e9
         with tqdm(total=sum(len(p.methods) + len(p.peers) for _, p in problems), unit="method") as progress:
             for what, problem in problems:
                 progress.set_description(f"{what} {problem.shape}")
@@ -42,13 +42,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _problems(arguments: argparse.Namespace) -> list[tuple[str, Problem]]:
     """What is measured, with the benchmark that it belongs to."""
-    found: list[tuple[str, Problem]] = []
+    result: list[tuple[str, Problem]] = []
     for what in arguments.what:
         if what == "head":
             options: dict[str, Any] = {"with_peers": arguments.peers, "quick": arguments.quick, "only": arguments.only}
-            found += [(what, problem) for problem in head.problems(**options)]
+            result += [(what, problem) for problem in head.problems(**options)]
         elif what == "logprobs":
-            found += [(what, problem) for problem in logprobs.problems()]
+            result += [(what, problem) for problem in logprobs.problems()]
         elif what == "distillation":
-            found += [(what, problem) for problem in distillation.problems()]
-    return found
+            result += [(what, problem) for problem in distillation.problems()]
+    return result

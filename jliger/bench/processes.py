@@ -46,9 +46,9 @@ def run(what: Sequence[str], out: Path, *, count: int, options: Sequence[str]) -
 
 def write(out: Path, parts: Sequence[Path]) -> dict[str, Path]:
     """Merges those of `parts` that exist into one file a benchmark, named after it and the device."""
-    found = [json.loads(part.read_text(encoding="utf-8")) for part in parts if part.exists()]
+    finished = [json.loads(part.read_text(encoding="utf-8")) for part in parts if part.exists()]
     written: dict[str, Path] = {}
-    for what, result in report.merged(found).items():
+    for what, result in report.merged(finished).items():
         result["environment"]["command"] = report.command()
         path = out / f"{what}_{report.slug(result['environment'])}.json"
         report.write_json(path, result)

@@ -62,8 +62,8 @@ BOTH_MAPS = [Map(2.0, None), Map(2.0, 1.0)]
 @pytest.mark.parametrize("given", [(True, True), (True, False), (False, True)])
 def test_triton_reads_and_writes_what_there_is(given, logit_map):
     arrays = [jnp.arange(4.0) + 10 * side if is_given else None for side, is_given in enumerate(given)]
-    *found, count = jax.jit(functools.partial(call, logit_map=logit_map))(*arrays)
-    for sign, array, value in zip((1, -1), arrays, found, strict=True):
+    *result, count = jax.jit(functools.partial(call, logit_map=logit_map))(*arrays)
+    for sign, array, value in zip((1, -1), arrays, result, strict=True):
         assert (value is None) == (array is None)
         if array is not None:
             np.testing.assert_array_equal(value, sign * (array * 2 + (logit_map.offset or 0)))

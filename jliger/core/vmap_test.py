@@ -52,8 +52,8 @@ def of_a_member(reduction, implementation):
     return jax.jit(loss), jax.jit(grad_of(loss))
 
 
-def assert_same(found, expected):
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+def assert_same(result, expected):
+    for one, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
 
 
@@ -98,8 +98,8 @@ def test_a_batch_is_a_loop(in_axes, reduction, implementation):
 
     one, one_grad = of_a_member(reduction, implementation)
     assert_same(jax.jit(jax.vmap(loss, in_axes))(*args), stack([one(*member(i)) for i in range(BATCH)]))
-    found = jax.jit(jax.vmap(grad_of(loss), in_axes))(*args)
-    assert_same(found, stack([one_grad(*member(i)) for i in range(BATCH)]))
+    result = jax.jit(jax.vmap(grad_of(loss), in_axes))(*args)
+    assert_same(result, stack([one_grad(*member(i)) for i in range(BATCH)]))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -128,12 +128,12 @@ def test_a_batch_of_batches(implementation):
     # The outer batch is over kernels, the inner over tokens.
     inner = jax.vmap(grad_of(loss), (0, None, None, 0, 0))
     outer = jax.vmap(inner, (None, 0, 0, None, None))
-    (found, _), grads = jax.jit(outer)(*arrays.values())
+    (result, _), grads = jax.jit(outer)(*arrays.values())
     _, one_grad = of_a_member("mean", implementation)
     for k, t in itertools.product(range(BATCH), repeat=2):
         member = [arrays[name][t if name in ("hidden", "labels", "where") else k] for name in arrays]
         (expected, _), expected_grads = one_grad(*member)
-        assert_same((found[k, t], [grad[k, t] for grad in grads]), (expected, list(expected_grads)))
+        assert_same((result[k, t], [grad[k, t] for grad in grads]), (expected, list(expected_grads)))
 
 
 def test_other_axes(implementation):
@@ -142,8 +142,8 @@ def test_other_axes(implementation):
     expected = jax.vmap(loss)(*arrays.values())[0]
     moved = [jnp.moveaxis(arrays[name], 0, -1) for name in ("hidden", "kernel")]
     rest = [arrays[name] for name in ("bias", "labels", "where")]
-    found = jax.vmap(loss, (-1, -1, 0, 0, 0), out_axes=(1, 0))(*moved, *rest)[0]
-    assert_same(found.T, expected)
+    result = jax.vmap(loss, (-1, -1, 0, 0, 0), out_axes=(1, 0))(*moved, *rest)[0]
+    assert_same(result.T, expected)
 
 
 def test_a_shared_kernel_is_read_once_for_all(implementation):

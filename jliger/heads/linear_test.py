@@ -35,8 +35,8 @@ def float32_products():
 def test_einsums_that_are_heads(equation, layout):
     assert heads.einsum_layout(equation) == layout
     hidden, kernel = make_hidden(batch=() if equation[0] == "d" else BATCH), make_hidden(1, batch=(VOCAB,))
-    found = heads.LinearHead(kernel=kernel, kernel_layout="vh").logits(hidden)
-    np.testing.assert_allclose(found, jnp.einsum(equation, hidden, kernel if layout == "vh" else kernel.T), atol=1e-5)
+    result = heads.LinearHead(kernel=kernel, kernel_layout="vh").logits(hidden)
+    np.testing.assert_allclose(result, jnp.einsum(equation, hidden, kernel if layout == "vh" else kernel.T), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_one_head_several_tokens_ahead(implementation):
             w * n * loss_of_logits(x @ kernel, y) for w, n, x, y in zip(weights, counts, hidden, labels, strict=True)
         )
 
-    found, expected = (jax.value_and_grad(function, (0, 1))(hidden, kernel) for function in (loss, unfused_loss))
-    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), found, expected)
+    result, expected = (jax.value_and_grad(function, (0, 1))(hidden, kernel) for function in (loss, unfused_loss))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5), result, expected)
 
 
 @pytest.mark.parametrize("package", [jliger.nnx, jliger.linen])

@@ -66,21 +66,21 @@ def test_against_the_sum_written_down(num_blocks, dtype, implementation):
     def unfused_loss(heads, hidden):
         return -3 * unfused(heads, hidden, labels)
 
-    found, theirs = (loss_and_grads(function, heads, hidden) for function in (loss, unfused_loss))
+    result, theirs = (loss_and_grads(function, heads, hidden) for function in (loss, unfused_loss))
     with jax.enable_x64(True):
         truth = loss_and_grads(unfused_loss, as_float64(heads), as_float64(hidden))
         truth = {name: np.asarray(value) for name, value in truth.items()}
     for name, value in theirs.items():
-        assert found[name].dtype == value.dtype, name
+        assert result[name].dtype == value.dtype, name
     if dtype != "float32":
-        del truth["loss"], found["loss"]  # one number alone may be exact by luck
-    assert_rule_of_two(found, theirs, truth)
+        del truth["loss"], result["loss"]  # one number alone may be exact by luck
+    assert_rule_of_two(result, theirs, truth)
 
 
 def test_the_papers_weights():
     heads, hidden, labels = make_heads(), make_hidden(), make_all_labels()
-    found = medusa.loss(heads, hidden, labels)
-    np.testing.assert_allclose(found, unfused(heads, hidden, labels, [0.8, 0.64, 0.512]), rtol=1e-6)
+    result = medusa.loss(heads, hidden, labels)
+    np.testing.assert_allclose(result, unfused(heads, hidden, labels, [0.8, 0.64, 0.512]), rtol=1e-6)
 
 
 def test_options_and_metrics_of_each_head(implementation):
@@ -88,7 +88,7 @@ def test_options_and_metrics_of_each_head(implementation):
     random = np.random.default_rng(5)
     where, weights = random.random(labels.shape) < 0.7, random.uniform(0.1, 2, labels.shape[1:]).astype(np.float32)
     options = {"z_loss": 0.1, "label_smoothing": 0.1, "reduction": "sum", "implementation": implementation}
-    found, metrics = medusa.loss(
+    result, metrics = medusa.loss(
         heads, hidden, labels, head_weights=WEIGHTS, where=where, weights=weights, return_metrics=True, **options
     )
     singles, expected = zip(
@@ -101,19 +101,19 @@ def test_options_and_metrics_of_each_head(implementation):
         ],
         strict=True,
     )
-    np.testing.assert_allclose(found, sum(w * single for w, single in zip(WEIGHTS, singles, strict=True)), rtol=1e-6)
+    np.testing.assert_allclose(result, sum(w * single for w, single in zip(WEIGHTS, singles, strict=True)), rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, metrics, jax.tree.map(lambda *each: jnp.stack(each), *expected))
 
 
 def test_a_normalizer_for_each_head():
     heads, hidden, labels = make_heads(), make_hidden(), make_all_labels()
     normalizers = jnp.array([3.0, 5.0, 7.0])
-    found, metrics = medusa.loss(
+    result, metrics = medusa.loss(
         heads, hidden, labels, head_weights=WEIGHTS, normalizer=normalizers, implementation="xla", return_metrics=True
     )
     _, sums = medusa.loss(heads, hidden, labels, reduction="sum", implementation="xla", return_metrics=True)
     np.testing.assert_allclose(metrics.cross_entropy, sums.cross_entropy / normalizers, rtol=1e-6)
-    np.testing.assert_allclose(found, (jnp.array(WEIGHTS) * metrics.cross_entropy).sum(), rtol=1e-6)
+    np.testing.assert_allclose(result, (jnp.array(WEIGHTS) * metrics.cross_entropy).sum(), rtol=1e-6)
     with pytest.raises(ValueError, match=r"normalizer got shape \(2,\); pass a scalar, or .*, \(3,\)"):
         medusa.loss(heads, hidden, labels, normalizer=jnp.ones(2))
 
@@ -169,8 +169,8 @@ def test_under_transformations(implementation):
 
     expected = jax.grad(loss, (0, 1))(heads, hidden)
 
-    def assert_close(found):
-        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6, rtol=1e-5), found, expected)
+    def assert_close(result):
+        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6, rtol=1e-5), result, expected)
 
     assert_close(jax.jit(jax.grad(jax.checkpoint(loss), (0, 1)))(heads, hidden))
     # The residuals of a cached trace fit whatever is differentiated next.
@@ -189,8 +189,8 @@ def test_under_transformations(implementation):
     def scanned(parts):
         return jax.lax.scan(step, jnp.float32(0), parts)[0]
 
-    found = jax.grad(scanned)(jnp.stack([hidden, hidden]))
-    assert_close((expected[0], found[1]))
+    result = jax.grad(scanned)(jnp.stack([hidden, hidden]))
+    assert_close((expected[0], result[1]))
 
 
 # ---- memory --------------------------------------------------------------------------------------------------

@@ -74,11 +74,11 @@ def test_layers_of_flax(name, implementation):
     def unfused_loss(variables, hidden):
         return 3 * loss_of_logits(model.apply(variables, hidden), labels, 0.7, 2.0)
 
-    found, theirs = (loss_and_grads(function, variables, hidden) for function in (loss, unfused_loss))
+    result, theirs = (loss_and_grads(function, variables, hidden) for function in (loss, unfused_loss))
     with jax.enable_x64(True):
         truth = loss_and_grads(unfused_loss, as_float64(variables), as_float64(hidden))
         truth = {name: np.asarray(value) for name, value in truth.items()}
-    assert_rule_of_two(found, theirs, truth)
+    assert_rule_of_two(result, theirs, truth)
 
 
 def test_log_probabilities(implementation):
@@ -86,14 +86,14 @@ def test_log_probabilities(implementation):
     hidden, labels = make_hidden(), make_labels()
     variables = randomized(head.init(KEY, hidden, labels, method="logprobs"))
     options = {"implementation": implementation}
-    found = head.apply(variables, hidden, labels, method="logprobs", **options)
+    result = head.apply(variables, hidden, labels, method="logprobs", **options)
     inside = Model(head).apply({"params": {"head": variables["params"]}}, hidden, labels, method="logprobs", **options)
     alone = jliger.linen.linear_logprobs(variables, hidden, labels, logit_softcap=2.0, **options)
     for other in (inside, alone):
-        jax.tree.map(np.testing.assert_array_equal, found, other)
+        jax.tree.map(np.testing.assert_array_equal, result, other)
     log_softmax = jax.nn.log_softmax(head.apply(variables, hidden))
     picked = jnp.take_along_axis(log_softmax, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
-    np.testing.assert_allclose(found.logprobs, jnp.where(labels == -100, 0, picked), atol=1e-6)
+    np.testing.assert_allclose(result.logprobs, jnp.where(labels == -100, 0, picked), atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
@@ -106,13 +106,13 @@ def test_parameters_and_logits_are_those_of_dense(param_dtype, dtype):
     for one, other in zip(jax.tree.leaves(variables), jax.tree.leaves(expected), strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
-    found, expected = head.apply(variables, hidden), layer.apply(variables, hidden)
+    result, expected = head.apply(variables, hidden), layer.apply(variables, hidden)
     assert (
-        found.dtype
+        result.dtype
         == expected.dtype
         == jliger.linen.layers.linear_head(head.bind(variables), hidden).product_dtype(hidden)
     )
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(result, expected)
     capped = jliger.linen.LMHead(VOCAB, logit_scale=0.5, logit_softcap=2.0, **options)
     np.testing.assert_array_equal(capped.apply(variables, hidden), 2.0 * jnp.tanh(expected * 0.5 / 2.0))
 
@@ -135,9 +135,9 @@ def test_boxes_of_a_sharding():
     embed = nn.Embed(VOCAB, HIDDEN_SIZE, embedding_init=nn.with_partitioning(nn.initializers.normal(), ("model", None)))
     variables = embed.init(KEY, jnp.zeros(3, int))
     for each in (variables["params"], embed.bind(variables)):
-        found = jliger.linen.fused_linear_cross_entropy(each, hidden, labels)
+        result = jliger.linen.fused_linear_cross_entropy(each, hidden, labels)
         expected = loss_of_logits(embed.apply(variables, hidden, method="attend"), labels)
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        np.testing.assert_allclose(result, expected, rtol=1e-6)
 
 
 class CompactModel(nn.Module):
@@ -173,13 +173,13 @@ def test_inside_a_model(model):
     tokens, labels = jnp.abs(make_labels(1)) % VOCAB, make_labels(2)
     variables = CompactModel().init(KEY, tokens, labels, fused=False)
     # A tied head has no parameter of its own, and a fused one the same as the layer's.
-    found = model.init(KEY, tokens, labels)
-    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, variables)
+    result = model.init(KEY, tokens, labels)
+    assert jax.tree.map(jnp.shape, result) == jax.tree.map(jnp.shape, variables)
     variables = randomized(variables)
-    found = loss_and_grads(lambda variables: model.apply(variables, tokens, labels), variables)
+    result = loss_and_grads(lambda variables: model.apply(variables, tokens, labels), variables)
     expected = loss_and_grads(lambda variables: CompactModel().apply(variables, tokens, labels, fused=False), variables)
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, atol=1e-6, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(result[name], value, atol=1e-6, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("layer", [nn.Dense(VOCAB), jliger.linen.LMHead(VOCAB), nn.Embed(VOCAB, HIDDEN_SIZE)])
@@ -190,9 +190,9 @@ def test_a_promotion_of_ones_own_is_called(layer):
     hidden, labels = make_hidden(), make_labels()
     variables = layer.init(KEY, hidden, method="attend" if isinstance(layer, nn.Embed) else None)
     layer = layer.clone(promote_dtype=promote)
-    found = jliger.linen.fused_linear_cross_entropy(layer.bind(variables), hidden, labels)
+    result = jliger.linen.fused_linear_cross_entropy(layer.bind(variables), hidden, labels)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), variables)
-    assert found == jliger.linen.fused_linear_cross_entropy(half, hidden.astype(jnp.float16), labels)
+    assert result == jliger.linen.fused_linear_cross_entropy(half, hidden.astype(jnp.float16), labels)
 
 
 # ---- Medusa --------------------------------------------------------------------------------------------------
@@ -223,11 +223,11 @@ def test_medusa_heads(implementation):
         features = [hidden + nn.silu(hidden @ blocks["kernel"][i] + blocks["bias"][i]) for i in range(3)]
         return sum(0.8 ** (i + 1) * loss_of_logits(features[i] @ kernels[i], labels[i], softcap=2.0) for i in range(3))
 
-    found, theirs = (loss_and_grads(function, variables, hidden) for function in (loss, unfused_loss))
+    result, theirs = (loss_and_grads(function, variables, hidden) for function in (loss, unfused_loss))
     with jax.enable_x64(True):
         truth = loss_and_grads(unfused_loss, as_float64(variables), as_float64(hidden))
         truth = {name: np.asarray(value) for name, value in truth.items()}
-    assert_rule_of_two(found, theirs, truth)
+    assert_rule_of_two(result, theirs, truth)
 
 
 def test_the_sharding_of_medusa_heads():

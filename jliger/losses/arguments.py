@@ -18,27 +18,27 @@ def real_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:
     """
     for name, array in arrays.items():
         _check_no_tuple(name, array)
-    found = {name: jnp.asarray(array) for name, array in arrays.items()}
-    first, shape = next((name, array.shape) for name, array in found.items())
-    for name, array in found.items():
+    result = {name: jnp.asarray(array) for name, array in arrays.items()}
+    first, shape = next((name, array.shape) for name, array in result.items())
+    for name, array in result.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(f"{name} got dtype {array.dtype}; pass floating-point numbers.")
         if array.shape != shape:
             raise ValueError(f"{name} got shape {array.shape}; pass {what}, {shape} as {first}.")
-    dtype = jnp.float64 if any(array.dtype == jnp.float64 for array in found.values()) else jnp.float32
-    like = next((array for array in found.values() if jax.typeof(array).sharding.mesh.explicit_axes), found[first])
-    return tuple(sharded_like(like, array.astype(dtype)) for array in found.values())
+    dtype = jnp.float64 if any(array.dtype == jnp.float64 for array in result.values()) else jnp.float32
+    like = next((array for array in result.values() if jax.typeof(array).sharding.mesh.explicit_axes), result[first])
+    return tuple(sharded_like(like, array.astype(dtype)) for array in result.values())
 
 
 def sequence_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:
     """`real_arrays` of one number a sequence, or a pair; those of tokens are refused."""
-    found = real_arrays(what, **arrays)
-    if found[0].ndim > 1:
+    result = real_arrays(what, **arrays)
+    if result[0].ndim > 1:
         raise ValueError(
-            f"{next(iter(arrays))} got shape {found[0].shape}; pass {what}, [B]. Log-probabilities of tokens become "
+            f"{next(iter(arrays))} got shape {result[0].shape}; pass {what}, [B]. Log-probabilities of tokens become "
             "those of sequences through losses.sequence_logprobs; of sequences along several axes, pass `.ravel()`."
         )
-    return found
+    return result
 
 
 def mask(name: str, value: Any, like: Array, what: str) -> Bool[Array, "..."]:
@@ -54,8 +54,8 @@ def mask(name: str, value: Any, like: Array, what: str) -> Bool[Array, "..."]:
 
 def sharded_like(like: Array, array: Array) -> Array:
     """`array`, spread over Explicit mesh axes as `like` of the same shape is: JAX combines no others."""
-    wanted, found = jax.typeof(like).sharding, jax.typeof(array).sharding
-    return _resharded(like, array) if wanted.mesh.explicit_axes and found != wanted else array
+    wanted, result = jax.typeof(like).sharding, jax.typeof(array).sharding
+    return _resharded(like, array) if wanted.mesh.explicit_axes and result != wanted else array
 
 
 # Where no mesh is set, jit takes that of `like`, which it otherwise has no use for.

@@ -122,10 +122,10 @@ def test_every_type_is_tested():
 def test_smoothed_labels_are_wrong_with_that_probability(smoothing):
     w, r = log_ratios(ARRAYS)
     truth = (1 - smoothing) * FORMULAS["sigmoid"](w, r) + smoothing * FORMULAS["sigmoid"](r, w)
-    found, metrics = each("sigmoid", label_smoothing=smoothing)
-    np.testing.assert_allclose(found, truth, rtol=1e-5, atol=2e-6)
-    np.testing.assert_array_equal(metrics.preference_loss, found)
-    assert not np.allclose(found, each("sigmoid")[0])
+    result, metrics = each("sigmoid", label_smoothing=smoothing)
+    np.testing.assert_allclose(result, truth, rtol=1e-5, atol=2e-6)
+    np.testing.assert_array_equal(metrics.preference_loss, result)
+    assert not np.allclose(result, each("sigmoid")[0])
 
 
 def test_robust_without_smoothing_is_sigmoid():
@@ -196,8 +196,8 @@ def test_the_mean_of_rewards_as_the_shift_of_bco():
 
 
 def test_beta_may_be_traced():
-    found = jax.jit(lambda beta: each("ipo", beta=beta)[0])(jnp.float32(BETA))
-    np.testing.assert_allclose(found, each("ipo")[0], rtol=1e-5)
+    result = jax.jit(lambda beta: each("ipo", beta=beta)[0])(jnp.float32(BETA))
+    np.testing.assert_allclose(result, each("ipo")[0], rtol=1e-5)
 
 
 def test_metrics():
@@ -229,7 +229,7 @@ def test_ipo_of_means_is_that_of_length_normalised_log_ratios():
         losses.sequence_logprobs(array, where[place % 2], reduction="mean").logprobs
         for place, array in enumerate(tokens)
     ]
-    found, _ = losses.dpo(*means, loss_type="ipo", beta=BETA)
+    result, _ = losses.dpo(*means, loss_type="ipo", beta=BETA)
     exact, counts = tokens.astype(np.float64), where.sum(axis=-1)
     w, r = (((exact[i] - exact[i + 2]) * where[i]).sum(axis=-1) / counts[i] for i in (0, 1))
-    np.testing.assert_allclose(found, np.mean((w - r - 1 / (2 * BETA)) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(result, np.mean((w - r - 1 / (2 * BETA)) ** 2), rtol=1e-5)

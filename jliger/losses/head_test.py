@@ -17,8 +17,8 @@ ADVANTAGES = RANDOM.normal(size=6).astype(np.float32)
 
 
 def fused(hidden, kernel):
-    found = jliger.linear_logprobs(hidden, kernel, LABELS)
-    return found.logprobs, found.entropy
+    result = jliger.linear_logprobs(hidden, kernel, LABELS)
+    return result.logprobs, result.entropy
 
 
 def with_full_logits(hidden, kernel):
@@ -29,10 +29,10 @@ def with_full_logits(hidden, kernel):
 
 def preference(reduction, loss):
     def of_tokens(logprobs, entropy):
-        found = losses.sequence_logprobs(logprobs, LABELS != -100, reduction=reduction)
+        result = losses.sequence_logprobs(logprobs, LABELS != -100, reduction=reduction)
         reference = losses.sequence_logprobs(REF, LABELS != -100, reduction=reduction)
-        counted = (found.counts > 0).reshape(2, 3).all(axis=0)
-        pairs = (*jnp.split(found.logprobs, 2), *jnp.split(reference.logprobs, 2))
+        counted = (result.counts > 0).reshape(2, 3).all(axis=0)
+        pairs = (*jnp.split(result.logprobs, 2), *jnp.split(reference.logprobs, 2))
         return loss(*pairs, where=counted)
 
     return of_tokens
@@ -65,11 +65,11 @@ def test_gradients_reach_hidden_states_and_head(name, implementation):
         return jax.jit(jax.value_and_grad(lambda *inputs: LOSSES[name](*tokens(*inputs)), (0, 1), has_aux=True))
 
     with jax.default_matmul_precision("highest"):
-        found, wanted = (both(tokens)(HIDDEN, KERNEL) for tokens in (fused, with_full_logits))
-    for ours, truth in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        result, wanted = (both(tokens)(HIDDEN, KERNEL) for tokens in (fused, with_full_logits))
+    for ours, truth in zip(jax.tree.leaves(result), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours, truth, rtol=1e-5, atol=2e-6 * np.abs(truth).max())
-    assert np.any(found[1][1])
-    np.testing.assert_array_equal(found[1][0][1], 0)
+    assert np.any(result[1][1])
+    np.testing.assert_array_equal(result[1][0][1], 0)
 
 
 def test_a_label_out_of_range_poisons_the_loss():

@@ -34,9 +34,9 @@ NO_RATIO = jnp.ones(1)
     ],
 )  # fmt: skip
 def test_by_hand(loss, at, value, grad):
-    found = jax.value_and_grad(lambda x: loss(x)[0])(at)
-    np.testing.assert_allclose(found[0], value, rtol=1e-6)
-    np.testing.assert_allclose(found[1], grad, rtol=1e-6)
+    result = jax.value_and_grad(lambda x: loss(x)[0])(at)
+    np.testing.assert_allclose(result[0], value, rtol=1e-6)
+    np.testing.assert_allclose(result[1], grad, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -67,10 +67,10 @@ def test_infinities_are_the_limit_of_large_numbers(case):
     for subset in subsets:
 
         def with_first(value, subset=subset):
-            found = {name: array.copy() for name, array in arrays.items()}
+            result = {name: array.copy() for name, array in arrays.items()}
             for name in subset:
-                found[name].flat[0] = value
-            return map(np.asarray, jax.tree.leaves(case.loss_and_grads(found, where=where)))
+                result[name].flat[0] = value
+            return map(np.asarray, jax.tree.leaves(case.loss_and_grads(result, where=where)))
 
         for near, far, infinite in zip(*map(with_first, (-1e4, -1e7, -np.inf)), strict=True):
             grows = np.abs(far) > 10 * np.maximum(np.abs(near), 1)

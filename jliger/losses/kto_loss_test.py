@@ -23,9 +23,9 @@ def test_the_published_formula_and_its_gradient(kl, weights):
     kl = np.float32(0.7) if kl == "one for all" else np.random.default_rng(2).uniform(0, 3, 40).astype(np.float32)
     log_ratios = LOGPROBS.astype(np.float64) - REF_LOGPROBS
     loss = lambda logprobs: losses.kto(logprobs, REF_LOGPROBS, DESIRABLE, kl=kl, beta=0.3, **weights)  # noqa: E731
-    (found, _), grad = jax.value_and_grad(loss, has_aux=True)(LOGPROBS)
+    (result, _), grad = jax.value_and_grad(loss, has_aux=True)(LOGPROBS)
     arguments = DESIRABLE, kl.astype(np.float64), 0.3
-    np.testing.assert_allclose(found, formula(log_ratios, *arguments, **weights).mean(), rtol=2e-6)
+    np.testing.assert_allclose(result, formula(log_ratios, *arguments, **weights).mean(), rtol=2e-6)
     step = 1e-5
     up, down = (formula(log_ratios + by, *arguments, **weights) for by in (step, -step))
     np.testing.assert_allclose(grad, (up - down) / (2 * step) / 40, rtol=1e-5, atol=1e-8)
@@ -51,8 +51,8 @@ def test_another_shape_of_kl_is_refused(shape):
 def test_extreme_log_ratios_by_hand():
     logprobs, zeros = np.float32([1e4, -1e4, 1e4, -1e4]), np.zeros(4, np.float32)
     desirable = np.array([True, True, False, False])
-    found, _ = losses.kto(logprobs, zeros, desirable, kl=0.0, beta=1.0, reduction="none")
-    np.testing.assert_array_equal(found, [0, 1, 1, 0])
+    result, _ = losses.kto(logprobs, zeros, desirable, kl=0.0, beta=1.0, reduction="none")
+    np.testing.assert_array_equal(result, [0, 1, 1, 0])
     # 1 − σ(20) would be 0 in float32, and without a gradient.
     value, grad = jax.value_and_grad(
         lambda logprob: losses.kto(logprob, zeros[:1], desirable[:1], kl=0.0, beta=1.0, reduction="sum")[0]
@@ -87,8 +87,8 @@ def test_the_reference_point():
     mean = log_ratios[where].mean()
     assert mean != 0
     for logprobs, ref_logprobs, sign in ((LOGPROBS, REF_LOGPROBS, 1), (REF_LOGPROBS, LOGPROBS, -1)):
-        found = losses.kto_kl(np.where(where, logprobs, np.nan), ref_logprobs, where=where)
-        np.testing.assert_allclose(found, max(0, sign * mean), rtol=1e-5)
+        result = losses.kto_kl(np.where(where, logprobs, np.nan), ref_logprobs, where=where)
+        np.testing.assert_allclose(result, max(0, sign * mean), rtol=1e-5)
     assert losses.kto_kl(REF_LOGPROBS - 1, REF_LOGPROBS) == 0
     assert losses.kto_kl(LOGPROBS, REF_LOGPROBS, where=np.zeros(40, bool)) == 0
     assert losses.kto_kl(LOGPROBS[:0], REF_LOGPROBS[:0]) == 0
@@ -99,10 +99,10 @@ def test_the_reference_point_over_an_axis_is_that_of_the_whole_batch():
     # Parts of means 3 and −1, of 8 and 32 sequences: by themselves 3 and 0, and together max(0, −0.2).
     log_ratios = np.repeat(np.float32([3, -1, -1, -1, -1]), 8).reshape(5, 8)
     zeros = np.zeros_like(log_ratios)
-    found = jax.vmap(lambda a, b: losses.kto_kl(a, b, axis_name="parts"), axis_name="parts")(log_ratios, zeros)
-    np.testing.assert_array_equal(found, np.zeros(5))
-    found = jax.vmap(lambda a, b: losses.kto_kl(a, b, axis_name="parts"), axis_name="parts")(-log_ratios, zeros)
-    np.testing.assert_allclose(found, np.full(5, 0.2), rtol=1e-6)
+    result = jax.vmap(lambda a, b: losses.kto_kl(a, b, axis_name="parts"), axis_name="parts")(log_ratios, zeros)
+    np.testing.assert_array_equal(result, np.zeros(5))
+    result = jax.vmap(lambda a, b: losses.kto_kl(a, b, axis_name="parts"), axis_name="parts")(-log_ratios, zeros)
+    np.testing.assert_allclose(result, np.full(5, 0.2), rtol=1e-6)
 
 
 def test_what_is_refused():

@@ -240,11 +240,11 @@ def test_extreme_divergences_by_hand(divergence):
 def test_one_fully_masked_sequence_is_left_out_of_the_mean():
     others = [0, 2, 3, 4, 5]
     for loss_type in ("grpo", "dr_grpo"):
-        found, _ = grpo(loss_type=loss_type)
+        result, _ = grpo(loss_type=loss_type)
         alone, _ = grpo(
             LOGPROBS[others], ADVANTAGES[others], loss_type=loss_type, where=WHERE[others], old_logprobs=OLD[others]
         )
-        np.testing.assert_allclose(found, alone, rtol=1e-6)
+        np.testing.assert_allclose(result, alone, rtol=1e-6)
 
 
 def test_an_advantage_of_a_masked_sequence_may_be_nan():

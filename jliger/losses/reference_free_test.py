@@ -57,9 +57,9 @@ def simpo_formula(chosen, rejected, beta=2.0, gamma=0.5, smoothing=0.0, alpha=0.
 )
 def test_the_published_formula_and_its_gradient(function, formula, options, named):
     chosen, rejected = float64(CHOSEN, REJECTED)
-    found, metrics = function(CHOSEN, REJECTED, reduction="none", **options)
-    np.testing.assert_allclose(found, formula(chosen, rejected, **named), rtol=2e-6, atol=1e-6)
-    np.testing.assert_array_equal(found, metrics.preference_loss + metrics.nll)
+    result, metrics = function(CHOSEN, REJECTED, reduction="none", **options)
+    np.testing.assert_allclose(result, formula(chosen, rejected, **named), rtol=2e-6, atol=1e-6)
+    np.testing.assert_array_equal(result, metrics.preference_loss + metrics.nll)
 
     step = 1e-6
     by_chosen = (formula(chosen + step, rejected, **named) - formula(chosen - step, rejected, **named)) / (2 * step)
@@ -162,10 +162,10 @@ def test_the_likelihood_term_over_all_tokens_of_the_batch():
     where[..., 0] = True
     chosen, rejected = (losses.sequence_logprobs(*both) for both in zip(tokens, where, strict=True))
     preference, _ = losses.cpo(chosen.logprobs, rejected.logprobs, nll_weight=0.0)
-    found = preference - chosen.logprobs.sum() / chosen.counts.sum()
+    result = preference - chosen.logprobs.sum() / chosen.counts.sum()
     sums = [np.where(mask, array, 0).sum(axis=-1, dtype=np.float64) for array, mask in zip(tokens, where, strict=True)]
     np.testing.assert_allclose(
-        found, np.mean(-log_sigmoid(0.1 * (sums[0] - sums[1]))) - tokens[0][where[0]].mean(), rtol=1e-5
+        result, np.mean(-log_sigmoid(0.1 * (sums[0] - sums[1]))) - tokens[0][where[0]].mean(), rtol=1e-5
     )
 
 

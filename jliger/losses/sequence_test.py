@@ -14,14 +14,14 @@ WHERE[0, 1], WHERE[2, 3] = False, True
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_sums_and_means_over_the_tokens_that_count(reduction):
     dirty = np.where(WHERE, LOGPROBS, np.nan)
-    found = losses.sequence_logprobs(dirty, WHERE, reduction=reduction)
+    result = losses.sequence_logprobs(dirty, WHERE, reduction=reduction)
     wanted = np.where(WHERE, LOGPROBS, 0).astype(np.float64).sum(axis=-1)
     if reduction == "mean":
         wanted = wanted / np.maximum(WHERE.sum(axis=-1), 1)
-    assert found.logprobs.dtype == jnp.float32
-    np.testing.assert_allclose(found.logprobs, wanted, rtol=1e-6)
-    np.testing.assert_array_equal(found.counts, WHERE.sum(axis=-1))
-    assert found.logprobs[0, 1] == 0
+    assert result.logprobs.dtype == jnp.float32
+    np.testing.assert_allclose(result.logprobs, wanted, rtol=1e-6)
+    np.testing.assert_array_equal(result.counts, WHERE.sum(axis=-1))
+    assert result.logprobs[0, 1] == 0
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -38,23 +38,23 @@ def test_gradients_with_any_cotangent(reduction):
 
 
 def test_without_a_mask_all_count():
-    found = losses.sequence_logprobs(LOGPROBS)
-    np.testing.assert_array_equal(found.counts, np.full((3, 4), 6))
-    np.testing.assert_allclose(found.logprobs, LOGPROBS.astype(np.float64).sum(axis=-1), rtol=1e-6)
+    result = losses.sequence_logprobs(LOGPROBS)
+    np.testing.assert_array_equal(result.counts, np.full((3, 4), 6))
+    np.testing.assert_allclose(result.logprobs, LOGPROBS.astype(np.float64).sum(axis=-1), rtol=1e-6)
 
 
 def test_long_sequences_are_summed_in_float32():
     # In bfloat16 a sum of ones would stop at 256.
-    found = losses.sequence_logprobs(jnp.full((2, 5000), -1, jnp.bfloat16))
-    np.testing.assert_array_equal(found.logprobs, [-5000, -5000])
+    result = losses.sequence_logprobs(jnp.full((2, 5000), -1, jnp.bfloat16))
+    np.testing.assert_array_equal(result.logprobs, [-5000, -5000])
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_no_sequences_and_no_tokens(shape, reduction):
-    found = losses.sequence_logprobs(np.zeros(shape, np.float32), reduction=reduction)
-    np.testing.assert_array_equal(found.logprobs, np.zeros(shape[:1]))
-    np.testing.assert_array_equal(found.counts, np.zeros(shape[:1]))
+    result = losses.sequence_logprobs(np.zeros(shape, np.float32), reduction=reduction)
+    np.testing.assert_array_equal(result.logprobs, np.zeros(shape[:1]))
+    np.testing.assert_array_equal(result.counts, np.zeros(shape[:1]))
 
 
 def test_what_is_refused():
@@ -66,11 +66,11 @@ def test_what_is_refused():
         losses.sequence_logprobs(LOGPROBS, WHERE[..., 0])
     with pytest.raises(TypeError, match="logprobs got dtype int32"):
         losses.sequence_logprobs(np.zeros((2, 3), np.int32))
-    found = jliger.linear_logprobs(jnp.ones((2, 3, 4)), jnp.ones((4, 5)), jnp.zeros((2, 3), int))
+    result = jliger.linear_logprobs(jnp.ones((2, 3, 4)), jnp.ones((4, 5)), jnp.zeros((2, 3), int))
     with pytest.raises(TypeError, match=r"logprobs got a LinearLogprobs; pass its field `\.logprobs`"):
-        losses.sequence_logprobs(found)
+        losses.sequence_logprobs(result)
     with pytest.raises(TypeError, match=r"entropy got a LinearLogprobs; pass its field `\.entropy`"):
-        losses.grpo(found.logprobs, jnp.ones(2), entropy=found)
+        losses.grpo(result.logprobs, jnp.ones(2), entropy=result)
 
 
 def test_a_masked_token_makes_the_sequence_impossible():

@@ -132,8 +132,8 @@ def loss_and_grads(
     if "student_adapter" in grads:
         adapter = grads.pop("student_adapter")
         grads |= {f"adapter.{name}": side for name, side in adapter._asdict().items()}
-    found = {"loss": value, **grads, **metrics._asdict()}
-    return {name: value for name, value in found.items() if value is not None}
+    result = {"loss": value, **grads, **metrics._asdict()}
+    return {name: value for name, value in result.items() if value is not None}
 
 
 def fused(problem: Problem, implementation: str | None = None) -> dict[str, Any]:
@@ -155,8 +155,8 @@ def exact(problem: Problem) -> dict[str, Any]:
     with jax.enable_x64(True):
         arguments = (problem.inputs, problem.teacher, problem.cotangent, options)
         *arrays, options = jax.tree.map(_as_float64, arguments)
-        found = found_by(loss_and_grads, jliger.reference.fused_linear_jsd, *arrays, options=options)
-        return {name: np.asarray(value) for name, value in found.items()}
+        result = found_by(loss_and_grads, jliger.reference.fused_linear_jsd, *arrays, options=options)
+        return {name: np.asarray(value) for name, value in result.items()}
 
 
 def _as_float64(value: Any) -> Any:
@@ -206,7 +206,7 @@ def check(problem: Problem, implementation: str, what: str = "") -> dict[str, An
         # Low precision has ties where float64 has none: the same logits are rounded alike, and the first column wins.
         np.testing.assert_array_equal(ours[name], theirs[name], name)
         assert ours[name].dtype == jnp.int32
-    real = [{k: v for k, v in found.items() if "predictions" not in k} for found in (ours, theirs, oracle)]
+    real = [{k: v for k, v in result.items() if "predictions" not in k} for result in (ours, theirs, oracle)]
     more = rounding_of_bias_grad(problem) | rounding_of_divergence(problem, oracle)
     if "adapter.scale" in oracle:
         # One number that many terms cancel in: a few roundings of their sizes.

@@ -49,7 +49,7 @@ def launches(module: str) -> list[Launch]:
     """Every kernel call in a module."""
     import jax_triton
 
-    found = []
+    result = []
     for line in module.splitlines():
         call = re.search(rf"stablehlo\.custom_call @{jax_triton.CUSTOM_CALL_TARGET_NAME}\(([^)]*)\)", line)
         if call is None:
@@ -64,8 +64,8 @@ def launches(module: str) -> list[Launch]:
         results = re.search(r"-> (\(.*?\)|tensor<[^>]*>)", line[opaque.end() :])[1].count("tensor<")
         operands = len(call[1].split(", "))
         text = line[: opaque.start()] + line[opaque.end() :]
-        found.append(Launch(name, ptx, operands, results, text))
-    return found
+        result.append(Launch(name, ptx, operands, results, text))
+    return result
 
 
 def _unescaped(text: str) -> bytes:
@@ -97,14 +97,14 @@ def written_parameters(ptx: str) -> set[int]:
             if opcode.startswith(("st.", "red.", "atom.", "bra", "bar")):
                 continue
             if opcode.startswith("ld.param"):
-                found = {int(re.search(r"_param_(\d+)", sources)[1])}
+                result = {int(re.search(r"_param_(\d+)", sources)[1])}
             elif opcode.startswith("ld."):
-                found = set()
+                result = set()
             else:
-                found = set().union(*(depends.get(register, set()) for register in _registers(sources)))
+                result = set().union(*(depends.get(register, set()) for register in _registers(sources)))
             for register in _registers(target):
-                if not found <= depends.setdefault(register, set()):
-                    depends[register] |= found
+                if not result <= depends.setdefault(register, set()):
+                    depends[register] |= result
                     changed = True
     written = set()
     for opcode, target, sources in instructions:

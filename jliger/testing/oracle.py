@@ -121,8 +121,8 @@ def loss_and_grads(function: Any, inputs: Any, labels: Any, cotangent: Any, opti
         return out if options.get("return_metrics") else (out, None)
 
     value, pull_back, metrics = jax.vjp(loss, inputs, has_aux=True)
-    found = {"loss": value, **pull_back(cotangent.astype(value.dtype))[0]}
-    return found if metrics is None else {**found, **metrics._asdict()}
+    result = {"loss": value, **pull_back(cotangent.astype(value.dtype))[0]}
+    return result if metrics is None else {**result, **metrics._asdict()}
 
 
 @functools.cache
@@ -171,8 +171,8 @@ def exact(problem: Problem) -> dict[str, Any]:
     with jax.enable_x64(True):
         inputs, cotangent, options = jax.tree.map(_as_float64, (problem.inputs, problem.cotangent, options))
         arrays = (inputs, problem.labels, cotangent)
-        found = found_by(loss_and_grads, jliger.reference.fused_linear_cross_entropy, *arrays, options=options)
-        return {name: np.asarray(value) for name, value in found.items()}
+        result = found_by(loss_and_grads, jliger.reference.fused_linear_cross_entropy, *arrays, options=options)
+        return {name: np.asarray(value) for name, value in result.items()}
 
 
 def _as_float64(value: Any) -> Any:

@@ -17,7 +17,7 @@ from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
 from jliger.ops.linear_head.arguments import column_validity, counted_tokens, head_arguments, label_columns
 from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands
 from jliger.ops.logits import StatsWanted
-from jliger.ops.logits.objectives import CrossEntropy, Labels, LossWeights
+from jliger.ops.logits.objectives import CrossEntropy, LabelTerms, LossWeights
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -242,10 +242,10 @@ def _fused_linear_cross_entropy(
     columns = label_columns(labels, counted, loss_function.vocab_size)
     token_weights = jnp.where(counted, 1 if weights is None else weights, 0).astype(dtype)
     weight = token_weights.sum()
-    loss_labels = Labels(column_validity(columns, dtype), None, float(loss_function.vocab_size))
+    label_terms = LabelTerms(column_validity(columns, dtype), None, float(loss_function.vocab_size))
     if class_weights is not None:
         class_weights = class_weights.astype(dtype)
-        loss_labels = loss_labels._replace(
+        label_terms = label_terms._replace(
             weights=sharding.label_weights(call.config, class_weights, columns),
             total_weight=sharding.total_class_weight(call.config, class_weights),
         )
@@ -254,18 +254,18 @@ def _fused_linear_cross_entropy(
 
     if call.reduction == "none":
         stats = gradients.token_stats(call.config, operands)
-        cross_entropy, z_loss = loss_function.token_losses(stats, loss_labels)
+        cross_entropy, z_loss = loss_function.token_losses(stats, label_terms)
         cross_entropy, z_loss = cross_entropy * token_weights, z_loss * token_weights
         loss = cross_entropy + z_loss
     else:
         loss_weights = LossWeights(token_weights, token_weights)
         if call.reduction == "mean":
-            by_label = token_weights if loss_labels.weights is None else token_weights * loss_labels.weights
+            by_label = token_weights if label_terms.weights is None else token_weights * label_terms.weights
             divisors = (by_label.sum(), weight) if normalizer is None else (normalizer.astype(dtype),) * 2
             loss_weights = LossWeights(*(token_weights * _inverse(divisor) for divisor in divisors))
-        loss, stats = gradients.weighted_loss(call.config, loss_function, operands, loss_labels, loss_weights)
+        loss, stats = gradients.weighted_loss(call.config, loss_function, operands, label_terms, loss_weights)
         stats = jax.lax.stop_gradient(stats)
-        cross_entropy, z_loss = loss_function.weighted_sums(stats, loss_labels, loss_weights)
+        cross_entropy, z_loss = loss_function.weighted_sums(stats, label_terms, loss_weights)
     return loss, jax.lax.stop_gradient(
         CrossEntropyMetrics(
             weight=weight,

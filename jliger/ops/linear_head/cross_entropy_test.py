@@ -196,8 +196,8 @@ def test_what_does_not_count_does_not_matter(where, reduction, implementation):
 
 def test_nothing_counts(implementation):
     problem = make_problem(7, bias="float32", where="none", z_loss=0.1, return_metrics=True)
-    for found in fused(problem, implementation).items():
-        np.testing.assert_array_equal(found[1], -1 if found[0] == "predictions" else 0, found[0])
+    for result in fused(problem, implementation).items():
+        np.testing.assert_array_equal(result[1], -1 if result[0] == "predictions" else 0, result[0])
 
 
 def test_weights_of_zero_are_no_division_by_zero(implementation):
@@ -360,8 +360,8 @@ def test_a_normalizer_may_be_traced_or_a_number(implementation):
     args = (problem.inputs["hidden"], problem.inputs["kernel"], problem.labels)
     total = jliger.fused_linear_cross_entropy(*args, reduction="sum", implementation=implementation)
     for normalizer in (7, 7.0, jnp.float32(7), jnp.int32(7), np.float64(7)):
-        found = jliger.fused_linear_cross_entropy(*args, normalizer=normalizer, implementation=implementation)
-        np.testing.assert_allclose(found, total / 7, rtol=1e-6)
+        result = jliger.fused_linear_cross_entropy(*args, normalizer=normalizer, implementation=implementation)
+        np.testing.assert_allclose(result, total / 7, rtol=1e-6)
     assert jliger.fused_linear_cross_entropy(*args, normalizer=0, implementation=implementation) == 0
 
 
@@ -431,18 +431,18 @@ def test_sizes_of_the_first_public_port(shape, bias, dtype, implementation):
     def plain(inputs):
         # Float32 parameters make the logits float32.
         hidden, promote = jax.vjp(lambda hidden: hidden.astype(jnp.float32), inputs["hidden"])
-        found = unfused(problem.replace(inputs={**inputs, "hidden": hidden}, precision="highest"))
-        return {**found, "hidden": promote(found["hidden"])[0]}
+        result = unfused(problem.replace(inputs={**inputs, "hidden": hidden}, precision="highest"))
+        return {**result, "hidden": promote(result["hidden"])[0]}
 
     ours = fused(problem, implementation)
     for name, value in plain(problem.inputs).items():
         assert ours[name].dtype == value.dtype, name
-        found, value = np.asarray(ours[name], np.float32), np.asarray(value, np.float32)
-        np.testing.assert_allclose(found, value, rtol=1e-3, atol=1e-3, err_msg=name)
+        result, value = np.asarray(ours[name], np.float32), np.asarray(value, np.float32)
+        np.testing.assert_allclose(result, value, rtol=1e-3, atol=1e-3, err_msg=name)
     # Most of these gradients are smaller than that tolerance: in the large they must agree too.
     for name, value in plain(problem.inputs).items():
-        found, value = np.asarray(ours[name], np.float64), np.asarray(value, np.float64)
-        assert np.linalg.norm(found - value) <= 0.01 * np.linalg.norm(value), name
+        result, value = np.asarray(ours[name], np.float64), np.asarray(value, np.float64)
+        assert np.linalg.norm(result - value) <= 0.01 * np.linalg.norm(value), name
     assert not ours["hidden"][~problem.options["where"]].any()
 
 

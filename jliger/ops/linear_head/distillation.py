@@ -19,7 +19,7 @@ from jliger.ops.linear_head.arguments import column_validity, counted_tokens, he
 from jliger.ops.linear_head.checks import triton_takes
 from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands, TeacherConfig
 from jliger.ops.logits import StatsWanted
-from jliger.ops.logits.objectives import Distillation, DistillationWeights, Labels
+from jliger.ops.logits.objectives import Distillation, DistillationWeights, LabelTerms
 
 
 class DistillationMetrics(NamedTuple):
@@ -402,19 +402,19 @@ def _distillation(
     token_weights = jnp.where(counted, 1 if weights is None else weights, 0).astype(dtype)
     weight = token_weights.sum()
     shares = token_weights if call.reduction == "sum" else divided(token_weights, divisor(weight, normalizer))
-    loss_labels, hard_shares = None, None
+    label_terms, hard_shares = None, None
     if call.config.teacher.with_labels:
-        loss_labels = Labels(column_validity(columns, dtype), None, float(loss_function.vocab_size))
+        label_terms = LabelTerms(column_validity(columns, dtype), None, float(loss_function.vocab_size))
         hard_shares = shares
     loss_weights = DistillationWeights(shares * soft_weight, None if hard_shares is None else hard_shares * hard_weight)
-    loss, found = gradients.weighted_loss(
-        call.config, loss_function, operands._replace(labels=columns, counted=counted), loss_labels, loss_weights
+    loss, result = gradients.weighted_loss(
+        call.config, loss_function, operands._replace(labels=columns, counted=counted), label_terms, loss_weights
     )
-    found = jax.lax.stop_gradient(found)
+    result = jax.lax.stop_gradient(result)
     divergence, cross_entropy = loss_function.weighted_sums(
-        found, loss_labels, DistillationWeights(shares, hard_shares)
+        result, label_terms, DistillationWeights(shares, hard_shares)
     )
-    predictions, teacher_predictions = found.pair.student.prediction, found.pair.teacher.prediction
+    predictions, teacher_predictions = result.pair.student.prediction, result.pair.teacher.prediction
 
     def share_of_weight(true: Bool[Array, "*B"]) -> Float[Array, ""]:
         return divided(jnp.sum(jnp.where(true, token_weights, 0)), weight)

@@ -17,10 +17,10 @@ from jliger.testing.oracle import INTERPRETED, equations, every_pair
 BETAS = [0.0, 0.1, 0.5, 1.0]
 
 
-def assert_close(found, expected):
+def assert_close(result, expected):
     """What two programs find of the same: equal up to a few float32 roundings of terms of about 1."""
     little = 8 * np.finfo(np.float32).eps * max(np.abs(np.asarray(expected)).max(), 1)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=little)
+    np.testing.assert_allclose(result, expected, rtol=0, atol=little)
 
 
 OPTIONS = {
@@ -78,9 +78,9 @@ def test_any_chunk_size_gives_the_same(implementation):
     problem = make_problem(3, batch=(17,), beta=0.1, biases=(True, False), where="some", precision="highest")
     expected = fused(problem, implementation)
     for chunk_size in (1, 8, 9, 1000):
-        found = fused(problem.replace(chunk_size=chunk_size), implementation)
+        result = fused(problem.replace(chunk_size=chunk_size), implementation)
         for name, value in expected.items():
-            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=2e-6, err_msg=f"{name}, {chunk_size}")
+            np.testing.assert_allclose(result[name], value, rtol=1e-5, atol=2e-6, err_msg=f"{name}, {chunk_size}")
 
 
 def test_float64():
@@ -90,9 +90,9 @@ def test_float64():
             inputs=jax.tree.map(lambda a: a.astype("float64"), problem.inputs),
             teacher=jax.tree.map(lambda a: a.astype("float64"), problem.teacher),
         )
-        found = fused(problem, "xla")
+        result = fused(problem, "xla")
     for name, value in exact(problem).items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-12, atol=1e-14, err_msg=name)
+        np.testing.assert_allclose(result[name], value, rtol=1e-12, atol=1e-14, err_msg=name)
 
 
 # ---- what counts ---------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_what_does_not_count_does_not_matter(beta, where, implementation):
         5, beta=beta, where=where, chunk_size=8, biases=(True, True), labels=True, ignored=0.2, hard_weight=0.5,
         precision="highest",
     )  # fmt: skip
-    found = check(problem, implementation)
+    result = check(problem, implementation)
     counted = problem.options["where"] & (problem.options["labels"] != -100)
     spoilt = [jnp.where(counted[..., None], hidden, jnp.nan) for hidden in (
         problem.inputs["student_hidden"], problem.teacher[0],
@@ -115,49 +115,49 @@ def test_what_does_not_count_does_not_matter(beta, where, implementation):
         ),
         implementation,
     )
-    for name, value in found.items():
+    for name, value in result.items():
         np.testing.assert_array_equal(again[name], value, err_msg=name)
-    assert not np.any(found["student_hidden"][~counted])
+    assert not np.any(result["student_hidden"][~counted])
     if where == "none":
-        assert found["loss"] == found["weight"] == found["agreement"] == found["accuracy"] == 0
-        assert not any(np.any(found[name]) for name in problem.inputs)
+        assert result["loss"] == result["weight"] == result["agreement"] == result["accuracy"] == 0
+        assert not any(np.any(result[name]) for name in problem.inputs)
 
 
 def test_nothing_counts_and_the_divergence_would_be_infinite(implementation):
     # A column that the teacher alone masks: of places past the end of the queue, too, the divergence is infinite.
     problem = make_problem(6, batch=(3,), beta=1.0, biases=(True, True), where="none")
     bias = problem.options["teacher_bias"].at[4].set(-jnp.inf)
-    found = fused(problem.replace(teacher_bias=bias), implementation)
-    assert found["loss"] == 0
-    assert not any(np.any(found[name]) for name in problem.inputs)
+    result = fused(problem.replace(teacher_bias=bias), implementation)
+    assert result["loss"] == 0
+    assert not any(np.any(result[name]) for name in problem.inputs)
 
 
 def test_labels_without_a_hard_part_say_what_counts(implementation):
     problem = make_problem(7, labels=True, ignored=0.4, precision="highest")
-    found = check(problem, implementation)
-    assert "cross_entropy" not in found
+    result = check(problem, implementation)
+    assert "cross_entropy" not in result
     labels = problem.options["labels"]
     masked = problem.replace(labels=None, where=labels != -100)
     for name, value in fused(masked, implementation).items():
-        assert_close(found[name], value)
+        assert_close(result[name], value)
     # Which label it is does not matter, not even whether it is a column.
     other = fused(problem.replace(labels=jnp.where(labels == -100, -100, 10**6)), implementation)
-    np.testing.assert_array_equal(found["loss"], other["loss"])
+    np.testing.assert_array_equal(result["loss"], other["loss"])
 
 
 def test_an_ignore_index_of_zero_means_nothing_without_labels(implementation):
-    found = fused(make_problem(8, ignore_index=0), implementation)
-    assert found["weight"] == 15
+    result = fused(make_problem(8, ignore_index=0), implementation)
+    assert result["weight"] == 15
 
 
 @pytest.mark.parametrize("label", [-1, 11, 2**30])
 def test_a_label_out_of_range_poisons_a_hard_part(label, implementation):
     problem = make_problem(9, labels=True, hard_weight=0.1)
-    found = fused(problem.replace(labels=problem.options["labels"].at[1, 2].set(label)), implementation)
-    assert np.isnan(found["loss"])
-    assert np.isnan(found["student_hidden"][1, 2]).all()
-    assert np.isnan(found["student_kernel"]).all()
-    assert np.isfinite(np.delete(found["student_hidden"].reshape(15, -1), 7, axis=0)).all()
+    result = fused(problem.replace(labels=problem.options["labels"].at[1, 2].set(label)), implementation)
+    assert np.isnan(result["loss"])
+    assert np.isnan(result["student_hidden"][1, 2]).all()
+    assert np.isnan(result["student_kernel"]).all()
+    assert np.isfinite(np.delete(result["student_hidden"].reshape(15, -1), 7, axis=0)).all()
 
 
 # ---- values worked by hand -----------------------------------------------------------------------------------
@@ -209,8 +209,8 @@ def test_forward_and_reverse_are_those_of_optax(jsd_of_logits):
         optax.losses.kl_divergence(log_r, jnp.exp(log_p)),
     )
     for beta, expected in ((0.0, forward), (1.0, reverse)):
-        found = jsd_of_logits(student, teacher, beta=beta, temperature=2.0)
-        np.testing.assert_allclose(found, expected.mean(), rtol=1e-5)
+        result = jsd_of_logits(student, teacher, beta=beta, temperature=2.0)
+        np.testing.assert_allclose(result, expected.mean(), rtol=1e-5)
 
 
 def test_exchanging_the_models_exchanges_beta(jsd_of_logits):
@@ -247,7 +247,7 @@ def test_the_hard_part_is_the_cross_entropy(implementation):
     problem = make_problem(10, biases=(True, False), labels=True, ignored=0.3, weights=True, precision="highest")
     options = {name: problem.options[name] for name in ("weights", "precision")}
     alone = problem.replace(hard_weight=1.0, soft_weight=0.0, temperature=3.0)
-    found = fused(alone, implementation)
+    result = fused(alone, implementation)
     hidden, kernel, bias = (problem.inputs[f"student_{name}"] for name in ("hidden", "kernel", "bias"))
 
     def loss(hidden, kernel, bias):
@@ -257,12 +257,12 @@ def test_the_hard_part_is_the_cross_entropy(implementation):
         )  # fmt: skip
 
     (expected, metrics), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(hidden, kernel, bias)
-    np.testing.assert_allclose(found["loss"], expected, rtol=1e-6)
-    np.testing.assert_allclose(found["cross_entropy"], expected, rtol=1e-6)
-    np.testing.assert_allclose(found["accuracy"], metrics.accuracy, rtol=1e-6)
-    np.testing.assert_array_equal(found["predictions"], metrics.predictions)
+    np.testing.assert_allclose(result["loss"], expected, rtol=1e-6)
+    np.testing.assert_allclose(result["cross_entropy"], expected, rtol=1e-6)
+    np.testing.assert_allclose(result["accuracy"], metrics.accuracy, rtol=1e-6)
+    np.testing.assert_array_equal(result["predictions"], metrics.predictions)
     for name, grad in zip(("hidden", "kernel", "bias"), grads, strict=True):
-        np.testing.assert_allclose(found[f"student_{name}"], grad * problem.cotangent, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(result[f"student_{name}"], grad * problem.cotangent, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
@@ -271,8 +271,8 @@ def test_kl_is_jsd_at_the_ends(direction, implementation):
     kl = losses.fused_linear_kl(
         *problem.inputs.values(), *problem.teacher, direction=direction, implementation=implementation
     )
-    found = fused(problem.replace(beta={"forward": 0.0, "reverse": 1.0}[direction]), implementation)
-    assert_close(kl, found["loss"])
+    result = fused(problem.replace(beta={"forward": 0.0, "reverse": 1.0}[direction]), implementation)
+    assert_close(kl, result["loss"])
     reference = jliger.reference.fused_linear_kl(*problem.inputs.values(), *problem.teacher, direction=direction)
     np.testing.assert_allclose(kl, reference, rtol=1e-5)
 
@@ -332,9 +332,9 @@ def test_the_teacher_has_no_gradient(implementation):
 @pytest.mark.parametrize("factor", [0.0, -3.0, 65528.0])
 def test_gradients_follow_the_cotangent(factor, implementation):
     problem = make_problem(14, beta=0.5, labels=True, hard_weight=0.5, precision="highest")
-    found = check(problem.replace(cotangent=problem.cotangent * factor), implementation)
+    result = check(problem.replace(cotangent=problem.cotangent * factor), implementation)
     if factor == 0:
-        assert not any(np.any(found[name]) for name in problem.inputs)
+        assert not any(np.any(result[name]) for name in problem.inputs)
 
 
 def test_weights_of_both_parts_may_be_traced(implementation):
@@ -383,11 +383,11 @@ def test_vmap(batched, implementation):
         return jax.grad(loss)({"student_hidden": hidden, "student_kernel": kernel}, (teacher_hidden, teacher_kernel))
 
     arguments = (hidden, kernels[0], teacher_hidden, kernels[1])
-    found = jax.vmap(grads, axes)(*arguments)
+    result = jax.vmap(grads, axes)(*arguments)
     for i in range(4):
         one = grads(*(a if axis is None else a[i] for a, axis in zip(arguments, axes, strict=True)))
         for name, grad in one.items():
-            np.testing.assert_allclose(found[name][i], grad, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(result[name][i], grad, rtol=1e-5, atol=1e-6)
 
 
 def test_the_same_program_gives_the_same_bits(implementation):

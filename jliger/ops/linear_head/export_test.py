@@ -16,8 +16,8 @@ def cross_entropy(hidden, labels, implementation, kernel=KERNEL):
 
 
 def logprobs(hidden, labels, implementation, **options):
-    found = jliger.linear_logprobs(hidden, KERNEL, labels, implementation=implementation, **options)
-    return (found.logprobs + found.entropy).sum()
+    result = jliger.linear_logprobs(hidden, KERNEL, labels, implementation=implementation, **options)
+    return (result.logprobs + result.entropy).sum()
 
 
 def kept(hidden, labels, implementation):
@@ -44,8 +44,8 @@ def test_a_symbolic_number_of_tokens(loss):
         batch = (2, size) if loss is cross_entropy else (size,)
         hidden = jnp.cos(jnp.arange(4.0 * np.prod(batch))).reshape(*batch, 4)
         labels = (jnp.arange(np.prod(batch), dtype=jnp.int32) % 10).reshape(batch).at[..., 3:5].set(-100)
-        found, expected = exported.call(hidden, labels), value_and_grad(hidden, labels)
-        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6), found, expected)
+        result, expected = exported.call(hidden, labels), value_and_grad(hidden, labels)
+        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6), result, expected)
 
 
 def test_what_may_not_be_symbolic():

@@ -40,20 +40,22 @@ def loss_of(problem, implementation):
     return loss
 
 
-def assert_close(found, expected):
+def assert_close(result, expected):
     """Equal up to a few float32 roundings of terms of about 1, such as all here are sums of."""
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for one, other in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         little = 8 * np.finfo(np.float32).eps * max(np.abs(np.asarray(other)).max(), 1)
         np.testing.assert_allclose(one, other, rtol=0, atol=little)
 
 
 def products(function, *args):
     """How many products a program has, and how many sums over its tokens."""
-    found = list(equations(jax.make_jaxpr(function)(*args)))
+    result = list(equations(jax.make_jaxpr(function)(*args)))
     sums = [
-        e for e in found if e.primitive.name == "reduce_sum" and e.invars[0].aval.ndim == 2 and e.params["axes"] == (0,)
+        e
+        for e in result
+        if e.primitive.name == "reduce_sum" and e.invars[0].aval.ndim == 2 and e.params["axes"] == (0,)
     ]
-    return sum(e.primitive.name == "dot_general" for e in found), len(sums)
+    return sum(e.primitive.name == "dot_general" for e in result), len(sums)
 
 
 # ---- cotangents ----------------------------------------------------------------------------------------------
@@ -64,9 +66,9 @@ def products(function, *args):
 def test_gradients_follow_the_cotangent(factor, reduction, implementation):
     problem = make(reduction=reduction)
     problem = problem.replace(cotangent=problem.cotangent * factor)
-    found = check(problem, implementation)
+    result = check(problem, implementation)
     if factor == 0:
-        assert not any(np.any(found[name]) for name in NAMES)
+        assert not any(np.any(result[name]) for name in NAMES)
 
 
 def test_a_cotangent_for_one_token_alone(implementation):
@@ -74,9 +76,9 @@ def test_a_cotangent_for_one_token_alone(implementation):
     problem = make(reduction="none", ignored=0.0)
     for token in [(0, 0), (2, 4)]:
         one = problem.replace(cotangent=jnp.zeros((3, 5)).at[token].set(2.0))
-        found = check(one, implementation)
-        assert np.any(found["hidden"][token])
-        assert not np.any(np.delete(found["hidden"].reshape(15, -1), token[0] * 5 + token[1], axis=0))
+        result = check(one, implementation)
+        assert np.any(result["hidden"][token])
+        assert not np.any(np.delete(result["hidden"].reshape(15, -1), token[0] * 5 + token[1], axis=0))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -106,8 +108,8 @@ def test_inside_a_model_with_other_losses(reduction, implementation):
     ours = functools.partial(jliger.fused_linear_cross_entropy, implementation=implementation)
     theirs = jliger.reference.fused_linear_cross_entropy
     with jax.default_matmul_precision("highest"):
-        found, expected = (jax.grad(functools.partial(model, f), (0, 1))(mix, problem.inputs) for f in (ours, theirs))
-    assert_close(found, expected)
+        result, expected = (jax.grad(functools.partial(model, f), (0, 1))(mix, problem.inputs) for f in (ours, theirs))
+    assert_close(result, expected)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -134,8 +136,8 @@ def test_second_derivatives_in_forward_mode(name, implementation):
         if name == "kl":
             return ops.fused_linear_kl(hidden, kernel, hidden, jnp.asarray(teacher, hidden.dtype), **options)
         if name == "logprobs":
-            found = ops.linear_logprobs(hidden, kernel, labels, **options)
-            return (found.logprobs**2 + found.entropy).sum()
+            result = ops.linear_logprobs(hidden, kernel, labels, **options)
+            return (result.logprobs**2 + result.entropy).sum()
         return ops.fused_linear_cross_entropy(hidden, kernel, labels, reduction=name, z_loss=0.1, **options) ** 2
 
     def ours(hidden, kernel):
@@ -149,11 +151,11 @@ def test_second_derivatives_in_forward_mode(name, implementation):
             jax.hessian(ours, (0, 1))(*primals)
         return
     # A `vmap` of `jax.jvp` of `jax.grad`.
-    found = jax.jit(jax.hessian(ours, (0, 1)))(*primals)
+    result = jax.jit(jax.hessian(ours, (0, 1)))(*primals)
     with jax.enable_x64(True):
         primals = tuple(jnp.asarray(array, jnp.float64) for array in primals)
         expected = jax.jit(jax.hessian(functools.partial(loss, jliger.reference), (0, 1)))(*primals)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), result, expected)
 
 
 # ---- what is computed for whom -------------------------------------------------------------------------------
@@ -173,8 +175,8 @@ def test_frozen_arguments(names, reduction, implementation):
     problem = make(reduction=reduction)
     loss = loss_of(problem, implementation)
     trained = {name: problem.inputs[name] for name in names}
-    found = jax.jit(jax.grad(loss))(trained)
-    assert_rule_of_two(found, unfused(problem), {name: exact(problem)[name] for name in names})
+    result = jax.jit(jax.grad(loss))(trained)
+    assert_rule_of_two(result, unfused(problem), {name: exact(problem)[name] for name in names})
 
 
 # Products of one chunk: logits, twice in the recompute form, and one for each gradient but the bias's.
@@ -183,8 +185,8 @@ def test_frozen_arguments(names, reduction, implementation):
 def test_nothing_is_computed_for_a_frozen_argument(names, reduction, logits, implementation):
     problem = make(reduction=reduction).replace(chunk_size=16)
     loss = loss_of(problem, implementation)
-    found = products(jax.grad(loss), {name: problem.inputs[name] for name in names})
-    assert found == (logits + ("hidden" in names) + ("kernel" in names), int("bias" in names))
+    result = products(jax.grad(loss), {name: problem.inputs[name] for name in names})
+    assert result == (logits + ("hidden" in names) + ("kernel" in names), int("bias" in names))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -299,10 +301,10 @@ def test_every_transformation_gives_the_same_gradients(reduction, bias, implemen
     if bias is None:
         del ways["cond"]
     for way, gradient in ways.items():
-        found = gradient(problem.inputs)
+        result = gradient(problem.inputs)
         for name, value in expected.items():
             # A few float32 roundings of terms of about 1.
-            np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-6, err_msg=f"{name} {way}")
+            np.testing.assert_allclose(result[name], value, rtol=0, atol=1e-6, err_msg=f"{name} {way}")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -310,8 +312,8 @@ def test_op_by_op_gives_the_same_gradients(reduction, implementation):
     problem = make(reduction=reduction)
     expected = fused(problem, implementation)
     with jax.disable_jit(), jax.debug_nans(True):
-        found = jax.grad(loss_of(problem, implementation))(problem.inputs)
-    assert_close(found, {name: expected[name] for name in found})
+        result = jax.grad(loss_of(problem, implementation))(problem.inputs)
+    assert_close(result, {name: expected[name] for name in result})
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -326,8 +328,8 @@ def test_remat_when_other_arguments_are_frozen_each_time(reduction, implementati
         def of_some(some):
             return rematted({**problem.inputs, **some})
 
-        found = jax.grad(of_some)({name: problem.inputs[name] for name in names})
-        assert_close(found, {name: expected[name] for name in names})
+        result = jax.grad(of_some)({name: problem.inputs[name] for name in names})
+        assert_close(result, {name: expected[name] for name in names})
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

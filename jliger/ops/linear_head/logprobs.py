@@ -163,11 +163,11 @@ def _linear_logprobs(
     # The label's logit and the maximum may be large and close: their difference comes first.
     logprobs = (stats.label_logit - stats.max) - stats.log_sum
     assert stats.mean_logit is not None
-    found = LinearLogprobs(
+    result = LinearLogprobs(
         logprobs=logprobs * column_validity(columns, logprobs.dtype),
         logsumexp=stats.max + stats.log_sum,
         entropy=stats.log_sum - stats.mean_logit,
         predictions=stats.prediction,
     )
     # Of several devices' columns even an empty row has a log-sum.
-    return LinearLogprobs(*(jnp.where(counted, field, none) for field, none in zip(found, (0, 0, 0, -1), strict=True)))
+    return LinearLogprobs(*(jnp.where(counted, field, none) for field, none in zip(result, (0, 0, 0, -1), strict=True)))

@@ -50,33 +50,33 @@ def outputs_and_grads(function, inputs, labels, cotangents, options):
     """What the function finds, and the gradient of every input by the outputs that have a cotangent."""
 
     def outputs(inputs):
-        found = function(
+        result = function(
             inputs["hidden"], inputs["kernel"], labels, bias=inputs.get("bias"), adapter=adapter_of(inputs), **options
         )
-        return {name: getattr(found, name) for name in cotangents}, found
+        return {name: getattr(result, name) for name in cotangents}, result
 
-    used, pull_back, found = jax.vjp(outputs, inputs, has_aux=True)
+    used, pull_back, result = jax.vjp(outputs, inputs, has_aux=True)
     grads = pull_back({name: cotangents[name].astype(used[name].dtype) for name in used})[0]
-    return {**found._asdict(), **{f"d {name}": grad for name, grad in grads.items()}}
+    return {**result._asdict(), **{f"d {name}": grad for name, grad in grads.items()}}
 
 
 def check(problem, implementation, what=""):
     """The rule of two, for values and gradients."""
     options = problem.options
 
-    def found(function, inputs, cotangents, options):
+    def result(function, inputs, cotangents, options):
         return found_by(outputs_and_grads, function, inputs, problem.labels, cotangents, options=options)
 
-    ours = found(
+    ours = result(
         jliger.linear_logprobs, problem.inputs, problem.cotangent, {"implementation": implementation, **options}
     )
-    theirs = found(jliger.reference.linear_logprobs, problem.inputs, problem.cotangent, options)
+    theirs = result(jliger.reference.linear_logprobs, problem.inputs, problem.cotangent, options)
     with jax.enable_x64(True):
         as_float64 = jax.tree.map(
             lambda array: jnp.asarray(np.asarray(array), jnp.float64), (problem.inputs, problem.cotangent)
         )
         options = {name: value for name, value in options.items() if name not in ("precision", "logits_dtype")}
-        oracle = found(jliger.reference.linear_logprobs, *as_float64, options)
+        oracle = result(jliger.reference.linear_logprobs, *as_float64, options)
         oracle = {name: np.asarray(value) for name, value in oracle.items()}
     # The bias's gradient is a sum of logit gradients that are rounded to hidden's dtype; the reference sums first.
     half_unit = float(jnp.finfo(problem.inputs["hidden"].dtype).eps) / 2
@@ -143,12 +143,12 @@ def test_what_does_not_count_is_zero(where, keep_logits, implementation):
 def test_a_label_out_of_range_poisons_its_own_logprob(implementation):
     problem = make(6, batch=(6,))
     labels = problem.labels.at[2].set(11)
-    found = jliger.linear_logprobs(
+    result = jliger.linear_logprobs(
         problem.inputs["hidden"], problem.inputs["kernel"], labels, implementation=implementation
     )
-    np.testing.assert_array_equal(np.isnan(found.logprobs), np.arange(6) == 2)
-    assert np.isfinite(found.logsumexp).all()
-    assert np.isfinite(found.entropy).all()
+    np.testing.assert_array_equal(np.isnan(result.logprobs), np.arange(6) == 2)
+    assert np.isfinite(result.logsumexp).all()
+    assert np.isfinite(result.entropy).all()
 
 
 def test_of_equal_logits(implementation):
@@ -165,21 +165,21 @@ def test_of_equal_logits(implementation):
 
 def test_of_one_certain_token(implementation):
     hidden = 1e4 * jnp.eye(3)
-    found = jliger.linear_logprobs(hidden, jnp.eye(3), jnp.array([0, 1, 0]), implementation=implementation)
-    np.testing.assert_array_equal(found.entropy, 0)
-    np.testing.assert_array_equal(found.logprobs, [0, 0, -1e4])
-    np.testing.assert_array_equal(found.predictions, [0, 1, 2])
+    result = jliger.linear_logprobs(hidden, jnp.eye(3), jnp.array([0, 1, 0]), implementation=implementation)
+    np.testing.assert_array_equal(result.entropy, 0)
+    np.testing.assert_array_equal(result.logprobs, [0, 0, -1e4])
+    np.testing.assert_array_equal(result.predictions, [0, 1, 2])
 
 
 def test_a_temperature_is_a_scale(implementation):
     problem = make(7)
     hidden, kernel = problem.inputs["hidden"], problem.inputs["kernel"]
-    found = jliger.linear_logprobs(
+    result = jliger.linear_logprobs(
         hidden, kernel, problem.labels, logit_scale=1 / 0.7, precision="highest", implementation=implementation
     )
     expected = jax.nn.log_softmax(jnp.dot(hidden, kernel, precision="highest") / 0.7)
     expected = jnp.take_along_axis(expected, problem.labels[..., None], -1)[..., 0]
-    np.testing.assert_allclose(found.logprobs, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(result.logprobs, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("used", [("logprobs",), OUTPUTS])
@@ -260,9 +260,9 @@ def test_neither_the_sum_nor_a_frozen_kernels_gradient_is_formed(reduction, impl
             implementation=implementation,
         ).sum()  # fmt: skip
 
-    found = equations(jax.make_jaxpr(jax.grad(loss))(adapter_of(problem.inputs)))
+    result = equations(jax.make_jaxpr(jax.grad(loss))(adapter_of(problem.inputs)))
     made = {
-        tuple(sorted(out.aval.shape)) for one in found if one.primitive.name == "dot_general" for out in one.outvars
+        tuple(sorted(out.aval.shape)) for one in result if one.primitive.name == "dot_general" for out in one.outvars
     }
     assert (16, 40) not in made
     assert (3, 40) in made or (8, 40) in made
@@ -299,7 +299,7 @@ def test_entropy_gradients_of_masked_columns(dtype, keep_logits, size, implement
         options = {"bias": bias, "keep_logits": keep_logits, "implementation": implementation}
         return (size * jliger.linear_logprobs(hidden, kernel, jnp.zeros(2, jnp.int32), **options).entropy).sum()
 
-    found = jax.jit(jax.grad(entropy, argnums=(0, 1, 2)))(hidden, kernel, bias)
+    result = jax.jit(jax.grad(entropy, argnums=(0, 1, 2)))(hidden, kernel, bias)
     with jax.disable_jit(), jax.debug_nans(True):
         entropy(hidden, kernel, bias)
     with jax.enable_x64(True):
@@ -310,5 +310,5 @@ def test_entropy_gradients_of_masked_columns(dtype, keep_logits, size, implement
         by_logit[:, :4] = -size * p * (log_p - (p * log_p).sum(1, keepdims=True))
     expected = (by_logit @ kernel.T, hidden.T @ by_logit, by_logit.sum(0))
     eps = float(jnp.finfo(dtype).eps)
-    for ours, exact in zip(found, expected, strict=True):
+    for ours, exact in zip(result, expected, strict=True):
         np.testing.assert_allclose(np.asarray(ours, np.float64) / size, exact / size, atol=4 * eps)

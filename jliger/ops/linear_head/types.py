@@ -21,7 +21,7 @@ class TeacherConfig:
 
     Attributes:
       head: how the teacher's logits come about.
-      beta: as in `jliger.ops.logits.distillation_types.PairMap`.
+      beta: as in `jliger.ops.logits.distillation_types.DistillationMap`.
       temperature: divides the logits of both.
       with_labels: whether labels have a say too.
     """

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from jliger.ops.logits import Block, LogitMap
-from jliger.ops.logits.distillation import PairBlock, PairCoefficients, PairMap, Products, get_pair_rows
+from jliger.ops.logits.distillation import (
+    DistillationBlock,
+    DistillationCoefficients,
+    DistillationMap,
+    Products,
+    get_distillation_rows,
+)
 from jliger.testing.oracle import INTERPRETED, ON_GPU, every_pair
 
 ROWS = 6
@@ -39,14 +45,14 @@ def times(p, factor):
         return np.where(p == 0, 0, p * factor)
 
 
-def in_float64(products, block, pair_map, coefficients):
+def in_float64(products, block, distillation_map, coefficients):
     """The divergence of each row, the log-probability of its label, and logit gradients.
 
     Gradients are those of the definition by `p`, times the softmax's Jacobian.
     """
-    logits, by_product = logits_in_float64(products.student, block.student.bias, pair_map.student)
-    teacher_logits, _ = logits_in_float64(products.teacher, block.teacher.bias, pair_map.teacher)
-    beta, tau = pair_map.beta, pair_map.temperature
+    logits, by_product = logits_in_float64(products.student, block.student.bias, distillation_map.student)
+    teacher_logits, _ = logits_in_float64(products.teacher, block.teacher.bias, distillation_map.teacher)
+    beta, tau = distillation_map.beta, distillation_map.temperature
     with np.errstate(divide="ignore", invalid="ignore"):
         log_p, log_r = log_softmax(logits / tau), log_softmax(teacher_logits / tau)
         p, r = np.exp(log_p), np.exp(log_r)
@@ -60,9 +66,9 @@ def in_float64(products, block, pair_map, coefficients):
             by_p = (1 - beta) * times(p, log_p - log_m)
         grads = (by_p - p * by_p.sum(1, keepdims=True)) * np.asarray(coefficients.soft, np.float64)[:, None]
     label_logprob = None
-    if pair_map.with_labels:
+    if distillation_map.with_labels:
         labels = np.asarray(block.student.labels)
-        is_label = np.arange(pair_map.student.width) == labels[:, None]
+        is_label = np.arange(distillation_map.student.width) == labels[:, None]
         hard = log_softmax(logits)
         grads += np.exp(hard) * np.asarray(coefficients.probability, np.float64)[:, None]
         grads -= is_label * np.asarray(coefficients.label, np.float64)[:, None]
@@ -88,44 +94,46 @@ def make_pair(
     coefficients = jnp.asarray(random.normal(size=(3, ROWS)), jnp.float32)
     return (
         Products(student, teacher),
-        PairBlock(Block(student_bias, None, columns), Block(teacher_bias, None, columns)),
-        PairCoefficients(coefficients[0], *(coefficients[1:] if labels else (None, None))),
+        DistillationBlock(Block(student_bias, None, columns), Block(teacher_bias, None, columns)),
+        DistillationCoefficients(coefficients[0], *(coefficients[1:] if labels else (None, None))),
     )
 
 
 def make_map(width, beta, *, temperature=1.0, labels=True, scales=(1.0, 1.0), softcaps=(None, None)):
     student, teacher = (LogitMap(scale, cap, width) for scale, cap in zip(scales, softcaps, strict=True))
-    return PairMap(student, teacher, beta, temperature, labels)
+    return DistillationMap(student, teacher, beta, temperature, labels)
 
 
-def run(implementation, products, block, pair_map, coefficients, dtype="float32"):
+def run(implementation, products, block, distillation_map, coefficients, dtype="float32"):
     """What three launches find and what one does, which are the same up to the order of sums."""
-    rows = get_pair_rows(implementation, None)
+    rows = get_distillation_rows(implementation, None)
 
     @jax.jit
     def both_ways(products, block, coefficients):
-        stats = rows.pair_stats(products, block, pair_map)
-        divergence = rows.pair_divergence(products, block, pair_map, stats)
-        grads = rows.pair_grads(
-            products, block, pair_map, stats, divergence.slope, coefficients, dtype=jnp.dtype(dtype)
+        stats = rows.distillation_stats(products, block, distillation_map)
+        divergence = rows.distillation_divergence(products, block, distillation_map, stats)
+        grads = rows.distillation_grads(
+            products, block, distillation_map, stats, divergence.q_sum, coefficients, dtype=jnp.dtype(dtype)
         )
-        at_once = rows.pair_stats_and_grads(products, block, pair_map, coefficients, dtype=jnp.dtype(dtype))
+        at_once = rows.distillation_stats_and_grads(
+            products, block, distillation_map, coefficients, dtype=jnp.dtype(dtype)
+        )
         return (stats, divergence, grads), at_once
 
     return both_ways(products, block, coefficients)
 
 
-def check_pair(implementation, products, block, pair_map, coefficients, dtype="float32"):
-    value, label_logprob, grads = in_float64(products, block, pair_map, coefficients)
-    width = pair_map.student.width
+def check_pair(implementation, products, block, distillation_map, coefficients, dtype="float32"):
+    value, label_logprob, grads = in_float64(products, block, distillation_map, coefficients)
+    width = distillation_map.student.width
     tiny = float(jnp.finfo(jnp.float32).eps)
     # What float32 makes of the arguments of the exponentials.
     largest = max(
         np.abs(logits_in_float64(product, side.bias, logit_map)[0]).max()
-        for product, side, logit_map in zip(products, block, pair_map, strict=False)
+        for product, side, logit_map in zip(products, block, distillation_map, strict=False)
     )
-    rounding = 8 * tiny * max(1.0, largest / pair_map.temperature, largest)
-    for stats, divergence, found in run(implementation, products, block, pair_map, coefficients, dtype):
+    rounding = 8 * tiny * max(1.0, largest / distillation_map.temperature, largest)
+    for stats, divergence, result in run(implementation, products, block, distillation_map, coefficients, dtype):
         np.testing.assert_allclose(divergence.value, value, rtol=rounding, atol=rounding)
         if label_logprob is not None:
             log_sum = stats.student.log_sum if stats.hard_log_sum is None else stats.hard_log_sum
@@ -133,18 +141,18 @@ def check_pair(implementation, products, block, pair_map, coefficients, dtype="f
             has_label = np.isfinite(label_logprob)
             np.testing.assert_allclose(logprob[has_label], label_logprob[has_label], rtol=rounding, atol=rounding)
             np.testing.assert_array_equal(stats.label_logit[~has_label], 0)
-        for softmax, product, side, logit_map in zip(stats[:2], products, block, pair_map[:2], strict=True):
+        for softmax, product, side, logit_map in zip(stats[:2], products, block, distillation_map[:2], strict=True):
             logits, _ = logits_in_float64(product, side.bias, logit_map)
             np.testing.assert_allclose(softmax.max, logits.max(1), rtol=4 * tiny)
             chosen = np.take_along_axis(logits, np.asarray(softmax.prediction)[:, None], 1)[:, 0]
             np.testing.assert_allclose(chosen, logits.max(1), rtol=4 * tiny)
-        found = np.asarray(found, np.float64)
-        assert not found[:, width:].any()
+        result = np.asarray(result, np.float64)
+        assert not result[:, width:].any()
         # A divergence's slopes are as large as log-probabilities are.
         size = np.abs(grads).max()
         half_unit = float(jnp.finfo(dtype).eps) / 2 if dtype != "float32" else 0
         subnormal = float(jnp.finfo(dtype).smallest_subnormal)
-        np.testing.assert_allclose(found[:, :width], grads, rtol=half_unit, atol=rounding * size + subnormal)
+        np.testing.assert_allclose(result[:, :width], grads, rtol=half_unit, atol=rounding * size + subnormal)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +165,8 @@ def check_pair(implementation, products, block, pair_map, coefficients, dtype="f
 )
 def test_every_divergence(temperature, labels, beta, implementation):
     products, block, coefficients = make_pair(301, padding=3, labels=labels, scale=3)
-    pair_map = make_map(301, beta, temperature=temperature, labels=labels)
-    check_pair(implementation, products, block, pair_map, coefficients)
+    distillation_map = make_map(301, beta, temperature=temperature, labels=labels)
+    check_pair(implementation, products, block, distillation_map, coefficients)
 
 
 MAPS = {
@@ -172,8 +180,8 @@ MAPS = {
 def test_maps_of_either_side(options, implementation):
     beta, softcaps, biases = options["beta"], options["softcaps"], options["biases"]
     products, block, coefficients = make_pair(37, padding=3, biases=biases, scale=3)
-    pair_map = make_map(37, beta, temperature=2.0, scales=(0.7, -1.3), softcaps=softcaps)
-    check_pair(implementation, products, block, pair_map, coefficients)
+    distillation_map = make_map(37, beta, temperature=2.0, scales=(0.7, -1.3), softcaps=softcaps)
+    check_pair(implementation, products, block, distillation_map, coefficients)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +233,9 @@ def test_disjoint_rows_are_as_far_apart_as_can_be(beta, implementation):
     far = 200.0
     student, teacher = (jnp.broadcast_to(jnp.where(columns == column, far, 0), (ROWS, 40)) for column in (0, 1))
     _, block, coefficients = make_pair(40, labels=False)
-    pair_map = make_map(40, beta, labels=False)
+    distillation_map = make_map(40, beta, labels=False)
     expected = far if beta in (0, 1) else -beta * np.log(beta) - (1 - beta) * np.log1p(-beta)
-    for _, divergence, grads in run(implementation, Products(student, teacher), block, pair_map, coefficients):
+    for _, divergence, grads in run(implementation, Products(student, teacher), block, distillation_map, coefficients):
         np.testing.assert_allclose(divergence.value, expected, rtol=1e-6)
         # Only KL(teacher ‖ student) still pulls where the student is sure.
         pull = np.zeros((ROWS, 40))
@@ -239,10 +247,10 @@ def test_disjoint_rows_are_as_far_apart_as_can_be(beta, implementation):
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_a_column_that_both_mask_has_no_say(beta, implementation):
     products, block, coefficients = make_pair(40, biases=(True, True))
-    masked = PairBlock(*(side._replace(bias=side.bias.at[7].set(-jnp.inf)) for side in block))
-    pair_map = make_map(40, beta, temperature=2.0)
-    value, _, expected = in_float64(products, masked, pair_map, coefficients)
-    for _, divergence, grads in run(implementation, products, masked, pair_map, coefficients):
+    masked = DistillationBlock(*(side._replace(bias=side.bias.at[7].set(-jnp.inf)) for side in block))
+    distillation_map = make_map(40, beta, temperature=2.0)
+    value, _, expected = in_float64(products, masked, distillation_map, coefficients)
+    for _, divergence, grads in run(implementation, products, masked, distillation_map, coefficients):
         np.testing.assert_allclose(divergence.value, value, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(grads, expected, atol=2e-6)
         assert not np.any(grads[:, 7])
@@ -252,9 +260,9 @@ def test_a_column_that_both_mask_has_no_say(beta, implementation):
 def test_a_column_that_the_teacher_masks(beta, implementation):
     products, block, coefficients = make_pair(40, biases=(True, True))
     masked = block._replace(teacher=block.teacher._replace(bias=block.teacher.bias.at[7].set(-jnp.inf)))
-    pair_map = make_map(40, beta)
-    value, _, expected = in_float64(products, masked, pair_map, coefficients)
-    for _, divergence, grads in run(implementation, products, masked, pair_map, coefficients):
+    distillation_map = make_map(40, beta)
+    value, _, expected = in_float64(products, masked, distillation_map, coefficients)
+    for _, divergence, grads in run(implementation, products, masked, distillation_map, coefficients):
         np.testing.assert_allclose(divergence.value, value, rtol=1e-5)
         if beta == 1:  # KL(student ‖ teacher) is infinite
             assert np.isinf(divergence.value).all()
@@ -287,7 +295,7 @@ def test_the_first_of_equal_logits_is_predicted(implementation):
     for width in (40, 3000):
         products = [random.integers(-2, 3, size=(ROWS, width)).astype(np.float32) for _ in range(2)]
         _, block, _ = make_pair(width)
-        stats = get_pair_rows(implementation, None).pair_stats(
+        stats = get_distillation_rows(implementation, None).distillation_stats(
             Products(*map(jnp.asarray, products)), block, make_map(width, 0.5)
         )
         for softmax, product in zip(stats[:2], products, strict=True):
@@ -307,12 +315,12 @@ def test_columns_with_probability_zero(beta, implementation):
 
     student, teacher = masked(block.student, 20 if beta > 0 else 30), masked(block.teacher, 20 if beta < 1 else 30)
     labels = jnp.full(ROWS, 10, jnp.int32)
-    block = PairBlock(student._replace(labels=labels), teacher._replace(labels=labels))
+    block = DistillationBlock(student._replace(labels=labels), teacher._replace(labels=labels))
     coefficients = coefficients._replace(soft=jnp.array([1e6, -1e6, 1e30, -1e30, 1, -1], jnp.float32))
-    pair_map = make_map(width, beta, temperature=0.5)
-    value, _, expected = in_float64(products, block, pair_map, coefficients)
+    distillation_map = make_map(width, beta, temperature=0.5)
+    value, _, expected = in_float64(products, block, distillation_map, coefficients)
     size = np.abs(np.asarray(coefficients.soft))[:, None]
-    for stats, divergence, grads in run(implementation, products, block, pair_map, coefficients):
+    for stats, divergence, grads in run(implementation, products, block, distillation_map, coefficients):
         assert np.isfinite(stats.hard_log_sum).all()
         np.testing.assert_allclose(divergence.value, value, rtol=1e-5)
         np.testing.assert_allclose(grads / size, expected / size, atol=1e-5)

@@ -37,7 +37,7 @@ class PairShape(NamedTuple):
 
     Attributes:
       student, teacher: of equal stride and width.
-      beta: as in `jliger.ops.logits.distillation.PairMap`.
+      beta: as in `jliger.ops.logits.distillation.DistillationMap`.
       inverse_temperature: what logits are multiplied with.
     """
 
@@ -48,7 +48,7 @@ class PairShape(NamedTuple):
 
 
 class _Stats(NamedTuple):
-    """Pointers to `jliger.ops.logits.distillation.PairStats`, `[T]` each, those that are not wanted None."""
+    """Pointers to `jliger.ops.logits.distillation.DistillationStats`, `[T]` each, those that are not wanted None."""
 
     student_max: Any
     student_log_sum: Any
@@ -70,7 +70,7 @@ class _Pair(NamedTuple):
 
 
 class _Coefficients(NamedTuple):
-    """A row's `jliger.ops.logits.distillation.PairCoefficients`; those of labels are None without labels."""
+    """A row's `jliger.ops.logits.distillation.DistillationCoefficients`; those of labels are None without labels."""
 
     soft: Any
     probability: Any
@@ -107,7 +107,7 @@ def _compared(pair, columns, inside, SHAPE: tl.constexpr, EVICTION: tl.constexpr
 @triton.jit
 def _add_divergence_of_tile(
     lane_value,  # [LANES]
-    lane_slope,  # [LANES]
+    lane_q_sum,  # [LANES]
     start,
     pair,
     SHAPE: tl.constexpr,
@@ -118,8 +118,8 @@ def _add_divergence_of_tile(
     inside = columns_inside(columns, SHAPE.student, WHOLE)
     _, _, _, q, terms = _compared(pair, columns, inside, SHAPE, "evict_last")
     lane_value += tl.sum(where_inside(inside, terms, 0.0), axis=1)
-    lane_slope += tl.sum(where_inside(inside, q, 0.0), axis=1)
-    return lane_value, lane_slope
+    lane_q_sum += tl.sum(where_inside(inside, q, 0.0), axis=1)
+    return lane_value, lane_q_sum
 
 
 @triton.jit
@@ -127,26 +127,26 @@ def _divergence_of_rows(pair, SHAPE: tl.constexpr, TILE: tl.constexpr):
     """`D` and `Σ_v q_v`; one pass, from the last column to the first."""
     LANES: tl.constexpr = TILE.lanes
     lane_value = tl.zeros([LANES], tl.float32)
-    lane_slope = tl.zeros([LANES], tl.float32)
+    lane_q_sum = tl.zeros([LANES], tl.float32)
     if TILE.whole < SHAPE.student.width:
-        lane_value, lane_slope = _add_divergence_of_tile(
-            lane_value, lane_slope, TILE.whole, pair, SHAPE, TILE, WHOLE=False
+        lane_value, lane_q_sum = _add_divergence_of_tile(
+            lane_value, lane_q_sum, TILE.whole, pair, SHAPE, TILE, WHOLE=False
         )
     for back in tl.range(TILE.size, TILE.whole + 1, TILE.size, loop_unroll_factor=TILE.unroll):
-        lane_value, lane_slope = _add_divergence_of_tile(
-            lane_value, lane_slope, TILE.whole - back, pair, SHAPE, TILE, WHOLE=True
+        lane_value, lane_q_sum = _add_divergence_of_tile(
+            lane_value, lane_q_sum, TILE.whole - back, pair, SHAPE, TILE, WHOLE=True
         )
-    return tl.sum(lane_value, axis=0), tl.sum(lane_slope, axis=0)
+    return tl.sum(lane_value, axis=0), tl.sum(lane_q_sum, axis=0)
 
 
 @triton.jit
-def _pair_grads(pair, columns, inside, slope, coefficients, label, SHAPE: tl.constexpr, EVICTION: tl.constexpr):
+def _pair_grads(pair, columns, inside, q_sum, coefficients, label, SHAPE: tl.constexpr, EVICTION: tl.constexpr):
     """Gradients by the student's products in some columns, and the terms of `D`.
 
     All of the columns are the label's, with `label` its coefficient, or none, with 0.
     """
     logits, by_product, p, q, terms = _compared(pair, columns, inside, SHAPE, EVICTION)
-    grads = tl.where(coefficients.soft == 0, 0.0, coefficients.soft * (q - p * slope))
+    grads = tl.where(coefficients.soft == 0, 0.0, coefficients.soft * (q - p * q_sum))
     if coefficients.probability is not None:
         if pair.of_student.hard_log_sum is not None:
             p = tl.exp(logits - pair.of_student.max - pair.of_student.hard_log_sum)
@@ -160,7 +160,7 @@ def _store_pair_grads_of_tile(
     start,
     grads_ptr,
     pair,
-    slope,
+    q_sum,
     coefficients,
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
@@ -168,7 +168,7 @@ def _store_pair_grads_of_tile(
 ):
     columns = tile_columns(start, TILE)
     inside = columns_inside(columns, SHAPE.student, WHOLE)
-    grads, terms = _pair_grads(pair, columns, inside, slope, coefficients, 0.0, SHAPE, "evict_first")
+    grads, terms = _pair_grads(pair, columns, inside, q_sum, coefficients, 0.0, SHAPE, "evict_first")
     store_tile(grads_ptr, columns, inside, grads, SHAPE.student)
     return lane_value + tl.sum(where_inside(inside, terms, 0.0), axis=1)
 
@@ -177,7 +177,7 @@ def _store_pair_grads_of_tile(
 def _store_pair_grads_of_row(
     grads_ptr,  # [V]
     pair,
-    slope,
+    q_sum,
     coefficients,
     label,
     SHAPE: tl.constexpr,
@@ -190,7 +190,7 @@ def _store_pair_grads_of_row(
     # What is left of the row, and its padding, which may go on for longer than a tile.
     for start in tl.static_range(TILE.whole, SHAPE.student.stride, TILE.size):
         lane_value = _store_pair_grads_of_tile(
-            lane_value, start, grads_ptr, pair, slope, coefficients, SHAPE, TILE, WHOLE=False
+            lane_value, start, grads_ptr, pair, q_sum, coefficients, SHAPE, TILE, WHOLE=False
         )
     for done in tl.range(0, TILE.whole, TILE.size, loop_unroll_factor=TILE.unroll):
         if BACKWARD:
@@ -198,11 +198,11 @@ def _store_pair_grads_of_row(
         else:
             from_start = done
         lane_value = _store_pair_grads_of_tile(
-            lane_value, from_start, grads_ptr, pair, slope, coefficients, SHAPE, TILE, WHOLE=True
+            lane_value, from_start, grads_ptr, pair, q_sum, coefficients, SHAPE, TILE, WHOLE=True
         )
     if label is not None:
         has_label = is_column(label, SHAPE.student)
-        label_grad, _ = _pair_grads(pair, label, has_label, slope, coefficients, coefficients.label, SHAPE, "")
+        label_grad, _ = _pair_grads(pair, label, has_label, q_sum, coefficients, coefficients.label, SHAPE, "")
         store_label_grad(grads_ptr, label, label_grad, SHAPE.student)
     return tl.sum(lane_value, axis=0)
 
@@ -236,7 +236,7 @@ def _store_stats_of_rows(stats, index, student, teacher, label, SHAPE: tl.conste
 
 
 @triton.jit
-def pair_stats_kernel(
+def distillation_stats_kernel(
     student_ptr,  # [T, V]
     teacher_ptr,  # [T, V]
     student_bias_ptr,  # [V] or None
@@ -271,7 +271,7 @@ def pair_stats_kernel(
 
 
 @triton.jit
-def pair_divergence_kernel(
+def distillation_divergence_kernel(
     student_ptr,  # [T, V]
     teacher_ptr,  # [T, V]
     student_bias_ptr,  # [V] or None
@@ -281,7 +281,7 @@ def pair_divergence_kernel(
     teacher_max_ptr,  # [T]
     teacher_log_sum_ptr,  # [T]
     value_ptr,  # [T], written
-    slope_ptr,  # [T], written
+    q_sum_ptr,  # [T], written
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -292,13 +292,13 @@ def pair_divergence_kernel(
         _load_softmax(index, student_max_ptr, student_log_sum_ptr, None),
         _load_softmax(index, teacher_max_ptr, teacher_log_sum_ptr, None),
     )
-    value, slope = _divergence_of_rows(pair, SHAPE, TILE)
+    value, q_sum = _divergence_of_rows(pair, SHAPE, TILE)
     tl.store(value_ptr + index, value)
-    tl.store(slope_ptr + index, slope)
+    tl.store(q_sum_ptr + index, q_sum)
 
 
 @triton.jit
-def pair_grads_kernel(
+def distillation_grads_kernel(
     student_ptr,  # [T, V]
     teacher_ptr,  # [T, V]
     student_bias_ptr,  # [V] or None
@@ -309,7 +309,7 @@ def pair_grads_kernel(
     hard_log_sum_ptr,  # [T] or None
     teacher_max_ptr,  # [T]
     teacher_log_sum_ptr,  # [T]
-    slope_ptr,  # [T]
+    q_sum_ptr,  # [T]
     soft_ptr,  # [T]
     probability_ptr,  # [T] or None
     label_coefficient_ptr,  # [T] or None
@@ -327,13 +327,13 @@ def pair_grads_kernel(
     coefficients = _Coefficients(
         tl.load(soft_ptr + index), load_or_none(probability_ptr, index), load_or_none(label_coefficient_ptr, index)
     )
-    slope, label = tl.load(slope_ptr + index), load_or_none(labels_ptr, index)
+    q_sum, label = tl.load(q_sum_ptr + index), load_or_none(labels_ptr, index)
     grads_ptr += index * SHAPE.student.stride
-    _store_pair_grads_of_row(grads_ptr, pair, slope, coefficients, label, SHAPE, TILE, BACKWARD=True)
+    _store_pair_grads_of_row(grads_ptr, pair, q_sum, coefficients, label, SHAPE, TILE, BACKWARD=True)
 
 
 @triton.jit
-def pair_stats_and_grads_kernel(
+def distillation_stats_and_grads_kernel(
     student_ptr,  # [T, V]
     teacher_ptr,  # [T, V]
     student_bias_ptr,  # [V] or None
@@ -351,7 +351,7 @@ def pair_stats_and_grads_kernel(
     label_logit_ptr,  # [T], written, or None
     hard_log_sum_ptr,  # [T], written, or None
     value_ptr,  # [T], written
-    slope_ptr,  # [T], written
+    q_sum_ptr,  # [T], written
     grads_ptr,  # [T, V], written
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
@@ -377,10 +377,10 @@ def pair_stats_and_grads_kernel(
     pair = _store_stats_of_rows(stats, index, student, teacher, label, SHAPE, TILE)
     grads_ptr += index * SHAPE.student.stride
     if SHAPE.beta == 0:
-        slope = -1.0
-        value = _store_pair_grads_of_row(grads_ptr, pair, slope, coefficients, label, SHAPE, TILE, BACKWARD=True)
+        q_sum = -1.0
+        value = _store_pair_grads_of_row(grads_ptr, pair, q_sum, coefficients, label, SHAPE, TILE, BACKWARD=True)
     else:
-        value, slope = _divergence_of_rows(pair, SHAPE, TILE)
-        _store_pair_grads_of_row(grads_ptr, pair, slope, coefficients, label, SHAPE, TILE, BACKWARD=False)
+        value, q_sum = _divergence_of_rows(pair, SHAPE, TILE)
+        _store_pair_grads_of_row(grads_ptr, pair, q_sum, coefficients, label, SHAPE, TILE, BACKWARD=False)
     tl.store(value_ptr + index, value)
-    tl.store(slope_ptr + index, slope)
+    tl.store(q_sum_ptr + index, q_sum)

@@ -28,7 +28,7 @@ class Products(NamedTuple):
     teacher: Float[Array, "T V"]
 
 
-class PairBlock(NamedTuple):
+class DistillationBlock(NamedTuple):
     """Everything about the pair's logits but the logits themselves: all columns, or one device's share of them.
 
     The teacher's labels are not read, nor are class weights.
@@ -38,7 +38,7 @@ class PairBlock(NamedTuple):
     teacher: Block
 
 
-class PairMap(NamedTuple):
+class DistillationMap(NamedTuple):
     """What a pair of logits is compared by.
 
     Attributes:
@@ -74,7 +74,7 @@ class SoftmaxStats(NamedTuple):
     prediction: Int[Array, "*B"]
 
 
-class PairStats(NamedTuple):
+class DistillationStats(NamedTuple):
     """What is known of a pair of rows before they are compared.
 
     Attributes:
@@ -94,14 +94,14 @@ class Divergence(NamedTuple):
 
     Attributes:
       value: `D`.
-      slope: `Σ_v q_v`, of which gradients take a share `p_v` each.
+      q_sum: `Σ_v q_v`, of which gradients take a share `p_v` each.
     """
 
     value: Float[Array, "*B"]
-    slope: Float[Array, "*B"]
+    q_sum: Float[Array, "*B"]
 
 
-class PairCoefficients(NamedTuple):
+class DistillationCoefficients(NamedTuple):
     """What multiplies what in each row of the student's logit gradients.
 
     `dz_v = soft · (q_v − p_v Σ_u q_u) + probability · softmax(z)_v − label · [v = y]`
@@ -124,5 +124,5 @@ class Comparison(NamedTuple):
       divergence: how far apart they are.
     """
 
-    pair: PairStats
+    pair: DistillationStats
     divergence: Float[Array, "*B"]

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jliger.ops.logits.distillation_types import (
+    DistillationBlock,
+    DistillationCoefficients,
+    DistillationMap,
+    DistillationStats,
     Divergence,
-    PairBlock,
-    PairCoefficients,
-    PairMap,
-    PairStats,
     Products,
     SoftmaxStats,
 )
@@ -17,38 +17,42 @@ from jliger.ops.logits.types import Block, LogitMap
 from jliger.ops.logits.xla import _is_label, _logits
 
 
-def pair_stats(products: Products, block: PairBlock, pair_map: PairMap) -> PairStats:
-    logits, _, inside = _logits(products.student, block.student, pair_map.student)
-    teacher_logits, _, _ = _logits(products.teacher, block.teacher, pair_map.teacher)
-    student, teacher = (_softmax_stats(z, pair_map.temperature) for z in (logits, teacher_logits))
+def distillation_stats(
+    products: Products, block: DistillationBlock, distillation_map: DistillationMap
+) -> DistillationStats:
+    logits, _, inside = _logits(products.student, block.student, distillation_map.student)
+    teacher_logits, _, _ = _logits(products.teacher, block.teacher, distillation_map.teacher)
+    student, teacher = (_softmax_stats(z, distillation_map.temperature) for z in (logits, teacher_logits))
     label_logit = hard_log_sum = None
-    if pair_map.with_labels:
+    if distillation_map.with_labels:
         is_label = _is_label(products.student, block.student) & inside
         label_logit = jnp.where(is_label, logits, 0).sum(axis=1)
-    if pair_map.with_hard_sum:
+    if distillation_map.with_hard_sum:
         hard_log_sum = jnp.log(jnp.exp(logits - student.max[:, None]).sum(axis=1))
-    return PairStats(student, teacher, label_logit, hard_log_sum)
+    return DistillationStats(student, teacher, label_logit, hard_log_sum)
 
 
-def pair_divergence(products: Products, block: PairBlock, pair_map: PairMap, stats: PairStats) -> Divergence:
-    _, q, terms = _compared(products, block, pair_map, stats)
+def distillation_divergence(
+    products: Products, block: DistillationBlock, distillation_map: DistillationMap, stats: DistillationStats
+) -> Divergence:
+    _, q, terms = _compared(products, block, distillation_map, stats)
     return Divergence(terms.sum(axis=1), q.sum(axis=1))
 
 
-def pair_grads(
+def distillation_grads(
     products: Products,
-    block: PairBlock,
-    pair_map: PairMap,
-    stats: PairStats,
-    slope: Float[Array, " T"],
-    coefficients: PairCoefficients,
+    block: DistillationBlock,
+    distillation_map: DistillationMap,
+    stats: DistillationStats,
+    q_sum: Float[Array, " T"],
+    coefficients: DistillationCoefficients,
     *,
     dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "T V"]:
-    logits, by_product, inside = _logits(products.student, block.student, pair_map.student)
-    p, q, _ = _compared(products, block, pair_map, stats)
+    logits, by_product, inside = _logits(products.student, block.student, distillation_map.student)
+    p, q, _ = _compared(products, block, distillation_map, stats)
     soft = coefficients.soft[:, None]
-    grads = jnp.where(soft == 0, 0, soft * (q - p * slope[:, None]))
+    grads = jnp.where(soft == 0, 0, soft * (q - p * q_sum[:, None]))
     if coefficients.probability is not None and coefficients.label is not None:
         if stats.hard_log_sum is not None:
             p = jnp.exp(logits - stats.student.max[:, None] - stats.hard_log_sum[:, None])
@@ -57,17 +61,17 @@ def pair_grads(
     return jnp.where(inside, grads * by_product, 0).astype(dtype)
 
 
-def pair_stats_and_grads(
+def distillation_stats_and_grads(
     products: Products,
-    block: PairBlock,
-    pair_map: PairMap,
-    coefficients: PairCoefficients,
+    block: DistillationBlock,
+    distillation_map: DistillationMap,
+    coefficients: DistillationCoefficients,
     *,
     dtype: jax.typing.DTypeLike,
-) -> tuple[PairStats, Divergence, Float[Array, "T V"]]:
-    stats = pair_stats(products, block, pair_map)
-    divergence = pair_divergence(products, block, pair_map, stats)
-    grads = pair_grads(products, block, pair_map, stats, divergence.slope, coefficients, dtype=dtype)
+) -> tuple[DistillationStats, Divergence, Float[Array, "T V"]]:
+    stats = distillation_stats(products, block, distillation_map)
+    divergence = distillation_divergence(products, block, distillation_map, stats)
+    grads = distillation_grads(products, block, distillation_map, stats, divergence.q_sum, coefficients, dtype=dtype)
     return stats, divergence, grads
 
 
@@ -79,17 +83,17 @@ def _softmax_stats(logits: Float[Array, "T V"], temperature: float) -> SoftmaxSt
 
 
 def _compared(
-    products: Products, block: PairBlock, pair_map: PairMap, stats: PairStats
+    products: Products, block: DistillationBlock, distillation_map: DistillationMap, stats: DistillationStats
 ) -> tuple[Float[Array, "T V"], Float[Array, "T V"], Float[Array, "T V"]]:
     """`p`, `q` and the terms of `D`, as `jliger.ops.logits.distillation_types` has them."""
 
     def log_probs(product: Float[Array, "T V"], block: Block, logit_map: LogitMap, stats: SoftmaxStats) -> Array:
         logits, _, _ = _logits(product, block, logit_map)
-        return (logits - stats.max[:, None]) * (1 / pair_map.temperature) - stats.log_sum[:, None]
+        return (logits - stats.max[:, None]) * (1 / distillation_map.temperature) - stats.log_sum[:, None]
 
-    beta = pair_map.beta
-    log_p = log_probs(products.student, block.student, pair_map.student, stats.student)
-    log_r = log_probs(products.teacher, block.teacher, pair_map.teacher, stats.teacher)
+    beta = distillation_map.beta
+    log_p = log_probs(products.student, block.student, distillation_map.student, stats.student)
+    log_r = log_probs(products.teacher, block.teacher, distillation_map.teacher, stats.teacher)
     p, r = jnp.exp(log_p), jnp.exp(log_r)
 
     def times(weight: Array, left: Array, right: Array) -> Array:

@@ -86,8 +86,8 @@ def check_rows(implementation, product, block, logit_map, coefficients, *, wante
     logits, expected_stats, expected_grads = in_float64(product, block, logit_map, coefficients)
     size = max(1.0, np.nanmax(np.abs(np.asarray(product, np.float64))) * abs(logit_map.scale))
     eps = np.finfo(np.float32).eps
-    for found in (stats, stats_again):
-        for name, value, truth in zip(found._fields, found, expected_stats, strict=True):
+    for result in (stats, stats_again):
+        for name, value, truth in zip(result._fields, result, expected_stats, strict=True):
             if name == "prediction":
                 assert value.dtype == jnp.int32
                 chosen = np.take_along_axis(logits, np.asarray(value)[:, None], 1)[:, 0]
@@ -100,15 +100,15 @@ def check_rows(implementation, product, block, logit_map, coefficients, *, wante
                 terms = {"weighted_sum": product.shape[1] * 2, "mean_logit": 16 * size}.get(name, 8)
                 np.testing.assert_allclose(value, truth, rtol=4 * eps, atol=terms * eps * size, err_msg=name)
     largest = np.abs(expected_grads).max()
-    for found in (grads, grads_again):
-        assert found.dtype == jnp.dtype(dtype)
+    for result in (grads, grads_again):
+        assert result.dtype == jnp.dtype(dtype)
         # An exponential's relative error is its argument's absolute one.
-        error = np.abs(np.asarray(found, np.float64) - expected_grads)
+        error = np.abs(np.asarray(result, np.float64) - expected_grads)
         half_unit = float(jnp.finfo(dtype).eps) / 2
         assert np.all(
             error <= half_unit * np.abs(expected_grads) + 16 * eps * size * largest + 1e-7 * (dtype == "float16")
         )
-        assert not np.any(np.asarray(found)[:, logit_map.width :]), "padding must have gradient 0"
+        assert not np.any(np.asarray(result)[:, logit_map.width :]), "padding must have gradient 0"
 
 
 BRANCHES = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jliger.ops.logits import Coefficients, RowStats
-from jliger.ops.logits.distillation import PairCoefficients
+from jliger.ops.logits.distillation import DistillationCoefficients
 from jliger.ops.logits.distillation_types import Comparison
 
 
@@ -19,7 +19,7 @@ class LossWeights(NamedTuple):
     z_loss: Float[Array, "*B"]
 
 
-class Labels(NamedTuple):
+class LabelTerms(NamedTuple):
     """What the loss knows of the labels beside their logits.
 
     Attributes:
@@ -47,7 +47,7 @@ class CrossEntropy:
     z_loss: float
     vocab_size: int
 
-    def token_losses(self, stats: RowStats, labels: Labels) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    def token_losses(self, stats: RowStats, labels: LabelTerms) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
         """Cross entropy and z-loss of each token; NaN, and a gradient of NaN, where the label is no column.
 
         `(1 − α) · w_y · (lse − z_y) + (α / V) · Σ_v w_v · (lse − z_v)`, and `z_loss · lse²`.
@@ -62,18 +62,18 @@ class CrossEntropy:
         return cross_entropy * labels.validity, self.z_loss * jnp.square(stats.max + stats.log_sum)
 
     def weighted_sums(
-        self, stats: RowStats, labels: Labels, weights: LossWeights
+        self, stats: RowStats, labels: LabelTerms, weights: LossWeights
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """`Σ_t weights.cross_entropy_t · cross entropy_t` and `Σ_t weights.z_loss_t · z-loss_t`."""
         cross_entropy, z_loss = self.token_losses(stats, labels)
         return jnp.sum(cross_entropy * weights.cross_entropy), jnp.sum(z_loss * weights.z_loss)
 
-    def total(self, stats: RowStats, labels: Labels, weights: LossWeights) -> Float[Array, ""]:
+    def total(self, stats: RowStats, labels: LabelTerms, weights: LossWeights) -> Float[Array, ""]:
         """Both together: the reduced loss."""
         cross_entropy, z_loss = self.weighted_sums(stats, labels, weights)
         return cross_entropy + z_loss
 
-    def coefficients(self, labels: Labels, weights: LossWeights) -> Coefficients:
+    def coefficients(self, labels: LabelTerms, weights: LossWeights) -> Coefficients:
         """Those of `total`, which is linear in every stat but the log-sum-exp, in which it is quadratic."""
         zeros = 0 * weights.cross_entropy  # sharded as they are
         empty_row = RowStats(zeros, zeros, zeros, zeros.astype(jnp.int32), zeros if self.label_smoothing else None)
@@ -85,8 +85,8 @@ class CrossEntropy:
         if not self.z_loss:
             return coefficients
         # The z-loss alone is quadratic, with a derivative of 0 at 0.
-        slope = derivatives(zeros + 1, weights._replace(cross_entropy=zeros)).log_sum
-        return coefficients._replace(probability_lse=slope)
+        lse_coefficient = derivatives(zeros + 1, weights._replace(cross_entropy=zeros)).log_sum
+        return coefficients._replace(probability_lse=lse_coefficient)
 
 
 def coefficients_of(cotangents: RowStats, mean_logit: Float[Array, "*B"] | None) -> Coefficients:
@@ -135,32 +135,32 @@ class Distillation:
         return CrossEntropy(label_smoothing=0.0, z_loss=0.0, vocab_size=self.vocab_size)
 
     def weighted_sums(
-        self, found: Comparison, labels: Labels | None, weights: DistillationWeights
+        self, result: Comparison, labels: LabelTerms | None, weights: DistillationWeights
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """`Σ_t weights.soft_t · divergence_t` and `Σ_t weights.hard_t · cross entropy_t`."""
-        soft = jnp.sum(found.divergence * weights.soft)
+        soft = jnp.sum(result.divergence * weights.soft)
         if labels is None or weights.hard is None:
             return soft, jnp.zeros_like(soft)
-        student = found.pair.student
-        assert found.pair.label_logit is not None
+        student = result.pair.student
+        assert result.pair.label_logit is not None
         stats = RowStats(
             max=student.max,
-            log_sum=student.log_sum if found.pair.hard_log_sum is None else found.pair.hard_log_sum,
-            label_logit=found.pair.label_logit,
+            log_sum=student.log_sum if result.pair.hard_log_sum is None else result.pair.hard_log_sum,
+            label_logit=result.pair.label_logit,
             prediction=student.prediction,
         )
         hard, _ = self._cross_entropy.weighted_sums(stats, labels, LossWeights(weights.hard, 0 * weights.hard))
         return soft, hard
 
-    def total(self, found: Comparison, labels: Labels | None, weights: DistillationWeights) -> Float[Array, ""]:
+    def total(self, result: Comparison, labels: LabelTerms | None, weights: DistillationWeights) -> Float[Array, ""]:
         """Both together: the reduced loss."""
-        soft, hard = self.weighted_sums(found, labels, weights)
+        soft, hard = self.weighted_sums(result, labels, weights)
         return soft + hard
 
-    def coefficients(self, labels: Labels | None, weights: DistillationWeights) -> PairCoefficients:
+    def coefficients(self, labels: LabelTerms | None, weights: DistillationWeights) -> DistillationCoefficients:
         """Those of `total`: a divergence of logits that were divided by the temperature, and a cross entropy."""
         soft = weights.soft / self.temperature
         if labels is None or weights.hard is None:
-            return PairCoefficients(soft, None, None)
+            return DistillationCoefficients(soft, None, None)
         hard = self._cross_entropy.coefficients(labels, LossWeights(weights.hard, 0 * weights.hard))
-        return PairCoefficients(soft, hard.probability, hard.label)
+        return DistillationCoefficients(soft, hard.probability, hard.label)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jliger.ops.logits import RowStats
-from jliger.ops.logits.objectives import CrossEntropy, Labels, LossWeights
+from jliger.ops.logits.objectives import CrossEntropy, LabelTerms, LossWeights
 
 ROWS, VOCAB = 7, 5
 
@@ -38,7 +38,7 @@ def stats_of(logits, labels, u):
 
 def labels_of(labels, u):
     validity = jnp.where((labels >= 0) & (labels < VOCAB), 1.0, jnp.nan)
-    return Labels(validity, None if u is None else u.at[labels].get(mode="clip"), VOCAB if u is None else u.sum())
+    return LabelTerms(validity, None if u is None else u.at[labels].get(mode="clip"), VOCAB if u is None else u.sum())
 
 
 def formula(logits, labels, u, weights, smoothing, z_loss):
@@ -60,14 +60,14 @@ def test_the_loss_and_its_coefficients(z_loss, smoothing, with_class_weights):
     value, by_logits = jax.value_and_grad(formula)(logits, labels, u, weights, smoothing, z_loss)
     np.testing.assert_allclose(loss.total(stats, labels_of(labels, u), weights), value, rtol=1e-12)
 
-    found = loss.coefficients(labels_of(labels, u), weights)
-    assert (found.smoothing is None) == (smoothing == 0)
-    assert (found.probability_lse is None) == (z_loss == 0)
+    result = loss.coefficients(labels_of(labels, u), weights)
+    assert (result.smoothing is None) == (smoothing == 0)
+    assert (result.probability_lse is None) == (z_loss == 0)
     lse = (stats.max + stats.log_sum)[:, None]
-    factor = found.probability[:, None] + (0 if z_loss == 0 else found.probability_lse[:, None] * lse)
-    grads = jnp.exp(logits - lse) * factor - found.label[:, None] * jax.nn.one_hot(labels, VOCAB)
+    factor = result.probability[:, None] + (0 if z_loss == 0 else result.probability_lse[:, None] * lse)
+    grads = jnp.exp(logits - lse) * factor - result.label[:, None] * jax.nn.one_hot(labels, VOCAB)
     if smoothing:
-        grads -= found.smoothing[:, None] * (1 if u is None else u)
+        grads -= result.smoothing[:, None] * (1 if u is None else u)
     np.testing.assert_allclose(grads, by_logits, rtol=1e-10, atol=1e-12)
 
 
@@ -75,13 +75,13 @@ def test_coefficients_need_nothing_but_weights_and_labels():
     # They are known before any logit is: in the forward form they go into the same launch that finds the stats.
     _, labels, u, weights = make(True)
     loss = CrossEntropy(0.1, 0.1, VOCAB)
-    found = jax.jit(loss.coefficients)(labels_of(labels, u), weights)
-    assert all(np.isfinite(field).all() for field in jax.tree.leaves(found))
+    result = jax.jit(loss.coefficients)(labels_of(labels, u), weights)
+    assert all(np.isfinite(field).all() for field in jax.tree.leaves(result))
 
 
 @pytest.mark.parametrize("label", [-1, VOCAB, 10**6])
 def test_a_label_that_is_no_column_has_coefficients_of_nan(label):
     _, labels, u, weights = make(True)
     labels = labels.at[2].set(label)
-    found = CrossEntropy(0.0, 0.0, VOCAB).coefficients(labels_of(labels, u), weights)
-    np.testing.assert_array_equal(np.isnan(found.probability), np.arange(ROWS) == 2)
+    result = CrossEntropy(0.0, 0.0, VOCAB).coefficients(labels_of(labels, u), weights)
+    np.testing.assert_array_equal(np.isnan(result.probability), np.arange(ROWS) == 2)

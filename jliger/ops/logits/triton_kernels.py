@@ -109,7 +109,7 @@ def _factors(coefficients, row_max, log_sum):
 @triton.jit
 def _logit_grads(row, columns, inside, row_max, factors, label, SHAPE: tl.constexpr, EVICTION: tl.constexpr):
     """Gradients by the products in some columns: all of them the label's, with `label` its factor, or none, with 0."""
-    logits, slope = load_logits(row, columns, inside, SHAPE, EVICTION)
+    logits, dlogit_dproduct = load_logits(row, columns, inside, SHAPE, EVICTION)
     below = logits - row_max
     factor = factors.exp
     if factors.exp_logit is not None:
@@ -120,7 +120,7 @@ def _logit_grads(row, columns, inside, row_max, factors, label, SHAPE: tl.conste
             grads -= factors.smoothing * load_columns(row.class_weights + columns, inside, "")
         else:
             grads -= factors.smoothing
-    return grads * slope
+    return grads * dlogit_dproduct
 
 
 @triton.jit

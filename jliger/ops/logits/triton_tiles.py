@@ -186,12 +186,12 @@ def load_logits(row, columns, inside, SHAPE: tl.constexpr, EVICTION: tl.constexp
     if row.bias is not None:
         logits += load_columns(row.bias + columns, inside, "")
     logits *= SHAPE.scale
-    slope = SHAPE.scale
+    dlogit_dproduct = SHAPE.scale
     if SHAPE.softcap is not None:
         tanh = _tanh(logits / SHAPE.softcap)
         logits = SHAPE.softcap * tanh
-        slope = SHAPE.scale * (1 - tanh * tanh)
-    return logits, slope
+        dlogit_dproduct = SHAPE.scale * (1 - tanh * tanh)
+    return logits, dlogit_dproduct
 
 
 @triton.jit
@@ -244,7 +244,7 @@ def finite(below):
 
 
 @triton.jit
-def _moved_down(logit_sum, sum_exp, step):
+def _shift_to_new_max(logit_sum, sum_exp, step):
     """`Σ exp(z − m) · (z − m)` where the second `m` is larger by `−step`."""
     return logit_sum + finite(step) * sum_exp
 
@@ -271,7 +271,7 @@ def _add_tile(
     below = logits - new_max[:, None]
     exp = tl.exp(below * INVERSE_TEMPERATURE)
     if logit_sum is not None:
-        logit_sum = _moved_down(logit_sum, lanes.sum, step) * tl.exp(step) + tl.sum(exp * finite(below), axis=1)
+        logit_sum = _shift_to_new_max(logit_sum, lanes.sum, step) * tl.exp(step) + tl.sum(exp * finite(below), axis=1)
     if hard_sum is not None:
         hard_sum = hard_sum * tl.exp(step) + tl.sum(tl.exp(below), axis=1)
     sum_exp = lanes.sum * tl.exp(step * INVERSE_TEMPERATURE) + tl.sum(exp, axis=1)
@@ -335,6 +335,6 @@ def softmax_of_row(
     if WITH_WEIGHTED_SUM:
         weighted_sum = tl.sum(lanes.weighted_sum, axis=0)
     if WITH_MEAN_LOGIT:
-        mean_logit = tl.sum(_moved_down(lanes.logit_sum, lanes.sum, step) * tl.exp(step), axis=0) / sum_exp
+        mean_logit = tl.sum(_shift_to_new_max(lanes.logit_sum, lanes.sum, step) * tl.exp(step), axis=0) / sum_exp
     prediction = _first_of_max(row, row_max, lanes, SHAPE, TILE)
     return Softmax(row_max, tl.log(sum_exp), hard_log_sum, weighted_sum, mean_logit, prediction)

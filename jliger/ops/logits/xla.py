@@ -44,7 +44,7 @@ def row_grads(
     *,
     dtype: jax.typing.DTypeLike,
 ) -> Float[Array, "T V"]:
-    logits, slope, inside = _logits(product, block, logit_map)
+    logits, dlogit_dproduct, inside = _logits(product, block, logit_map)
     probability, label, probability_lse, smoothing, probability_logit = coefficients
     if probability_lse is not None:
         probability = probability + probability_lse * (row_max + log_sum)
@@ -56,7 +56,7 @@ def row_grads(
     if smoothing is not None:
         u = 1 if block.class_weights is None else block.class_weights[None]
         grads = grads - smoothing[:, None] * u
-    return jnp.where(inside, grads * slope, 0).astype(dtype)
+    return jnp.where(inside, grads * dlogit_dproduct, 0).astype(dtype)
 
 
 def row_stats_and_grads(
@@ -80,13 +80,13 @@ def _logits(
     if block.bias is not None:
         logits = logits + block.bias[None]
     logits = logits * logit_map.scale
-    slope = logit_map.scale
+    dlogit_dproduct = logit_map.scale
     if logit_map.softcap is not None:
         tanh = jnp.tanh(logits / logit_map.softcap)
-        logits, slope = logit_map.softcap * tanh, slope * (1 - tanh * tanh)
+        logits, dlogit_dproduct = logit_map.softcap * tanh, dlogit_dproduct * (1 - tanh * tanh)
     columns = jax.lax.broadcasted_iota(jnp.int32, product.shape, 1)
     inside = columns < logit_map.width
-    return jnp.where(inside, logits, -jnp.inf), slope, inside
+    return jnp.where(inside, logits, -jnp.inf), dlogit_dproduct, inside
 
 
 def _finite(below: Float[Array, "T V"]) -> Float[Array, "T V"]:

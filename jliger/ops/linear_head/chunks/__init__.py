@@ -10,7 +10,7 @@ Tokens that don't count are not computed: those that do are gathered, chunk by c
 their number asks for.
 """
 
-from jliger.ops.linear_head.chunks.distillation import PairMerge as PairMerge
+from jliger.ops.linear_head.chunks.distillation import DistillationMerge as DistillationMerge
 from jliger.ops.linear_head.chunks.distillation import distillation_pass as distillation_pass
 from jliger.ops.linear_head.chunks.fused import fused_pass as fused_pass
 from jliger.ops.linear_head.chunks.recompute import recompute_pass as recompute_pass

@@ -16,12 +16,12 @@ def pad(array: Array, dims: tuple[int, ...], alignment: int) -> Array:
     return jnp.pad(array, [(0, amount) for amount in after]) if any(after) else array
 
 
-def whole(operand: Array) -> Array:
+def materialize(operand: Array) -> Array:
     """Keeps XLA from computing an operand of several products again inside each of them."""
     return jax.lax.optimization_barrier(operand)
 
 
-def plus(total: Array | None, part: Array) -> Array:
+def accumulate(total: Array | None, part: Array) -> Array:
     """A sum that starts with its first part: nothing is set to zero to be added to."""
     return part if total is None else total + part
 

@@ -24,10 +24,10 @@ def test_any_chunk_size_gives_the_same(reduction, implementation):
     )  # fmt: skip
     expected = check(problem, implementation)
     for chunk_size in (1, 2, 5, 8, 9, 16, 17, 18, 1000):
-        found = fused(problem.replace(chunk_size=chunk_size), implementation)
+        result = fused(problem.replace(chunk_size=chunk_size), implementation)
         for name, value in expected.items():
             # Sums over tokens in another order.
-            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=2e-6, err_msg=f"{name}, {chunk_size}")
+            np.testing.assert_allclose(result[name], value, rtol=1e-5, atol=2e-6, err_msg=f"{name}, {chunk_size}")
 
 
 def dynamic(problem, implementation, differentiate):
@@ -86,16 +86,16 @@ def test_any_number_of_tokens_that_count(tokens_and_chunk, reduction, differenti
     for where in every_mask:
         counted = where.astype(np.float64)
         weights = counted / max(counted.sum(), 1) if reduction == "mean" else counted
-        found = compiled(jnp.asarray(where))
+        result = compiled(jnp.asarray(where))
         expected = {"value": (losses * weights).sum() if reduction == "mean" else losses * weights}
         if differentiate:
             dz = (p - one_hot) * (weights * np.asarray(problem.cotangent, np.float64))[:, None]
             expected |= {"hidden": dz @ kernel.T, "kernel": hidden.T @ dz, "bias": dz.sum(0)}
-            np.testing.assert_array_equal(found["predictions"], np.where(where, logits.argmax(1), -1))
+            np.testing.assert_array_equal(result["predictions"], np.where(where, logits.argmax(1), -1))
         for name, value in expected.items():
             # A few float32 roundings, at worst one for each token of a sum.
             little = 4e-7 * max(1.0, np.abs(value).max()) * (1 if reduction == "mean" else 4)
-            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=little, err_msg=f"{name} {where.sum()}")
+            np.testing.assert_allclose(result[name], value, rtol=1e-5, atol=little, err_msg=f"{name} {where.sum()}")
 
 
 def wide(implementation):
@@ -145,11 +145,11 @@ def test_merged_stats_are_those_of_the_whole():
 
     with jax.enable_x64(True):
         blocks = [stats(start, end) for start, end in [(0, 7), (7, 8), (8, 21), (21, 24)]]
-        for found in (
+        for result in (
             functools.reduce(merge_stats, blocks),
             merge_stats(blocks[0], functools.reduce(merge_stats, blocks[1:])),
         ):
-            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), found, stats(0, 24))
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), result, stats(0, 24))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="measures time, on a GPU")

@@ -7,26 +7,26 @@ from jaxtyping import Array, Int
 
 from jliger.ops.linear_head.chunks.grad_accumulators import add_chunk, after_chunks, before_chunks
 from jliger.ops.linear_head.chunks.matmuls import logits_product
-from jliger.ops.linear_head.chunks.packed_tokens import Chunk, Queue, write_stats
+from jliger.ops.linear_head.chunks.packed_tokens import Chunk, PackedTokens, write_stats
 from jliger.ops.linear_head.chunks.sizes import forward_chunk
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
 from jliger.ops.linear_head.types import GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits.distillation import (
+    DistillationBlock,
+    DistillationCoefficients,
+    DistillationMap,
+    DistillationStats,
     Divergence,
-    PairBlock,
-    PairCoefficients,
-    PairMap,
-    PairStats,
     Products,
-    get_pair_rows,
+    get_distillation_rows,
 )
 from jliger.ops.logits.distillation_types import Comparison
 
 
-class PairMerge(NamedTuple):
+class DistillationMerge(NamedTuple):
     """Makes what is found of all columns from what is found of the heads', if they have but some."""
 
-    stats: Callable[[PairStats], PairStats]
+    stats: Callable[[DistillationStats], DistillationStats]
     divergence: Callable[[Divergence], Divergence]
 
 
@@ -34,8 +34,8 @@ def distillation_pass(
     config: HeadConfig,
     wanted: GradientDtypes,
     operands: Operands,
-    coefficients: PairCoefficients | None,
-    merge: PairMerge | None = None,
+    coefficients: DistillationCoefficients | None,
+    merge: DistillationMerge | None = None,
 ) -> tuple[Comparison, Gradients | None]:
     """How far the student is from its teacher, and the student's gradients.
 
@@ -48,28 +48,28 @@ def distillation_pass(
     """
     assert config.teacher is not None
     assert operands.teacher_hidden is not None
-    rows = get_pair_rows(config.implementation, config.compute_capability)
+    rows = get_distillation_rows(config.implementation, config.compute_capability)
     dtype = operands.hidden.dtype
     vocab = operands.kernel.shape[config.vocab_dim]
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
     teacher_blocks = Blocks.make(
         config.teacher.head, operands.teacher_head, operands.teacher_hidden.dtype, rows.alignment
     )
-    pair_map = PairMap(
+    distillation_map = DistillationMap(
         config.logit_map(vocab),
         config.teacher.head.logit_map(vocab),
         config.teacher.beta,
         config.teacher.temperature,
         config.teacher.with_labels,
     )
-    queue = Queue.make(operands.counted, forward_chunk(config, operands.labels.shape[0], vocab))
+    packed = PackedTokens.make(operands.counted, forward_chunk(config, operands.labels.shape[0], vocab))
 
     def step(
         size: int, index: Int[Array, ""] | int, carry: tuple[Comparison, Gradients]
     ) -> tuple[Comparison, Gradients]:
-        found, grads = carry
-        start = index * queue.chunk
-        chunk = Chunk.make(queue.slots(start, size), operands, rows.alignment)
+        result, grads = carry
+        start = index * packed.chunk
+        chunk = Chunk.make(packed.slots(start, size), operands, rows.alignment)
         columns, block = blocks.block(blocks.full_span, chunk.labels)
         teacher_columns, teacher_block = teacher_blocks.block(teacher_blocks.full_span, chunk.labels)
         assert chunk.teacher is not None
@@ -77,22 +77,24 @@ def distillation_pass(
             logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter),
             logits_product(config.teacher.head, chunk.teacher, teacher_columns.kernel),
         )
-        parts = (products, PairBlock(block, teacher_block), pair_map)
+        parts = (products, DistillationBlock(block, teacher_block), distillation_map)
         if coefficients is not None and merge is None:
-            stats, divergence, logit_grads = rows.pair_stats_and_grads(*parts, chunk.take(coefficients), dtype=dtype)
+            stats, divergence, logit_grads = rows.distillation_stats_and_grads(
+                *parts, chunk.take(coefficients), dtype=dtype
+            )
         else:
-            stats = rows.pair_stats(*parts)
+            stats = rows.distillation_stats(*parts)
             stats = stats if merge is None else merge.stats(stats)
-            divergence = rows.pair_divergence(*parts, stats)
+            divergence = rows.distillation_divergence(*parts, stats)
             divergence = divergence if merge is None else merge.divergence(divergence)
             logit_grads = None
             if coefficients is not None:
-                slope, chunk_coefficients = divergence.slope, chunk.take(coefficients)
-                logit_grads = rows.pair_grads(*parts, stats, slope, chunk_coefficients, dtype=dtype)
+                q_sum, chunk_coefficients = divergence.q_sum, chunk.take(coefficients)
+                logit_grads = rows.distillation_grads(*parts, stats, q_sum, chunk_coefficients, dtype=dtype)
         if logit_grads is not None:
             grads = add_chunk(config, wanted, grads, chunk, columns, logit_grads)
-        return write_stats(found, Comparison(stats, divergence.value), start), grads
+        return write_stats(result, Comparison(stats, divergence.value), start), grads
 
-    initial = (queue.empty_stats(config, operands.hidden), before_chunks(wanted, operands))
-    found, grads = queue.loop(step, initial, (queue.chunk,))
-    return queue.restore(found), None if coefficients is None else after_chunks(wanted, grads, operands.head)
+    initial = (packed.empty_stats(config, operands.hidden), before_chunks(wanted, operands))
+    result, grads = packed.loop(step, initial, (packed.chunk,))
+    return packed.restore(result), None if coefficients is None else after_chunks(wanted, grads, operands.head)

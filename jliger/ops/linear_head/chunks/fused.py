@@ -6,7 +6,7 @@ from jaxtyping import Array, Int
 
 from jliger.ops.linear_head.chunks.grad_accumulators import add_chunk, after_chunks, before_chunks
 from jliger.ops.linear_head.chunks.matmuls import logits_product
-from jliger.ops.linear_head.chunks.packed_tokens import Chunk, Queue, write_stats
+from jliger.ops.linear_head.chunks.packed_tokens import Chunk, PackedTokens, write_stats
 from jliger.ops.linear_head.chunks.sizes import forward_chunk
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
 from jliger.ops.linear_head.types import GradientDtypes, Gradients, HeadConfig, Operands
@@ -33,24 +33,24 @@ def fused_pass(
     dtype = operands.hidden.dtype
     vocab = operands.kernel.shape[config.vocab_dim]
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
-    queue = Queue.make(operands.counted, forward_chunk(config, operands.labels.shape[0], vocab))
+    packed = PackedTokens.make(operands.counted, forward_chunk(config, operands.labels.shape[0], vocab))
 
     def step(size: int, index: Int[Array, ""] | int, carry: tuple[RowStats, Gradients]) -> tuple[RowStats, Gradients]:
         stats, grads = carry
-        start = index * queue.chunk
-        chunk = Chunk.make(queue.slots(start, size), operands, rows.alignment)
+        start = index * packed.chunk
+        chunk = Chunk.make(packed.slots(start, size), operands, rows.alignment)
         columns, block = blocks.block(blocks.full_span, chunk.labels)
         product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
         parts = (product, block, config.logit_map(vocab))
         chunk_coefficients = chunk.take(coefficients)
         if merge is None:
-            found, logit_grads = rows.row_stats_and_grads(*parts, config.stats_wanted, chunk_coefficients, dtype=dtype)
+            result, logit_grads = rows.row_stats_and_grads(*parts, config.stats_wanted, chunk_coefficients, dtype=dtype)
         else:
-            found = rows.row_stats(*parts, config.stats_wanted)
-            all_columns = merge(found)
+            result = rows.row_stats(*parts, config.stats_wanted)
+            all_columns = merge(result)
             logit_grads = rows.row_grads(*parts, all_columns.max, all_columns.log_sum, chunk_coefficients, dtype=dtype)
-        return write_stats(stats, found, start), add_chunk(config, wanted, grads, chunk, columns, logit_grads)
+        return write_stats(stats, result, start), add_chunk(config, wanted, grads, chunk, columns, logit_grads)
 
-    initial = (queue.empty_stats(config, operands.hidden), before_chunks(wanted, operands))
-    stats, grads = queue.loop(step, initial, (queue.chunk,))
-    return queue.restore(stats), after_chunks(wanted, grads, operands.head)
+    initial = (packed.empty_stats(config, operands.hidden), before_chunks(wanted, operands))
+    stats, grads = packed.loop(step, initial, (packed.chunk,))
+    return packed.restore(stats), after_chunks(wanted, grads, operands.head)

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jliger.core.dtypes import accumulator_dtype
-from jliger.ops.linear_head.chunks.arrays import plus
+from jliger.ops.linear_head.chunks.arrays import accumulate
 from jliger.ops.linear_head.chunks.matmuls import hidden_grad_product, kernel_grad_product
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk
 from jliger.ops.linear_head.chunks.types import zero_gradients
@@ -34,12 +34,12 @@ def add_chunk(
         grads = grads._replace(adapted=chunk.put(grads.adapted, part))
     if wanted.kernel is not None:
         part = kernel_grad_product(config, chunk.hidden, logit_grads, sums)
-        grads = grads._replace(kernel=plus(grads.kernel, part))
+        grads = grads._replace(kernel=accumulate(grads.kernel, part))
     if wanted.adapter is not None and chunk.adapted is not None:
         part = kernel_grad_product(config.of_adapter, chunk.adapted, logit_grads, sums)
-        grads = grads._replace(adapter=plus(grads.adapter, part))
+        grads = grads._replace(adapter=accumulate(grads.adapter, part))
     if wanted.bias is not None:
-        grads = grads._replace(bias=plus(grads.bias, logit_grads.sum(axis=0, dtype=sums)))
+        grads = grads._replace(bias=accumulate(grads.bias, logit_grads.sum(axis=0, dtype=sums)))
     return grads
 
 

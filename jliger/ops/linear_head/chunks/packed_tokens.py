@@ -9,17 +9,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core.dtypes import accumulator_dtype
-from jliger.ops.linear_head.chunks.arrays import pad, whole
+from jliger.ops.linear_head.chunks.arrays import materialize, pad
 from jliger.ops.linear_head.chunks.sizes import is_symbolic
 from jliger.ops.linear_head.chunks.types import stats_of
 from jliger.ops.linear_head.types import HeadConfig, Operands
 
 
-class Queue(NamedTuple):
+class PackedTokens(NamedTuple):
     """The tokens that count, in their order, in chunks.
 
     Attributes:
-      token_of: for each place in the queue its token, or a number past every token where the queue has ended.
+      token_of: for each place its token; past the last token that counts, a number larger than every token's.
       count: the tokens that count.
       num_tokens: all tokens.
       chunk: places a chunk.
@@ -31,7 +31,7 @@ class Queue(NamedTuple):
     chunk: int
 
     @classmethod
-    def make(cls, counted: Bool[Array, " T"], chunk: int) -> "Queue":
+    def make(cls, counted: Bool[Array, " T"], chunk: int) -> "PackedTokens":
         num_tokens = counted.shape[0]
         places = jnp.arange(-(-num_tokens // chunk) * chunk, dtype=jnp.int32)
         count = counted.sum(dtype=jnp.int32)
@@ -80,7 +80,7 @@ class Queue(NamedTuple):
         return stats_of(config, zeros, jnp.full_like(zeros, -1, jnp.int32))
 
     def restore(self, stats: Any) -> Any:
-        """From the queue's order to the tokens' own; what didn't count gets the stats of an empty row."""
+        """From packed order to the tokens' own; tokens that don't count get the statistics of an empty row."""
 
         def restored(field: Array) -> Array:
             # Only predictions are integers.
@@ -92,7 +92,7 @@ class Queue(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """One chunk's tokens; places past the queue's end hold zeros and a label that is none."""
+    """One chunk's tokens; places after the last token hold zeros and the label −1."""
 
     slots: Int[Array, " C"]
     hidden: Float[Array, "C H"]
@@ -103,7 +103,7 @@ class Chunk(NamedTuple):
     @classmethod
     def make(cls, slots: Int[Array, " C"], operands: Operands, alignment: int) -> "Chunk":
         def rows(array: Array) -> Array:
-            return whole(pad(_take(array, slots, 0), (1,), alignment))
+            return materialize(pad(_take(array, slots, 0), (1,), alignment))
 
         adapted, teacher = (
             None if array is None else rows(array) for array in (operands.adapted, operands.teacher_hidden)
@@ -120,7 +120,7 @@ class Chunk(NamedTuple):
 
 
 def write_stats(stats: Any, part: Any, start: Int[Array, ""] | int) -> Any:
-    """`stats` in the queue's order, with those of the chunk that starts at `start`."""
+    """`stats` in packed order, with those of the chunk that starts at `start` written."""
     return jax.tree.map(lambda full, new: jax.lax.dynamic_update_slice(full, new, (start,)), stats, part)
 
 

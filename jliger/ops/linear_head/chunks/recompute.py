@@ -3,9 +3,9 @@
 from jaxtyping import Array, Float, Int
 
 from jliger.core.dtypes import accumulator_dtype
-from jliger.ops.linear_head.chunks.arrays import plus
+from jliger.ops.linear_head.chunks.arrays import accumulate
 from jliger.ops.linear_head.chunks.matmuls import hidden_grad_product, kernel_grad_product, logits_product
-from jliger.ops.linear_head.chunks.packed_tokens import Chunk, Queue
+from jliger.ops.linear_head.chunks.packed_tokens import Chunk, PackedTokens
 from jliger.ops.linear_head.chunks.sizes import part_sizes, recompute_tile
 from jliger.ops.linear_head.chunks.types import zero_gradients
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks, Span
@@ -37,12 +37,12 @@ def recompute_pass(
     num_tokens, vocab = operands.labels.shape[0], operands.kernel.shape[config.vocab_dim]
     chunk_size, width = recompute_tile(config, num_tokens, vocab)
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment, width)
-    queue = Queue.make(operands.counted, chunk_size)
+    packed = PackedTokens.make(operands.counted, chunk_size)
     # With several chunks the kernel's gradient is a sum over them; with one, each block of it is written once.
-    add = queue.has_several_chunks
+    add = packed.has_several_chunks
 
     def step(size: int, index: Int[Array, ""] | int, grads: Gradients) -> Gradients:
-        chunk = Chunk.make(queue.slots(index * queue.chunk, size), operands, rows.alignment)
+        chunk = Chunk.make(packed.slots(index * packed.chunk, size), operands, rows.alignment)
         of_chunk = chunk.take((row_max, log_sum, coefficients))
 
         def block_step(span: Span, carry: Gradients) -> Gradients:
@@ -51,10 +51,10 @@ def recompute_pass(
             logit_grads = rows.row_grads(product, block, config.logit_map(span.width), *of_chunk, dtype=dtype)
             if wanted.hidden is not None:
                 part = hidden_grad_product(config, logit_grads, columns.kernel, sums)
-                carry = carry._replace(hidden=plus(carry.hidden, part))
+                carry = carry._replace(hidden=accumulate(carry.hidden, part))
             if wanted.adapted is not None and columns.adapter is not None:
                 part = hidden_grad_product(config.of_adapter, logit_grads, columns.adapter, sums)
-                carry = carry._replace(adapted=plus(carry.adapted, part))
+                carry = carry._replace(adapted=accumulate(carry.adapted, part))
             if carry.kernel is not None:
                 part = kernel_grad_product(config, chunk.hidden, logit_grads, sums)
                 carry = carry._replace(kernel=blocks.write(carry.kernel, part, span, config.vocab_dim, add=add))
@@ -66,19 +66,19 @@ def recompute_pass(
                 carry = carry._replace(bias=blocks.write(carry.bias, part, span, 0, add=add))
             return carry
 
-        found = blocks.sweep(block_step, grads._replace(hidden=None, adapted=None))
+        result = blocks.sweep(block_step, grads._replace(hidden=None, adapted=None))
         if grads.hidden is not None:
-            found = found._replace(hidden=chunk.put(grads.hidden, found.hidden))
+            result = result._replace(hidden=chunk.put(grads.hidden, result.hidden))
         if grads.adapted is not None:
-            found = found._replace(adapted=chunk.put(grads.adapted, found.adapted))
-        return found
+            result = result._replace(adapted=chunk.put(grads.adapted, result.adapted))
+        return result
 
     in_sums = wanted._replace(
         kernel=None if wanted.kernel is None else sums if add else wanted.kernel,
         bias=None if wanted.bias is None else sums,
         adapter=None if wanted.adapter is None else sums,
     )
-    grads = queue.loop(step, zero_gradients(in_sums, operands), part_sizes(queue.chunk))
+    grads = packed.loop(step, zero_gradients(in_sums, operands), part_sizes(packed.chunk))
     return Differentiable(
         *(grad if grad is None else grad.astype(dtype) for grad, dtype in zip(grads, wanted, strict=True))
     )

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from jliger.ops.linear_head.chunks.grad_accumulators import add_chunk, after_chunks, before_chunks
 from jliger.ops.linear_head.chunks.matmuls import logits_product
-from jliger.ops.linear_head.chunks.packed_tokens import Chunk, Queue
+from jliger.ops.linear_head.chunks.packed_tokens import Chunk, PackedTokens
 from jliger.ops.linear_head.chunks.sizes import forward_chunk
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
 from jliger.ops.linear_head.types import GradientDtypes, Gradients, HeadConfig, Operands
@@ -45,23 +45,23 @@ def saved_logits_pass(
     dtype = operands.hidden.dtype
     num_tokens, vocab = operands.logits.shape
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
-    queue = Queue.make(jnp.full_like(operands.counted, True), forward_chunk(config, num_tokens, vocab))
+    packed = PackedTokens.make(jnp.full_like(operands.counted, True), forward_chunk(config, num_tokens, vocab))
     counted = _where_counted(operands)
     per_token = jax.tree.map(lambda array: jnp.where(operands.counted, array, 0), (row_max, log_sum, coefficients))
     # Padded, if at all, to whole chunks, and to the columns of the padded kernel.
     width = blocks.head.kernel.shape[config.vocab_dim]
-    rest = ((0, queue.num_chunks * queue.chunk - num_tokens), (0, width - vocab))
+    rest = ((0, packed.num_chunks * packed.chunk - num_tokens), (0, width - vocab))
     product = jnp.pad(operands.logits, rest) if rest != ((0, 0), (0, 0)) else operands.logits
 
     def step(size: int, index: Int[Array, ""] | int, grads: Gradients) -> Gradients:
-        start = index * queue.chunk
-        chunk = Chunk.make(queue.slots(start, size), counted, rows.alignment)
+        start = index * packed.chunk
+        chunk = Chunk.make(packed.slots(start, size), counted, rows.alignment)
         columns, block = blocks.block(blocks.full_span, chunk.labels)
         part = jax.lax.dynamic_slice_in_dim(product, start, size)
         logit_grads = rows.row_grads(part, block, config.logit_map(vocab), *chunk.take(per_token), dtype=dtype)
         return add_chunk(config, wanted, grads, chunk, columns, logit_grads)
 
-    grads = queue.loop(step, before_chunks(wanted, operands), (queue.chunk,))
+    grads = packed.loop(step, before_chunks(wanted, operands), (packed.chunk,))
     return after_chunks(wanted, grads, operands.head)
 
 

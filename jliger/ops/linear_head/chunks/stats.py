@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jliger.ops.linear_head.chunks.matmuls import logits_product
-from jliger.ops.linear_head.chunks.packed_tokens import Chunk, Queue, write_stats
+from jliger.ops.linear_head.chunks.packed_tokens import Chunk, PackedTokens, write_stats
 from jliger.ops.linear_head.chunks.sizes import forward_chunk, part_sizes, recompute_tile, stats_chunk
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks, Span
 from jliger.ops.linear_head.types import HeadConfig, Operands
@@ -34,22 +34,22 @@ def stats_pass(config: HeadConfig, operands: Operands, *, low_memory: bool) -> R
     else:
         chunk_size, width = (stats_chunk if low_memory else forward_chunk)(config, num_tokens, vocab), vocab
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment, width)
-    queue = Queue.make(operands.counted, chunk_size)
+    packed = PackedTokens.make(operands.counted, chunk_size)
 
     def step(size: int, index: Int[Array, ""] | int, stats: RowStats) -> RowStats:
-        chunk = Chunk.make(queue.slots(index * queue.chunk, size), operands, rows.alignment)
+        chunk = Chunk.make(packed.slots(index * packed.chunk, size), operands, rows.alignment)
 
         def block_step(span: Span, merged: RowStats | None) -> RowStats:
             columns, block = blocks.block(span, chunk.labels)
             product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
-            found = rows.row_stats(product, block, config.logit_map(span.width), config.stats_wanted)
-            found = found._replace(prediction=found.prediction + span.start)
-            return found if merged is None else merge_stats(found, merged)
+            result = rows.row_stats(product, block, config.logit_map(span.width), config.stats_wanted)
+            result = result._replace(prediction=result.prediction + span.start)
+            return result if merged is None else merge_stats(result, merged)
 
-        return write_stats(stats, blocks.sweep(block_step, None), index * queue.chunk)
+        return write_stats(stats, blocks.sweep(block_step, None), index * packed.chunk)
 
-    sizes = part_sizes(queue.chunk) if in_blocks else (queue.chunk,)
-    return queue.restore(queue.loop(step, queue.empty_stats(config, operands.hidden), sizes))
+    sizes = part_sizes(packed.chunk) if in_blocks else (packed.chunk,)
+    return packed.restore(packed.loop(step, packed.empty_stats(config, operands.hidden), sizes))
 
 
 def merge_stats(left: RowStats, right: RowStats) -> RowStats:

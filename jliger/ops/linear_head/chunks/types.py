@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from jliger.ops.linear_head.types import Differentiable, GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import RowStats
-from jliger.ops.logits.distillation import PairStats, SoftmaxStats
+from jliger.ops.logits.distillation import DistillationStats, SoftmaxStats
 from jliger.ops.logits.distillation_types import Comparison
 
 Stats = RowStats | Comparison
@@ -24,7 +24,7 @@ def stats_of(config: HeadConfig, number: Any, column: Any) -> Stats:
     with_labels = teacher.with_labels
     with_hard_sum = with_labels and teacher.temperature != 1
     return Comparison(
-        PairStats(softmax, softmax, number if with_labels else None, number if with_hard_sum else None), number
+        DistillationStats(softmax, softmax, number if with_labels else None, number if with_hard_sum else None), number
     )
 
 

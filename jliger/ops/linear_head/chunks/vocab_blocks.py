@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array, Int
 
 from jliger.core.dtypes import accumulator_dtype
-from jliger.ops.linear_head.chunks.arrays import pad, whole, write_block
+from jliger.ops.linear_head.chunks.arrays import materialize, pad, write_block
 from jliger.ops.linear_head.types import Head, HeadConfig
 from jliger.ops.logits import Block
 
@@ -102,7 +102,7 @@ def _prepared(head: Head, dtype: jax.typing.DTypeLike, alignment: int) -> Head:
         return None if array is None else pad(array.astype(accumulator_dtype(dtype)), (0,), alignment)
 
     def matrix(array: Array) -> Array:
-        return whole(pad(array.astype(dtype), (0, 1), alignment))
+        return materialize(pad(array.astype(dtype), (0, 1), alignment))
 
     adapter = None if head.adapter is None else matrix(head.adapter)
     return Head(matrix(head.kernel), vector(head.bias), vector(head.class_weights), adapter)

@@ -31,8 +31,8 @@ def test_each_column_is_in_one_block(vocab):
             label_column + jnp.where((block.labels >= 0) & (block.labels < span.width), block.labels + span.start, 0),
         )
 
-    found = blocks.sweep(step, (jnp.zeros(vocab), jnp.zeros((vocab, 8)), jnp.zeros(vocab), jnp.zeros(1, jnp.int32)))
-    count, kernel, bias, label_column = map(np.asarray, found)
+    result = blocks.sweep(step, (jnp.zeros(vocab), jnp.zeros((vocab, 8)), jnp.zeros(vocab), jnp.zeros(1, jnp.int32)))
+    count, kernel, bias, label_column = map(np.asarray, result)
     np.testing.assert_array_equal(count, 1)
     np.testing.assert_array_equal(bias, columns)
     np.testing.assert_array_equal(kernel, np.asarray(columns)[:, None] * (np.arange(8) == 0))

@@ -18,8 +18,8 @@ def test_a_mesh_of_one_device_changes_nothing(axis_types):
     function = jax.value_and_grad(jliger.fused_linear_cross_entropy, (0, 1))
     expected = function(hidden, kernel, labels)
     with jax.set_mesh(jax.make_mesh((1, 1), ("data", "model"), axis_types=axis_types)):
-        found = jax.jit(function)(hidden, kernel, labels)
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        result = jax.jit(function)(hidden, kernel, labels)
+    for ours, theirs in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
         assert jnp.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
 
 

@@ -6,9 +6,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core.meshes import Axes
 from jliger.ops.linear_head import chunks
-from jliger.ops.linear_head.chunks import PairMerge
+from jliger.ops.linear_head.chunks import DistillationMerge
 from jliger.ops.logits import RowStats
-from jliger.ops.logits.distillation import PairStats, SoftmaxStats
+from jliger.ops.logits.distillation import DistillationStats, SoftmaxStats
 
 
 def merge_over(axes: Axes, stats: RowStats) -> RowStats:
@@ -30,7 +30,7 @@ def _first_with_max(axes: Axes, prediction: Int[Array, " T"], has_max: Bool[Arra
     return jax.lax.pmin(jnp.where(has_max, prediction, jnp.iinfo(prediction.dtype).max), axes)
 
 
-def pair_merge(temperature: float, axes: Axes, start: Int[Array, ""] | int) -> PairMerge:
+def distillation_merge(temperature: float, axes: Axes, start: Int[Array, ""] | int) -> DistillationMerge:
     """What is found of pairs over all columns, from what each device finds of its own, which begin with `start`."""
 
     def log_sum(log_sum: Float[Array, " T"], step: Float[Array, " T"]) -> Float[Array, " T"]:
@@ -45,12 +45,14 @@ def pair_merge(temperature: float, axes: Axes, start: Int[Array, ""] | int) -> P
             prediction=_first_with_max(axes, stats.prediction + start, stats.max == row_max),
         )
 
-    def merge_stats(stats: PairStats) -> PairStats:
+    def merge_stats(stats: DistillationStats) -> DistillationStats:
         student = softmax(stats.student)
         hard_log_sum = stats.hard_log_sum
         if hard_log_sum is not None:
             hard_log_sum = log_sum(hard_log_sum, stats.student.max - student.max)
         label_logit = None if stats.label_logit is None else jax.lax.psum(stats.label_logit, axes)
-        return PairStats(student, softmax(stats.teacher), label_logit, hard_log_sum)
+        return DistillationStats(student, softmax(stats.teacher), label_logit, hard_log_sum)
 
-    return PairMerge(merge_stats, lambda divergence: jax.tree.map(lambda part: jax.lax.psum(part, axes), divergence))
+    return DistillationMerge(
+        merge_stats, lambda divergence: jax.tree.map(lambda part: jax.lax.psum(part, axes), divergence)
+    )

@@ -20,7 +20,7 @@ class LossPass:
       kind: `"stats"` is `chunks.stats_pass`; `"fused"` is `chunks.fused_pass`, with `Coefficients` for each token;
         `"recompute"` is `chunks.recompute_pass`, with maximum, log-sum and `Coefficients`; `"save logits"` and
         `"saved logits"` are `chunks.stats_and_logits_pass` and `chunks.saved_logits_pass`. With a teacher, `"stats"`
-        and `"fused"` are `chunks.distillation_pass`, without and with `PairCoefficients`.
+        and `"fused"` are `chunks.distillation_pass`, without and with `DistillationCoefficients`.
       config: how logits are computed.
       wanted: the dtypes of the gradients that are wanted.
       low_memory: as in `chunks.stats_pass`.

@@ -166,14 +166,14 @@ def _without(axes: Axes, others: Set[str]) -> Axes:
 
 
 def _axes_of(shape: tuple[int, ...], spec: Any, sizes: Mapping[str, int]) -> list[Axes]:
-    found = []
+    result = []
     for size, entry in zip(shape, _entries(shape, spec), strict=True):
         axes = as_axes(entry)
         parts = 1
         for axis in axes:
             parts *= sizes[axis]
-        found.append(axes if size % parts == 0 else ())
-    return found
+        result.append(axes if size % parts == 0 else ())
+    return result
 
 
 def as_axes(entry: Any) -> Axes:

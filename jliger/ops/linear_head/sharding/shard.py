@@ -13,7 +13,7 @@ from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head import chunks
 from jliger.ops.linear_head.chunks import Stats
 from jliger.ops.linear_head.sharding.examples import run_examples
-from jliger.ops.linear_head.sharding.merge import merge_over, pair_merge
+from jliger.ops.linear_head.sharding.merge import distillation_merge, merge_over
 from jliger.ops.linear_head.sharding.passes import LossPass, Result
 from jliger.ops.linear_head.sharding.plan import Plan, first_column
 from jliger.ops.linear_head.types import DIMS, Differentiable, GradientDtypes, Gradients, Operands, operand_dims
@@ -60,7 +60,7 @@ def _run_chunks(
     grads = logits = None
     if config.teacher is not None:
         coefficients = per_token[0] if per_token else None
-        merge_pairs = pair_merge(config.teacher.temperature, plan.columns, start) if plan.columns else None
+        merge_pairs = distillation_merge(config.teacher.temperature, plan.columns, start) if plan.columns else None
         stats, grads = chunks.distillation_pass(config, wanted, operands, coefficients, merge=merge_pairs)
     elif loss_pass.kind == "stats":
         stats = chunks.stats_pass(config, operands, low_memory=loss_pass.low_memory)
