@@ -119,3 +119,17 @@ def check_floating(name: str, array: Any) -> None:
 def check_integer(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} got {value!r}; pass a Python integer.")
+
+
+def coefficient(name: str, value: Any, dtype: Any, *, least: float | None = None, above: float | None = None) -> Any:
+    """A Python number in its range, as a Python float; or a scalar array of `dtype`, whose value cannot be checked."""
+    if isinstance(value, int | float | np.number):
+        if not np.isfinite(value) or (least is not None and value < least) or (above is not None and value <= above):
+            bounds = f" of at least {least}" if least is not None else f" above {above}" if above is not None else ""
+            raise ValueError(f"{name} got {value!r}; pass a finite number{bounds}.")
+        return float(value)
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} got dtype {array.dtype}; pass a real number.")
+    check_shape(name, array, (), "one number")
+    return array.astype(dtype)

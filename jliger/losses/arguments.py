@@ -70,20 +70,6 @@ def number(name: str, value: Any, *, least: float | None = None, most: float | N
     return float(value)
 
 
-def coefficient(name: str, value: Any, dtype: Any, *, least: float | None = None, above: float | None = None) -> Any:
-    """A Python number in its range, as a Python float; or a scalar array of `dtype`, whose value cannot be checked."""
-    if isinstance(value, int | float | np.number):
-        if not np.isfinite(value) or (least is not None and value < least) or (above is not None and value <= above):
-            bounds = f" of at least {least}" if least is not None else f" above {above}" if above is not None else ""
-            raise ValueError(f"{name} got {value!r}; pass a finite number{bounds}.")
-        return float(value)
-    array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} got dtype {array.dtype}; pass a real number.")
-    checks.check_shape(name, array, (), "one number")
-    return array.astype(dtype)
-
-
 def zero_unless(counted: Bool[Array, "*B"], *arrays: Float[Array, "*B"]) -> tuple[Float[Array, "*B"], ...]:
     """Zeros where nothing counts: what stands there, NaN included, then reaches neither a value nor a gradient."""
     return tuple(jnp.where(counted, array, 0) for array in arrays)

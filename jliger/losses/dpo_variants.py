@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jliger.core import checks
+from jliger.core.checks import coefficient
 from jliger.core.reduction import Normalizer, Reduction, check_reduction
-from jliger.losses.arguments import coefficient, constant, mask, number, sequence_arrays, zero_unless
+from jliger.losses.arguments import constant, mask, number, sequence_arrays, zero_unless
 from jliger.losses.preference_pairs import (
     BOOL_PER_PAIR,
     PAIRS,

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core import checks
+from jliger.core.checks import coefficient
 from jliger.core.reduction import Normalizer, Reduction, check_reduction, divided, mean, reduced
-from jliger.losses.arguments import coefficient, constant, mask, sequence_arrays, sharded_like, zero_unless
+from jliger.losses.arguments import constant, mask, sequence_arrays, sharded_like, zero_unless
 from jliger.losses.preference_pairs import Loss
 from jliger.losses.ratios import difference, times
 

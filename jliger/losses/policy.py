@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core import checks
+from jliger.core.checks import coefficient
 from jliger.core.reduction import Normalizer, divided, divisor, mean
-from jliger.losses.arguments import coefficient, constant, mask, number, real_arrays, sharded_like, zero_unless
+from jliger.losses.arguments import constant, mask, number, real_arrays, sharded_like, zero_unless
 from jliger.losses.ratios import Ratios, clipped, difference, held, k3, times
 
 GRPOLossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]

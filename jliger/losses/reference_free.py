@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jliger.core.checks import coefficient
 from jliger.core.reduction import Normalizer, Reduction, check_reduction
-from jliger.losses.arguments import coefficient, mask, number, sequence_arrays, zero_unless
+from jliger.losses.arguments import mask, number, sequence_arrays, zero_unless
 from jliger.losses.preference_pairs import (
     BOOL_PER_PAIR,
     PAIRS,

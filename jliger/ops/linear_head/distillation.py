@@ -10,9 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core import checks
 from jliger.core.backend import Implementation
+from jliger.core.checks import coefficient
 from jliger.core.dtypes import accumulator_dtype
 from jliger.core.reduction import Normalizer, divided, divisor
-from jliger.losses.arguments import coefficient
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
 from jliger.ops.linear_head.arguments import column_validity, counted_tokens, head_arguments, label_columns
