@@ -158,7 +158,7 @@ def _recording(function, seen):
 )
 def test_each_device_works_on_its_own_tokens_and_columns(mode, place, reduction, monkeypatch):
     seen = []
-    for name in ("token_stats", "fused_pass", "recompute_pass"):
+    for name in ("stats_pass", "fused_pass", "recompute_pass"):
         monkeypatch.setattr(chunks, name, _seeing(getattr(chunks, name), seen))
     jax.clear_caches()
     problem = problem_of(reduction, chunk_size=CHUNK)
