@@ -1,7 +1,7 @@
 """The formula of the loss, as a function of row stats. Its derivatives by them are all that the kernels need of it."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,33 @@ from jaxtyping import Array, Float
 from jliger.ops.logits import Coefficients, RowStats
 from jliger.ops.logits.distillation import DistillationCoefficients
 from jliger.ops.logits.distillation_types import Comparison
+
+
+class CoefficientRule(Protocol):
+    """How the coefficients of a token's logit gradients follow from its statistics. Hashable: part of the program."""
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether it reads the statistics; if not, it may be called before there are any."""
+        ...
+
+    def __call__(self, stats: RowStats | None, *per_token: Any) -> Coefficients:
+        """The coefficients, `[T]`, from statistics over all columns and from other arrays of the same tokens."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownCoefficients:
+    """The rule of a loss whose coefficients do not depend on the statistics: they are its argument."""
+
+    @property
+    def needs_stats(self) -> bool:
+        return False
+
+    def __call__(self, stats: RowStats | None, *per_token: Any) -> Coefficients:
+        del stats
+        (coefficients,) = per_token
+        return coefficients
 
 
 class LossWeights(NamedTuple):

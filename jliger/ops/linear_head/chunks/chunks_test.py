@@ -1,5 +1,6 @@
 """However the tokens and the vocabulary are cut up, the results are the same, and only tokens that count cost time."""
 
+import dataclasses
 import functools
 import time
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 import jliger
-from jliger.ops.linear_head.chunks import merge_stats
-from jliger.ops.logits import RowStats
+from jliger.ops.linear_head.chunks import fused_pass, merge_stats
+from jliger.ops.linear_head.types import GradientDtypes, HeadConfig, Operands
+from jliger.ops.logits import Coefficients, RowStats, StatsWanted
 from jliger.testing.oracle import INTERPRETED, ON_GPU, assert_rule_of_two, check, exact, fused, make_problem, unfused
 
 REDUCTIONS = ["mean", "none"]
@@ -150,6 +152,41 @@ def test_merged_stats_are_those_of_the_whole():
             merge_stats(blocks[0], functools.reduce(merge_stats, blocks[1:])),
         ):
             jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12), result, stats(0, 24))
+
+
+@dataclasses.dataclass(frozen=True)
+class Squares:
+    """The rule of `Σ_t w_t · (log p_t[label])²`, whose coefficients depend on the log-probability itself."""
+
+    needs_stats: bool = True
+
+    def __call__(self, stats, weights):
+        logprob = stats.label_logit - stats.max - stats.log_sum
+        by_logprob = 2 * weights * logprob
+        return Coefficients(probability=-by_logprob, label=-by_logprob)
+
+
+def test_coefficients_that_depend_on_the_statistics(implementation):
+    keys = jax.random.split(jax.random.key(5), 3)
+    hidden, kernel = jax.random.normal(keys[0], (17, 6)), jax.random.normal(keys[1], (6, 11))
+    labels, weights = jnp.arange(17) % 11, jax.random.normal(keys[2], (17,))
+    counted = jnp.arange(17) % 5 != 2
+    config = HeadConfig(
+        "hv", 1.0, None, np.dtype("float32"), "highest", 4, implementation, None, StatsWanted()
+    )  # fmt: skip
+    operands = Operands(hidden, kernel, labels=labels, counted=counted)
+    wanted = GradientDtypes(hidden=np.dtype("float32"), kernel=np.dtype("float32"))
+    stats, grads = fused_pass(config, wanted, operands, Squares(), (weights,))
+
+    def loss(hidden, kernel):
+        log_p = jax.nn.log_softmax(jnp.dot(hidden, kernel, precision="highest"))
+        squares = jnp.square(jnp.take_along_axis(log_p, labels[:, None], 1)[:, 0])
+        return jnp.sum(jnp.where(counted, weights * squares, 0))
+
+    expected = jax.grad(loss, (0, 1))(hidden, kernel)
+    for one, other in zip((grads.hidden, grads.kernel), expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(stats.prediction >= 0, counted)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="measures time, on a GPU")

@@ -1,6 +1,7 @@
-"""The forward form: gradients together with the loss, three products."""
+"""The fused pass: gradients together with the loss, three products."""
 
 from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Array, Int
 
@@ -10,24 +11,29 @@ from jliger.ops.linear_head.chunks.packed_tokens import Chunk, PackedTokens, wri
 from jliger.ops.linear_head.chunks.sizes import forward_chunk
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
 from jliger.ops.linear_head.types import GradientDtypes, Gradients, HeadConfig, Operands
-from jliger.ops.logits import Coefficients, RowStats, get_rows
+from jliger.ops.logits import RowStats, get_rows
+from jliger.ops.logits.objectives import CoefficientRule
 
 
 def fused_pass(
     config: HeadConfig,
     wanted: GradientDtypes,
     operands: Operands,
-    coefficients: Coefficients,
+    rule: CoefficientRule,
+    per_token: Any,
     merge: Callable[[RowStats], RowStats] | None = None,
 ) -> tuple[RowStats, Gradients]:
-    """Stats, and the gradients of a loss whose coefficients are known beforehand.
+    """Statistics, and the gradients of a loss whose coefficients follow from each token's own statistics.
 
     Args:
-      config: how logits come about.
-      wanted: which gradients, in which dtypes; the kernel's and the bias's are sums over chunks in float32 before.
+      config: how logits are computed.
+      wanted: the dtypes of the gradients that are wanted. Gradients of parameters are summed over chunks in float32.
       operands: of `[T]` tokens.
-      coefficients: of each token's logit gradients, `[T]`.
-      merge: makes stats of all columns from those of the head's, if it has but some; the stats returned are the head's.
+      rule: computes the coefficients of each token's logit gradients. If it needs no statistics, one launch computes
+        statistics and gradients.
+      per_token: the arguments of `rule` beside the statistics, arrays `[T]`.
+      merge: combines this device's statistics with those of the other vocabulary shards; None if the vocabulary is not
+        sharded. The statistics that are returned are not merged.
     """
     rows = get_rows(config.implementation, config.compute_capability)
     dtype = operands.hidden.dtype
@@ -42,13 +48,15 @@ def fused_pass(
         columns, block = blocks.block(blocks.full_span, chunk.labels)
         product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
         parts = (product, block, config.logit_map(vocab))
-        chunk_coefficients = chunk.take(coefficients)
-        if merge is None:
-            result, logit_grads = rows.row_stats_and_grads(*parts, config.stats_wanted, chunk_coefficients, dtype=dtype)
+        arguments = chunk.take(per_token)
+        if merge is None and not rule.needs_stats:
+            coefficients = rule(None, *arguments)
+            result, logit_grads = rows.row_stats_and_grads(*parts, config.stats_wanted, coefficients, dtype=dtype)
         else:
             result = rows.row_stats(*parts, config.stats_wanted)
-            all_columns = merge(result)
-            logit_grads = rows.row_grads(*parts, all_columns.max, all_columns.log_sum, chunk_coefficients, dtype=dtype)
+            merged = result if merge is None else merge(result)
+            coefficients = rule(merged, *arguments)
+            logit_grads = rows.row_grads(*parts, merged.max, merged.log_sum, coefficients, dtype=dtype)
         return write_stats(stats, result, start), add_chunk(config, wanted, grads, chunk, columns, logit_grads)
 
     initial = (packed.empty_stats(config, operands.hidden), before_chunks(wanted, operands))

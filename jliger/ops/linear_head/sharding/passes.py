@@ -8,8 +8,10 @@ from jaxtyping import Array, Float
 
 from jliger.ops.linear_head.chunks import Stats, stats_of
 from jliger.ops.linear_head.types import Differentiable, GradientDtypes, Gradients, HeadConfig, Operands, operand_dims
+from jliger.ops.logits.objectives import CoefficientRule, KnownCoefficients
 
 _NONE_WANTED = GradientDtypes()
+_KNOWN = KnownCoefficients()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +19,14 @@ class LossPass:
     """Which of the loops over chunks to run.
 
     Attributes:
-      kind: `"stats"` is `chunks.stats_pass`; `"fused"` is `chunks.fused_pass`, with `Coefficients` for each token;
-        `"recompute"` is `chunks.recompute_pass`, with maximum, log-sum and `Coefficients`; `"save logits"` and
+      kind: `"stats"` is `chunks.stats_pass`; `"fused"` is `chunks.fused_pass`, with the arguments of `rule` for each
+        token; `"recompute"` is `chunks.recompute_pass`, with maximum, log-sum and `Coefficients`; `"save logits"` and
         `"saved logits"` are `chunks.stats_and_logits_pass` and `chunks.saved_logits_pass`. With a teacher, `"stats"`
         and `"fused"` are `chunks.distillation_pass`, without and with `DistillationCoefficients`.
       config: how logits are computed.
       wanted: the dtypes of the gradients that are wanted.
       low_memory: as in `chunks.stats_pass`.
+      rule: as in `chunks.fused_pass`.
       examples: for each enclosing `jax.vmap`, the outermost first, which operands have a dimension of examples for it.
         These dimensions lead, and every result has all of them.
     """
@@ -32,6 +35,7 @@ class LossPass:
     config: HeadConfig
     wanted: GradientDtypes = _NONE_WANTED
     low_memory: bool = False
+    rule: CoefficientRule = _KNOWN
     examples: tuple[tuple[bool, ...], ...] = ()
 
     @property

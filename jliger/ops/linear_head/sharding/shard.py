@@ -69,7 +69,7 @@ def _run_chunks(
     elif loss_pass.kind == "saved logits":
         grads = chunks.saved_logits_pass(config, wanted, operands, *per_token)
     elif loss_pass.kind == "fused":
-        stats, grads = chunks.fused_pass(config, wanted, operands, *per_token, merge=merge)
+        stats, grads = chunks.fused_pass(config, wanted, operands, loss_pass.rule, per_token, merge=merge)
     else:
         grads = chunks.recompute_pass(config, wanted, operands, *per_token)
     if isinstance(stats, RowStats) and merge is not None:
