@@ -8,7 +8,6 @@ from flax import linen, nnx
 
 import jliger
 from jliger import losses
-from jliger.core import checks
 from jliger.ops.linear_head import checks as head_checks
 from jliger.testing.oracle import INTERPRETED, ON_GPU
 
