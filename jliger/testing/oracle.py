@@ -266,7 +266,10 @@ def assert_predictions(problem: Problem, predictions: Any) -> None:
     size = np.abs(logits).max()
     if "bias" in problem.inputs:
         logits = logits + np.asarray(problem.inputs["bias"], np.float64)
-    logits = logits * np.sign(problem.options.get("logit_scale", 1.0))
+    scale, softcap = problem.options.get("logit_scale", 1.0), problem.options.get("logit_softcap")
+    logits, size = logits * scale, size * abs(scale)
+    if softcap is not None:  # which makes equals of large logits; it is never steeper than 1
+        logits = softcap * np.tanh(logits / softcap)
     counted = np.array(problem.labels != problem.options.get("ignore_index", -100))
     if "where" in problem.options:
         counted &= np.asarray(problem.options["where"])
