@@ -249,7 +249,7 @@ def _logits(
         logits = logits + product(low * jnp.asarray(adapter.scale, low.dtype), adapter.b, "...r,rv->...v")
     logits = logits.astype(dtype)
     if bias is not None:
-        logits = logits + jnp.expand_dims(bias.astype(dtype), range(logits.ndim - 1))
+        logits = logits + jnp.broadcast_to(bias.astype(dtype), logits.shape)
     logits = logits * logit_scale
     return logits if logit_softcap is None else logit_softcap * jnp.tanh(logits / logit_softcap)
 
