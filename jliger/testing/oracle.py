@@ -266,10 +266,11 @@ def assert_predictions(problem: Problem, predictions: Any) -> None:
     size = np.abs(logits).max()
     if "bias" in problem.inputs:
         logits = logits + np.asarray(problem.inputs["bias"], np.float64)
-    scale, softcap = problem.options.get("logit_scale", 1.0), problem.options.get("logit_softcap")
-    logits, size = logits * scale, size * abs(scale)
-    if softcap is not None:  # which makes equals of large logits; it is never steeper than 1
-        logits = softcap * np.tanh(logits / softcap)
+    logits = logits * np.sign(problem.options.get("logit_scale", 1.0))
+    if problem.options.get("logit_softcap"):
+        # Far above the cap all logits round to it: any of them may be the first. Capping makes no difference larger.
+        cap = problem.options["logit_softcap"] / abs(problem.options.get("logit_scale", 1.0))
+        logits = cap * np.tanh(logits / cap)
     counted = np.array(problem.labels != problem.options.get("ignore_index", -100))
     if "where" in problem.options:
         counted &= np.asarray(problem.options["where"])
