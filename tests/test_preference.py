@@ -60,9 +60,9 @@ def test_margin_and_accuracy_rise_on_heldout_pairs(finished):
         assert after["accuracy"] > before["accuracy"] + 0.02
         # A coin would have 0.5.
         assert after["accuracy"] > 0.6
-    if finished.name == "dpo":
-        # The model that training begins with is the reference: no reward is anything yet.
-        assert before["margin"] == before["accuracy"] == before["chosen_reward"] == 0
+        # The model that training begins with is the reference of DPO: no reward is anything yet.
+        if finished.name == "dpo":
+            assert before["margin"] == before["accuracy"] == before["chosen_reward"] == 0
 
 
 def test_both_heads_have_one_curve_and_jliger_less_memory(finished):

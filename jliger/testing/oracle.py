@@ -35,6 +35,9 @@ DTYPES = [
     ("float16", "float16"),
 ]
 
+# Leading dimensions, features and columns of most problems.
+SHAPES = (3, 5), 6, 11
+
 _OF_THE_FUSED_ONE = ("implementation", "chunk_size")
 _OF_LOW_PRECISION = ("logits_dtype", "precision")
 
@@ -48,12 +51,14 @@ class Problem:
       labels: `[*B]`.
       options: every other argument.
       cotangent: of the loss's shape.
+      op_by_op: whether references run op by op: then problems of the same shapes share what is compiled.
     """
 
     inputs: dict[str, Any]
     labels: Any
     options: dict[str, Any]
     cotangent: Any
+    op_by_op: bool = False
 
     def replace(self, **changes: Any) -> "Problem":
         """The same problem with other options; `cotangent`, `labels` and `inputs` may be among them."""
@@ -64,9 +69,9 @@ class Problem:
 def make_problem(
     seed: int = 0,
     *,
-    batch: tuple[int, ...] = (3, 5),
-    hidden_size: int = 6,
-    vocab: int = 11,
+    batch: tuple[int, ...] = SHAPES[0],
+    hidden_size: int = SHAPES[1],
+    vocab: int = SHAPES[2],
     dtype: str = "float32",
     kernel_dtype: str = "float32",
     scale: float = 1.0,
@@ -110,6 +115,7 @@ def make_problem(
         jnp.asarray(labels, jnp.int32),
         {"kernel_layout": kernel_layout, **options},
         jnp.asarray(cotangent, jnp.float32),
+        op_by_op=(batch, hidden_size, vocab) == SHAPES,
     )
 
 
@@ -130,13 +136,17 @@ def _jitted(finder: Any, function: Any, static: tuple[tuple[str, Any], ...]) -> 
     return jax.jit(lambda *arrays: finder(function, *arrays[:-1], {**dict(static), **arrays[-1]}))
 
 
-def found_by(finder: Any, function: Any, *arrays: Any, options: dict[str, Any]) -> dict[str, Any]:
+def found_by(
+    finder: Any, function: Any, *arrays: Any, options: dict[str, Any], op_by_op: bool = False
+) -> dict[str, Any]:
     """`finder(function, *arrays, options)` under jit; what was compiled for the same options is used again.
 
-    A reference runs op by op on a GPU, where XLA would fuse it and round less than its dtypes say. So does one without
-    16-bit numbers: few ops are left to compile then, since most tests share their shapes.
+    A reference runs op by op on a GPU, where XLA would fuse it and round less than its dtypes say. `op_by_op` asks for
+    that elsewhere too, of references without 16-bit numbers.
     """
-    if function.__module__ == jliger.reference.__name__ and (ON_GPU or not _has_16_bits(arrays, options)):
+    if function.__module__ == jliger.reference.__name__ and (
+        ON_GPU or (op_by_op and not _has_16_bits(arrays, options))
+    ):
         return finder(function, *arrays, options)
     static = {name: value for name, value in options.items() if not isinstance(value, jax.Array)}
     rest = {name: value for name, value in options.items() if name not in static}
@@ -161,7 +171,8 @@ def unfused(problem: Problem) -> dict[str, Any]:
     """What plain JAX finds in the same dtypes."""
     options = {name: value for name, value in problem.options.items() if name not in _OF_THE_FUSED_ONE}
     arrays = (problem.inputs, problem.labels, problem.cotangent)
-    return found_by(loss_and_grads, jliger.reference.fused_linear_cross_entropy, *arrays, options=options)
+    reference = jliger.reference.fused_linear_cross_entropy
+    return found_by(loss_and_grads, reference, *arrays, options=options, op_by_op=problem.op_by_op)
 
 
 def exact(problem: Problem) -> dict[str, Any]:
@@ -171,7 +182,8 @@ def exact(problem: Problem) -> dict[str, Any]:
     with jax.enable_x64(True):
         inputs, cotangent, options = jax.tree.map(_as_float64, (problem.inputs, problem.cotangent, options))
         arrays = (inputs, problem.labels, cotangent)
-        result = found_by(loss_and_grads, jliger.reference.fused_linear_cross_entropy, *arrays, options=options)
+        reference = jliger.reference.fused_linear_cross_entropy
+        result = found_by(loss_and_grads, reference, *arrays, options=options, op_by_op=problem.op_by_op)
         return {name: np.asarray(value) for name, value in result.items()}
 
 
@@ -180,10 +192,10 @@ def _as_float64(value: Any) -> Any:
     return jnp.asarray(np.asarray(value), jnp.float64) if is_floating else value
 
 
-def rounding_of_logit_grads(problem: Problem) -> dict[str, float]:
-    """What rounding each logit's gradient to hidden's dtype does to the inputs' gradients: root mean squares.
+def exact_and_rounding(problem: Problem) -> tuple[dict[str, Any], dict[str, float]]:
+    """What `exact` finds, and the root mean square of what rounding logit gradients does to each input's gradient.
 
-    Products are taken in hidden's dtype, so this rounding is there to stay. The reference has it too, with two
+    Products are taken in hidden's dtype, so logit gradients are rounded to it. The reference rounds them too, with two
     exceptions: it adds the bias, and sums its gradient, in float32; and float32 logits have float32 gradients.
     """
     num_tokens = problem.labels.size
@@ -198,8 +210,11 @@ def rounding_of_logit_grads(problem: Problem) -> dict[str, float]:
             "hidden": jnp.asarray(np.concatenate([hidden, own], axis=-1)),
             "kernel": jnp.asarray(np.concatenate([kernel, weights], axis=1 - vocab_dim)),
         }
-        grads = exact(problem.replace(inputs=inputs))["kernel"]
-    squares = np.square(grads[-num_tokens:] if vocab_dim == 1 else grads[:, -num_tokens:].T)  # [N, V]
+        found = exact(problem.replace(inputs=inputs))
+    grads, size = found["kernel"], hidden.shape[-1]
+    found["hidden"] = found["hidden"][..., :size]
+    found["kernel"] = grads[:size] if vocab_dim == 1 else grads[:, :size]
+    squares = np.square(grads[size:] if vocab_dim == 1 else grads[:, size:].T)  # [N, V]
     half_unit = float(jnp.finfo(problem.inputs["hidden"].dtype).eps) / 2
     sums = {"bias": squares.sum(axis=0)} if "bias" in problem.inputs else {}
     if problem.options.get("logits_dtype") == "float32":
@@ -208,7 +223,7 @@ def rounding_of_logit_grads(problem: Problem) -> dict[str, float]:
             "hidden": squares @ np.square(kernel).T,
             "kernel": np.square(hidden).reshape(num_tokens, -1).T @ squares,
         }
-    return {name: half_unit * float(np.sqrt(np.mean(value))) for name, value in sums.items()}
+    return found, {name: half_unit * float(np.sqrt(np.mean(value))) for name, value in sums.items()}
 
 
 def assert_rule_of_two(
@@ -269,8 +284,9 @@ def assert_predictions(problem: Problem, predictions: Any) -> None:
 
 def check(problem: Problem, implementation: str, what: str = "") -> dict[str, Any]:
     """Holds jliger to the rule of two on a problem; returns what it found."""
-    ours, theirs, oracle = fused(problem, implementation), unfused(problem), exact(problem)
-    assert_rule_of_two(ours, theirs, oracle, what, rounding_of_logit_grads(problem))
+    ours, theirs = fused(problem, implementation), unfused(problem)
+    oracle, rounding = exact_and_rounding(problem)
+    assert_rule_of_two(ours, theirs, oracle, what, rounding)
     for name, value in problem.inputs.items():
         assert ours[name].dtype == value.dtype, name
     assert ours["loss"].dtype == jnp.float32

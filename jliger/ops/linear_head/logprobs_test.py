@@ -65,7 +65,9 @@ def check(problem, implementation, what=""):
     options = problem.options
 
     def result(function, inputs, cotangents, options):
-        return found_by(outputs_and_grads, function, inputs, problem.labels, cotangents, options=options)
+        arrays = inputs, problem.labels, cotangents
+        # There are four shapes that most problems here share.
+        return found_by(outputs_and_grads, function, *arrays, options=options, op_by_op=True)
 
     ours = result(
         jliger.linear_logprobs, problem.inputs, problem.cotangent, {"implementation": implementation, **options}
