@@ -139,12 +139,12 @@ def grpo(
     is_cispo = loss_type == "cispo"
     if is_cispo and delta is not None:
         raise ValueError(
-            "delta is not for loss_type='cispo', which holds every ratio below 1 + epsilon_high; leave it out."
+            "delta is not for loss_type='cispo', which clips every ratio at 1 + epsilon_high; leave it out."
         )
     if (max_completion_length is not None) != (loss_type == "dr_grpo"):
         raise ValueError(
             f"max_completion_length got {max_completion_length!r} with loss_type={loss_type!r}; 'dr_grpo' needs it, "
-            "and the others have no use for it."
+            "and the other types do not use it."
         )
     length = 1.0 if max_completion_length is None else max_completion_length
     length = number("max_completion_length", length, least=1)

@@ -312,7 +312,7 @@ def test_ppo_is_grpo_with_advantages_of_tokens():
         ({"entropy_coef": 0.1}, "entropy is missing; pass it, or entropy_coef=0"),
         ({"loss_type": "dr_grpo", "max_completion_length": None}, "'dr_grpo' needs it"),
         ({"loss_type": "dr_grpo", "max_completion_length": 0}, "max_completion_length got 0"),
-        ({"loss_type": "grpo", "max_completion_length": 10}, "the others have no use for it"),
+        ({"loss_type": "grpo", "max_completion_length": 10}, "the other types do not use it"),
         (
             {"advantages": ADVANTAGES[:, None]},
             r"advantages got shape \(6, 1\); pass one number a token, or one a sequence",

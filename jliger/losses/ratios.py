@@ -80,7 +80,7 @@ def times(factor: Any, values: Float[Array, "*B"]) -> Float[Array, "*B"]:
 
 
 def saturated(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """`x` clipped to ±1000, where functions such as `σ(x) log σ(x)` have reached their limits. Infinities are removed."""
+    """`x` clipped to ±1000, where functions such as `σ(x) log σ(x)` have reached their limits; no infinity remains."""
     return jnp.clip(x, -_SATURATED, _SATURATED)
 
 
