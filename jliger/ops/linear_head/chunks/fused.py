@@ -1,4 +1,4 @@
-"""The forward form: gradients together with the loss, three products."""
+"""The forward form: gradients are computed together with the loss, with three products."""
 
 from collections.abc import Callable
 
@@ -20,14 +20,15 @@ def fused_pass(
     coefficients: Coefficients,
     merge: Callable[[RowStats], RowStats] | None = None,
 ) -> tuple[RowStats, Gradients]:
-    """Stats, and the gradients of a loss whose coefficients are known beforehand.
+    """The statistics, and the gradients of a loss whose coefficients are known beforehand.
 
     Args:
-      config: how logits come about.
-      wanted: which gradients, in which dtypes; the kernel's and the bias's are sums over chunks in float32 before.
-      operands: of `[T]` tokens.
-      coefficients: of each token's logit gradients, `[T]`.
-      merge: makes stats of all columns from those of the head's, if it has but some; the stats returned are the head's.
+      config: how logits are computed.
+      wanted: the dtypes of the wanted gradients. Those of the kernel and the bias are summed over chunks in float32.
+      operands: arrays of `[T]` tokens.
+      coefficients: coefficients of the logit gradients, `[T]`.
+      merge: combines this device's statistics with those of the other vocabulary shards; None if unsharded. The
+        returned statistics are not merged.
     """
     rows = get_rows(config.implementation, config.compute_capability)
     dtype = operands.hidden.dtype
@@ -46,6 +47,7 @@ def fused_pass(
         if merge is None:
             result, logit_grads = rows.row_stats_and_grads(*parts, config.stats_wanted, chunk_coefficients, dtype=dtype)
         else:
+            # Gradients need the statistics of all columns, so the merge comes between two launches.
             result = rows.row_stats(*parts, config.stats_wanted)
             all_columns = merge(result)
             logit_grads = rows.row_grads(*parts, all_columns.max, all_columns.log_sum, chunk_coefficients, dtype=dtype)
