@@ -1,6 +1,7 @@
-"""What `jax.custom_vjp` with `symbolic_zeros=True` hands to its rules, and what may stand in residuals.
+"""Reads the arguments of `jax.custom_vjp` rules with `symbolic_zeros=True`, and encodes residuals.
 
-`CustomVJPPrimal` and `SymbolicZero` are public in `jax.custom_derivatives`; everything that reads them is here.
+`CustomVJPPrimal` and `SymbolicZero` are public in `jax.custom_derivatives` (jax 0.12). All code that reads them is
+here.
 """
 
 from typing import Any
@@ -11,31 +12,31 @@ from jaxtyping import Array
 
 
 def perturbed_flags(primals: Any) -> list[bool]:
-    """Which of a tuple of primals are differentiated; None never is."""
+    """Which primals of a tuple are differentiated; False for None."""
     return [primal is not None and primal.perturbed for primal in primals]
 
 
 def primal_values(tree: Any) -> Any:
-    """The arrays of a tree of primals."""
+    """The arrays in a tree of primals."""
     primal = jax.custom_derivatives.CustomVJPPrimal
     return jax.tree.map(lambda leaf: leaf.value, tree, is_leaf=lambda leaf: isinstance(leaf, primal))
 
 
 def is_symbolic_zero(cotangent: Any) -> bool:
-    """Whether the result that this cotangent belongs to was not used."""
+    """Whether the cotangent is a symbolic zero: its result was not used."""
     return isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
 
 
 def instantiate(cotangent: Any) -> Array:
-    """A cotangent as an array."""
+    """The cotangent as an array; zeros for a symbolic zero."""
     return jnp.zeros(cotangent.shape, cotangent.dtype) if is_symbolic_zero(cotangent) else cotangent
 
 
 def encode_absent[T: tuple](fields: T) -> T:
-    """Residuals with an array of size zero for each field that is None.
+    """Replaces each None among the residuals by an array of size zero, so that their tree structure is always the same.
 
-    Which gradients are wanted can differ from one trace to the next. A residual tree whose structure differed too would
-    give errors, or silently wrong gradients, when `jax.checkpoint` uses a cached trace again.
+    Which gradients are wanted can differ between traces. If the structure of the residuals differed as well,
+    `jax.checkpoint`, which reuses cached traces, would raise errors or give wrong gradients silently.
     """
     return type(fields)(*(jnp.zeros((0,)) if field is None else field for field in fields))
 

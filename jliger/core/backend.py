@@ -1,4 +1,4 @@
-"""Which backend fits, and which GPU to compile for."""
+"""The choice of a backend, and of the GPU to compile for."""
 
 import contextlib
 import functools
@@ -13,7 +13,7 @@ import jax
 Implementation = Literal["triton", "xla"]
 
 Choice = Literal["triton", "xla", "by platform"]
-"""An implementation, or both: `run_by_platform` traces both, and lowering keeps the one for its platform."""
+"""An implementation, or both: `run_by_platform` then traces both, and lowering selects one for each platform."""
 
 _LOWEST_CAPABILITY = 80
 _PACKAGE = str(Path(__file__).parent.parent)
@@ -22,17 +22,17 @@ _compute_capability = jax.make_user_context(None)
 
 
 def compute_capability(capability: int) -> contextlib.AbstractContextManager[None]:
-    """Compiles for a GPU of this compute capability, on a machine that may have none.
+    """A context that compiles for a GPU of this compute capability, even on a machine without one.
 
-    Within this context `implementation=None` means Triton wherever a program is lowered for NVIDIA GPUs, and XLA for
-    other platforms: an export for both `"cpu"` and `"cuda"` has both. Functions are traced anew: what was traced
-    outside the context is not reused inside, nor the other way round.
+    Within the context, `implementation=None` means Triton in programs lowered for NVIDIA GPUs, and XLA in programs for
+    other platforms; an export for both `"cpu"` and `"cuda"` contains both. JAX does not reuse traces from outside the
+    context inside it, or the reverse.
 
     Args:
-      capability: ten times the major version plus the minor: 80 (A100), 90 (H100, H200), 100 (B200).
+      capability: ten times the major version plus the minor version: 80 (A100), 90 (H100, H200), 100 (B200).
 
     Raises:
-      ValueError: if `capability` is not such a number.
+      ValueError: `capability` is not an integer of at least 80.
 
     Example:
       Lowering a loss for an H100 on a machine without a GPU (this needs `jax-cuda13-plugin`, but no CUDA)::
@@ -53,15 +53,16 @@ def compute_capability(capability: int) -> contextlib.AbstractContextManager[Non
 
 
 def target_compute_capability() -> int | None:
-    """The capability asked for by `compute_capability`, or None."""
+    """The capability set by `compute_capability`, or None."""
     return _compute_capability.value
 
 
 def fitting_implementation(*arrays: jax.Array) -> Choice:
-    """What `implementation=None` means for an operation on these arrays.
+    """The backend that `implementation=None` means for an operation on these arrays.
 
-    Triton is for NVIDIA GPUs of at least sm_80, present or named by `compute_capability`; XLA for anything else.
-    Concrete arrays are where the operation will run. With a tracer among them, only lowering knows the platform.
+    Triton on NVIDIA GPUs of at least sm_80, present or set by `compute_capability`; XLA on all other devices. If all
+    arrays are concrete, the operation runs on their devices. If one is a tracer, the platform is only known at
+    lowering.
     """
     capability = target_compute_capability() or _present_capability()
     if capability is None or capability < _LOWEST_CAPABILITY:
@@ -72,16 +73,16 @@ def fitting_implementation(*arrays: jax.Array) -> Choice:
     if not has_triton():
         _warn_of_missing_triton()
         return "xla"
-    # Arrays on several platforms: some are uncommitted, and JAX moves those to where the others are.
+    # If the arrays are on several platforms, some are uncommitted, and JAX will move those to the others' devices.
     return "triton" if platforms <= {"gpu", "cuda"} else "by platform"
 
 
 def run_by_platform(function: Callable[..., Any], choice: Choice, *operands: Any) -> Any:
-    """`function(implementation, *operands)`, where `function` is traceable with either implementation.
+    """Calls `function(implementation, *operands)` with the chosen implementation.
 
     Args:
-      function: its results must have the same structure, shapes and dtypes with both.
-      choice: `"by platform"` traces both, and each platform that is lowered for gets its own.
+      function: traceable with both implementations, with results of the same structure, shapes and dtypes.
+      choice: an implementation; `"by platform"` traces both, and lowering for a platform selects one.
       *operands: trees of arrays.
     """
     if choice != "by platform":
@@ -92,7 +93,7 @@ def run_by_platform(function: Callable[..., Any], choice: Choice, *operands: Any
 
 
 def can_run_triton() -> bool:
-    """Whether a Triton kernel can be compiled or interpreted here; triton must be installed."""
+    """Whether Triton kernels can be compiled or interpreted here. Triton must be installed."""
     import triton
 
     if target_compute_capability() is not None or triton.knobs.runtime.interpret:
@@ -108,10 +109,10 @@ def has_triton() -> bool:
 
 
 def _present_capability() -> int | None:
-    """The lowest compute capability of this process's NVIDIA GPUs, as `compute_capability` counts; None without one."""
+    """The lowest compute capability of this process's NVIDIA GPUs, in the units of `compute_capability`, or None."""
     try:
         gpus = jax.local_devices(backend="cuda")
-    except RuntimeError:  # JAX has no such backend here
+    except RuntimeError:  # JAX has no CUDA backend on this machine
         return None
     versions = (gpu.compute_capability.split(".") for gpu in gpus)
     return min((10 * int(major) + int(minor) for major, minor in versions), default=None)
@@ -123,7 +124,7 @@ def _platform_of(array: jax.Array) -> str:
 
 @functools.cache
 def _warn_of_missing_triton() -> None:
-    """Once in a process: this function is cached."""
+    """Warns once per process, because the function is cached."""
     warnings.warn(
         "jliger uses XLA on NVIDIA GPUs here, because triton and jax-triton are not installed. Its Triton kernels are "
         "faster and need less memory: pip install 'jliger[cuda13]', or 'jliger[cuda12]' for CUDA 12. To keep XLA "

@@ -1,4 +1,4 @@
-"""Errors at trace time: each names the argument, what it got, and what to do."""
+"""Argument checks at trace time. Each error names the argument, the value that it got, and what to pass instead."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def is_array(value: Any) -> bool:
-    """Whether `jnp.asarray` takes it as one array: a box, a module or a list of arrays is none."""
+    """Whether `value` is a single array: not a Flax box, a module or a list of arrays."""
     if isinstance(value, np.ndarray):
         return value.dtype.kind not in "OSU"
     if isinstance(value, jax.Array | np.generic | int | float | complex):
@@ -24,7 +24,7 @@ def is_array(value: Any) -> bool:
 
 
 def as_array(name: str, value: Any) -> jax.Array:
-    """`value` as a JAX array."""
+    """`value` as a JAX array; raises if it is not a single array."""
     if is_array(value):
         return jnp.asarray(value)
     if value is None:
@@ -46,9 +46,9 @@ def as_array(name: str, value: Any) -> jax.Array:
 def check_number(
     name: str, value: Any, *, least: float | None = None, most: float | None = None, instead: str = ""
 ) -> None:
-    """A finite Python number in `[least, most]`: it becomes part of the compiled program.
+    """Raises unless `value` is a finite Python number in `[least, most]`. It becomes part of the compiled program.
 
-    `instead` is what else to do with a traced number.
+    `instead` is added to the error for a traced number, and says what else to do with it.
     """
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
@@ -65,7 +65,7 @@ def check_number(
 
 
 def check_axes(name: str, value: Any) -> tuple[str, ...]:
-    """Names of manual mesh axes, as a tuple."""
+    """The names of manual mesh axes as a tuple; raises if one is not a manual axis."""
     axes = (value,) if isinstance(value, str) or not isinstance(value, list | tuple | None) else tuple(value or ())
     manual = jax.sharding.get_abstract_mesh().manual_axes
     for axis in axes:
@@ -95,7 +95,7 @@ def check_weights(weights: Any, labels: Any) -> None:
 
 
 def check_precision(precision: Any) -> None:
-    """Whatever `jax.lax.dot_general` takes; as part of the compiled program it has to be hashable, too."""
+    """Raises unless `jax.lax.dot_general` accepts `precision`, which must also be hashable, to be a static argument."""
     try:
         _try_precision(precision)
     except (TypeError, ValueError) as error:
@@ -122,7 +122,7 @@ def check_integer(name: str, value: Any) -> None:
 
 
 def coefficient(name: str, value: Any, dtype: Any, *, least: float | None = None, above: float | None = None) -> Any:
-    """A Python number in its range, as a Python float; or a scalar array of `dtype`, whose value cannot be checked."""
+    """A Python number as a float, after a check of its range; or a scalar array of `dtype`, which is not checked."""
     if isinstance(value, int | float | np.number):
         if not np.isfinite(value) or (least is not None and value < least) or (above is not None and value <= above):
             bounds = f" of at least {least}" if least is not None else f" above {above}" if above is not None else ""

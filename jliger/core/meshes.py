@@ -1,4 +1,7 @@
-"""Meshes: which axes there are, of which kind, and what varies over them."""
+"""Mesh helpers: the types of axes, and which axes an array varies over.
+
+`manual_axis_type` and `jax.lax.pcast` are those of jax 0.12.
+"""
 
 import jax
 from jax.sharding import AbstractMesh, NamedSharding, get_abstract_mesh, reshard
@@ -9,7 +12,7 @@ Axes = tuple[str, ...]
 
 
 def replicated(array: Array) -> Array:
-    """A small array, whole on every device, where shardings are in types and a product would ask for it."""
+    """Replicates a small array on an Explicit mesh, where a product requires it; unchanged on other meshes."""
     mesh = mesh_of(array)
     if not is_explicit(mesh):
         return array
@@ -17,14 +20,14 @@ def replicated(array: Array) -> Array:
 
 
 def sum_to_type(cotangent: Array, primal: Array) -> Array:
-    """A cotangent as its primal's type wants it: summed over manual axes that the primal does not vary over."""
+    """A cotangent of its primal's type: summed over the manual axes that it varies over and the primal does not."""
     axes = tuple(sorted(varying_axes(cotangent) - varying_axes(primal)))
     cotangent = jax.lax.psum(cotangent, axes) if axes else cotangent
     return as_varying(cotangent, varying_axes(primal))
 
 
 def mesh_of(*arrays: Array) -> AbstractMesh:
-    """The mesh in scope; without one, that of the arrays' types."""
+    """The mesh in scope; if there is none, the mesh of the arrays' types."""
     mesh = get_abstract_mesh()
     for array in arrays:
         if mesh.empty:
@@ -42,7 +45,7 @@ def is_explicit(mesh: AbstractMesh) -> bool:
 
 
 def as_replicated(axes: Axes, array: Array) -> Array:
-    """Typed as equal on devices along these axes, as it is: a loop's carry, which varies, may have hidden that."""
+    """Marks an array as replicated over `axes`; its value is, but a loop carry hides that."""
     axes = tuple(axis for axis in axes if axis in varying_axes(array))
     return jax.lax.pmax(array, axes) if axes else array
 

@@ -1,4 +1,4 @@
-"""Sums and means over what counts."""
+"""Sums and means over counted elements."""
 
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ Normalizer = Float[Array, ""] | float | None
 
 
 def check_reduction(reduction: str, normalizer: Any) -> None:
-    """A known reduction, and a normalizer only for a mean."""
+    """Raises for an unknown reduction, and for a normalizer without a mean."""
     checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
@@ -22,7 +22,7 @@ def check_reduction(reduction: str, normalizer: Any) -> None:
 def reduced(
     losses: Float[Array, "*B"], counted: Bool[Array, "*B"], reduction: Reduction, normalizer: Normalizer
 ) -> Float[Array, "..."]:
-    """`losses` where they count, reduced; a mean divides by how many count, or by `normalizer`."""
+    """Reduces the counted losses. A mean divides by their number, or by `normalizer`."""
     losses = jnp.where(counted, losses, 0)
     if reduction == "none":
         return losses
@@ -31,7 +31,7 @@ def reduced(
 
 
 def divisor(count: Any, normalizer: Normalizer) -> Any:
-    """`normalizer`, which carries no gradient, or `count` without one."""
+    """The divisor of a mean: `normalizer`, without a gradient, or `count` if it is None."""
     if normalizer is None:
         return count
     normalizer = jax.lax.stop_gradient(jnp.asarray(normalizer))
@@ -40,7 +40,7 @@ def divisor(count: Any, normalizer: Normalizer) -> Any:
 
 
 def mean(values: Float[Array, "*B"], counted: Bool[Array, "*B"]) -> Float[Array, ""]:
-    """The mean of what counts; 0 where nothing does."""
+    """The mean of the counted values; 0 if none counts."""
     return reduced(values, counted, "mean", None)
 
 
@@ -51,5 +51,5 @@ def divided(total: Float[Array, "*B"], count: Any) -> Float[Array, "*B"]:
 
 
 def weight_divisor(weight: Float[Array, ""]) -> Float[Array, ""]:
-    """The weight, and 1 for 0: the mean of nothing is 0, as its sum is."""
+    """The weight, or 1 if it is 0, so that the mean of nothing is 0."""
     return jnp.where(weight == 0, 1, weight)

@@ -1,4 +1,4 @@
-"""Second derivatives, of the gradients themselves: forward mode works in XLA, reverse mode is refused."""
+"""Second derivatives: forward mode over the gradients works with XLA; reverse mode raises."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -18,9 +18,9 @@ _WHAT_WORKS = (
 def once_differentiable(
     operation: Callable[..., Any], vmappable_operation: Callable[..., Any], implementation: Choice
 ) -> Callable[..., Any]:
-    """`vmappable_operation`, with the derivatives of `operation`, in forward mode only.
+    """`vmappable_operation` with the derivatives of `operation`, in forward mode only.
 
-    Without this, errors about second derivatives come from deep inside JAX and do not say what to do.
+    Without this wrapper, second derivatives raise errors from inside JAX that do not say what to do.
     """
     function = jax.custom_jvp(vmappable_operation)
 
@@ -28,14 +28,15 @@ def once_differentiable(
     def jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
         if implementation == "triton":
             raise NotImplementedError(f"a gradient of implementation='triton' got differentiated. {_WHAT_WORKS}")
-        # The values do not come from `jax.jvp` too: `jax.linearize` has to tell them from the tangents.
+        # The values are computed separately, not taken from `jax.jvp`: `jax.linearize` must be able to separate the
+        # primal computation from the tangents.
         return vmappable_operation(*primals), jax.tree.map(_forward_only, jax.jvp(operation, primals, tangents)[1])
 
     return function
 
 
 def _forward_only(tangent: Any) -> Any:
-    """The tangent; an error where reverse mode transposes it."""
+    """The tangent, which raises if reverse mode transposes it."""
     return tangent if tangent.dtype == jax.dtypes.float0 else _forward_only_p.bind(tangent)
 
 
@@ -43,7 +44,8 @@ def _refuse(*_: Any) -> NoReturn:
     raise NotImplementedError(f"a gradient got differentiated in reverse mode. {_WHAT_WORKS}")
 
 
-# A primitive, since JAX's own functions with a transposition of one's choice cannot be batched.
+# A primitive, because JAX's functions with a custom transpose (jax 0.12) have no batching rule. `jax.interpreters` and
+# `jax.extend` are not covered by JAX's compatibility promise.
 _forward_only_p = Primitive("forward_only")
 _forward_only_p.def_impl(lambda tangent: tangent)
 _forward_only_p.def_abstract_eval(lambda tangent: tangent)

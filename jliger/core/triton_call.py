@@ -1,4 +1,8 @@
-"""One way to call a Triton kernel: by jax-triton on a GPU, by Triton's interpreter where that is switched on."""
+"""Calls Triton kernels: through jax-triton on a GPU, or in Triton's interpreter if that is enabled.
+
+Private APIs, as of jax 0.12, jax-triton 0.4.1 and triton 3.9: `jax.interpreters.partial_eval.dce_rules`,
+`jax.interpreters.mlir`, `jax_triton.triton_lib.triton_kernel_call_p`, and `triton.runtime.interpreter`.
+"""
 
 import threading
 from collections.abc import Sequence
@@ -22,7 +26,10 @@ _INTERPRETER_DTYPES = {
 
 
 def _keep_call(used_outputs: Sequence[bool], *rest: Any) -> tuple[list[bool], Any]:
-    """Dead-code elimination keeps a Triton call whole. The rule of jax-triton 0.4 lacks an argument of jax 0.12's."""
+    """The dead-code-elimination rule of a Triton call: keeps all of it.
+
+    Replaces the rule of jax-triton 0.4, which lacks an argument that jax 0.12 passes.
+    """
     del used_outputs
     equation = rest[-1]
     return [True] * len(equation.invars), equation
@@ -32,11 +39,11 @@ dce_rules[triton_kernel_call_p] = _keep_call
 
 
 def _lower_for_others(ctx: mlir.LoweringRuleContext, *operands: Any, **_: Any) -> Any:
-    """Lowers a Triton call for platforms other than NVIDIA's.
+    """Lowers a Triton call for platforms other than CUDA.
 
-    `jax.export` for several platforms lowers each branch of `jax.lax.platform_dependent` for all of them (jax 0.12).
-    What stands in the CUDA branch for the others is a call without a kernel: this branch is removed there before
-    anything is compiled. Anywhere else, compiling such a call fails.
+    In jax 0.12, `jax.export` for several platforms lowers each branch of `jax.lax.platform_dependent` for all of them.
+    For the other platforms, the CUDA branch gets a call without a kernel. XLA removes this branch before compilation. A
+    call without a kernel anywhere else fails to compile.
     """
     platforms = ctx.module_context.platforms
     if "cuda" not in platforms:
@@ -49,7 +56,7 @@ def _lower_for_others(ctx: mlir.LoweringRuleContext, *operands: Any, **_: Any) -
 
 mlir.register_lowering(triton_kernel_call_p, _lower_for_others)
 
-# The interpreter patches Triton's language while it runs; several devices call it from several threads.
+# The interpreter patches `triton.language` while it runs, and simulated devices call it from several threads.
 _one_at_a_time = threading.Lock()
 
 
@@ -67,30 +74,30 @@ def call_kernel(
     bytes_accessed: int,
     **constexprs: Any,
 ) -> tuple[Any, ...]:
-    """Runs `kernel` over `grid`; returns its outputs, the only memory that it writes.
+    """Runs `kernel` over `grid` and returns its outputs, which are the only memory that it writes.
 
-    A kernel is compiled once for each combination of dtypes, of constexprs, and of what is None. It is not compiled
-    again for other shapes: those that it asks about are among its constexprs.
+    A kernel is compiled once for each combination of dtypes, constexprs, and arguments that are None. Other shapes need
+    no new compilation, except for the dimensions that are constexprs.
 
     Args:
-      kernel: a `triton.jit` function; its parameters are the operands, the outputs, then constexprs.
-      operands: the arrays that it reads. None is no array: the kernel's parameter is None too, when it is compiled.
-      out_type: shapes and dtypes of the arrays that it returns, none of which is an alias of an operand. None is no
-        array, as among the operands, and None is returned in its place.
-      name: as profilers show it.
-      grid: programs to launch.
+      kernel: a `triton.jit` function. Its parameters are the operands, the outputs, then constexprs.
+      operands: the arrays that it reads. For an operand of None, the kernel's parameter is None at compile time.
+      out_type: shapes and dtypes of the outputs, none of which aliases an operand. For None, the kernel's parameter and
+        the returned output are None.
+      name: the name that profilers show.
+      grid: number of programs to launch.
       num_warps: warps per program.
       num_stages: depth of Triton's software pipelines.
       compute_capability: the GPU to compile for, or None for the one present.
-      flops: arithmetic operations done, for profilers.
+      flops: arithmetic operations, for profilers.
       bytes_accessed: bytes moved, for profilers.
-      **constexprs: the kernel's compile-time parameters, hashable; NamedTuples too.
+      **constexprs: the kernel's compile-time parameters, which are hashable; NamedTuples are allowed.
     """
     if isinstance(kernel, InterpretedFunction):
         outputs = _interpret(kernel, operands, out_type, grid, constexprs)
     else:
-        # Given are the operands, and as None the outputs that there are not; each other output gets a parameter that is
-        # not given. Of a None jax-triton makes a constexpr, which is part of its cache's key.
+        # jax-triton 0.4.1 assigns outputs to the parameters that are not passed. So operands are passed, absent outputs
+        # are passed as None, and present outputs are not. A None becomes a constexpr, which is part of the cache key.
         names = [parameter.name for parameter in kernel.params]
         given: dict[str, Any] = dict(zip(names, operands, strict=False))
         of_outputs = zip(names[len(operands) :], out_type, strict=False)
@@ -103,7 +110,7 @@ def call_kernel(
             num_warps=num_warps,
             num_stages=num_stages,
             compute_capability=compute_capability,
-            # Stated, because Triton's default for it changes from one release to the next.
+            # Explicit, because Triton's default differs between releases.
             backend_options={"enable_fp_fusion": True},
             cost_estimate={"flops": flops, "bytes_accessed": bytes_accessed},
             **given,
@@ -118,7 +125,7 @@ def _present(arrays: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _as_varying(outputs: Sequence[jax.Array], operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Inside a `shard_map`, calls like these are typed as equal on all devices; they vary as their operands do."""
+    """Casts the outputs to vary as the operands do: in a `shard_map`, jax-triton 0.4.1 types them as replicated."""
 
     def varying(array: jax.Array) -> frozenset[str]:
         return jax.typeof(array).manual_axis_type.varying
@@ -141,7 +148,7 @@ def _interpret(
     constexprs: dict[str, Any],
 ) -> tuple[jax.Array, ...]:
     def run(*given: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        # Copies, so that a kernel that writes to an operand cannot pass for one that does not.
+        # Copies of the operands, so that a kernel that writes to an operand is detected below.
         inputs = [None if array is None else np.array(array, order="C") for array in given]
         outputs = [None if output is None else np.empty(output.shape, output.dtype) for output in out_type]
         pointers = [None if array is None else _Pointer(array) for array in [*inputs, *outputs]]
@@ -156,7 +163,10 @@ def _interpret(
 
 
 class _Pointer:
-    """What Triton's interpreter asks of a tensor, over a numpy array; its copies to and from a device do nothing."""
+    """The part of a torch tensor's interface that Triton's interpreter (3.9) uses, over a NumPy array.
+
+    The interpreter copies tensors from and to a device; here these copies do nothing.
+    """
 
     def __init__(self, array: np.ndarray):
         self._array = array

@@ -1,4 +1,4 @@
-"""How the operation behaves under `jax.vmap`."""
+"""Support for `jax.vmap`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,14 +7,14 @@ import jax
 
 
 def vmappable(operation: Callable[..., Any], batched: tuple[tuple[bool, ...], ...] = ()) -> Callable[..., Any]:
-    """Makes `operation(batched, *args)` a function of `args` that is usable under `vmap`.
+    """Makes `operation(batched, *args)` a function of `args` that `vmap` can batch.
 
-    Nothing is computed here: each `vmap` only adds a dimension of examples, and `operation` is told of it. It is the
-    operation that knows on which devices the examples are.
+    Each `vmap` only adds a batch dimension and records it in `batched`. `operation` handles the batch dimensions
+    itself, because it also handles shardings: it may loop over examples, or process them as more tokens.
 
     Args:
-      operation: a function of `batched` and of trees of arrays. Each of its results has all dimensions of examples.
-      batched: for each `vmap`, the outermost first, which leaves of `args` have its dimension. These dimensions lead.
+      operation: a function of `batched` and of trees of arrays. All its results have all batch dimensions.
+      batched: for each `vmap`, from the outermost, which leaves of `args` it batches. Batch dimensions come first.
     """
     operation_with_rule = jax.custom_batching.custom_vmap(lambda *args: operation(batched, *args))
 

@@ -1,10 +1,12 @@
-"""Losses as flat functions of log-probabilities, in plain JAX: preferences and policy gradients; and distillation.
+"""Preference losses, policy-gradient losses and distillation losses.
 
-Each of the former gives `(loss, metrics)`. They know nothing of models, and take what `jliger.linear_logprobs` gives.
-Where a log-probability is −∞, as of a masked token, values and gradients are their limits if those are finite; two
-equal infinities differ by 0.
-Distillation compares whole distributions, and is fused with both models' heads, as
-`jliger.fused_linear_cross_entropy` is with one.
+Preference and policy losses are plain JAX functions of log-probabilities, such as those that `jliger.linear_logprobs`
+returns, and do not depend on a model. They return `(loss, metrics)`. A log-probability may be −∞, for example that of
+a masked token: values and gradients are then their limits, if the limits are finite. The difference of two equal
+infinities is 0.
+
+Distillation losses compare whole distributions. They are fused with the heads of both models, as
+`jliger.fused_linear_cross_entropy` is fused with one head.
 """
 
 from jliger.losses.dpo_variants import DPOLossType as DPOLossType

@@ -1,4 +1,4 @@
-"""What every loss does with its arguments: checks at trace time, float32, one sharding, and masks."""
+"""Argument handling shared by all losses: checks at trace time, casts to float32, one sharding, and masks."""
 
 import functools
 from typing import Any
@@ -12,9 +12,9 @@ from jliger.core import checks
 
 
 def real_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:
-    """Floating-point arrays of one shape, all in float32, or in float64 where one of them is.
+    """Checks that arrays are floating-point and of one shape; casts them to float32, or to float64 if one is float64.
 
-    Nothing is broadcast: a `[B]` against a `[B, 1]` would make a `[B, B]` that sums to some number or other.
+    Nothing is broadcast: `[B]` with `[B, 1]` would give `[B, B]`, whose sum is a wrong loss without an error.
     """
     for name, array in arrays.items():
         _check_no_tuple(name, array)
@@ -31,7 +31,7 @@ def real_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:
 
 
 def sequence_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:
-    """`real_arrays` of one number a sequence, or a pair; those of tokens are refused."""
+    """`real_arrays` for arrays with one number per sequence or per pair; raises for arrays with one per token."""
     result = real_arrays(what, **arrays)
     if result[0].ndim > 1:
         raise ValueError(
@@ -42,7 +42,7 @@ def sequence_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:
 
 
 def mask(name: str, value: Any, like: Array, what: str) -> Bool[Array, "..."]:
-    """Bools of the shape of `like`; all true for None."""
+    """A bool array of the shape of `like`; all True if `value` is None."""
     if value is None:
         return jnp.ones_like(like, dtype=bool)
     array = jnp.asarray(value)
@@ -53,35 +53,38 @@ def mask(name: str, value: Any, like: Array, what: str) -> Bool[Array, "..."]:
 
 
 def sharded_like(like: Array, array: Array) -> Array:
-    """`array`, spread over Explicit mesh axes as `like` of the same shape is: JAX combines no others."""
+    """`array` with the sharding of `like`, which has its shape.
+
+    On Explicit mesh axes JAX raises for elementwise operations on arrays of different shardings.
+    """
     wanted, result = jax.typeof(like).sharding, jax.typeof(array).sharding
     return _resharded(like, array) if wanted.mesh.explicit_axes and result != wanted else array
 
 
-# Where no mesh is set, jit takes that of `like`, which it otherwise has no use for.
+# If no mesh is set, jit takes the mesh from its arguments. `like` has it, so jit must not drop this unused argument.
 @functools.partial(jax.jit, keep_unused=True)
 def _resharded(like: Array, array: Array) -> Array:
     return jax.sharding.reshard(array, jax.typeof(like).sharding)
 
 
 def number(name: str, value: Any, *, least: float | None = None, most: float | None = None) -> float:
-    """A Python number in its range, as a Python float: a float64 of NumPy would make the loss one."""
+    """Checks the range of a Python number; returns a float, since a NumPy float64 would promote the loss to float64."""
     checks.check_number(name, value, least=least, most=most)
     return float(value)
 
 
 def zero_unless(counted: Bool[Array, "*B"], *arrays: Float[Array, "*B"]) -> tuple[Float[Array, "*B"], ...]:
-    """Zeros where nothing counts: what stands there, NaN included, then reaches neither a value nor a gradient."""
+    """Sets uncounted elements to 0, so that their values, even NaN, reach neither the loss nor a gradient."""
     return tuple(jnp.where(counted, array, 0) for array in arrays)
 
 
 def constant(*arrays: Any) -> Any:
-    """The same, without a gradient."""
+    """The same arrays, treated as constants in differentiation."""
     return jax.lax.stop_gradient(arrays)
 
 
 def _check_no_tuple(name: str, value: Any) -> None:
-    """Refuses a `LinearLogprobs` or `SequenceLogprobs`: `jnp.asarray` would stack its fields."""
+    """Raises for a `LinearLogprobs` or a `SequenceLogprobs`, whose fields `jnp.asarray` would stack."""
     if isinstance(value, tuple) and hasattr(value, "logprobs"):
         field = name if hasattr(value, name) else "logprobs"
         raise TypeError(f"{name} got a {type(value).__name__}; pass its field `.{field}`.")

@@ -1,4 +1,4 @@
-"""Direct preference optimisation, and the losses that came after it in its form."""
+"""Direct preference optimisation (DPO) and its variants."""
 
 import dataclasses
 import math
@@ -73,38 +73,36 @@ def dpo(
     | `"apo_down"` | $\sigma(r_w) + \sigma(-z)$ | arXiv:2408.06266 |
     | `"discopop"` | $-\log\sigma(z)\,\sigma(-z/\tau) + e^{-z} \sigma(z/\tau)$ | arXiv:2406.08414 |
 
-    They are the definitions of TRL's `DPOTrainer`, with these remarks. Where a loss has no `label_smoothing` it is
-    refused, not ignored. TRL's `"ipo"` divides each log-ratio by its number of tokens: pass means
-    (`sequence_logprobs(..., reduction="mean")`) for that. `"bco_pair"` has the paper's $\delta$ as `reward_shift`.
+    These are the definitions of TRL's `DPOTrainer`, with three differences. `label_smoothing` raises for a loss that
+    does not use it. TRL's `"ipo"` divides each log-ratio by its number of tokens: to get that, pass means
+    (`sequence_logprobs(..., reduction="mean")`). The paper's $\delta$ of `"bco_pair"` is `reward_shift`.
 
-    Differentiable in `chosen_logprobs` and `rejected_logprobs`. Where one is −∞, value and gradient are their limits.
+    Differentiable in `chosen_logprobs` and `rejected_logprobs`. If one is −∞, value and gradient are their limits.
 
     Args:
-      chosen_logprobs: of the chosen completions, `[B]`, sums over tokens, as of `sequence_logprobs`.
-      rejected_logprobs: of the rejected ones, `[B]`.
-      ref_chosen_logprobs: of the chosen ones under the reference, `[B]`. They carry no gradient.
-      ref_rejected_logprobs: of the rejected ones under the reference, `[B]`. They carry no gradient.
-      loss_type: as in the table.
+      chosen_logprobs: log-probabilities of the chosen completions, `[B]`: sums over tokens, see `sequence_logprobs`.
+      rejected_logprobs: the same for the rejected completions, `[B]`.
+      ref_chosen_logprobs: log-probabilities of the chosen completions under the reference, `[B]`. No gradient.
+      ref_rejected_logprobs: the same for the rejected completions, `[B]`. No gradient.
+      loss_type: one of the table's.
       beta: `β`, above 0.
-      label_smoothing: `ε` in [0, 0.5], a Python number: for `"sigmoid"`, `"robust"` (below 0.5) and `"exo_pair"` (above
+      label_smoothing: `ε` in [0, 0.5], a Python number, for `"sigmoid"`, `"robust"` (below 0.5) and `"exo_pair"` (above
         0; TRL takes 1e-3).
-      discopop_tau: `τ` in (0, 1], a Python number, 0.05 by default: for `"discopop"`. With a larger one the loss would
-        grow exponentially in `−z`.
-      reward_shift: `δ`, 0 by default: for `"bco_pair"`, where it is a running mean of both rewards. It carries no
-        gradient.
-      where: bools `[B]`, the pairs that count. One with a sequence of which no token counts should not:
+      discopop_tau: `τ` in (0, 1], a Python number, for `"discopop"`; default 0.05. Above 1 the loss would grow
+        exponentially in `−z`.
+      reward_shift: `δ`, for `"bco_pair"`; default 0. Pass a running mean of both rewards. No gradient.
+      where: bools `[B]`, True for counted pairs. Exclude pairs with an empty sequence:
         `(chosen.counts > 0) & (rejected.counts > 0)`.
-      reduction: `"mean"` over the pairs that count, `"sum"`, or `"none"` for the loss of each pair, 0 where it doesn't
-        count.
-      normalizer: with `"mean"`, what to divide by instead, such as the number of pairs of a batch that is gone through
-        in parts. It carries no gradient.
+      reduction: `"mean"` over the counted pairs, `"sum"`, or `"none"` for the loss of each pair, 0 for uncounted pairs.
+      normalizer: with `"mean"`, the divisor to use instead, such as the number of pairs in the whole batch when
+        accumulating microbatches. No gradient.
 
     Returns:
-      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`.
+      The loss, float32 (float64 for float64 inputs), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`.
 
     Raises:
-      ValueError: a shape that doesn't fit, or an option out of its range or of no use with this `loss_type`.
-      TypeError: a dtype that isn't supported.
+      ValueError: a shape does not match, an option is out of range, or `loss_type` does not use it.
+      TypeError: a dtype is not supported.
 
     Example:
       >>> import jax.numpy as jnp
@@ -136,7 +134,7 @@ def dpo(
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """What some of the losses depend on beside rewards."""
+    """The arguments of the losses beside the rewards."""
 
     beta: Float[Array, ""] | float
     label_smoothing: float
@@ -184,7 +182,7 @@ def _ipo(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
 
 
 def _robust(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
-    # log σ(−z) = log σ(z) − z makes a fraction of what the docstring has.
+    # The docstring's fraction, simplified by log σ(−z) = log σ(z) − z.
     excess = options.label_smoothing / (1 - 2 * options.label_smoothing)
     return jax.nn.softplus(-rewards.margin) - times(excess, rewards.margin)
 
@@ -221,11 +219,12 @@ def _apo_down(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
 
 def _discopop(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     margin, tau = rewards.margin, options.discopop_tau
-    # Both terms are linear, the second one in its exponent, from where the logistic function has reached its limits.
+    # Where σ is saturated, the first term is linear in the margin, and so is the exponent of the second. Splitting the
+    # margin there keeps infinities out of σ and log σ.
     inside = saturated(margin)
     beyond = margin - inside
     logistic = jax.nn.softplus(-inside) * jax.nn.sigmoid(-inside / tau) + jax.nn.relu(-beyond)
-    # e^−z alone would overflow where σ(z/τ) makes it nothing.
+    # One exponential for the product: e^−z alone overflows where σ(z/τ) brings the product to 0.
     exponent = jax.nn.log_sigmoid(inside / tau) - inside
     return logistic + jnp.exp(exponent + jnp.where(beyond < 0, times(1 / tau - 1, beyond), -beyond))
 

@@ -1,4 +1,4 @@
-"""Each type against its published formula, in float64 and by hand."""
+"""Tests each DPO variant against its published formula in float64, and against values computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def log_sigmoid(x):
     return -np.logaddexp(0, -x)
 
 
-# Of log-ratios to the reference, w of the chosen and r of the rejected, as the papers write them.
+# The papers' formulas as functions of the log-ratios to the reference: w of the chosen, r of the rejected.
 FORMULAS = {
     "sigmoid": lambda w, r: -log_sigmoid(BETA * (w - r)),
     "hinge": lambda w, r: np.maximum(0, 1 - BETA * (w - r)),
@@ -56,7 +56,7 @@ def log_ratios(arrays):
 @pytest.mark.parametrize("loss_type", FORMULAS)
 def test_the_published_formula(loss_type):
     truth = FORMULAS[loss_type](*log_ratios(ARRAYS))
-    # Log-ratios of up to 25 are off by 2e-6, and an ipo loss moves by its root times that.
+    # Log-ratios up to 25 have errors of 2e-6; the derivative of an ipo loss is proportional to its square root.
     np.testing.assert_allclose(each(loss_type)[0], truth, rtol=1e-5, atol=2e-6)
 
 
@@ -75,7 +75,7 @@ def test_the_gradient_of_the_published_formula(loss_type):
         np.testing.assert_array_equal(grads[name], 0)
 
 
-# At a margin of z, with the chosen completion's reward z and the rejected one's 0, β = 1.
+# The loss at margin z: the chosen reward is z, the rejected reward is 0, and β = 1.
 LIMITS = {
     ("sigmoid", 1e4): 0,
     ("sigmoid", -1e4): 1e4,
@@ -115,7 +115,7 @@ def test_every_type_is_tested():
     assert {loss_type for loss_type, _ in LIMITS} == set(FORMULAS)
 
 
-# ---- label smoothing: honoured or refused --------------------------------------------------------------------
+# ---- label smoothing: applied, or an error --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.5])
@@ -133,7 +133,7 @@ def test_robust_without_smoothing_is_sigmoid():
 
 
 def test_robust_loss_is_unbiased():
-    # Under labels flipped with probability ε, its expectation is the loss of the right labels (arXiv:2403.00409).
+    # If labels are flipped with probability ε, the expected loss is the loss of the correct labels (arXiv:2403.00409).
     flipped = dict(zip(NAMES, (ARRAYS[name] for name in (*PAIR[::-1], *REF_PAIR[::-1])), strict=True))
     expected = 0.8 * each("robust", label_smoothing=0.2)[0] + 0.2 * each("robust", flipped, label_smoothing=0.2)[0]
     np.testing.assert_allclose(expected, each("sigmoid")[0], rtol=1e-5, atol=2e-6)
@@ -170,7 +170,7 @@ def test_a_traced_label_smoothing_is_refused():
         jax.jit(lambda smoothing: each("sigmoid", label_smoothing=smoothing)[0])(0.1)
 
 
-# ---- the rest of the options ---------------------------------------------------------------------------------
+# ---- other options -------------------------------------------------------------------------------------------
 
 
 def test_discopop_at_another_temperature():

@@ -1,4 +1,4 @@
-"""Losses on what `jliger.linear_logprobs` finds, against the same on full logits."""
+"""Tests the losses on results of `jliger.linear_logprobs` against the same losses on full logits."""
 
 import jax
 import jax.numpy as jnp

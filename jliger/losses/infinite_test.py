@@ -1,4 +1,4 @@
-"""Log-probabilities of −∞, such as those of masked tokens: every loss and its gradient take their limits."""
+"""Tests that at log-probabilities of −∞, such as those of masked tokens, every loss and its gradient are the limits."""
 
 import itertools
 
@@ -75,7 +75,7 @@ def test_infinities_are_the_limit_of_large_numbers(case):
         for near, far, infinite in zip(*map(with_first, (-1e4, -1e7, -np.inf)), strict=True):
             grows = np.abs(far) > 10 * np.maximum(np.abs(near), 1)
             assert not np.isnan(infinite[~grows]).any(), subset
-            # Of several infinities the limit depends on how they are approached.
+            # With several infinities the limit depends on the direction.
             if len(subset) == 1:
                 np.testing.assert_allclose(infinite[~grows], far[~grows], rtol=1e-5, atol=1e-6)
                 np.testing.assert_array_equal(infinite[grows], np.sign(far[grows]) * np.inf)

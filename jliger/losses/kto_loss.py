@@ -1,4 +1,4 @@
-"""Kahneman-Tversky optimisation: completions that are good or bad, each by itself."""
+"""Kahneman-Tversky optimisation (KTO): each completion is labelled good or bad; no pairs are needed."""
 
 from typing import NamedTuple
 
@@ -18,18 +18,19 @@ _BOOL_PER_SEQUENCE = "one bool a sequence"
 
 
 class KTOMetrics(NamedTuple):
-    """What a training loop logs beside the loss. None of it carries a gradient.
+    """Metrics of `kto`, without gradients.
 
-    Means are over the sequences of their kind that count, whatever `normalizer` is, and 0 where none does.
+    Means are over the counted sequences of one kind and do not depend on `normalizer`; they are 0 if there are none.
 
     Attributes:
-      desirable_count: int32 `[]`, the desirable sequences that count.
-      undesirable_count: int32 `[]`, the undesirable ones that count.
-      desirable_rewards: `[]`, mean implicit reward, `β` times the log-ratio to the reference, of the desirable.
-      undesirable_rewards: `[]`, the same of the undesirable.
-      margins: `[]`, `desirable_rewards` less `undesirable_rewards`.
-      accuracy: `[]`, the share of sequences on the right side of the reference point: log-ratios above `kl` for the
-        desirable, not above it for the undesirable.
+      desirable_count: int32 `[]`, the number of counted desirable sequences.
+      undesirable_count: int32 `[]`, the number of counted undesirable sequences.
+      desirable_rewards: `[]`, mean implicit reward of the desirable sequences: `β` times the log-ratio to the
+        reference.
+      undesirable_rewards: `[]`, mean implicit reward of the undesirable sequences.
+      margins: `[]`, `desirable_rewards` minus `undesirable_rewards`.
+      accuracy: `[]`, the fraction of sequences on the right side of the reference point: log-ratio above `kl` for a
+        desirable sequence, at most `kl` for an undesirable one.
     """
 
     desirable_count: Int[Array, ""]
@@ -55,34 +56,35 @@ def kto(
 ) -> tuple[Loss, KTOMetrics]:
     r"""Kahneman-Tversky optimisation (Ethayarajh et al., 2024, arXiv:2402.01306).
 
-    With the log-ratio $r = \log \pi(y) - \log \pi_\mathrm{ref}(y)$ and the reference point $z_0$, which is `kl`, the
-    loss of a sequence is
+    With the log-ratio $r = \log \pi(y) - \log \pi_\mathrm{ref}(y)$ and the reference point $z_0$ (`kl`), the loss of a
+    sequence is
 
     $$\lambda_D\, (1 - \sigma(\beta (r - z_0))) \text{ if it is desirable}, \qquad
       \lambda_U\, (1 - \sigma(\beta (z_0 - r))) \text{ if not}.$$
 
-    With `kl=0.0` it is TRL's `apo_zero_unpaired`.
+    With `kl=0.0` this is TRL's `apo_zero_unpaired`.
 
     Args:
-      logprobs: of sequences, `[B]`, sums over tokens, as of `sequence_logprobs`. They alone carry a gradient.
+      logprobs: log-probabilities of sequences, `[B]`: sums over tokens, see `sequence_logprobs`. The only argument with
+        a gradient.
       ref_logprobs: the same under the reference, `[B]`.
-      desirable: bools `[B]`.
-      kl: `z₀`: one number for all, as of `kto_kl`, or one a sequence, `[B]`.
+      desirable: bools `[B]`, True for a good completion.
+      kl: `z₀`: a scalar, such as `kto_kl` returns, or one number per sequence, `[B]`.
       beta: `β`, at least 0.
       desirable_weight: `λ_D`, at least 0.
       undesirable_weight: `λ_U`, at least 0.
-      where: bools `[B]`, the sequences that count. One of which no token counts should not: `counts > 0`.
-      reduction: `"mean"` over the sequences that count, `"sum"`, or `"none"` for the loss of each, 0 where it doesn't
-        count.
-      normalizer: with `"mean"`, what to divide by instead, such as the number of sequences of a batch that is gone
-        through in parts. It carries no gradient.
+      where: bools `[B]`, True for counted sequences. Exclude empty sequences: `counts > 0`.
+      reduction: `"mean"` over the counted sequences, `"sum"`, or `"none"` for the loss of each sequence, 0 for
+        uncounted sequences.
+      normalizer: with `"mean"`, the divisor to use instead, such as the number of sequences in the whole batch when
+        accumulating microbatches. No gradient.
 
     Returns:
-      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `KTOMetrics`.
+      The loss, float32 (float64 for float64 inputs), `[]`, or `[B]` with `"none"`; and `KTOMetrics`.
 
     Raises:
-      ValueError: a shape that doesn't fit, or an option out of its range.
-      TypeError: a dtype that isn't supported.
+      ValueError: a shape does not match, or an option is out of range.
+      TypeError: a dtype is not supported.
 
     Example:
       >>> import jax.numpy as jnp
@@ -132,26 +134,26 @@ def kto_kl(
     where: Bool[Array, " B"] | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, ""]:
-    r"""The reference point of `kto`: an estimate of how far the policy is from the reference.
+    r"""The reference point of `kto`: an estimate of the KL divergence of the policy from the reference.
 
     $$\max\Big(0, \frac{1}{m} \sum_i \big(\log \pi(y'_i \mid x_i) - \log \pi_\mathrm{ref}(y'_i \mid x_i)\big)\Big)$$
 
-    where $y'_i$ is a completion of another prompt of the batch (Ethayarajh et al., 2024, arXiv:2402.01306). It carries
-    no gradient.
+    where $y'_i$ is a completion of another prompt of the batch (Ethayarajh et al., 2024, arXiv:2402.01306). The result
+    has no gradient.
 
     Args:
-      logprobs: of mismatched completions, `[B]`, sums over tokens.
+      logprobs: log-probabilities of mismatched completions, `[B]`: sums over tokens.
       ref_logprobs: the same under the reference, `[B]`.
-      where: bools `[B]`, the sequences that count.
-      axis_name: inside a `jax.shard_map`, the manual axis, or axes, that the sequences are spread over. The mean has to
-        be over all of them before it is compared to 0.
+      where: bools `[B]`, True for counted sequences.
+      axis_name: inside a `jax.shard_map`, the manual axis or axes that shard the sequences. The mean must be over all
+        devices before the maximum with 0 is taken.
 
     Returns:
-      `[]`, float32 (float64 for float64); 0 where no sequence counts.
+      `[]`, float32 (float64 for float64 inputs); 0 if no sequence counts.
 
     Raises:
-      ValueError: a shape that doesn't fit.
-      TypeError: a dtype that isn't supported.
+      ValueError: a shape does not match.
+      TypeError: a dtype is not supported.
 
     Example:
       >>> import jax.numpy as jnp

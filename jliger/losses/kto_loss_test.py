@@ -1,4 +1,4 @@
-"""KTO against its published formula, in float64 and by hand."""
+"""Tests KTO against its published formula in float64, and against values computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def test_the_published_formula_and_its_gradient(kl, weights):
 
 
 def test_one_kl_a_sequence_is_not_broadcast_over_the_batch():
-    # A `[B]` reference point against `[B, 1]` losses would sum B times as many: 2.71 where 0.679 is right.
+    # A `[B]` reference point broadcast with `[B, 1]` losses would give B times as many terms: 2.71 instead of 0.679.
     kl = np.linspace(0, 2, 4).astype(np.float32)
     whole, _ = losses.kto(LOGPROBS[:4], REF_LOGPROBS[:4], DESIRABLE[:4], kl=kl, reduction="none")
     for i in range(4):
@@ -53,7 +53,7 @@ def test_extreme_log_ratios_by_hand():
     desirable = np.array([True, True, False, False])
     result, _ = losses.kto(logprobs, zeros, desirable, kl=0.0, beta=1.0, reduction="none")
     np.testing.assert_array_equal(result, [0, 1, 1, 0])
-    # 1 − σ(20) would be 0 in float32, and without a gradient.
+    # 1 − σ(20) is 0 in float32, with a gradient of 0.
     value, grad = jax.value_and_grad(
         lambda logprob: losses.kto(logprob, zeros[:1], desirable[:1], kl=0.0, beta=1.0, reduction="sum")[0]
     )(np.float32([20]))
@@ -96,7 +96,7 @@ def test_the_reference_point():
 
 
 def test_the_reference_point_over_an_axis_is_that_of_the_whole_batch():
-    # Parts of means 3 and −1, of 8 and 32 sequences: by themselves 3 and 0, and together max(0, −0.2).
+    # Two shards of 8 and 32 sequences with means 3 and −1: separately 3 and 0, together max(0, −0.2).
     log_ratios = np.repeat(np.float32([3, -1, -1, -1, -1]), 8).reshape(5, 8)
     zeros = np.zeros_like(log_ratios)
     result = jax.vmap(lambda a, b: losses.kto_kl(a, b, axis_name="parts"), axis_name="parts")(log_ratios, zeros)

@@ -1,4 +1,4 @@
-"""What every loss keeps: masks, counts, dtypes, extremes, transformations."""
+"""Tests properties of all losses: masks, counts, dtypes, extreme values, and JAX transformations."""
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,13 @@ EPS = np.finfo(np.float32).eps
 
 @pytest.fixture(autouse=True)
 def no_implicit_promotion():
-    """Losses have to work however strict a user tells JAX to be."""
+    """Losses must work under JAX's strictest settings."""
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
 
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-# For what all losses have from the same few functions: one of each kind, the others exhaustive.
+# For behaviour that the losses share through common functions: one loss of each kind; the others run exhaustively.
 OFTEN = ("dpo-sigmoid", "dpo-bco_pair", "orpo", "kto", "grpo-dapo-token", "grpo-grpo-sequence", "ppo_clip")
 some_cases = pytest.mark.parametrize(
     "case",
@@ -34,14 +34,14 @@ def float32(arrays):
 
 
 def some(case, arrays, seed=1):
-    """A mask that counts some, and in a batch of sequences none of the second one's tokens."""
+    """A mask with some True; if there are sequences, all tokens of the second one are uncounted."""
     where = np.random.default_rng(seed).random(arrays[case.trained[0]].shape) < 0.6
     where[0], where[1] = True, False
     return where
 
 
 def scrambled(arrays, where):
-    """NaN and infinities wherever nothing counts."""
+    """Arrays with NaN and infinities at uncounted elements."""
     found = dict(arrays)
     for name, array in arrays.items():
         if array.dtype != bool:
@@ -52,7 +52,7 @@ def scrambled(arrays, where):
 
 
 def assert_close(found, wanted, eps=64 * EPS):
-    """Within some roundings of the largest there is."""
+    """Asserts equality up to a few roundings of the largest value."""
     for ours, truth in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         truth = np.asarray(truth, np.float64)
         np.testing.assert_allclose(ours, truth, rtol=0, atol=eps * max(1.0, np.abs(truth).max(initial=0)))
@@ -133,14 +133,14 @@ def test_nothing_counts(case):
 @every_case
 def test_extreme_log_ratios_are_finite(case):
     names = [name for name in (*case.trained, *case.fixed) if name.endswith("logprobs")]
-    # Each of them with each of the others.
+    # All pairs of values.
     corners = np.stack(np.meshgrid(*[[-1e4, -50, -1e-9, 0]] * len(names)), axis=-1).reshape(-1, len(names)).T
     arrays = float32(case.arrays(batch=corners.shape[1], length=2))
     for name, corner in zip(names, corners.astype(np.float32), strict=True):
         arrays[name] = np.stack([corner, corner / 2], axis=-1) if case.of_tokens else corner
     result = case.loss_and_grads(arrays)
     assert_finite(result)
-    # An optimizer squares them.
+    # An optimizer squares the gradients.
     assert_finite([np.square(grad) for grad in result[2].values()])
 
 
@@ -158,7 +158,7 @@ def test_parts_with_the_count_of_the_whole_add_up(case):
     arrays = float32(case.arrays())
     where = some(case, arrays)
     loss, _, grads = case.loss_and_grads(arrays, where=where)
-    # One at a time, and nothing counts in one of them.
+    # One example at a time; one of them has no counted element.
     parts = [
         case.loss_and_grads(
             {name: array[[place]] for name, array in arrays.items()}, where=where[[place]], normalizer=case.count(where)
@@ -233,7 +233,7 @@ def test_reductions(case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.of_tokens], ids=lambda case: case.name)
 def test_any_cotangent(case):
-    # The loss of a pair depends on that pair alone: a cotangent of its own scales its gradient.
+    # The loss of a pair depends on this pair alone, so each pair's cotangent scales its gradient.
     arrays = float32(case.arrays())
     flags = {name: array for name, array in arrays.items() if array.dtype == bool}
     trained = {name: arrays[name] for name in case.trained}

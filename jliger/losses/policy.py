@@ -1,4 +1,4 @@
-"""Policy gradients on log-probabilities of tokens: clipped ratios, a penalty on divergence, an entropy bonus."""
+"""Policy-gradient losses on token log-probabilities, with clipped ratios, a KL penalty and an entropy bonus."""
 
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -18,19 +18,20 @@ _TOKENS = "one number a token"
 
 
 class PolicyMetrics(NamedTuple):
-    """What a training loop logs beside the loss. None of it carries a gradient.
+    """Metrics of a policy loss, without gradients.
 
-    Means are over the tokens that count, whatever `normalizer` is, and 0 where none does; weight them with `count` to
-    join those of several calls.
+    Means are over the counted tokens and do not depend on `normalizer`; they are 0 if no token counts. To combine the
+    means of several calls, weight them by `count`.
 
     Attributes:
-      count: int32 `[]`, the tokens that count.
+      count: int32 `[]`, the number of counted tokens.
       policy_loss: the loss without its KL and entropy terms, reduced like the loss.
-      kl: `[]`, mean estimate of the divergence from the reference; None without `ref_logprobs`.
+      kl: `[]`, mean estimate of the KL divergence from the reference; None without `ref_logprobs`.
       entropy: `[]`, mean entropy; None without `entropy`.
-      old_kl: `[]`, mean estimate of the divergence from the policy of `old_logprobs`: how far off policy this is.
-      clip_fraction_low: `[]`, the share of tokens whose ratio was below its bound.
-      clip_fraction_high: `[]`, the share of tokens whose ratio was above it.
+      old_kl: `[]`, mean estimate of the KL divergence from the policy of `old_logprobs`: how far off-policy the data
+        is.
+      clip_fraction_low: `[]`, the fraction of tokens whose ratio was below its lower bound.
+      clip_fraction_high: `[]`, the fraction of tokens whose ratio was above its upper bound.
     """
 
     count: Int[Array, ""]
@@ -60,17 +61,17 @@ def grpo(
     max_completion_length: int | None = None,
     normalizer: Normalizer = None,
 ) -> tuple[Float[Array, ""], PolicyMetrics]:
-    r"""Group relative policy optimisation (Shao et al., 2024, arXiv:2402.03300) and its relatives.
+    r"""Group relative policy optimisation (Shao et al., 2024, arXiv:2402.03300) and its variants.
 
     With ratios $r_t = \pi(y_t) / \pi_\mathrm{old}(y_t)$ and advantages $A_t$, the loss of a token is
 
     $$-\min\big(r_t A_t,\ \mathrm{clip}(r_t, 1 - \varepsilon_\mathrm{low}, 1 + \varepsilon_\mathrm{high})\, A_t\big)
       + \beta\, \big(e^{d_t} - d_t - 1\big) - c\, H_t, \qquad d_t = \log \pi_\mathrm{ref}(y_t) - \log \pi(y_t)$$
 
-    with `beta` $\beta$ on the estimate "k3" of the divergence from the reference, `entropy_coef` $c$, entropies $H_t$.
-    With `delta` ratios of tokens with a negative advantage are held below it, too (two-sided clipping,
-    arXiv:2505.07291; dual clip, arXiv:1912.09729). How losses of tokens become one, with $|y_i|$ counted tokens in the
-    i-th of $N$ sequences:
+    where $\beta$ (`beta`) multiplies the "k3" estimate of the KL divergence from the reference, $c$ is `entropy_coef`,
+    and $H_t$ are the entropies. `delta` also clips from above the ratios of tokens with a negative advantage (two-sided
+    clipping, arXiv:2505.07291; dual clip, arXiv:1912.09729). `loss_type` says how token losses are reduced, with
+    $|y_i|$ counted tokens in the i-th of $N$ sequences:
 
     | `loss_type` | loss | source |
     | --- | --- | --- |
@@ -80,49 +81,48 @@ def grpo(
     | `"dapo"` | $\frac{1}{\sum_i \lvert y_i\rvert} \sum_i \sum_t$, of the whole batch | arXiv:2503.14476 |
     | `"cispo"` | as `"dapo"`, of $-\mathrm{sg}(c_t) A_t \log \pi(y_t)$ instead of the minimum | arXiv:2506.13585 |
 
-    with $c_t$ the clipped ratio, and $\mathrm{sg}$ for no gradient. `"bnpo"` and `"dapo"` differ in name only: a
-    batch gone through in parts is normalised as DAPO asks by passing a `normalizer`.
+    where $c_t$ is the clipped ratio and $\mathrm{sg}$ stops the gradient. `"bnpo"` and `"dapo"` compute the same
+    formula: to normalise by the whole batch when accumulating microbatches, as DAPO does, pass `normalizer`.
 
-    With `importance_sampling_level="sequence"` the ratio of every token is that of its sequence, $s_i = \exp
-    \frac{1}{\lvert y_i\rvert} \sum_t \log r_t$, and a token's gradient is $s_i A_t \nabla \log \pi(y_t)$ (GSPO, and for
-    advantages of tokens GSPO-token: arXiv:2507.18071). GSPO is that with `loss_type="grpo"`.
+    With `importance_sampling_level="sequence"` each token has the ratio of its sequence, $s_i = \exp
+    \frac{1}{\lvert y_i\rvert} \sum_t \log r_t$, and its gradient is $s_i A_t \nabla \log \pi(y_t)$: GSPO
+    (arXiv:2507.18071), or GSPO-token if advantages are per token. GSPO itself also takes `loss_type="grpo"`.
 
-    A sequence of which no token counts is left out of $N$. (TRL counts it.)
+    $N$ excludes sequences without a counted token. (TRL includes them.)
 
-    From log-ratios of 20 on, $e^x$ is continued as its tangent in all ratios and estimates: values and gradients stay
-    finite, and gradients keep their direction. At a log-probability of −∞, as of a token that a sampler masks, value
-    and gradient are the limits; a token that two policies give −∞ has a ratio of 1.
+    For log-ratios above 20, all ratios and KL estimates replace $e^x$ by its tangent: values and gradients stay finite,
+    and gradients keep their sign. At a log-probability of −∞, such as that of a token masked in sampling, value and
+    gradient are their limits. A token with −∞ under both policies has ratio 1.
 
     Args:
-      logprobs: of tokens, `[*B, T]`, such as those of `jliger.linear_logprobs`. They carry the gradient.
-      advantages: one a sequence, `[*B]`, or one a token, `[*B, T]`. They carry no gradient. Multiply them with weights
-        that correct for another sampler, if there are any.
-      where: bools `[*B, T]`, the tokens that count: those of the completion. What stands elsewhere does not matter.
-      old_logprobs: of the policy that the tokens were sampled from, `[*B, T]`. None is for sampling from the policy
-        itself: ratios are 1, and have their gradient. They carry no gradient.
-      ref_logprobs: of the reference, `[*B, T]`. They carry no gradient. With `beta=0` for the metric alone.
-      entropy: of each token's distribution, `[*B, T]`. It carries its gradient. With `entropy_coef=0` for the metric
-        alone.
-      loss_type: as in the table.
+      logprobs: log-probabilities of tokens, `[*B, T]`, such as those of `jliger.linear_logprobs`. Differentiable.
+      advantages: one per sequence, `[*B]`, or one per token, `[*B, T]`. No gradient. To correct for a different
+        sampling policy, multiply them by the importance weights.
+      where: bools `[*B, T]`, True for counted tokens: those of the completion. Values of other tokens are ignored.
+      old_logprobs: log-probabilities under the policy that sampled the tokens, `[*B, T]`. No gradient. None if the
+        current policy sampled them: the ratios are then 1, with the gradient of a ratio.
+      ref_logprobs: log-probabilities under the reference, `[*B, T]`. No gradient. With `beta=0` they only give the
+        metric.
+      entropy: the entropy at each token, `[*B, T]`. Differentiable. With `entropy_coef=0` it only gives the metric.
+      loss_type: one of the table's.
       importance_sampling_level: `"token"` or `"sequence"`.
-      epsilon_low: at least 0. None is 0.2, and for `"cispo"` 1, which is no bound.
-      epsilon_high: at least 0. None is 0.2, and for `"cispo"` 4, so that ratios are held to at most 5. (TRL's
-        `epsilon_high` is that 5 itself.)
-      delta: a Python number above `1 + epsilon_high`, or None for no bound; not for `"cispo"`.
+      epsilon_low: at least 0. Default 0.2; for `"cispo"` 1, which does not clip.
+      epsilon_high: at least 0. Default 0.2; for `"cispo"` 4, which clips ratios at 5. (TRL's `epsilon_high` is this 5.)
+      delta: a Python number above `1 + epsilon_high`, or None for no such bound; not for `"cispo"`.
       beta: `β`, at least 0.
       entropy_coef: `c`.
-      max_completion_length: `L`, a Python integer, for `"dr_grpo"` alone.
-      normalizer: what to divide by instead of what is counted here: for `"grpo"` and `"dr_grpo"` a number of sequences,
-        for the others a number of tokens. For a batch gone through in parts, and inside a `jax.shard_map`, those of the
-        whole batch. It carries no gradient.
+      max_completion_length: `L`, a Python integer, only for `"dr_grpo"`.
+      normalizer: the divisor to use instead of the count: a number of sequences for `"grpo"` and `"dr_grpo"`, a number
+        of tokens for the others. Pass that of the whole batch when accumulating microbatches, and inside a
+        `jax.shard_map`. No gradient.
 
     Returns:
-      The loss, `[]`, float32 (float64 for float64), 0 where nothing counts; and `PolicyMetrics`.
+      The loss, `[]`, float32 (float64 for float64 inputs), 0 if no token counts; and `PolicyMetrics`.
 
     Raises:
-      ValueError: a shape that doesn't fit, an option out of its range or of no use with this `loss_type`, or a term
-        that lacks its argument.
-      TypeError: a dtype that isn't supported.
+      ValueError: a shape does not match, an option is out of range, `loss_type` does not use it, or the argument of a
+        term is missing.
+      TypeError: a dtype is not supported.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -139,12 +139,12 @@ def grpo(
     is_cispo = loss_type == "cispo"
     if is_cispo and delta is not None:
         raise ValueError(
-            "delta is not for loss_type='cispo', which holds every ratio below 1 + epsilon_high; leave it out."
+            "delta is not for loss_type='cispo', which clips every ratio at 1 + epsilon_high; leave it out."
         )
     if (max_completion_length is not None) != (loss_type == "dr_grpo"):
         raise ValueError(
             f"max_completion_length got {max_completion_length!r} with loss_type={loss_type!r}; 'dr_grpo' needs it, "
-            "and the others have no use for it."
+            "and the other types do not use it."
         )
     length = 1.0 if max_completion_length is None else max_completion_length
     length = number("max_completion_length", length, least=1)
@@ -163,7 +163,7 @@ def grpo(
     log_ratios = tokens.log_ratios
     if importance_sampling_level == "sequence":
         of_sequence = jax.lax.stop_gradient(divided(log_ratios.sum(axis=-1, keepdims=True), counts))
-        # Each token has its sequence's ratio, and by itself the gradient.
+        # The value is the sequence's log-ratio; the gradient is that of the token's own log-probability (GSPO-token).
         log_ratios = of_sequence + difference(tokens.logprobs, jax.lax.stop_gradient(tokens.logprobs))
     if is_cispo:
         ratios = held(log_ratios, 1 - low, 1 + high)
@@ -199,30 +199,29 @@ def ppo_clip(
     $$-\min\big(r_t A_t,\ \mathrm{clip}(r_t, 1 - \varepsilon_\mathrm{low}, 1 + \varepsilon_\mathrm{high})\, A_t\big)
       - c\, H_t$$
 
-    With `delta` ratios of tokens with a negative advantage are held below it, too (dual clip, Ye et al., 2020,
-    arXiv:1912.09729). From log-ratios of 20 on, $e^x$ is continued as its tangent. The loss of a value head is not part
-    of it, and a penalty on divergence is part of the rewards here; `grpo` has one in the loss.
+    `delta` also clips from above the ratios of tokens with a negative advantage (dual clip, Ye et al., 2020,
+    arXiv:1912.09729). For log-ratios above 20, $e^x$ is replaced by its tangent. The loss of a value head is not
+    included. There is no KL penalty either: subtract it from the rewards, or use `grpo`, whose loss has one.
 
     Args:
-      logprobs: of tokens, `[*B]` of any shape, such as those of `jliger.linear_logprobs`. They carry the gradient.
-      old_logprobs: of the policy that the tokens were sampled from, `[*B]`. They carry no gradient.
-      advantages: `[*B]`. They carry no gradient.
-      where: bools `[*B]`, the tokens that count. What stands elsewhere does not matter.
-      entropy: of each token's distribution, `[*B]`. It carries its gradient. With `entropy_coef=0` for the metric
-        alone.
+      logprobs: log-probabilities of tokens, `[*B]`, such as those of `jliger.linear_logprobs`. Differentiable.
+      old_logprobs: log-probabilities under the policy that sampled the tokens, `[*B]`. No gradient.
+      advantages: `[*B]`. No gradient.
+      where: bools `[*B]`, True for counted tokens. Values of other tokens are ignored.
+      entropy: the entropy at each token, `[*B]`. Differentiable. With `entropy_coef=0` it only gives the metric.
       epsilon_low: at least 0.
       epsilon_high: at least 0.
-      delta: a Python number above `1 + epsilon_high`, or None for no bound.
+      delta: a Python number above `1 + epsilon_high`, or None for no such bound.
       entropy_coef: `c`.
-      normalizer: what to divide by instead of the number of tokens that count here. For a batch gone through in parts,
-        and inside a `jax.shard_map`, the number of tokens of the whole batch. It carries no gradient.
+      normalizer: the divisor to use instead of the number of counted tokens. Pass that of the whole batch when
+        accumulating microbatches, and inside a `jax.shard_map`. No gradient.
 
     Returns:
-      The loss, `[]`, float32 (float64 for float64), 0 where nothing counts; and `PolicyMetrics`.
+      The loss, `[]`, float32 (float64 for float64 inputs), 0 if no token counts; and `PolicyMetrics`.
 
     Raises:
-      ValueError: a shape that doesn't fit, an option out of its range, or a term that lacks its argument.
-      TypeError: a dtype that isn't supported.
+      ValueError: a shape does not match, an option is out of range, or the argument of a term is missing.
+      TypeError: a dtype is not supported.
 
     Example:
       >>> import jax.numpy as jnp
@@ -245,7 +244,7 @@ def ppo_clip(
 
 
 class _Tokens(NamedTuple):
-    """Tokens that count, and what is known of them; 0 where they don't count."""
+    """Which tokens count, and their log-probabilities and entropies, set to 0 for uncounted tokens."""
 
     counted: Bool[Array, "*B"]
     logprobs: Float[Array, "*B"]
@@ -259,7 +258,7 @@ class _Tokens(NamedTuple):
 
 
 class _Terms(NamedTuple):
-    """Coefficients of what is added to the policy's loss."""
+    """Coefficients of the KL penalty and the entropy bonus."""
 
     beta: Any
     entropy_coef: Any
@@ -297,7 +296,7 @@ def _tokens(logprobs: Any, old_logprobs: Any, ref_logprobs: Any, entropy: Any, w
 
 
 def _advantages(advantages: Any, tokens: _Tokens, *, one_a_sequence: bool = False) -> Float[Array, "*B"]:
-    """One a token, without a gradient; 0 where a token doesn't count, whatever its sequence's advantage is."""
+    """Advantages per token, without a gradient; 0 for uncounted tokens."""
     (advantages,) = constant(*real_arrays(_TOKENS, advantages=advantages))
     shape = tokens.logprobs.shape
     if one_a_sequence and advantages.shape == shape[:-1]:
@@ -312,7 +311,7 @@ def _advantages(advantages: Any, tokens: _Tokens, *, one_a_sequence: bool = Fals
 def _result(
     tokens: _Tokens, ratios: Ratios, policy_losses: Array, terms: _Terms, weights: Array, divide_by: Any
 ) -> tuple[Float[Array, ""], PolicyMetrics]:
-    """Terms together, the weighted sum divided, and metrics."""
+    """The loss, which is the weighted sum of all terms divided by `divide_by`, and the metrics."""
     losses = policy_losses
     kl = None if tokens.ref_logprobs is None else k3(difference(tokens.ref_logprobs, tokens.logprobs))
     if kl is not None:

@@ -1,4 +1,4 @@
-"""Policy losses against their published formulas, in float64 and by hand."""
+"""Tests policy losses against their published formulas in float64, and against values computed by hand."""
 
 import functools
 
@@ -33,7 +33,7 @@ PER_TOKEN = np.broadcast_to(ADVANTAGES.astype(np.float64)[:, None], SHAPE)
 
 
 def aggregated(token_losses, loss_type, where=WHERE):
-    """As the papers sum tokens up."""
+    """Reduces token losses as in the papers."""
     rows = [row[mask] for row, mask in zip(token_losses, where, strict=True) if mask.any()]
     if loss_type == "grpo":
         return np.mean([row.mean() for row in rows])
@@ -43,7 +43,7 @@ def aggregated(token_losses, loss_type, where=WHERE):
 
 
 def surrogate(ratios, advantages, low=0.2, high=0.2, delta=np.inf):
-    """The minimum of the papers, with the dual clip's maximum where advantages are negative."""
+    """The papers' minimum, with the maximum of the dual clip where advantages are negative."""
     smaller = np.minimum(ratios * advantages, np.clip(ratios, 1 - low, 1 + high) * advantages)
     return -np.where(advantages < 0, np.maximum(smaller, delta * advantages), smaller) if delta < np.inf else -smaller
 
@@ -106,14 +106,14 @@ def test_cispo(options, low, high, level):
     options = {"loss_type": "cispo", "old_logprobs": old, "importance_sampling_level": level, **options}
     (loss, metrics), grad = jax.value_and_grad(lambda logprobs: grpo(logprobs, **options), has_aux=True)(LOGPROBS)
     np.testing.assert_allclose(loss, aggregated(-held * PER_TOKEN * FLOAT64["logprobs"], "dapo"), rtol=1e-5)
-    # REINFORCE with held weights: no token loses its gradient.
+    # REINFORCE with clipped weights: every token keeps its gradient.
     np.testing.assert_allclose(grad, np.where(WHERE, -held * PER_TOKEN, 0) / WHERE.sum(), rtol=1e-5)
     np.testing.assert_allclose(metrics.clip_fraction_low, (ratios < low)[WHERE].mean(), rtol=1e-6)
     np.testing.assert_allclose(metrics.clip_fraction_high, (ratios > high)[WHERE].mean(), rtol=1e-6)
 
 
 def token_gradient(ratios, advantages, low=0.2, high=0.2):
-    """Of each token's surrogate by its log-probability: the ratio where the minimum is the unclipped one."""
+    """The derivative of each token's surrogate by its log-probability: the ratio where it is not clipped, else 0."""
     active = ratios * advantages <= np.clip(ratios, 1 - low, 1 + high) * advantages
     return np.where(WHERE & active, -ratios * advantages, 0)
 
@@ -128,7 +128,7 @@ def test_the_gradient_of_clipped_tokens_is_0(advantages):
 
 @pytest.mark.parametrize("advantages", ["sequences", "tokens"])
 def test_the_gradient_of_gspo(advantages):
-    # Of GSPO-token (arXiv:2507.18071, eq. 17), which is that of GSPO where a sequence has one advantage.
+    # The gradient of GSPO-token (arXiv:2507.18071, eq. 17); with one advantage per sequence it is that of GSPO.
     given, exact = (ADVANTAGES, PER_TOKEN) if advantages == "sequences" else (TOKEN_ADVANTAGES, FLOAT64["tokens"])
     ratios = sequence_ratios(FLOAT64["logprobs"] - FLOAT64["old"])
     options = {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon_low": 0.05, "epsilon_high": 0.05}
@@ -140,7 +140,7 @@ def test_the_gradient_of_gspo(advantages):
 
 
 def test_gspo_is_a_loss_of_sequences():
-    # Its value is −min(s A, clip(s) A), averaged over sequences, whatever their lengths.
+    # The value is −min(s A, clip(s) A), averaged over sequences of any lengths.
     ratios = sequence_ratios(FLOAT64["logprobs"] - FLOAT64["old"])[:, 0]
     loss, _ = grpo(loss_type="grpo", importance_sampling_level="sequence", epsilon_low=3e-4, epsilon_high=4e-4)
     wanted = surrogate(ratios, ADVANTAGES.astype(np.float64), 3e-4, 4e-4)[WHERE.any(-1)].mean()
@@ -168,7 +168,7 @@ def test_the_penalty_on_divergence_and_its_gradient():
 
 
 def test_the_penalty_on_a_small_divergence_keeps_its_digits():
-    # e^d − d − 1 in float32 would be 0, or a rounding of 1, for |d| below 3e-4.
+    # Computed as written, e^d − d − 1 in float32 is 0 or a rounding error of 1 for |d| below 3e-4.
     d = np.float32([1e-3, -1e-4, 1e-5])
     _, metrics = losses.grpo(np.zeros((3, 1), np.float32), np.zeros(3, np.float32), ref_logprobs=d[:, None])
     np.testing.assert_allclose(metrics.kl, np.mean(np.expm1(d.astype(np.float64)) - d), rtol=1e-3)
@@ -226,7 +226,7 @@ def test_extreme_ratios_by_hand(delta):
 
 @pytest.mark.parametrize("divergence", [-1e4, 19.9, 20.1, 1e4])
 def test_extreme_divergences_by_hand(divergence):
-    # Peers' e^d overflows at 89. Held at 20 its gradient would be gone where it is needed most.
+    # In other libraries e^d overflows at 89. If d were clipped at 20, the gradient would be 0 where it matters most.
     def loss(logprob):
         return losses.grpo(logprob, np.zeros(1, np.float32), ref_logprobs=np.zeros((1, 1), np.float32), beta=1.0)[0]
 
@@ -248,7 +248,7 @@ def test_one_fully_masked_sequence_is_left_out_of_the_mean():
 
 
 def test_an_advantage_of_a_masked_sequence_may_be_nan():
-    # A group of which everything is cut off has a deviation of 0.
+    # If all completions of a group are truncated, the standard deviation of its rewards is 0.
     advantages = ADVANTAGES.copy()
     advantages[1] = np.nan
     value, grad = jax.value_and_grad(lambda logprobs: grpo(logprobs, advantages)[0])(LOGPROBS)
@@ -260,7 +260,7 @@ def test_an_advantage_of_a_masked_sequence_may_be_nan():
 
 
 def test_a_global_token_count():
-    # Means of parts of unequal length average to something else.
+    # The average of the means of microbatches with unequal counts is not the mean of the batch.
     half = [slice(0, 2), slice(2, 6)]
     parts = [
         functools.partial(grpo, LOGPROBS[part], ADVANTAGES[part], where=WHERE[part], old_logprobs=OLD[part])
@@ -291,7 +291,7 @@ def test_ppo_is_grpo_with_advantages_of_tokens():
     np.testing.assert_allclose(ppo, wanted[WHERE].mean(), rtol=2e-6)
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_ppo_is_grpo_with_advantages_of_tokens():
         ({"entropy_coef": 0.1}, "entropy is missing; pass it, or entropy_coef=0"),
         ({"loss_type": "dr_grpo", "max_completion_length": None}, "'dr_grpo' needs it"),
         ({"loss_type": "dr_grpo", "max_completion_length": 0}, "max_completion_length got 0"),
-        ({"loss_type": "grpo", "max_completion_length": 10}, "the others have no use for it"),
+        ({"loss_type": "grpo", "max_completion_length": 10}, "the other types do not use it"),
         (
             {"advantages": ADVANTAGES[:, None]},
             r"advantages got shape \(6, 1\); pass one number a token, or one a sequence",

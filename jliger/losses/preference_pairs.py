@@ -1,4 +1,4 @@
-"""What the losses on pairs, a chosen and a rejected completion of one prompt, have in common."""
+"""Code shared by the losses on pairs: a chosen and a rejected completion of one prompt."""
 
 from typing import NamedTuple
 
@@ -16,20 +16,20 @@ Loss = Float[Array, ""] | Float[Array, " B"]
 
 
 class PreferenceMetrics(NamedTuple):
-    """What a training loop logs beside the loss. None of it carries a gradient.
+    """Metrics of a preference loss, without gradients.
 
-    Means are over the pairs that count, whatever `normalizer` is, and 0 where none does; weight them with `count` to
-    join those of several calls.
+    Means are over the counted pairs and do not depend on `normalizer`; they are 0 if no pair counts. To combine the
+    means of several calls, weight them by `count`.
 
     Attributes:
-      count: int32 `[]`, the pairs that count.
+      count: int32 `[]`, the number of counted pairs.
       preference_loss: the loss without its likelihood term, reduced like the loss.
-      nll: the likelihood term, weighted, and reduced like the loss; 0 without one.
-      chosen_rewards: `[]`, mean implicit reward of the chosen: `β` times the log-ratio to the reference, or times the
-        log-probability where there is no reference.
-      rejected_rewards: `[]`, the same of the rejected.
-      margins: `[]`, mean of chosen less rejected reward.
-      accuracy: `[]`, the share of pairs whose chosen reward is larger.
+      nll: the weighted likelihood term, reduced like the loss; 0 if the loss has none.
+      chosen_rewards: `[]`, mean implicit reward of the chosen completions: `β` times the log-ratio to the reference, or
+        `β` times the log-probability if the loss has no reference.
+      rejected_rewards: `[]`, mean implicit reward of the rejected completions.
+      margins: `[]`, mean of the chosen reward minus the rejected reward.
+      accuracy: `[]`, the fraction of pairs whose chosen reward is larger.
     """
 
     count: Int[Array, ""]
@@ -49,7 +49,7 @@ class Rewards(NamedTuple):
 
     @property
     def margin(self) -> Float[Array, " B"]:
-        """By how much the chosen one is larger."""
+        """The chosen reward minus the rejected reward."""
         return difference(self.chosen, self.rejected)
 
 

@@ -1,8 +1,8 @@
-"""Ratios of probabilities: finite, however far apart two policies are, and held within bounds.
+"""Probability ratios that stay finite for any two policies, and can be clipped.
 
-A log-probability may be −∞: that of a masked token. IEEE arithmetic has 0 · ∞ = NaN and ∞ − ∞ = NaN, in a derivative as
-in a value, and a NaN that `jnp.where` leaves out of the value still reaches the gradient. So the losses take products,
-differences and exponentials from here.
+A log-probability may be −∞, for example that of a masked token. IEEE arithmetic gives 0 · ∞ = NaN and ∞ − ∞ = NaN, in
+values and in derivatives. `jnp.where` removes such a NaN from the value but not from the gradient. The losses therefore
+use the products, differences and exponentials of this module.
 """
 
 import math
@@ -12,20 +12,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-# From here on e^x is taken along its tangent. In float32 it would overflow at 88, and the square of a gradient at 44.
+# Above this, e^x is replaced by its tangent. In float32, e^x overflows at 88, and the square of a gradient at 44.
 _LARGEST = 20.0
 
-# Beyond it σ(x) is 0 or 1, and softplus(x) is 0 or x, to the last digit of float64.
+# Beyond ±1000, σ(x) is 0 or 1 and softplus(x) is 0 or x, exactly in float64.
 _SATURATED = 1e3
 
 
 class Ratios(NamedTuple):
-    """Ratios within bounds, and which of them were not.
+    """Clipped ratios, and which of them were clipped.
 
     Attributes:
-      values: `[*B]`; without a gradient where a bound holds them.
-      below: `[*B]`, those held from below.
-      above: `[*B]`, those held from above.
+      values: `[*B]`; the gradient of a clipped ratio is 0.
+      below: `[*B]`, True where a ratio was below its lower bound.
+      above: `[*B]`, True where a ratio was above its upper bound.
     """
 
     values: Float[Array, "*B"]
@@ -34,7 +34,7 @@ class Ratios(NamedTuple):
 
 
 def held(log_ratios: Float[Array, "*B"], lower: Any, upper: Any) -> Ratios:
-    """Ratios held within `[lower, upper]`."""
+    """Ratios clipped to `[lower, upper]`."""
     ratios = _exp(log_ratios)
     below, above = ratios < lower, ratios > upper
     return Ratios(jnp.where(below, lower, jnp.where(above, upper, ratios)), below, above)
@@ -47,10 +47,10 @@ def clipped(
     epsilon_high: Any,
     delta: float | None,
 ) -> Ratios:
-    """Ratios such that `ratio · advantage` is the minimum of the clipped and the unclipped one.
+    """Ratios for which `ratio · advantage` is the minimum of the clipped and the unclipped product.
 
-    The minimum is a bound from above for a positive advantage, and from below for a negative one; `delta` is the
-    latter's bound from above.
+    The minimum clips the ratio from above if the advantage is positive, and from below if it is negative. `delta` also
+    clips the ratio from above if the advantage is negative.
     """
     lower = jnp.where(advantages < 0, 1 - epsilon_low, 0)
     upper = jnp.where(advantages > 0, 1 + epsilon_high, jnp.inf if delta is None else delta)
@@ -58,15 +58,15 @@ def clipped(
 
 
 def k3(log_ratios: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """`e^x − 1 − x`, an estimate of a divergence that is never negative: http://joschu.net/blog/kl-approx.html."""
+    """`e^x − 1 − x`, a non-negative estimate of a KL divergence: http://joschu.net/blog/kl-approx.html."""
     inside, excess = _split(log_ratios)
-    # At x = ∞ the tangent of e^x less x would be ∞ − ∞.
+    # The tangent of e^x, minus x, as one product: at x = ∞ their difference would be ∞ − ∞.
     return jnp.expm1(inside) - inside + (math.exp(_LARGEST) - 1) * excess
 
 
 @jax.custom_jvp
 def difference(a: Float[Array, "*B"], b: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """`a − b`, and 0 for two equal infinities: what two policies mask alike has a ratio of 1."""
+    """`a − b`; 0 for two equal infinities, so that a token masked under both policies has ratio 1."""
     return jnp.where(a == b, 0, a - b)
 
 
@@ -74,13 +74,13 @@ difference.defjvps(lambda tangent, *_: tangent, lambda tangent, *_: -tangent)
 
 
 def times(factor: Any, values: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """`factor · values`, and 0 for 0 · ∞; `factor` is a number, or of the shape of `values`."""
+    """`factor · values`, with 0 · ∞ = 0. `factor` is a scalar or has the shape of `values`."""
     nothing = jnp.isinf(values) & (jnp.asarray(factor) == 0)
     return factor * jnp.where(nothing, 0, values)
 
 
 def saturated(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """`x` for a function that has reached its limits beyond ±1000, such as `σ(x) log σ(x)`: no infinity goes in."""
+    """`x` clipped to ±1000, where functions such as `σ(x) log σ(x)` have reached their limits; no infinity remains."""
     return jnp.clip(x, -_SATURATED, _SATURATED)
 
 
@@ -90,6 +90,6 @@ def _exp(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
 
 
 def _split(x: Float[Array, "*B"]) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
-    """`x` up to the largest exponent, and by how much it exceeds it."""
+    """`min(x, _LARGEST)` and `max(x − _LARGEST, 0)`."""
     exceeds = x > _LARGEST
     return jnp.where(exceeds, _LARGEST, x), jnp.where(exceeds, x - _LARGEST, 0)

@@ -1,4 +1,4 @@
-"""Losses on pairs that need no reference model: odds ratio, contrastive, and simple preference optimisation."""
+"""Preference losses without a reference model: odds ratio, contrastive, and simple preference optimisation."""
 
 from typing import Any
 
@@ -33,38 +33,37 @@ def orpo(
 ) -> tuple[Loss, PreferenceMetrics]:
     r"""Odds ratio preference optimisation (Hong et al., 2024, arXiv:2403.07691).
 
-    With the mean log-probability a token $\ell = \frac{1}{|y|} \log \pi(y)$, the loss of a pair is
+    With the mean log-probability per token $\ell = \frac{1}{|y|} \log \pi(y)$, the loss of a pair is
 
     $$-\alpha\, \ell_w - \beta \log \sigma\!\left(\log \frac{\mathrm{odds}(y_w)}{\mathrm{odds}(y_l)}\right),
       \qquad \log \mathrm{odds}(y) = \ell - \log(1 - e^{\ell})$$
 
-    with `nll_weight` $\alpha$, and `beta` the paper's $\lambda$. The likelihood term is the paper's, of the chosen
-    completion, averaged over its tokens and then over pairs. TRL's and Liger's is averaged over all tokens of the
-    batch: for that pass `nll_weight=0` and add it (docs/losses.md).
+    where $\alpha$ is `nll_weight` and $\beta$, the paper's $\lambda$, is `beta`. The likelihood term is the paper's:
+    that of the chosen completion, averaged over its tokens and then over pairs. TRL and Liger average it over all
+    tokens of the batch: to get that, pass `nll_weight=0` and add the term yourself (docs/losses.md).
 
-    At $\ell = 0$ odds are infinite. A mean nearer to 0 than the resolution of probabilities near 1 (1.2e-7 in float32)
-    is taken as that far from 0, and its gradient is the one there, so that both stay finite.
+    At $\ell = 0$ the odds are infinite. A mean closer to 0 than the machine epsilon (1.2e-7 in float32) is replaced by
+    minus the epsilon, and its gradient is that at minus the epsilon, so that both are finite.
 
     Args:
-      chosen_logprobs: of the chosen completions, `[B]`, means over tokens:
+      chosen_logprobs: mean log-probabilities per token of the chosen completions, `[B]`:
         `sequence_logprobs(..., reduction="mean")`.
-      rejected_logprobs: of the rejected ones, `[B]`, means over tokens.
+      rejected_logprobs: the same for the rejected completions, `[B]`.
       beta: `β`, at least 0.
       nll_weight: `α`, at least 0.
-      where: bools `[B]`, the pairs that count. One with a sequence of which no token counts should not:
+      where: bools `[B]`, True for counted pairs. Exclude pairs with an empty sequence:
         `(chosen.counts > 0) & (rejected.counts > 0)`.
-      reduction: `"mean"` over the pairs that count, `"sum"`, or `"none"` for the loss of each pair, 0 where it doesn't
-        count.
-      normalizer: with `"mean"`, what to divide by instead, such as the number of pairs of a batch that is gone through
-        in parts. It carries no gradient.
+      reduction: `"mean"` over the counted pairs, `"sum"`, or `"none"` for the loss of each pair, 0 for uncounted pairs.
+      normalizer: with `"mean"`, the divisor to use instead, such as the number of pairs in the whole batch when
+        accumulating microbatches. No gradient.
 
     Returns:
-      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`, with
+      The loss, float32 (float64 for float64 inputs), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`, with
       rewards `β·ℓ`.
 
     Raises:
-      ValueError: a shape that doesn't fit, or an option out of its range.
-      TypeError: a dtype that isn't supported.
+      ValueError: a shape does not match, or an option is out of range.
+      TypeError: a dtype is not supported.
 
     Example:
       >>> import jax.numpy as jnp
@@ -100,30 +99,29 @@ def cpo(
 
     $$-(1 - \varepsilon) \log \sigma(z) - \varepsilon \log \sigma(-z) - \alpha \log \pi(y_w)$$
 
-    with `label_smoothing` $\varepsilon$ and `nll_weight` $\alpha$. The likelihood term is the paper's, of the whole
-    chosen completion. TRL's and Liger's is averaged over all tokens of the batch: for that pass `nll_weight=0` and add
-    it (docs/losses.md).
+    where $\varepsilon$ is `label_smoothing` and $\alpha$ is `nll_weight`. The likelihood term is the paper's: that of
+    the whole chosen completion. TRL and Liger average it over all tokens of the batch: to get that, pass `nll_weight=0`
+    and add the term yourself (docs/losses.md).
 
     Args:
-      chosen_logprobs: of the chosen completions, `[B]`, sums over tokens, as of `sequence_logprobs`.
-      rejected_logprobs: of the rejected ones, `[B]`.
+      chosen_logprobs: log-probabilities of the chosen completions, `[B]`: sums over tokens, see `sequence_logprobs`.
+      rejected_logprobs: the same for the rejected completions, `[B]`.
       beta: `β`, at least 0.
       label_smoothing: `ε` in [0, 0.5], a Python number.
       nll_weight: `α`, at least 0.
-      where: bools `[B]`, the pairs that count. One with a sequence of which no token counts should not:
+      where: bools `[B]`, True for counted pairs. Exclude pairs with an empty sequence:
         `(chosen.counts > 0) & (rejected.counts > 0)`.
-      reduction: `"mean"` over the pairs that count, `"sum"`, or `"none"` for the loss of each pair, 0 where it doesn't
-        count.
-      normalizer: with `"mean"`, what to divide by instead, such as the number of pairs of a batch that is gone through
-        in parts. It carries no gradient.
+      reduction: `"mean"` over the counted pairs, `"sum"`, or `"none"` for the loss of each pair, 0 for uncounted pairs.
+      normalizer: with `"mean"`, the divisor to use instead, such as the number of pairs in the whole batch when
+        accumulating microbatches. No gradient.
 
     Returns:
-      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`, with
+      The loss, float32 (float64 for float64 inputs), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`, with
       rewards `β·log π(y)`.
 
     Raises:
-      ValueError: a shape that doesn't fit, or an option out of its range.
-      TypeError: a dtype that isn't supported.
+      ValueError: a shape does not match, or an option is out of range.
+      TypeError: a dtype is not supported.
 
     Example:
       >>> import jax.numpy as jnp
@@ -155,36 +153,36 @@ def simpo(
 ) -> tuple[Loss, PreferenceMetrics]:
     r"""Simple preference optimisation (Meng et al., 2024, arXiv:2405.14734).
 
-    With the mean log-probability a token $\ell = \frac{1}{|y|} \log \pi(y)$ and
+    With the mean log-probability per token $\ell = \frac{1}{|y|} \log \pi(y)$ and
     $z = \beta\,(\ell_w - \ell_l) - \gamma$, the loss of a pair is
 
     $$-(1 - \varepsilon) \log \sigma(z) - \varepsilon \log \sigma(-z) - \alpha\, \ell_w$$
 
-    with the target margin `gamma`, `label_smoothing` $\varepsilon$, and `nll_weight` $\alpha$, which the paper has not
-    (CPO-SimPO has). TRL's `simpo_gamma` is `gamma`; the paper's code takes `gamma / beta`.
+    where $\gamma$ is the target margin `gamma`, $\varepsilon$ is `label_smoothing`, and $\alpha$ is `nll_weight`. The
+    likelihood term is not in the paper; it is that of CPO-SimPO. TRL's `simpo_gamma` is `gamma`; the paper's code takes
+    `gamma / beta`.
 
     Args:
-      chosen_logprobs: of the chosen completions, `[B]`, means over tokens:
+      chosen_logprobs: mean log-probabilities per token of the chosen completions, `[B]`:
         `sequence_logprobs(..., reduction="mean")`.
-      rejected_logprobs: of the rejected ones, `[B]`, means over tokens.
-      beta: `β`, at least 0; the paper has 2 to 10, since it multiplies means.
+      rejected_logprobs: the same for the rejected completions, `[B]`.
+      beta: `β`, at least 0; the paper uses 2 to 10, because the log-probabilities are means.
       gamma: `γ`, at least 0.
       label_smoothing: `ε` in [0, 0.5], a Python number.
       nll_weight: `α`, at least 0.
-      where: bools `[B]`, the pairs that count. One with a sequence of which no token counts should not:
+      where: bools `[B]`, True for counted pairs. Exclude pairs with an empty sequence:
         `(chosen.counts > 0) & (rejected.counts > 0)`.
-      reduction: `"mean"` over the pairs that count, `"sum"`, or `"none"` for the loss of each pair, 0 where it doesn't
-        count.
-      normalizer: with `"mean"`, what to divide by instead, such as the number of pairs of a batch that is gone through
-        in parts. It carries no gradient.
+      reduction: `"mean"` over the counted pairs, `"sum"`, or `"none"` for the loss of each pair, 0 for uncounted pairs.
+      normalizer: with `"mean"`, the divisor to use instead, such as the number of pairs in the whole batch when
+        accumulating microbatches. No gradient.
 
     Returns:
-      The loss, float32 (float64 for float64), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`, with
+      The loss, float32 (float64 for float64 inputs), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`, with
       rewards `β·ℓ`.
 
     Raises:
-      ValueError: a shape that doesn't fit, or an option out of its range.
-      TypeError: a dtype that isn't supported.
+      ValueError: a shape does not match, or an option is out of range.
+      TypeError: a dtype is not supported.
 
     Example:
       >>> import jax.numpy as jnp
@@ -217,8 +215,9 @@ def _scaled(logprobs: Rewards, beta: Float[Array, ""] | float) -> Rewards:
 
 
 def _log_odds(logprobs: Float[Array, " B"]) -> Float[Array, " B"]:
-    """`log p − log(1 − p)` of `log p`."""
+    """`log p − log(1 − p)`, given `log p`."""
     nearest = -float(jnp.finfo(logprobs.dtype).eps)
-    # The derivative, 1/(1 − p), is finite at `nearest`; that of the minimum would be 0 beyond it.
+    # Clamps the value but keeps the gradient. The derivative, 1/(1 − p), is finite at `nearest`. With jnp.minimum it
+    # would be 0 above `nearest`, and a completion with p ≈ 1 would get no gradient.
     logprobs = jnp.where(logprobs > nearest, logprobs + jax.lax.stop_gradient(nearest - logprobs), logprobs)
     return logprobs - jnp.log(-jnp.expm1(logprobs))

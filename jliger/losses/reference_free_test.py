@@ -1,4 +1,4 @@
-"""Losses without a reference against their published formulas, in float64 and by hand."""
+"""Tests the reference-free losses against published formulas in float64, and against values computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ def orpo_term(chosen, rejected):
 def test_odds_near_certainty(nearness, who):
     pair = np.float32([-nearness if who != "rejected" else -1.3, -nearness * 1.5 if who != "chosen" else -1.3])
     chosen, rejected = float64(*pair)
-    # With odds o and probability p, −log σ(log o_w − log o_l) has the derivatives −s/(1 − p_w) and s/(1 − p_l).
+    # With odds o, probabilities p and s = σ(log o_l − log o_w), the derivatives are −s/(1 − p_w) and s/(1 − p_l).
     odds = [np.exp(logprob) / -np.expm1(logprob) for logprob in (chosen, rejected)]
     share = odds[1] / (odds[0] + odds[1])
     value, grads = jax.value_and_grad(orpo_term, argnums=(0, 1))(*pair)
@@ -107,7 +107,7 @@ def test_odds_near_certainty(nearness, who):
 def test_certainty_itself_is_as_far_from_it_as_float32_can_tell():
     eps = float(np.finfo(np.float32).eps)
     for logprob in (0.0, -1e-12, 1e-6):
-        # Of the chosen: the derivative tends to −o_l. Of the rejected: the loss is log(1 + o_l/o_w), o_l about 1/eps.
+        # Chosen: the derivative tends to −o_l. Rejected: the loss is log(1 + o_l/o_w), with o_l about 1/eps.
         by_chosen = jax.grad(orpo_term, argnums=0)(jnp.float32(logprob), jnp.float32(np.log(0.25)))
         np.testing.assert_allclose(by_chosen, -1 / 3, rtol=1e-5)
         value, by_rejected = jax.value_and_grad(orpo_term, argnums=1)(jnp.float32(np.log(0.5)), jnp.float32(logprob))
@@ -122,7 +122,7 @@ def test_odds_of_what_is_as_good_as_impossible(logprob):
     np.testing.assert_allclose(grads, [-1, 2], rtol=1e-6)
 
 
-# ---- sequences of which no token counts ----------------------------------------------------------------------
+# ---- sequences without a counted token -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("function", [losses.orpo, losses.simpo, losses.cpo])
@@ -131,7 +131,7 @@ def test_pairs_with_a_fully_masked_sequence(function):
     tokens = np.random.default_rng(1).uniform(-3, -0.1, (2, 6, 5)).astype(np.float32)
     where = np.random.default_rng(2).random((2, 6, 5)) < 0.7
     where[..., 0] = True
-    # The chosen one, the rejected one, and both.
+    # The empty sequence is the chosen one, the rejected one, or both.
     where[0, 1] = where[1, 2] = where[:, 4] = False
 
     def loss(tokens, where, exclude):
@@ -148,7 +148,7 @@ def test_pairs_with_a_fully_masked_sequence(function):
     np.testing.assert_allclose(value, wanted, rtol=1e-6)
     np.testing.assert_allclose(grads[:, others], wanted_grads, rtol=1e-6, atol=1e-8)
     np.testing.assert_array_equal(grads[:, masked], 0)
-    # Whoever forgets to leave it out is off by a constant, but not NaN.
+    # A user who does not exclude the pair gets a loss with a constant error, but no NaN.
     (value, _), grads = jax.value_and_grad(loss, has_aux=True)(tokens, where, False)
     assert np.isfinite(value)
     assert np.isfinite(grads).all()
@@ -156,7 +156,7 @@ def test_pairs_with_a_fully_masked_sequence(function):
 
 
 def test_the_likelihood_term_over_all_tokens_of_the_batch():
-    # TRL's: what docs/losses.md says to add.
+    # TRL's likelihood term, which docs/losses.md says how to add.
     tokens = np.random.default_rng(3).uniform(-3, -0.1, (2, 3, 4)).astype(np.float32)
     where = np.random.default_rng(4).random((2, 3, 4)) < 0.7
     where[..., 0] = True

@@ -1,4 +1,4 @@
-"""From log-probabilities of tokens to those of sequences."""
+"""Sums or means of token log-probabilities over each sequence."""
 
 from typing import Literal, NamedTuple
 
@@ -11,11 +11,11 @@ from jliger.losses.arguments import mask, real_arrays, zero_unless
 
 
 class SequenceLogprobs(NamedTuple):
-    """Log-probabilities of sequences, and of how many tokens.
+    """Log-probabilities of sequences, and how many tokens each sums.
 
     Attributes:
-      logprobs: `[*B]`, float32 (float64 for float64); 0 for a sequence of which no token counts.
-      counts: `[*B]`, int32, the tokens that count. `counts > 0` is what a loss needs as `where`.
+      logprobs: `[*B]`, float32 (float64 for float64 inputs); 0 for a sequence without a counted token.
+      counts: `[*B]`, int32, the number of counted tokens. Pass `counts > 0` to a loss as `where`.
     """
 
     logprobs: Float[Array, "*B"]
@@ -28,26 +28,26 @@ def sequence_logprobs(
     *,
     reduction: Literal["sum", "mean"] = "sum",
 ) -> SequenceLogprobs:
-    r"""Sums, or averages, log-probabilities over the tokens of each sequence.
+    r"""Sums or averages log-probabilities over the tokens of each sequence.
 
-    $\log \pi(y \mid x) = \sum_t \log \pi(y_t \mid x, y_{<t})$, or that divided by the number of tokens. `dpo`, `cpo`
-    and `kto` are defined on sums, `orpo` and `simpo` on means.
+    The sum is $\log \pi(y \mid x) = \sum_t \log \pi(y_t \mid x, y_{<t})$; the mean is the sum divided by the number of
+    counted tokens. `dpo`, `cpo` and `kto` take sums, `orpo` and `simpo` take means.
 
-    A sequence of which no token counts gives 0, and a gradient of 0. That is no log-probability of anything: leave its
-    pair out, as in the example.
+    A sequence without a counted token gives 0, with a gradient of 0. This 0 is not a log-probability: exclude the
+    sequence's pair from the loss, as in the example.
 
     Args:
-      logprobs: of tokens, `[*B, T]`, such as those of `jliger.linear_logprobs`. Gradients go through them.
-      where: bools `[*B, T]`, the tokens that count: those of the completion, without prompt and padding. What stands
-        elsewhere, NaN included, does not matter.
+      logprobs: log-probabilities of tokens, `[*B, T]`, such as those of `jliger.linear_logprobs`. Differentiable.
+      where: bools `[*B, T]`, True for counted tokens: those of the completion, without prompt and padding. Values of
+        other tokens, even NaN, are ignored.
       reduction: `"sum"` or `"mean"`.
 
     Returns:
       `SequenceLogprobs`.
 
     Raises:
-      ValueError: a shape that doesn't fit, or another reduction.
-      TypeError: a dtype that isn't supported.
+      ValueError: a shape does not match, or `reduction` is unknown.
+      TypeError: a dtype is not supported.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,7 +1,8 @@
-"""rows: the whole of a backend, three functions over one block of logits `[T, V]`, all arithmetic in float32.
+"""The row functions: three functions over one block of logits `[T, V]`, which are all that a backend implements.
 
-`row_stats` reads what a loss needs of each row, `row_grads` writes logit gradients from what is known of each row,
-`row_stats_and_grads` does both in one launch. Gradients are a new array, always: nothing that is read is written.
+`row_stats` computes the statistics of each row that a loss needs. `row_grads` computes logit gradients from the merged
+statistics and per-row coefficients. `row_stats_and_grads` does both in one launch. Arithmetic is in float32. Gradients
+are always a new array: no input is overwritten.
 """
 
 import functools
@@ -52,11 +53,11 @@ class _RowStatsAndGradsFn(Protocol):
 
 
 class Rows(NamedTuple):
-    """A backend.
+    """The row functions of a backend.
 
     Attributes:
       row_stats, row_grads, row_stats_and_grads: the three functions.
-      alignment: the sides of a product are best a multiple of this, so that matrix units take them.
+      alignment: the dimensions of matrix products are padded to a multiple of this, as matrix units require.
     """
 
     row_stats: _RowStatsFn
@@ -66,8 +67,8 @@ class Rows(NamedTuple):
 
 
 def get_rows(implementation: Choice, compute_capability: int | None) -> Rows:
-    """The row functions of a backend; Triton is imported here, when it is asked for, and nowhere before."""
-    assert implementation != "by platform"  # `run_by_platform` is around
+    """The row functions of a backend. Triton is imported only here, when it is chosen, so that it stays optional."""
+    assert implementation != "by platform"  # `run_by_platform` has already chosen an implementation.
     if implementation == "xla":
         from jliger.ops.logits import xla
 

@@ -1,8 +1,8 @@
-"""Functions of a student's and a teacher's logits, and the gradients of the student's.
+"""Row functions that compare the logits of a student and a teacher, and give gradients of the student's logits.
 
 `distillation_stats` computes both softmaxes, `distillation_divergence` compares them, `distillation_grads` writes the
-student's logit gradients, and `distillation_stats_and_grads` does all three in one launch. Where devices shard the
-vocabulary, the results of the first two are merged over them in between.
+student's logit gradients, and `distillation_stats_and_grads` does all three in one launch. If devices shard the
+vocabulary, the caller merges the results of the first two over them before it calls the next.
 """
 
 import functools
@@ -60,7 +60,7 @@ class _PairStatsAndGradsFn(Protocol):
 
 
 class DistillationRows(NamedTuple):
-    """A backend.
+    """The distillation row functions of a backend.
 
     Attributes:
       distillation_stats, distillation_divergence, distillation_grads, distillation_stats_and_grads: the functions.
@@ -75,8 +75,8 @@ class DistillationRows(NamedTuple):
 
 
 def get_distillation_rows(implementation: Choice, compute_capability: int | None) -> DistillationRows:
-    """The row functions of pairs of a backend; Triton is imported here, when it is asked for, and nowhere before."""
-    assert implementation != "by platform"  # `run_by_platform` is around
+    """The distillation row functions of a backend. Triton is imported only here, when it is chosen."""
+    assert implementation != "by platform"  # `run_by_platform` has already chosen an implementation.
     if implementation == "xla":
         from jliger.ops.logits import distillation_xla as xla
 

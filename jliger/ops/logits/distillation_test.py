@@ -1,4 +1,4 @@
-"""The row functions of pairs, of every backend, against the same words in numpy and float64."""
+"""Tests the distillation row functions of every backend against the same formulas in NumPy and float64."""
 
 import itertools
 
@@ -23,7 +23,7 @@ HAS_TILES = INTERPRETED or ON_GPU
 
 
 def logits_in_float64(product, bias, logit_map):
-    """Logits of the columns that there are, and their derivative by the product."""
+    """The logits of the columns within the width, and their derivative by the product."""
     product = np.asarray(product, np.float64)[:, : logit_map.width]
     bias = 0 if bias is None else np.asarray(bias, np.float64)[: logit_map.width]
     with np.errstate(invalid="ignore"):
@@ -40,7 +40,7 @@ def log_softmax(logits):
 
 
 def times(p, factor):
-    """`p · factor`, 0 where `p` is."""
+    """`p · factor`, and 0 where `p` is 0."""
     with np.errstate(invalid="ignore"):
         return np.where(p == 0, 0, p * factor)
 
@@ -79,7 +79,7 @@ def in_float64(products, block, distillation_map, coefficients):
 def make_pair(
     width, *, padding=0, dtypes=("float32", "float32"), biases=(False, False), scale=1.0, labels=True, seed=0
 ):
-    """Products, and everything else about their logits; what lies beyond the width has no say, whatever it is."""
+    """Random products, blocks and coefficients. Columns beyond the width are NaN, which must not matter."""
     random = np.random.default_rng(seed)
 
     def side(dtype, bias):
@@ -89,7 +89,7 @@ def make_pair(
         return jnp.asarray(product, dtype), jnp.asarray(vector, jnp.float32) if bias else None
 
     (student, student_bias), (teacher, teacher_bias) = map(side, dtypes, biases)
-    # Labels: the first column, the last, one inside, and three that are none.
+    # Labels: the first column, the last, one in the middle, and three outside the block.
     columns = jnp.asarray([0, width - 1, width // 2, -1, width, width + 1], jnp.int32)
     coefficients = jnp.asarray(random.normal(size=(3, ROWS)), jnp.float32)
     return (
@@ -105,7 +105,7 @@ def make_map(width, beta, *, temperature=1.0, labels=True, scales=(1.0, 1.0), so
 
 
 def run(implementation, products, block, distillation_map, coefficients, dtype="float32"):
-    """What three launches find and what one does, which are the same up to the order of sums."""
+    """The results of three launches and of the fused launch, which differ only by the order of summation."""
     rows = get_distillation_rows(implementation, None)
 
     @jax.jit
@@ -127,7 +127,7 @@ def check_pair(implementation, products, block, distillation_map, coefficients, 
     value, label_logprob, grads = in_float64(products, block, distillation_map, coefficients)
     width = distillation_map.student.width
     tiny = float(jnp.finfo(jnp.float32).eps)
-    # What float32 makes of the arguments of the exponentials.
+    # The rounding error of the exponentials' arguments in float32.
     largest = max(
         np.abs(logits_in_float64(product, side.bias, logit_map)[0]).max()
         for product, side, logit_map in zip(products, block, distillation_map, strict=False)
@@ -148,7 +148,7 @@ def check_pair(implementation, products, block, distillation_map, coefficients, 
             np.testing.assert_allclose(chosen, logits.max(1), rtol=4 * tiny)
         result = np.asarray(result, np.float64)
         assert not result[:, width:].any()
-        # A divergence's slopes are as large as log-probabilities are.
+        # The derivatives of a divergence are as large as log-probabilities.
         size = np.abs(grads).max()
         half_unit = float(jnp.finfo(dtype).eps) / 2 if dtype != "float32" else 0
         subnormal = float(jnp.finfo(dtype).smallest_subnormal)
@@ -219,16 +219,16 @@ def test_dtypes_and_scales(options, implementation):
 @pytest.mark.parametrize("beta", BETAS)
 def test_equal_logits_are_no_distance_apart(beta, implementation):
     products, block, coefficients = make_pair(200, scale=4, labels=False)
-    products = products._replace(teacher=products.student + 2.0)  # a shift is none
+    products = products._replace(teacher=products.student + 2.0)  # a shift of the logits does not change the softmax
     for _, divergence, grads in run(implementation, products, block, make_map(200, beta, labels=False), coefficients):
-        # Rounding of logarithms, each of which is weighted with its probability.
+        # Rounding errors of logarithms, weighted by probabilities.
         np.testing.assert_allclose(divergence.value, 0, atol=2e-6)
         np.testing.assert_allclose(grads, 0, atol=2e-6)
 
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_disjoint_rows_are_as_far_apart_as_can_be(beta, implementation):
-    # The student is sure of the first column, the teacher of the second.
+    # The student is certain of the first column, the teacher of the second.
     columns = jnp.arange(40)
     far = 200.0
     student, teacher = (jnp.broadcast_to(jnp.where(columns == column, far, 0), (ROWS, 40)) for column in (0, 1))
@@ -237,7 +237,7 @@ def test_disjoint_rows_are_as_far_apart_as_can_be(beta, implementation):
     expected = far if beta in (0, 1) else -beta * np.log(beta) - (1 - beta) * np.log1p(-beta)
     for _, divergence, grads in run(implementation, Products(student, teacher), block, distillation_map, coefficients):
         np.testing.assert_allclose(divergence.value, expected, rtol=1e-6)
-        # Only KL(teacher ‖ student) still pulls where the student is sure.
+        # Only KL(teacher ‖ student) still has a gradient if the student is certain.
         pull = np.zeros((ROWS, 40))
         if beta == 0:
             pull[:, 0], pull[:, 1] = 1, -1
@@ -302,10 +302,10 @@ def test_the_first_of_equal_logits_is_predicted(implementation):
             np.testing.assert_array_equal(softmax.prediction, product.argmax(1))
 
 
-@pytest.mark.filterwarnings("ignore:(overflow|invalid)")  # What the interpreter computes and does not select.
+@pytest.mark.filterwarnings("ignore:(overflow|invalid)")  # The interpreter computes both branches of tl.where.
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_columns_with_probability_zero(beta, implementation):
-    """Masked in both models, and in the one that the divergence does not ask about there; large coefficients."""
+    """Columns masked in both models, or where the divergence allows it in one of them, with large coefficients."""
     width = 40
     products, block, coefficients = make_pair(width, biases=(True, True))
     lowest = np.finfo(np.float32).min

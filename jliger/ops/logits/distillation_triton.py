@@ -1,4 +1,4 @@
-"""The row functions of pairs through Triton."""
+"""The distillation row functions as calls of Triton kernels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -118,7 +118,7 @@ def distillation_stats_and_grads(
 
 
 def _launch(products: Products, distillation_map: DistillationMap) -> dict[str, Any]:
-    """One program a pair of rows, large, so that those in flight are few and much of them stays in the cache."""
+    """The launch: one large program per pair of rows, so that few pairs are in flight and stay in the cache."""
     rows, stride = products.student.shape
     tile = Tile.make(distillation_map.student.width, most_warps=32, unroll=2)
 
@@ -156,7 +156,7 @@ def _row_type(products: Products, dtype: jax.typing.DTypeLike) -> jax.ShapeDtype
 
 
 def _stats_types(products: Products, distillation_map: DistillationMap) -> list[jax.ShapeDtypeStruct | None]:
-    """Of the fields of `DistillationStats`, in their order."""
+    """The types of the fields of `DistillationStats`, in order."""
     number, column = _row_type(products, jnp.float32), _row_type(products, jnp.int32)
     softmax = [number, number, column]
     label_logit = number if distillation_map.with_labels else None

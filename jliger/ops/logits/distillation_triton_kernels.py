@@ -1,10 +1,10 @@
-"""The Triton kernels that compare a student's rows with a teacher's: one program for each pair of rows.
+"""The Triton kernels that compare the student's rows with the teacher's: one program per pair of rows.
 
-A pair is gone through twice or three times: for the two softmaxes, for the divergence, and for the gradients; of
-`KL(teacher ‖ student)` the gradients need no divergence, and the last two are one. Each time it is gone through in the
-other direction, so that what was read last, and is still in the cache, is read first.
+Each pair is read two or three times: for the two softmaxes, for the divergence, and for the gradients. The gradients of
+`KL(teacher ‖ student)` do not depend on the divergence, so its last two passes are fused. Passes alternate in
+direction: each starts with the columns that the previous one read last, which are still in the cache.
 
-Tiles, and what NamedTuples and None stand for, are in `jliger.ops.logits.triton_tiles`.
+`jliger.ops.logits.triton_tiles` explains tiles, and the use of NamedTuples and None.
 """
 
 from typing import Any, NamedTuple
@@ -29,16 +29,16 @@ from jliger.ops.logits.triton_tiles import (
     where_inside,
 )
 
-_TINIEST = tl.constexpr(1.1754943508222875e-38)
+_TINIEST = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 
 
 class PairShape(NamedTuple):
-    """Compile-time shape of a pair, and what its rows are compared by.
+    """Compile-time shape of a pair of rows, and the options of the divergence.
 
     Attributes:
-      student, teacher: of equal stride and width.
+      student, teacher: the shapes of the rows, which have equal stride and width.
       beta: as in `jliger.ops.logits.distillation.DistillationMap`.
-      inverse_temperature: what logits are multiplied with.
+      inverse_temperature: multiplies the logits.
     """
 
     student: Shape
@@ -48,7 +48,7 @@ class PairShape(NamedTuple):
 
 
 class _Stats(NamedTuple):
-    """Pointers to `jliger.ops.logits.distillation.DistillationStats`, `[T]` each, those that are not wanted None."""
+    """Pointers to `jliger.ops.logits.distillation.DistillationStats`, `[T]` each; None for those not wanted."""
 
     student_max: Any
     student_log_sum: Any
@@ -61,7 +61,7 @@ class _Stats(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """A pair of rows, and what is known of their softmaxes, of which the divergence asks for `max` and `log_sum`."""
+    """A pair of rows and their softmax statistics, of which the divergence needs `max` and `log_sum`."""
 
     student: Any
     teacher: Any
@@ -70,7 +70,7 @@ class _Pair(NamedTuple):
 
 
 class _Coefficients(NamedTuple):
-    """A row's `jliger.ops.logits.distillation.DistillationCoefficients`; those of labels are None without labels."""
+    """One row's `jliger.ops.logits.distillation.DistillationCoefficients`; without labels, the last two are None."""
 
     soft: Any
     probability: Any
@@ -79,16 +79,17 @@ class _Coefficients(NamedTuple):
 
 @triton.jit
 def _compared(pair, columns, inside, SHAPE: tl.constexpr, EVICTION: tl.constexpr):
-    """The student's logits in some columns and their derivative by the product; `p`, `q` and the terms of `D`.
+    """The student's logits in some columns, their derivative by the product, `p`, `q`, and the terms of `D`.
 
-    The last three as `jliger.ops.logits.distillation_types` has them.
+    `jliger.ops.logits.distillation_types` defines the last three.
     """
     logits, by_product = load_logits(pair.student, columns, inside, SHAPE.student, EVICTION)
     teacher_logits, _ = load_logits(pair.teacher, columns, inside, SHAPE.teacher, EVICTION)
     log_p = (logits - pair.of_student.max) * SHAPE.inverse_temperature - pair.of_student.log_sum
     log_r = (teacher_logits - pair.of_teacher.max) * SHAPE.inverse_temperature - pair.of_teacher.log_sum
     p, r = tl.exp(log_p), tl.exp(log_r)
-    # Zeros are told by comparing with 0, which is false for NaN: what is not a number stays one.
+    # A factor of 0 gives a term of 0, even if its logarithm is −inf. The test is `== 0`, which is false for NaN, so
+    # that NaN propagates.
     if SHAPE.beta == 0:
         q = -r
         terms = tl.where(r == 0, 0.0, r * (log_r - log_p))
@@ -97,7 +98,7 @@ def _compared(pair, columns, inside, SHAPE: tl.constexpr, EVICTION: tl.constexpr
         terms = q
     else:
         m = SHAPE.beta * r + (1 - SHAPE.beta) * p
-        # Where `m` is 0 so are both factors of its logarithm, which has to be a number all the same.
+        # If m is 0, so are both factors of log m, but log m must be finite: 0 · inf is NaN.
         log_m = tl.log(tl.where(m < _TINIEST, _TINIEST, m))
         q = tl.where(p == 0, 0.0, (1 - SHAPE.beta) * p * (log_p - log_m))
         terms = q + tl.where(r == 0, 0.0, SHAPE.beta * r * (log_r - log_m))
@@ -124,7 +125,7 @@ def _add_divergence_of_tile(
 
 @triton.jit
 def _divergence_of_rows(pair, SHAPE: tl.constexpr, TILE: tl.constexpr):
-    """`D` and `Σ_v q_v`; one pass, from the last column to the first."""
+    """`D` and `Σ_v q_v`, in one pass from the last column to the first."""
     LANES: tl.constexpr = TILE.lanes
     lane_value = tl.zeros([LANES], tl.float32)
     lane_q_sum = tl.zeros([LANES], tl.float32)
@@ -143,11 +144,12 @@ def _divergence_of_rows(pair, SHAPE: tl.constexpr, TILE: tl.constexpr):
 def _pair_grads(pair, columns, inside, q_sum, coefficients, label, SHAPE: tl.constexpr, EVICTION: tl.constexpr):
     """Gradients by the student's products in some columns, and the terms of `D`.
 
-    All of the columns are the label's, with `label` its coefficient, or none, with 0.
+    `label` is subtracted in all of them: pass `coefficients.label` for the label's column, 0 for a tile.
     """
     logits, by_product, p, q, terms = _compared(pair, columns, inside, SHAPE, EVICTION)
     grads = tl.where(coefficients.soft == 0, 0.0, coefficients.soft * (q - p * q_sum))
     if coefficients.probability is not None:
+        # The cross entropy with labels is at temperature 1.
         if pair.of_student.hard_log_sum is not None:
             p = tl.exp(logits - pair.of_student.max - pair.of_student.hard_log_sum)
         grads += coefficients.probability * p - label
@@ -184,10 +186,13 @@ def _store_pair_grads_of_row(
     TILE: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
-    """Writes a row's gradients in one pass, in either direction; returns `D`."""
+    """Writes a row's gradients in one pass; returns `D`.
+
+    `BACKWARD` is the direction: the opposite of the previous pass's, to reuse the cache.
+    """
     LANES: tl.constexpr = TILE.lanes
     lane_value = tl.zeros([LANES], tl.float32)
-    # What is left of the row, and its padding, which may go on for longer than a tile.
+    # The masked remainder and the padding. The padding can be longer than a tile, hence a loop.
     for start in tl.static_range(TILE.whole, SHAPE.student.stride, TILE.size):
         lane_value = _store_pair_grads_of_tile(
             lane_value, start, grads_ptr, pair, q_sum, coefficients, SHAPE, TILE, WHOLE=False
@@ -222,7 +227,7 @@ def _store_softmax(softmax, index, max_ptr, log_sum_ptr, prediction_ptr):
 
 @triton.jit
 def _store_stats_of_rows(stats, index, student, teacher, label, SHAPE: tl.constexpr, TILE: tl.constexpr):
-    """One pass over each row, from its first column to its last; returns the pair that is then known."""
+    """Writes both rows' statistics, in one pass from the first column to the last; returns the pair with them."""
     label_logit = load_label_logit(student, label, SHAPE.student)
     BY: tl.constexpr = SHAPE.inverse_temperature
     WITH_HARD_SUM: tl.constexpr = stats.hard_log_sum is not None
@@ -253,7 +258,7 @@ def distillation_stats_kernel(
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    # 64 bits, for a row may start beyond what 32 count.
+    # 64 bits: index · stride exceeds 32 bits for more than 2³¹ logits.
     index = tl.program_id(0).to(tl.int64)
     student = Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None)
     teacher = Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None)
@@ -359,7 +364,7 @@ def distillation_stats_and_grads_kernel(
     index = tl.program_id(0).to(tl.int64)
     student = Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None)
     teacher = Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None)
-    # Loaded first, so that the last pass need not wait for them.
+    # Loaded before the first pass, so that the last pass does not wait for them.
     label = load_or_none(labels_ptr, index)
     coefficients = _Coefficients(
         tl.load(soft_ptr + index), load_or_none(probability_ptr, index), load_or_none(label_coefficient_ptr, index)
@@ -377,6 +382,7 @@ def distillation_stats_and_grads_kernel(
     pair = _store_stats_of_rows(stats, index, student, teacher, label, SHAPE, TILE)
     grads_ptr += index * SHAPE.student.stride
     if SHAPE.beta == 0:
+        # KL(teacher ‖ student): Σ q = −Σ r = −1 is known, so one pass computes both the divergence and the gradients.
         q_sum = -1.0
         value = _store_pair_grads_of_row(grads_ptr, pair, q_sum, coefficients, label, SHAPE, TILE, BACKWARD=True)
     else:

@@ -1,13 +1,13 @@
-"""What the row functions of pairs take and give: a student's and a teacher's logits of the same tokens.
+"""Arguments and results of the distillation row functions, which compare a student's logits with a teacher's.
 
-With `p` the student's and `r` the teacher's probabilities at temperature `τ`, the divergence `D` of a row is, by `β`,
+`p` are the student's and `r` the teacher's probabilities at temperature `τ`. `β` chooses the divergence `D` of a row:
 
 * 0: `KL(r ‖ p) = Σ_v r_v (log r_v − log p_v)`
 * 1: `KL(p ‖ r) = Σ_v p_v (log p_v − log r_v)`
 * between: `β KL(r ‖ m) + (1 − β) KL(p ‖ m)` with `m = β r + (1 − β) p`
 
-and `0 · log 0 = 0` in all of them. `∂D/∂p_v` is `−r_v / p_v`, `log(p_v / r_v)`, or `(1 − β) log(p_v / m_v)`, up to a
-constant, which a softmax does not feel. What gradients need is `q_v = p_v · ∂D/∂p_v`, finite where `p_v` is 0:
+with `0 · log 0 = 0`. `∂D/∂p_v` is `−r_v / p_v`, `log(p_v / r_v)`, or `(1 − β) log(p_v / m_v)`, up to a constant, which
+does not change the gradient of a softmax. The gradients need `q_v = p_v · ∂D/∂p_v`, which is finite where `p_v` is 0:
 
 `dz_v = (q_v − p_v Σ_u q_u) / τ`
 
@@ -22,16 +22,16 @@ from jliger.ops.logits.types import Block, LogitMap
 
 
 class Products(NamedTuple):
-    """Products of hidden states and kernels, of any two dtypes."""
+    """The products of hidden states and kernel of both models. Their dtypes may differ."""
 
     student: Float[Array, "T V"]
     teacher: Float[Array, "T V"]
 
 
 class DistillationBlock(NamedTuple):
-    """Everything about the pair's logits but the logits themselves: all columns, or one device's share of them.
+    """The arrays that belong to the logits of both models: for all columns, or for one device's columns.
 
-    The teacher's labels are not read, nor are class weights.
+    The teacher's labels and both class weights are not used.
     """
 
     student: Block
@@ -39,13 +39,13 @@ class DistillationBlock(NamedTuple):
 
 
 class DistillationMap(NamedTuple):
-    """What a pair of logits is compared by.
+    """How logits are computed from products, and the options of the divergence.
 
     Attributes:
-      student, teacher: how their products become logits.
+      student, teacher: the maps from products to logits.
       beta: `β`, which chooses the divergence.
-      temperature: `τ`, which divides logits before the divergence sees them.
-      with_labels: whether the student's labels, in a cross entropy at temperature 1, are part of it.
+      temperature: `τ`, which divides the logits in the divergence.
+      with_labels: whether the loss also has the student's cross entropy with labels, which is at temperature 1.
     """
 
     student: LogitMap
@@ -56,15 +56,15 @@ class DistillationMap(NamedTuple):
 
     @property
     def with_hard_sum(self) -> bool:
-        """Whether the labels' softmax is another than the divergence's."""
+        """Whether the cross entropy needs another softmax than the divergence: at temperature 1 instead of `τ`."""
         return self.with_labels and self.temperature != 1
 
 
 class SoftmaxStats(NamedTuple):
-    """A row's softmax at the temperature `τ`; mergeable across devices.
+    """Softmax statistics of a row at temperature `τ`. Statistics of several devices' columns can be merged.
 
     Attributes:
-      max: `max_v z_v`, of the logits before they are divided.
+      max: `max_v z_v`, of the logits before division by `τ`.
       log_sum: `log Σ_v exp((z_v − max) / τ)`.
       prediction: the first `v` at which `z_v` is largest.
     """
@@ -75,12 +75,12 @@ class SoftmaxStats(NamedTuple):
 
 
 class DistillationStats(NamedTuple):
-    """What is known of a pair of rows before they are compared.
+    """Statistics of a pair of rows, which the divergence needs.
 
     Attributes:
-      student, teacher: their softmaxes.
-      label_logit: the student's, 0 where the label is no column here; None without labels.
-      hard_log_sum: the student's `log_sum` at temperature 1; None without labels, or where that is its `log_sum`.
+      student, teacher: the softmax statistics of each.
+      label_logit: the student's logit of the label, 0 if the label is not in this block; None without labels.
+      hard_log_sum: the student's `log_sum` at temperature 1; None without labels, or if `τ` is 1.
     """
 
     student: SoftmaxStats
@@ -90,11 +90,11 @@ class DistillationStats(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """How far apart a pair of rows is: sums over columns, so that devices' sums add up.
+    """The divergence of a pair of rows. Both fields are sums over columns, so devices' values are added.
 
     Attributes:
       value: `D`.
-      q_sum: `Σ_v q_v`, of which gradients take a share `p_v` each.
+      q_sum: `Σ_v q_v`, which the gradients need.
     """
 
     value: Float[Array, "*B"]
@@ -102,13 +102,13 @@ class Divergence(NamedTuple):
 
 
 class DistillationCoefficients(NamedTuple):
-    """What multiplies what in each row of the student's logit gradients.
+    """Per-token coefficients of the student's logit gradients.
 
     `dz_v = soft · (q_v − p_v Σ_u q_u) + probability · softmax(z)_v − label · [v = y]`
 
     Attributes:
-      soft: of the divergence, divided by the temperature. Where it is 0, so is its term, whatever the logits are.
-      probability, label: of the cross entropy; None without labels.
+      soft: the divergence's, divided by the temperature. If it is 0, its term is 0 even for infinite logits or NaN.
+      probability, label: the cross entropy's; None without labels.
     """
 
     soft: Float[Array, " T"]
@@ -117,11 +117,11 @@ class DistillationCoefficients(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What is found of each token where there is a teacher.
+    """The statistics of each token in distillation.
 
     Attributes:
-      pair: both softmaxes.
-      divergence: how far apart they are.
+      pair: the statistics of both softmaxes.
+      divergence: `D`.
     """
 
     pair: DistillationStats

@@ -1,4 +1,7 @@
-"""The row functions of pairs in plain JAX: every device, every dtype, and the words the Triton kernels are held to."""
+"""The distillation row functions in plain JAX, for every device and dtype.
+
+The Triton kernels are tested against them.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +79,7 @@ def distillation_stats_and_grads(
 
 
 def _softmax_stats(logits: Float[Array, "T V"], temperature: float) -> SoftmaxStats:
-    # Finite also where there is nothing but −inf, so that the sum is 0 and not NaN.
+    # Finite even if all logits are −inf: exp(−inf − max) is then 0, and not NaN.
     row_max = jnp.maximum(logits.max(axis=1), jnp.finfo(logits.dtype).min)
     exps = jnp.exp((logits - row_max[:, None]) * (1 / temperature))
     return SoftmaxStats(row_max, jnp.log(exps.sum(axis=1)), jnp.argmax(logits, axis=1).astype(jnp.int32))
@@ -85,7 +88,7 @@ def _softmax_stats(logits: Float[Array, "T V"], temperature: float) -> SoftmaxSt
 def _compared(
     products: Products, block: DistillationBlock, distillation_map: DistillationMap, stats: DistillationStats
 ) -> tuple[Float[Array, "T V"], Float[Array, "T V"], Float[Array, "T V"]]:
-    """`p`, `q` and the terms of `D`, as `jliger.ops.logits.distillation_types` has them."""
+    """`p`, `q` and the terms of `D`, as defined in `jliger.ops.logits.distillation_types`."""
 
     def log_probs(product: Float[Array, "T V"], block: Block, logit_map: LogitMap, stats: SoftmaxStats) -> Array:
         logits, _, _ = _logits(product, block, logit_map)
@@ -97,7 +100,7 @@ def _compared(
     p, r = jnp.exp(log_p), jnp.exp(log_r)
 
     def times(weight: Array, left: Array, right: Array) -> Array:
-        """`weight · (left − right)`, 0 for a weight of 0: there both may be −inf, whose difference is NaN."""
+        """`weight · (left − right)`, and 0 for a weight of 0, where both may be −inf and their difference NaN."""
         is_zero = weight == 0  # False for NaN, so that NaN propagates.
         return weight * (jnp.where(is_zero, 0, left) - jnp.where(is_zero, 0, right))
 

@@ -1,4 +1,4 @@
-"""The row functions of every backend against the same words in numpy and float64."""
+"""Tests the row functions of every backend against the same formulas in NumPy and float64."""
 
 import itertools
 
@@ -16,7 +16,7 @@ BOTH = StatsWanted(weighted_sum=True, mean_logit=True)
 
 
 def in_float64(product, block, logit_map, coefficients):
-    """Logits, with −inf where there is no column; stats; and logit gradients."""
+    """Logits, with −inf in the padding; statistics; and logit gradients."""
     product, bias, u, labels = (
         None if x is None else np.asarray(x, np.float64)
         for x in (product, block.bias, block.class_weights, block.labels)
@@ -51,9 +51,9 @@ def make_block(width, *, padding=0, dtype="float32", bias=False, class_weights=F
     random = np.random.default_rng(seed)
     product = random.normal(size=(ROWS, width + padding)) * scale
     vectors = random.uniform(0.1, 2, size=(2, width + padding))
-    # What lies beyond the width has no say, whatever it is.
+    # Columns beyond the width are NaN, which must not matter.
     product[:, width:], vectors[:, width:] = np.nan, np.nan
-    # Labels: the first column, the last, one inside, and three that are none of the block's.
+    # Labels: the first column, the last, one in the middle, and three outside the block.
     labels = [0, width - 1, width // 2, -1, width, width + 1]
     return jnp.asarray(product, dtype), Block(
         jnp.asarray(vectors[0], jnp.float32) if bias else None,
@@ -70,7 +70,7 @@ def make_coefficients(seed=0, *, by_lse=False, smoothing=False, by_logit=False):
 
 
 def check_rows(implementation, product, block, logit_map, coefficients, *, wanted=BOTH, dtype="float32"):
-    """All three functions, and that two launches and one give the same."""
+    """Checks all three functions, and that two launches and the fused launch agree."""
     rows = get_rows(implementation, None)
 
     @jax.jit
@@ -91,18 +91,18 @@ def check_rows(implementation, product, block, logit_map, coefficients, *, wante
             if name == "prediction":
                 assert value.dtype == jnp.int32
                 chosen = np.take_along_axis(logits, np.asarray(value)[:, None], 1)[:, 0]
-                assert np.all(chosen >= logits.max(1) - 8 * eps * size)  # a softcap makes equals of what was not
+                assert np.all(chosen >= logits.max(1) - 8 * eps * size)  # a softcap can make logits equal
             elif value is None:
                 assert not getattr(wanted, name)
             else:
                 assert value.dtype == jnp.float32
-                # A mean of terms that exponentials weigh: as uncertain as they are.
+                # A mean weighted by exponentials has their relative error.
                 terms = {"weighted_sum": product.shape[1] * 2, "mean_logit": 16 * size}.get(name, 8)
                 np.testing.assert_allclose(value, truth, rtol=4 * eps, atol=terms * eps * size, err_msg=name)
     largest = np.abs(expected_grads).max()
     for result in (grads, grads_again):
         assert result.dtype == jnp.dtype(dtype)
-        # An exponential's relative error is its argument's absolute one.
+        # The relative error of an exponential is the absolute error of its argument.
         error = np.abs(np.asarray(result, np.float64) - expected_grads)
         half_unit = float(jnp.finfo(dtype).eps) / 2
         assert np.all(
@@ -120,7 +120,7 @@ BRANCHES = {
 
 
 def every_branch():
-    """All combinations; those with which any two values of two things meet are enough for every change's tests."""
+    """All combinations; those not needed to cover every pair of values are marked exhaustive."""
     often = [tuple(row.values()) for row in every_pair(BRANCHES)]
     for branch in itertools.product(*BRANCHES.values()):
         yield pytest.param(*branch, marks=[] if branch in often else [pytest.mark.exhaustive])
@@ -182,7 +182,7 @@ def test_the_first_of_equal_logits_is_predicted(implementation):
 
 
 def test_a_logit_of_minus_infinity_has_probability_zero(implementation):
-    # As a bias masks a column.
+    # A bias of −inf masks a column.
     product, block = make_block(40, bias=True)
     masked = block._replace(bias=block.bias.at[7].set(-jnp.inf))
     rows = get_rows(implementation, None)
@@ -200,7 +200,7 @@ def test_a_logit_of_minus_infinity_has_probability_zero(implementation):
 
 def test_large_coefficients_of_columns_with_probability_zero(implementation):
     """A coefficient times the lowest number overflows, and 0 · inf is NaN."""
-    width = 3000  # Whole tiles are masked before and behind those that are not.
+    width = 3000  # Whole tiles are masked before and after the unmasked ones.
     product, block = make_block(width, bias=True)
     lowest = np.finfo(np.float32).min
     bias = block.bias.at[:600].set(lowest).at[600:1200].set(-jnp.inf).at[2000:2500].set(-jnp.inf).at[2500:].set(lowest)

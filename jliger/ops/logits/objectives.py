@@ -1,4 +1,4 @@
-"""The formula of the loss, as a function of row stats. Its derivatives by them are all that the kernels need of it."""
+"""The losses as functions of row statistics. Their derivatives by the statistics are the kernels' coefficients."""
 
 import dataclasses
 from typing import Any, NamedTuple, Protocol
@@ -40,17 +40,17 @@ class KnownCoefficients:
 
 
 class LossWeights(NamedTuple):
-    """What multiplies the two parts of each token's loss in a reduced one; 0 for a token that doesn't count."""
+    """Weights of the two parts of each token's loss in the reduced loss; 0 for uncounted tokens."""
 
     cross_entropy: Float[Array, "*B"]
     z_loss: Float[Array, "*B"]
 
 
 class LabelTerms(NamedTuple):
-    """What the loss knows of the labels beside their logits.
+    """Per-token values that depend on the label but not on the logits.
 
     Attributes:
-      validity: 1 for a label that is a column, NaN for one that is none.
+      validity: 1 for a valid label, NaN for an invalid one, which makes the token's loss and gradient NaN.
       weights: `w_y`, or None for 1.
       total_weight: `Σ_v w_v`, `V` without class weights.
     """
@@ -75,11 +75,11 @@ class CrossEntropy:
     vocab_size: int
 
     def token_losses(self, stats: RowStats, labels: LabelTerms) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
-        """Cross entropy and z-loss of each token; NaN, and a gradient of NaN, where the label is no column.
+        """Cross entropy and z-loss of each token; both the loss and its gradient are NaN if the label is invalid.
 
         `(1 − α) · w_y · (lse − z_y) + (α / V) · Σ_v w_v · (lse − z_v)`, and `z_loss · lse²`.
         """
-        # The label's logit and the maximum may be large and close: their difference comes first.
+        # The label's logit and the maximum may be large and close: subtract them first, to keep log_sum's precision.
         cross_entropy = stats.log_sum + (stats.max - stats.label_logit)
         if labels.weights is not None:
             cross_entropy *= labels.weights
@@ -96,13 +96,17 @@ class CrossEntropy:
         return jnp.sum(cross_entropy * weights.cross_entropy), jnp.sum(z_loss * weights.z_loss)
 
     def total(self, stats: RowStats, labels: LabelTerms, weights: LossWeights) -> Float[Array, ""]:
-        """Both together: the reduced loss."""
+        """The reduced loss: the sum of both parts."""
         cross_entropy, z_loss = self.weighted_sums(stats, labels, weights)
         return cross_entropy + z_loss
 
     def coefficients(self, labels: LabelTerms, weights: LossWeights) -> Coefficients:
-        """Those of `total`, which is linear in every stat but the log-sum-exp, in which it is quadratic."""
-        zeros = 0 * weights.cross_entropy  # sharded as they are
+        """The coefficients of `total`'s logit gradients.
+
+        `total` is linear in every statistic except the log-sum-exp, in which it is quadratic. Its derivatives are
+        therefore known before any statistic is.
+        """
+        zeros = 0 * weights.cross_entropy  # zeros with the weights' sharding
         empty_row = RowStats(zeros, zeros, zeros, zeros.astype(jnp.int32), zeros if self.label_smoothing else None)
 
         def derivatives(log_sum: Float[Array, "*B"], weights: LossWeights) -> RowStats:
@@ -111,16 +115,16 @@ class CrossEntropy:
         coefficients = coefficients_of(derivatives(zeros, weights), None)
         if not self.z_loss:
             return coefficients
-        # The z-loss alone is quadratic, with a derivative of 0 at 0.
+        # Only the z-loss is quadratic; its derivative is 0 at lse = 0, and its coefficient of lse is that at lse = 1.
         lse_coefficient = derivatives(zeros + 1, weights._replace(cross_entropy=zeros)).log_sum
         return coefficients._replace(probability_lse=lse_coefficient)
 
 
 def coefficients_of(cotangents: RowStats, mean_logit: Float[Array, "*B"] | None) -> Coefficients:
-    """The coefficients of logit gradients, from cotangents of the stats; None among these stands for 0.
+    """The coefficients of the logit gradients, from the cotangents of the statistics; a cotangent of None means 0.
 
-    The maximum is a mere shift: between `log_sum` and the log-sum-exp, whose derivative is `p`, and between
-    `mean_logit` and `Σ p·z`, whose derivative is `p · (1 + z − Σ p·z)`. Its own is left out.
+    The log-sum-exp is `max + log_sum`, with derivative `p`. `Σ p·z` is `max + mean_logit`, with derivative
+    `p · (1 + z − Σ p·z)`. Both are independent of the shift by `max`, so the cotangent of `max` is ignored.
     """
     probability = cotangents.log_sum
     if cotangents.mean_logit is not None and mean_logit is not None:
@@ -134,11 +138,11 @@ def coefficients_of(cotangents: RowStats, mean_logit: Float[Array, "*B"] | None)
 
 
 class DistillationWeights(NamedTuple):
-    """What multiplies the two parts of each token's loss in the reduced one; 0 for a token that doesn't count.
+    """Weights of the two parts of each token's loss in the reduced loss; 0 for uncounted tokens.
 
     Attributes:
-      soft: of the divergence from the teacher.
-      hard: of the cross entropy with the labels; None without them.
+      soft: weight of the divergence from the teacher.
+      hard: weight of the cross entropy with the labels; None without labels.
     """
 
     soft: Float[Array, "*B"]
@@ -147,10 +151,10 @@ class DistillationWeights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Distillation:
-    """A divergence from a teacher, and the cross entropy with labels.
+    """A weighted sum of the divergence from a teacher and the cross entropy with labels.
 
     Attributes:
-      temperature: of the divergence.
+      temperature: divides both models' logits in the divergence.
       vocab_size: `V`.
     """
 
@@ -180,12 +184,13 @@ class Distillation:
         return soft, hard
 
     def total(self, result: Comparison, labels: LabelTerms | None, weights: DistillationWeights) -> Float[Array, ""]:
-        """Both together: the reduced loss."""
+        """The reduced loss: the sum of both parts."""
         soft, hard = self.weighted_sums(result, labels, weights)
         return soft + hard
 
     def coefficients(self, labels: LabelTerms | None, weights: DistillationWeights) -> DistillationCoefficients:
-        """Those of `total`: a divergence of logits that were divided by the temperature, and a cross entropy."""
+        """The coefficients of `total`'s logit gradients."""
+        # The divergence is a function of z / temperature, so its derivative by z has a factor of 1 / temperature.
         soft = weights.soft / self.temperature
         if labels is None or weights.hard is None:
             return DistillationCoefficients(soft, None, None)

@@ -1,4 +1,4 @@
-"""The loss as a function of row stats, and its coefficients, against autodiff of the formula over logits."""
+"""Tests the losses as functions of row statistics, and their coefficients, against autodiff of the full formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def test_the_loss_and_its_coefficients(z_loss, smoothing, with_class_weights):
 
 
 def test_coefficients_need_nothing_but_weights_and_labels():
-    # They are known before any logit is: in the forward form they go into the same launch that finds the stats.
+    # Coefficients are known before the logits: the forward form passes them to the launch that computes the statistics.
     _, labels, u, weights = make(True)
     loss = CrossEntropy(0.1, 0.1, VOCAB)
     result = jax.jit(loss.coefficients)(labels_of(labels, u), weights)

@@ -1,4 +1,4 @@
-"""The row functions through Triton."""
+"""The row functions as calls of Triton kernels."""
 
 from typing import Any
 
@@ -81,9 +81,10 @@ def row_stats_and_grads(
 
 
 def _launch(product: Float[Array, "T V"], logit_map: LogitMap, *, passes: int) -> dict[str, Any]:
-    """One program a row, of as many warps as measured best on an H200 (docs/tuning.md).
+    """The launch: one program per row, with the number of warps that was fastest on an H200 (docs/tuning.md).
 
-    With two passes few large programs are best: of the fewer rows in flight the cache holds more for the second pass.
+    Two passes are fastest with few large programs: fewer rows are then in flight, and more of each row is still in the
+    L2 cache for the second pass.
     """
     rows, stride = product.shape
     tile = Tile.make(logit_map.width, most_warps=4 if passes == 1 else 32, unroll=4)
@@ -101,6 +102,6 @@ def _block_operands(block: Block) -> list[Array | None]:
 
 
 def _stats_types(product: Float[Array, "T V"], wanted: StatsWanted) -> list[jax.ShapeDtypeStruct | None]:
-    """Of the fields of `RowStats`."""
+    """The types of the fields of `RowStats`."""
     number, column = (jax.ShapeDtypeStruct(product.shape[:1], dtype) for dtype in (jnp.float32, jnp.int32))
     return [number, number, number, column, *(number if is_wanted else None for is_wanted in wanted)]

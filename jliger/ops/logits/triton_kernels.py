@@ -1,10 +1,10 @@
-"""The Triton kernels behind the row functions: one program a row, float32 arithmetic, outputs of their own.
+"""The Triton kernels of the row functions: one program per row, float32 arithmetic, separate outputs.
 
-A row of logits is read from device memory once. The second pass, which writes the gradients, goes over the row
-backwards: it starts with what the first pass read last, which is what the cache still holds when the rows in flight
-are together larger than it.
+The aim is to read each row of logits from device memory only once. The second pass, which writes the gradients, runs
+over the row backwards. It starts with the columns that the first pass read last: if the rows in flight are together
+larger than the L2 cache, these are the columns that the cache still holds.
 
-Tiles, and what NamedTuples and None stand for, are in `jliger.ops.logits.triton_tiles`.
+`jliger.ops.logits.triton_tiles` explains tiles, and the use of NamedTuples and None.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +30,7 @@ from jliger.ops.logits.triton_tiles import (
 
 
 class _Stats(NamedTuple):
-    """Pointers to `jliger.ops.logits.RowStats`, `[T]` each, those that are not wanted None."""
+    """Pointers to the fields of `jliger.ops.logits.RowStats`, `[T]` each; None for those not wanted."""
 
     max: Any
     log_sum: Any
@@ -41,7 +41,7 @@ class _Stats(NamedTuple):
 
 
 class _Coefficients(NamedTuple):
-    """A row's `jliger.ops.logits.Coefficients`, or pointers to those of all rows, `[T]` each."""
+    """The `jliger.ops.logits.Coefficients` of one row, or pointers to those of all rows, `[T]` each."""
 
     probability: Any
     label: Any
@@ -51,13 +51,13 @@ class _Coefficients(NamedTuple):
 
 
 class _Factors(NamedTuple):
-    """What multiplies what in a row of gradients, once the row's softmax is known.
+    """Coefficients of one row's gradients in terms of `exp(z_v − max)`, once the row's statistics are known.
 
     Attributes:
-      exp: of `exp(z_v − max)`.
-      exp_logit: of `exp(z_v − max) · (z_v − max)`, or None.
-      label: subtracted where `v` is the label.
-      smoothing: of class weights, subtracted everywhere, or None.
+      exp: factor of `exp(z_v − max)`.
+      exp_logit: factor of `exp(z_v − max) · (z_v − max)`, or None.
+      label: subtracted in the label's column.
+      smoothing: multiplied by the class weight and subtracted in every column, or None.
     """
 
     exp: Any
@@ -79,7 +79,7 @@ def _load_coefficients(pointers, index):
 
 @triton.jit
 def _store_stats_of_row(stats, index, row, label, SHAPE: tl.constexpr, TILE: tl.constexpr):
-    """One pass over a row, from its first column to its last; returns its maximum and log-sum too."""
+    """Writes the statistics of a row, in one pass from the first column to the last; returns `max` and `log_sum`."""
     label_logit = load_label_logit(row, label, SHAPE)
     WITH_WEIGHTED_SUM: tl.constexpr = stats.weighted_sum is not None
     WITH_MEAN_LOGIT: tl.constexpr = stats.mean_logit is not None
@@ -95,7 +95,7 @@ def _store_stats_of_row(stats, index, row, label, SHAPE: tl.constexpr, TILE: tl.
 
 @triton.jit
 def _factors(coefficients, row_max, log_sum):
-    """Everything that is the same in all of a row's columns, so that it is computed once."""
+    """The factors, which are the same for all columns of a row and are computed once per row."""
     probability = coefficients.probability
     if coefficients.probability_lse is not None:
         probability += coefficients.probability_lse * (row_max + log_sum)
@@ -108,7 +108,10 @@ def _factors(coefficients, row_max, log_sum):
 
 @triton.jit
 def _logit_grads(row, columns, inside, row_max, factors, label, SHAPE: tl.constexpr, EVICTION: tl.constexpr):
-    """Gradients by the products in some columns: all of them the label's, with `label` its factor, or none, with 0."""
+    """Gradients by the products in some columns.
+
+    `label` is subtracted in all of them: pass `factors.label` for the label's column, 0 for a tile.
+    """
     logits, dlogit_dproduct = load_logits(row, columns, inside, SHAPE, EVICTION)
     below = logits - row_max
     factor = factors.exp
@@ -135,10 +138,10 @@ def _store_grads_of_tile(
 
 @triton.jit
 def _store_grads_of_row(grads_ptr, row, label, row_max, factors, SHAPE: tl.constexpr, TILE: tl.constexpr):
-    """One pass over a row, from its last column to its first."""
-    # Loaded first, for the tiles need not wait for it.
+    """Writes the gradients of a row, in one pass from the last column to the first."""
+    # Computed before the loop: the latency of its load overlaps with the loop.
     label_grad = _logit_grads(row, label, is_column(label, SHAPE), row_max, factors, factors.label, SHAPE, "")
-    # First what is left of the row, and its padding, which may go on for longer than a tile.
+    # First the masked remainder and the padding. The padding can be longer than a tile, hence a loop.
     for start in tl.static_range(TILE.whole, SHAPE.stride, TILE.size):
         _store_grads_of_tile(grads_ptr, start, row, row_max, factors, SHAPE, TILE, WHOLE=False)
     for back in tl.range(TILE.size, TILE.whole + 1, TILE.size, loop_unroll_factor=TILE.unroll):
@@ -161,7 +164,7 @@ def row_stats_kernel(
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    # 64 bits, for a row may start beyond what 32 count.
+    # 64 bits: index · stride exceeds 32 bits for more than 2³¹ logits.
     index = tl.program_id(0).to(tl.int64)
     row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr)
     stats = _Stats(max_ptr, log_sum_ptr, label_logit_ptr, prediction_ptr, weighted_sum_ptr, mean_logit_ptr)
@@ -220,7 +223,7 @@ def row_stats_and_grads_kernel(
     index = tl.program_id(0).to(tl.int64)
     row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr)
     label = tl.load(labels_ptr + index)
-    # Loaded first, so that the second pass need not wait for them.
+    # Loaded before the first pass, so that the second pass does not wait for them.
     coefficients = _Coefficients(
         probability_ptr, label_coefficient_ptr, probability_lse_ptr, smoothing_ptr, probability_logit_ptr
     )

@@ -1,12 +1,12 @@
-"""What all row kernels share: tiles of a row, how they become logits, and a row's softmax.
+"""Functions shared by all row kernels: tiles of a row, the computation of logits, and the softmax of a row.
 
-Each program has a row to itself, and goes over it tile by tile. A tile is `[LANES, VECTOR]` columns: a lane is a
-thread, and its vector is contiguous, to be loaded by one instruction and reduced within the thread. Whole tiles have
-no mask, which takes instructions, and where it may end within a vector a load for each column; what is left of a row is
-a tile of its own, outside the loop.
+Each program processes one row, tile by tile. A tile is `[LANES, VECTOR]` columns. A lane is one thread; its vector is
+contiguous, so that one instruction loads it and the thread reduces it without communication. Whole tiles have no mask:
+a mask takes instructions, and if it can end within a vector, every column needs its own load. The remainder of the row
+is a separate, masked tile outside the loop.
 
-What a kernel is compiled for is in NamedTuples, upper case. An array that a call does not have, read or written, is
-None, and what would touch it is compiled away.
+Compile-time arguments are NamedTuples with names in upper case. An array that a call does not read or write is None;
+the code that uses it is then not compiled.
 """
 
 from typing import Any, NamedTuple
@@ -14,20 +14,20 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-_LOWEST = tl.constexpr(-3.4028234663852886e38)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32
 
-_VECTOR = 8  # logits a thread takes at once: 16 bytes of bfloat16
+_VECTOR = 8  # logits that a thread loads at once: one 128-bit load of bfloat16
 
 
 class Tile(NamedTuple):
     """Compile-time shape of a tile.
 
     Attributes:
-      lanes: threads.
-      vector: columns a thread.
-      size: columns in all.
-      whole: columns of a row that are in whole tiles; what is left fits in one more.
-      unroll: how often loops over tiles are unrolled.
+      lanes: number of threads.
+      vector: columns per thread.
+      size: columns per tile.
+      whole: columns of a row that whole tiles cover; the rest is less than one tile.
+      unroll: the unroll factor of loops over tiles.
     """
 
     lanes: int
@@ -38,18 +38,18 @@ class Tile(NamedTuple):
 
     @classmethod
     def make(cls, width: int, most_warps: int, unroll: int) -> "Tile":
-        """For rows of `width` columns; a short row gets fewer warps."""
+        """The tile for rows of `width` columns. A short row gets fewer warps."""
         lanes = max(32, min(32 * most_warps, triton.next_power_of_2(width) // _VECTOR))
         size = lanes * _VECTOR
         return cls(lanes, _VECTOR, size, width // size * size, unroll)
 
 
 class Shape(NamedTuple):
-    """Compile-time shape of a row, and how a product becomes a logit.
+    """Compile-time shape of a row, and the map from products to logits.
 
     Attributes:
-      stride: columns from a row to the next, which are written; those beyond `width` are padding.
-      width: columns that exist.
+      stride: distance between rows, in columns. Columns from `width` to `stride` are padding; gradients there are 0.
+      width: number of vocabulary columns.
       scale, softcap: as in `jliger.ops.logits.LogitMap`.
     """
 
@@ -60,7 +60,7 @@ class Shape(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Pointers to the columns of one row, `[V]` each; those that are not there are None."""
+    """Pointers to the arrays of one row, `[V]` each; None for an array that the call does not have."""
 
     product: Any
     bias: Any
@@ -68,15 +68,15 @@ class Row(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """What one pass finds of a row, or as much as is asked for; with a temperature `τ` that divides logits.
+    """The statistics of one row at temperature `τ`; None for those not wanted.
 
     Attributes:
       max: `max_v z_v`.
       log_sum: `log Σ_v exp((z_v − max) / τ)`.
-      hard_log_sum: likewise without `τ`, or None.
+      hard_log_sum: `log Σ_v exp(z_v − max)`, at temperature 1, or None.
       weighted_sum: `Σ_v u_v · z_v`, or None.
-      mean_logit: the mean of `z_v − max` by `exp(z_v − max)`, or None. It takes `τ = 1`.
-      prediction: the first column of the maximum.
+      mean_logit: the mean of `z_v − max` weighted by `exp(z_v − max)`, or None. Requires `τ = 1`.
+      prediction: the first column that has the maximum.
     """
 
     max: Any
@@ -88,11 +88,11 @@ class Softmax(NamedTuple):
 
 
 class _Lanes(NamedTuple):
-    """A softmax so far, each lane's of its own columns, `[LANES]` each; None for what is not wanted.
+    """Running softmax statistics, separate for each lane, `[LANES]` each; None for those not wanted.
 
     Attributes:
       max: the largest logit.
-      start: the first column of the tile that it is in.
+      start: the first column of the tile that contains it.
       sum: `Σ exp((z − max) / τ)`.
       hard_sum: `Σ exp(z − max)`.
       weighted_sum: `Σ u · z`.
@@ -109,7 +109,7 @@ class _Lanes(NamedTuple):
 
 @triton.jit
 def load_or_none(pointer, index):
-    """What is at `index` of an array, or None if there is no array."""
+    """The element at `index` of an array, or None if the array is None."""
     if pointer is not None:
         value = tl.load(pointer + index)
     else:
@@ -119,14 +119,14 @@ def load_or_none(pointer, index):
 
 @triton.jit
 def store_if_wanted(pointer, index, value):
-    """Writes `value` at `index` of an array, if there is one."""
+    """Writes `value` at `index` of an array, unless the array is None."""
     if pointer is not None:
         tl.store(pointer + index, value)
 
 
 @triton.jit
 def tile_columns(start, TILE: tl.constexpr):
-    """A tile's columns, `[LANES, VECTOR]`."""
+    """The column indices of a tile, `[LANES, VECTOR]`."""
     LANES: tl.constexpr = TILE.lanes
     VECTOR: tl.constexpr = TILE.vector
     return start + (tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :])
@@ -134,7 +134,7 @@ def tile_columns(start, TILE: tl.constexpr):
 
 @triton.jit
 def columns_inside(columns, SHAPE: tl.constexpr, WHOLE: tl.constexpr):
-    """Which columns exist; None for all of them, and then nothing is masked."""
+    """A mask of the columns that exist; None for a whole tile, so that loads and stores have no mask."""
     if WHOLE:
         inside = None
     else:
@@ -144,7 +144,7 @@ def columns_inside(columns, SHAPE: tl.constexpr, WHOLE: tl.constexpr):
 
 @triton.jit
 def where_inside(inside, values, otherwise):
-    """`values` of columns that exist, as `columns_inside` tells them."""
+    """`values` where the mask of `columns_inside` is true, `otherwise` elsewhere."""
     if inside is not None:
         values = tl.where(inside, values, otherwise)
     return values
@@ -152,10 +152,10 @@ def where_inside(inside, values, otherwise):
 
 @triton.jit
 def load_columns(pointers, inside, EVICTION: tl.constexpr):
-    """A load, of zeros where `inside` is false.
+    """Loads values, with 0 where `inside` is false.
 
-    `EVICTION` is `"evict_last"` for what a later pass reads again, `"evict_first"` for what none does, `""` for what
-    other rows read too.
+    `EVICTION` is `"evict_last"` for data that a later pass reads again, `"evict_first"` for data in its last pass, and
+    `""` for data shared by all rows.
     """
     if inside is None:
         values = tl.load(pointers, eviction_policy=EVICTION)
@@ -166,7 +166,7 @@ def load_columns(pointers, inside, EVICTION: tl.constexpr):
 
 @triton.jit
 def _tanh(x):
-    # Cephes' tanhf: a polynomial where 1 − exp(−2|x|) would cancel.
+    # Cephes' tanhf: a polynomial for small x, where 1 − exp(−2|x|) would lose digits by cancellation.
     size = tl.abs(x)
     decay = tl.exp(-2 * size)
     far = (1 - decay) / (1 + decay)
@@ -181,7 +181,7 @@ def _tanh(x):
 
 @triton.jit
 def load_logits(row, columns, inside, SHAPE: tl.constexpr, EVICTION: tl.constexpr):
-    """Logits in some columns, float32, and their derivative by the product."""
+    """The logits of some columns in float32, and their derivative by the product."""
     logits = load_columns(row.product + columns, inside, EVICTION).to(tl.float32)
     if row.bias is not None:
         logits += load_columns(row.bias + columns, inside, "")
@@ -196,15 +196,15 @@ def load_logits(row, columns, inside, SHAPE: tl.constexpr, EVICTION: tl.constexp
 
 @triton.jit
 def is_column(label, SHAPE: tl.constexpr):
-    """Whether a label is a column of the row."""
+    """Whether a label is a column of this row."""
     return columns_inside(label, SHAPE, WHOLE=False) & (label >= 0)
 
 
 @triton.jit
 def load_label_logit(row, label, SHAPE: tl.constexpr):
-    """The label's logit, 0 where it is no column; None without labels.
+    """The label's logit, 0 if the label is not in this block; None without labels.
 
-    Called before a row is gone over, for nothing that is done there waits for it.
+    Called before the loop over the row: the load's latency then overlaps with the loop.
     """
     if label is not None:
         has_label = is_column(label, SHAPE)
@@ -217,9 +217,9 @@ def load_label_logit(row, label, SHAPE: tl.constexpr):
 
 @triton.jit
 def store_tile(row_ptr, columns, inside, values, SHAPE: tl.constexpr):
-    """Writes a tile of gradients, and zeros into the padding."""
+    """Writes a tile of gradients, with zeros in the padding."""
     values = where_inside(inside, values, 0.0).to(row_ptr.dtype.element_ty)
-    # Streamed: nobody reads them before the next product does, and the cache has better things to hold.
+    # Streaming stores (.cs): this kernel does not read the gradients, so they should not evict logits from the cache.
     if inside is None:
         tl.store(row_ptr + columns, values, cache_modifier=".cs")
     else:
@@ -228,24 +228,25 @@ def store_tile(row_ptr, columns, inside, values, SHAPE: tl.constexpr):
 
 @triton.jit
 def store_label_grad(row_ptr, label, grad, SHAPE: tl.constexpr):
-    """Writes the label's column again, now as the label's, which is cheaper than to look for it in every tile."""
-    # Another thread wrote it before; the barrier puts this store behind that one.
+    """Overwrites the gradient in the label's column, which is cheaper than to compare columns with it in every tile."""
+    # Another thread of this program wrote the same address before. The barrier orders this store after that one.
     tl.debug_barrier()
     tl.store(row_ptr + label, grad.to(row_ptr.dtype.element_ty), mask=is_column(label, SHAPE))
 
 
 @triton.jit
 def finite(below):
-    """A difference that is multiplied by its own exponential: clipped where the exponential is 0.
+    """`z − max`, clipped from below where its exponential is 0, for use in `exp(z − max) · (z − max)`.
 
-    The bound is small, so that the product with a large coefficient does not overflow; 0 · inf would be NaN.
+    Without clipping, z = −inf gives 0 · inf = NaN. The bound is small, so that its product with a large coefficient
+    does not overflow.
     """
     return tl.maximum(below, -1024.0)
 
 
 @triton.jit
 def _shift_to_new_max(logit_sum, sum_exp, step):
-    """`Σ exp(z − m) · (z − m)` where the second `m` is larger by `−step`."""
+    """`Σ exp(z − m) · (z − m')` from `Σ exp(z − m) · (z − m)`, where `m' = m − step` is the new maximum."""
     return logit_sum + finite(step) * sum_exp
 
 
@@ -253,8 +254,8 @@ def _shift_to_new_max(logit_sum, sum_exp, step):
 def _add_tile(
     lanes, start, row, INVERSE_TEMPERATURE: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Every lane's softmax with one more vector each."""
-    columns = tile_columns(start, TILE)  # [LANES, VECTOR], as are logits, and what is made of them column by column
+    """Adds one vector to each lane's statistics: the online softmax, which rescales the sums at a new maximum."""
+    columns = tile_columns(start, TILE)  # [LANES, VECTOR], as is every array below that is not reduced
     inside = columns_inside(columns, SHAPE, WHOLE)
     logits, _ = load_logits(row, columns, inside, SHAPE, "evict_last")
     hard_sum, weighted_sum, logit_sum = lanes.hard_sum, lanes.weighted_sum, lanes.logit_sum
@@ -266,7 +267,7 @@ def _add_tile(
     logits = where_inside(inside, logits, float("-inf"))
     tile_max = tl.max(logits, axis=1)  # [LANES]
     new_max = tl.maximum(lanes.max, tile_max)
-    # What was summed below the old maximum is brought below the new one; both factors are at most 1.
+    # Rescales the sums from the old maximum to the new one. `step` is at most 0, so nothing overflows.
     step = lanes.max - new_max
     below = logits - new_max[:, None]
     exp = tl.exp(below * INVERSE_TEMPERATURE)
@@ -275,7 +276,7 @@ def _add_tile(
     if hard_sum is not None:
         hard_sum = hard_sum * tl.exp(step) + tl.sum(tl.exp(below), axis=1)
     sum_exp = lanes.sum * tl.exp(step * INVERSE_TEMPERATURE) + tl.sum(exp, axis=1)
-    # Of equal maxima the first stays.
+    # Strictly greater: of equal maxima, the first tile is kept.
     new_start = tl.where(tile_max > lanes.max, start, lanes.start)
     return _Lanes(new_max, new_start, sum_exp, hard_sum, weighted_sum, logit_sum)
 
@@ -284,8 +285,9 @@ def _add_tile(
 def _first_of_max(row, row_max, lanes, SHAPE: tl.constexpr, TILE: tl.constexpr):
     """The first column whose logit is `row_max`.
 
-    Each lane remembers the tile of its maximum, and so the vector. Of those that have the row's maximum the first in
-    columns' order is read again, 8 columns in all; to remember columns would cost every tile a comparison for each.
+    Each lane has kept the tile of its maximum, which determines the vector. Of the lanes with the row's maximum, the
+    one with the first vector is chosen, and its 8 columns are read again. To track columns instead of tiles would take
+    a comparison per column in every tile.
     """
     LANES: tl.constexpr = TILE.lanes
     VECTOR: tl.constexpr = TILE.vector
@@ -293,7 +295,7 @@ def _first_of_max(row, row_max, lanes, SHAPE: tl.constexpr, TILE: tl.constexpr):
     columns = tl.min(vectors, axis=0) + tl.arange(0, VECTOR)
     inside = columns_inside(columns, SHAPE, WHOLE=False)
     logits, _ = load_logits(row, columns, inside, SHAPE, "evict_last")
-    # Of a row that is not a number none is; its prediction is still a column.
+    # In a row with NaN no logit equals the maximum; the prediction is then the last column, so that it stays in range.
     return tl.min(tl.where(inside & (logits == row_max), columns, SHAPE.width - 1), axis=0)
 
 
@@ -307,12 +309,12 @@ def softmax_of_row(
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One pass over a row, from its first column to its last."""
-    # Each lane keeps a maximum and sums of its own: no tile waits for a reduction across threads.
+    """The statistics of a row, in one pass from the first column to the last."""
+    # Each lane has its own maximum and sums, so the loop needs no reduction across threads; there is one at the end.
     LANES: tl.constexpr = TILE.lanes
     zeros = tl.zeros([LANES], tl.float32)
     lanes = _Lanes(
-        # Finite, so that a lane with nothing but −inf has sum 0 and not NaN.
+        # Finite: a lane whose logits are all −inf then has a sum of 0, and not NaN.
         max=tl.full([LANES], _LOWEST, tl.float32),
         start=tl.zeros([LANES], tl.int32),
         sum=zeros,
@@ -325,7 +327,7 @@ def softmax_of_row(
     if TILE.whole < SHAPE.width:
         lanes = _add_tile(lanes, TILE.whole, row, INVERSE_TEMPERATURE, SHAPE, TILE, WHOLE=False)
 
-    # Lanes are put together as tiles were.
+    # Merges the lanes as the loop merges tiles: rescale to the common maximum, then add.
     row_max = tl.max(lanes.max, axis=0)
     step = lanes.max - row_max
     sum_exp = tl.sum(lanes.sum * tl.exp(step * INVERSE_TEMPERATURE), axis=0)

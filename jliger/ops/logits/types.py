@@ -1,4 +1,4 @@
-"""What the row functions of every backend take and give."""
+"""Arguments and results of the row functions, the same for every backend."""
 
 from typing import NamedTuple
 
@@ -6,16 +6,16 @@ from jaxtyping import Array, Float, Int
 
 
 class RowStats(NamedTuple):
-    """What a loss needs to know of each row of logits `z`; mergeable across blocks of the vocabulary.
+    """Statistics of each row of logits `z`. Statistics of several blocks of the vocabulary can be merged.
 
     Attributes:
       max: `max_v z_v`.
-      log_sum: `log Σ_v exp(z_v − max)`, the log-sum-exp less the maximum.
-      label_logit: `z_label`, or 0 where the label lies outside the block.
+      log_sum: `log Σ_v exp(z_v − max)`, the log-sum-exp minus the maximum.
+      label_logit: `z_label`, or 0 if the label is outside the block.
       prediction: the first `v` at which `z_v` is largest.
-      weighted_sum: `Σ_v u_v · z_v` with class weights `u` (1 without), or None if not asked for.
-      mean_logit: `Σ_v p_v · (z_v − max)` with `p = softmax(z)`, or None if not asked for. The entropy is `log_sum` less
-        it.
+      weighted_sum: `Σ_v u_v · z_v` with class weights `u` (1 without), or None if not wanted.
+      mean_logit: `Σ_v p_v · (z_v − max)` with `p = softmax(z)`, or None if not wanted. The entropy is
+        `log_sum − mean_logit`.
     """
 
     max: Float[Array, "*B"]
@@ -27,19 +27,19 @@ class RowStats(NamedTuple):
 
 
 class StatsWanted(NamedTuple):
-    """Which of the stats that not every loss needs are asked for."""
+    """Which of the optional statistics to compute."""
 
     weighted_sum: bool = False
     mean_logit: bool = False
 
 
 class Coefficients(NamedTuple):
-    """What multiplies what in each row of logit gradients: the one form that the gradients of all losses have.
+    """Per-token coefficients of the logit gradients. The gradients of every loss have this form.
 
     `dz_v = p_v · (probability + probability_lse · lse + probability_logit · (z_v − max)) − label · [v = label]
     − smoothing · u_v`
 
-    with `p = softmax(z)` and class weights `u`. None stands for 0 in every row, and costs nothing.
+    with `p = softmax(z)` and class weights `u`. None means 0 for every token; the term is then not computed.
     """
 
     probability: Float[Array, " T"]
@@ -50,12 +50,12 @@ class Coefficients(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Everything about one block of logits but the logits themselves.
+    """The arrays that belong to one block of logits, apart from the logits.
 
     Attributes:
       bias: added to the logits, or None.
       class_weights: `u`, or None for 1.
-      labels: the label's column in this block; any value outside `[0, V)` is no column.
+      labels: each label's column in this block. A value outside `[0, V)` means that the label is not in this block.
     """
 
     bias: Float[Array, " V"] | None
@@ -64,12 +64,12 @@ class Block(NamedTuple):
 
 
 class LogitMap(NamedTuple):
-    """How the product of hidden states and kernel becomes logits: `softcap(scale · (product + bias))`.
+    """How logits are computed from the product of hidden states and kernel: `softcap(scale · (product + bias))`.
 
     Attributes:
       scale: multiplies the logits.
       softcap: `c` in `c · tanh(z / c)`, or None.
-      width: the columns that exist; a padded product has more.
+      width: the number of vocabulary columns. The product may have more columns, as padding.
     """
 
     scale: float

@@ -1,4 +1,4 @@
-"""The row functions in plain JAX: every device, every dtype, and the words the Triton kernels are held to."""
+"""The row functions in plain JAX, for every device and dtype. The Triton kernels are tested against them."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jliger.ops.logits.types import Block, Coefficients, LogitMap, RowStats, Sta
 
 def row_stats(product: Float[Array, "T V"], block: Block, logit_map: LogitMap, wanted: StatsWanted) -> RowStats:
     logits, _, inside = _logits(product, block, logit_map)
-    # Finite also where a block holds nothing but −inf, so that its sum is 0 and not NaN.
+    # Finite even if the block contains only −inf: exp(−inf − max) is then 0, and not NaN.
     row_max = jnp.maximum(logits.max(axis=1), jnp.finfo(logits.dtype).min)
     is_label = _is_label(product, block) & inside
     weighted_sum = None
@@ -22,7 +22,7 @@ def row_stats(product: Float[Array, "T V"], block: Block, logit_map: LogitMap, w
     sum_exp = exp.sum(axis=1)
     mean_logit = None
     if wanted.mean_logit:
-        # The mean does not matter where the block holds nothing but −inf; 0 / 0 would trip `jax_debug_nans`.
+        # If the block contains only −inf, any mean is correct, but 0 / 0 would raise under `jax_debug_nans`.
         mean_logit = (exp * _finite(below)).sum(axis=1) / jnp.where(sum_exp == 0, 1, sum_exp)
     return RowStats(
         max=row_max,
@@ -90,9 +90,10 @@ def _logits(
 
 
 def _finite(below: Float[Array, "T V"]) -> Float[Array, "T V"]:
-    """A difference that is multiplied by its own exponential: clipped where the exponential is 0.
+    """`z − max`, clipped from below where its exponential is 0, for use in `exp(z − max) · (z − max)`.
 
-    The bound is small, so that the product with a large coefficient does not overflow; 0 · inf would be NaN.
+    Without clipping, z = −inf gives 0 · inf = NaN. The bound is small, so that its product with a large coefficient
+    does not overflow.
     """
     return jnp.maximum(below, -1024)  # exp(−1024) is 0, in float64 too.
 

@@ -1,13 +1,17 @@
-"""chunks: the loops that keep logits small. Products by XLA, rows by a backend.
+"""The loops over chunks of tokens, which bound the memory of logits.
 
-Two forms compute gradients. The *forward form* takes chunks of tokens over the whole vocabulary, and computes the
-gradients of a loss whose coefficients are known beforehand: three products. The *recompute form* takes larger chunks of
-tokens over blocks of the vocabulary, given what a first sweep (`token_stats`) found: four products, the least memory.
+XLA computes the matrix products; a backend (Triton or XLA) computes the row functions on each chunk's logits.
 
-With a teacher, the forward form has both models' logits in each chunk, and gradients for the student's: four products.
+Gradients are computed in one of two forms. The *forward form* loops over chunks of tokens with all columns. It computes
+the gradients together with the loss, whose coefficients must be known beforehand: three matrix products. The *recompute
+form* loops over larger chunks of tokens and, inside, over blocks of columns. It needs the statistics of an earlier pass
+(`stats_pass`): four products in total, and the least memory.
 
-Tokens that don't count are not computed: those that do are gathered, chunk by chunk, and the loops are as long as
-their number asks for.
+In distillation, the forward form computes both models' logits in each chunk, and the student's gradients: four
+products.
+
+Uncounted tokens are not computed. Each chunk gathers counted tokens, and the number of iterations depends on how many
+there are.
 """
 
 from jliger.ops.linear_head.chunks.distillation import DistillationMerge as DistillationMerge

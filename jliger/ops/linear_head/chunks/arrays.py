@@ -1,4 +1,4 @@
-"""Small things done to arrays in every chunk."""
+"""Array helpers for the loops over chunks."""
 
 from typing import Any
 
@@ -8,26 +8,27 @@ from jaxtyping import Array
 
 
 def pad(array: Array, dims: tuple[int, ...], alignment: int) -> Array:
-    """Zeros after those `dims` whose sizes are no multiples of `alignment`, up to the next multiple of eight times it.
+    """Pads with zeros the `dims` whose size is not a multiple of `alignment`, to a multiple of `8 · alignment`.
 
-    On a GPU, where `alignment` is 8, rows then start on 16 bytes, which matrix units need, and padded ones on 128.
+    On a GPU, `alignment` is 8. Rows of 16-bit numbers then start at multiples of 16 bytes, which matrix units require;
+    rows that had to be padded start at multiples of 128 bytes.
     """
     after = [-size % (8 * alignment) if dim in dims and size % alignment else 0 for dim, size in enumerate(array.shape)]
     return jnp.pad(array, [(0, amount) for amount in after]) if any(after) else array
 
 
 def materialize(operand: Array) -> Array:
-    """Keeps XLA from computing an operand of several products again inside each of them."""
+    """Makes XLA compute an operand once. Without the barrier it may fuse the computation into each product again."""
     return jax.lax.optimization_barrier(operand)
 
 
 def accumulate(total: Array | None, part: Array) -> Array:
-    """A sum that starts with its first part: nothing is set to zero to be added to."""
+    """`total + part`; `part` if there is no total yet, which saves writing and reading zeros."""
     return part if total is None else total + part
 
 
 def write_block(full: Array, part: Array, offsets: tuple[Any, ...], *, add: bool) -> Array:
-    """`full` with `part` written, or added, at `offsets`."""
+    """`full` with `part` written at `offsets`, or added there."""
     if add:
         part = part + jax.lax.dynamic_slice(full, offsets, part.shape)
     return jax.lax.dynamic_update_slice(full, part.astype(full.dtype), offsets)

@@ -1,4 +1,4 @@
-"""However the tokens and the vocabulary are cut up, the results are the same, and only tokens that count cost time."""
+"""Tests that results do not depend on how tokens and vocabulary are split, and that uncounted tokens take no time."""
 
 import dataclasses
 import functools
@@ -28,12 +28,12 @@ def test_any_chunk_size_gives_the_same(reduction, implementation):
     for chunk_size in (1, 2, 5, 8, 9, 16, 17, 18, 1000):
         result = fused(problem.replace(chunk_size=chunk_size), implementation)
         for name, value in expected.items():
-            # Sums over tokens in another order.
+            # The order of summation over tokens differs.
             np.testing.assert_allclose(result[name], value, rtol=1e-5, atol=2e-6, err_msg=f"{name}, {chunk_size}")
 
 
 def dynamic(problem, implementation, differentiate):
-    """A function of `where`, compiled once: how many tokens count is known on the device only."""
+    """A function of `where`, compiled once, so that the number of counted tokens is only known on the device."""
     options = {name: value for name, value in problem.options.items() if name != "where"}
 
     def loss(inputs, where):
@@ -54,7 +54,7 @@ def dynamic(problem, implementation, differentiate):
 
 
 def masks(tokens):
-    """None, one, about every boundary of a quarter of a chunk, and all; spread out, and in one piece."""
+    """Masks with none, one, all, and numbers around each quarter of a chunk counted; scattered and contiguous."""
     random = np.random.default_rng(0)
     counts = {0, 1, tokens - 1, tokens}
     for quarter in range(1, 5):
@@ -95,13 +95,13 @@ def test_any_number_of_tokens_that_count(tokens_and_chunk, reduction, differenti
             expected |= {"hidden": dz @ kernel.T, "kernel": hidden.T @ dz, "bias": dz.sum(0)}
             np.testing.assert_array_equal(result["predictions"], np.where(where, logits.argmax(1), -1))
         for name, value in expected.items():
-            # A few float32 roundings, at worst one for each token of a sum.
+            # A few float32 roundings; in the worst case one for each summed token.
             little = 4e-7 * max(1.0, np.abs(value).max()) * (1 if reduction == "mean" else 4)
             np.testing.assert_allclose(result[name], value, rtol=1e-5, atol=little, err_msg=f"{name} {where.sum()}")
 
 
 def wide(implementation):
-    """Tokens and columns at which the vocabulary is gone through in blocks, the last one narrower."""
+    """A number of tokens and columns for which the vocabulary has several blocks, the last one narrower."""
     return (1030, 2203) if implementation == "xla" else (8200, 20011)
 
 
@@ -118,7 +118,7 @@ def test_several_blocks_of_columns(dtype, kernel_layout, bias, implementation):
         reduction="none", chunk_size=tokens, label_smoothing=0.1, class_weights=True, z_loss=0.01,
         return_metrics=True, precision="highest",
     )  # fmt: skip
-    # Labels about every border that a block may have.
+    # Labels around every possible block boundary.
     edges = np.concatenate([np.arange(0, vocab, 128), np.arange(127, vocab, 128), np.arange(vocab - 3, vocab)])
     labels = jnp.asarray(np.resize(edges, tokens), jnp.int32)
     problem = problem.replace(labels=labels, where=jnp.arange(tokens) % 7 != 3)

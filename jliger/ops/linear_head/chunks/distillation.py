@@ -1,4 +1,4 @@
-"""The forward form with a teacher: both sets of logits, a chunk at a time, and gradients for the student alone."""
+"""The forward form for distillation: both models' logits in each chunk, and gradients of the student only."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from jliger.ops.logits.distillation_types import Comparison
 
 
 class DistillationMerge(NamedTuple):
-    """Makes what is found of all columns from what is found of the heads', if they have but some."""
+    """Merges statistics over the devices that shard the vocabulary."""
 
     stats: Callable[[DistillationStats], DistillationStats]
     divergence: Callable[[Divergence], Divergence]
@@ -37,14 +37,14 @@ def distillation_pass(
     coefficients: DistillationCoefficients | None,
     merge: DistillationMerge | None = None,
 ) -> tuple[Comparison, Gradients | None]:
-    """How far the student is from its teacher, and the student's gradients.
+    """The statistics and divergence of each token, and the student's gradients.
 
     Args:
-      config: how both models' logits come about.
-      wanted: which gradients, in which dtypes; the kernel's and the bias's are sums over chunks in float32 before.
-      operands: of `[T]` tokens.
-      coefficients: of each token's logit gradients, `[T]`; None for no gradients, which takes no time for them.
-      merge: over devices that share the columns; what is returned is merged.
+      config: how both models' logits are computed.
+      wanted: the dtypes of the wanted gradients. Those of the kernel and the bias are summed over chunks in float32.
+      operands: arrays of `[T]` tokens.
+      coefficients: coefficients of the logit gradients, `[T]`; None for no gradients, which are then not computed.
+      merge: merges statistics over the vocabulary shards; None if unsharded. The returned statistics are merged.
     """
     assert config.teacher is not None
     assert operands.teacher_hidden is not None

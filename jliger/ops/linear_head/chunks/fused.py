@@ -1,4 +1,4 @@
-"""The fused pass: gradients together with the loss, three products."""
+"""The fused pass: gradients are computed together with the loss, with three products."""
 
 from collections.abc import Callable
 from typing import Any
@@ -53,6 +53,7 @@ def fused_pass(
             coefficients = rule(None, *arguments)
             result, logit_grads = rows.row_stats_and_grads(*parts, config.stats_wanted, coefficients, dtype=dtype)
         else:
+            # Gradients need the statistics of all columns, so the merge comes between two launches.
             result = rows.row_stats(*parts, config.stats_wanted)
             merged = result if merge is None else merge(result)
             coefficients = rule(merged, *arguments)

@@ -1,4 +1,4 @@
-"""Gradients as the forward form makes them: rows of the tokens' chunk by chunk, sums over chunks of the head's."""
+"""Gradient accumulators of the forward form: token gradients are written per chunk, the head's summed over chunks."""
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -12,7 +12,7 @@ from jliger.ops.linear_head.types import GradientDtypes, Gradients, Head, HeadCo
 
 
 def before_chunks(wanted: GradientDtypes, operands: Operands) -> Gradients:
-    """What a loop begins with: zeros of the tokens', for those that don't count; none of the head's, which are sums."""
+    """Zeros for token gradients, which uncounted tokens keep; None for the head's, which start with the first chunk."""
     return zero_gradients(GradientDtypes(hidden=wanted.hidden, adapted=wanted.adapted), operands)
 
 
@@ -24,7 +24,7 @@ def add_chunk(
     columns: Head,
     logit_grads: Float[Array, "C V"],
 ) -> Gradients:
-    """Gradients with a chunk's part of them; the head's in float32."""
+    """`grads` with a chunk's gradients written (tokens) or added in float32 (head)."""
     sums = accumulator_dtype(chunk.hidden.dtype)
     if grads.hidden is not None:
         part = hidden_grad_product(config, logit_grads, columns.kernel, grads.hidden.dtype)
@@ -44,7 +44,7 @@ def add_chunk(
 
 
 def after_chunks(wanted: GradientDtypes, grads: Gradients, head: Head) -> Gradients:
-    """What a loop ends with, as it was wanted."""
+    """The final gradients, with the shapes of the head's arrays and the wanted dtypes."""
     return grads._replace(
         kernel=_finished(grads.kernel, head.kernel, wanted.kernel),
         bias=_finished(grads.bias, head.bias, wanted.bias),
@@ -53,7 +53,7 @@ def after_chunks(wanted: GradientDtypes, grads: Gradients, head: Head) -> Gradie
 
 
 def _finished(grad: Array | None, like: Array | None, dtype: np.dtype | None) -> Array | None:
-    """Without padding, and rounded."""
+    """A gradient without padding, cast to `dtype`."""
     if grad is None or like is None:
         return None
     return grad[tuple(map(slice, like.shape))].astype(dtype)

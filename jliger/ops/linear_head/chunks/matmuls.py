@@ -1,4 +1,4 @@
-"""The three matrix products of a linear head, for a kernel in either layout, none of which transposes anything."""
+"""The three matrix products of a linear head, for both kernel layouts, without transposed copies."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ def kernel_grad_product(
 def _dot(
     config: HeadConfig, left: Any, right: Any, left_dim: int, right_dim: int, dtype: jax.typing.DTypeLike
 ) -> Array:
-    # GPU libraries do not multiply numbers of 16 bits into such of another kind.
+    # cuBLAS has no product from one 16-bit type to the other: compute in float32, then cast.
     kinds = {left.dtype, jnp.dtype(dtype)}
     through_float32 = len(kinds) == 2 and all(kind.itemsize == 2 for kind in kinds)
     return jax.lax.dot_general(

@@ -1,4 +1,8 @@
-"""The tokens that count, in chunks."""
+"""Packs the counted tokens, in order, into chunks of one size.
+
+How many tokens count is only known at run time, while shapes are static. So the arrays have room for all tokens, and
+the loop's trip count depends on the number of counted ones.
+"""
 
 import functools
 from collections.abc import Callable
@@ -16,13 +20,13 @@ from jliger.ops.linear_head.types import HeadConfig, Operands
 
 
 class PackedTokens(NamedTuple):
-    """The tokens that count, in their order, in chunks.
+    """The counted tokens, in order, in chunks.
 
     Attributes:
-      token_of: for each place its token; past the last token that counts, a number larger than every token's.
-      count: the tokens that count.
-      num_tokens: all tokens.
-      chunk: places a chunk.
+      token_of: the token index at each place. Places after the last counted token have indices out of range.
+      count: the number of counted tokens.
+      num_tokens: the number of all tokens.
+      chunk: places per chunk.
     """
 
     token_of: Int[Array, " places"]
@@ -35,9 +39,12 @@ class PackedTokens(NamedTuple):
         num_tokens = counted.shape[0]
         places = jnp.arange(-(-num_tokens // chunk) * chunk, dtype=jnp.int32)
         count = counted.sum(dtype=jnp.int32)
+        # A stable sort by "uncounted" puts the counted tokens first and keeps their order, so that gathers and scatters
+        # have sorted indices.
         order = jnp.argsort(~counted, stable=True).astype(jnp.int32)
         order = jnp.pad(order, (0, places.shape[0] - num_tokens))
-        # Past the end each place gets a number of its own, so that gathers and scatters have no index twice.
+        # The out-of-range indices differ from each other, because gathers and scatters promise XLA unique indices. They
+        # read a fill value and write nothing.
         return cls(jnp.where(places < count, order, num_tokens + places), count, num_tokens, chunk)
 
     @property
@@ -46,19 +53,21 @@ class PackedTokens(NamedTuple):
 
     @property
     def has_several_chunks(self) -> bool:
-        """Whether there may be more than one: a symbolic number of tokens is not known to fit into one."""
+        """Whether there may be more than one chunk. With a symbolic number of tokens there may be."""
         return is_symbolic(self.num_chunks) or self.num_chunks > 1
 
     def loop(self, step: Callable[[int, Any, Any], Any], initial: Any, sizes: tuple[int, ...]) -> Any:
-        """`carry = step(size, index, carry)` for every chunk with tokens, in the least of `sizes` that holds them.
+        """`carry = step(size, index, carry)` for every chunk that has tokens.
 
-        Of one size, the first chunk stands outside the loop, so that sums can start with it.
+        `size` is the smallest of `sizes` that holds the chunk's tokens. With a single size, the first chunk runs before
+        the loop, even without tokens: its results initialise sums, so that no zeros are needed.
         """
         if len(sizes) == 1:
             sized_step = functools.partial(step, sizes[0])
             return self._repeat(sized_step, 1, sized_step(0, initial))
 
         def fitting_step(index: Int[Array, ""] | int, carry: Any) -> Any:
+            # Sizes are static, so each is a branch of its own; the number of remaining tokens chooses at run time.
             left = self.count - index * self.chunk
             fitting = sum(((left > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
             return jax.lax.switch(fitting, [functools.partial(step, size, index) for size in sizes], carry)
@@ -73,17 +82,19 @@ class PackedTokens(NamedTuple):
         return jax.lax.fori_loop(first, (self.count + self.chunk - 1) // self.chunk, step, carry)
 
     def slots(self, start: Int[Array, ""] | int, size: int) -> Int[Array, " size"]:
+        """The token indices of `size` places from `start` on."""
         return jax.lax.dynamic_slice(self.token_of, (start,), (size,))
 
     def empty_stats(self, config: HeadConfig, hidden: Float[Array, "T H"]) -> Any:
+        """Statistics of 0 and predictions of −1 for all places, varying over the same mesh axes as `hidden`."""
         zeros = jnp.zeros_like(hidden, accumulator_dtype(hidden.dtype), shape=self.token_of.shape)
         return stats_of(config, zeros, jnp.full_like(zeros, -1, jnp.int32))
 
     def restore(self, stats: Any) -> Any:
-        """From packed order to the tokens' own; tokens that don't count get the statistics of an empty row."""
+        """Statistics in the order of the tokens; uncounted tokens get 0, and −1 as prediction."""
 
         def restored(field: Array) -> Array:
-            # Only predictions are integers.
+            # Predictions are the only integers.
             otherwise = -1 if jnp.issubdtype(field.dtype, jnp.integer) else 0
             full = jnp.full_like(field, otherwise, shape=(self.num_tokens,))
             return full.at[self.token_of].set(field, mode="drop", unique_indices=True)
@@ -92,7 +103,7 @@ class PackedTokens(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """One chunk's tokens; places after the last token hold zeros and the label −1."""
+    """The tokens of one chunk. Places after the last counted token have zeros and the label −1."""
 
     slots: Int[Array, " C"]
     hidden: Float[Array, "C H"]
@@ -111,16 +122,17 @@ class Chunk(NamedTuple):
         return cls(slots, rows(operands.hidden), _take(operands.labels, slots, -1), adapted, teacher)
 
     def take(self, tree: Any) -> Any:
-        """The chunk's part of per-token arrays."""
+        """The chunk's rows of per-token arrays."""
         return jax.tree.map(lambda array: _take(array, self.slots, 0), tree)
 
     def put(self, full: Float[Array, "T H"], part: Float[Array, "C H"]) -> Float[Array, "T H"]:
+        """`full` with the chunk's rows written; rows and columns of padding are dropped."""
         part = part[:, : full.shape[1]].astype(full.dtype)
         return full.at[self.slots].set(part, mode="drop", unique_indices=True, indices_are_sorted=True)
 
 
 def write_stats(stats: Any, part: Any, start: Int[Array, ""] | int) -> Any:
-    """`stats` in packed order, with those of the chunk that starts at `start` written."""
+    """`stats` in packed order, with the statistics `part` of a chunk written at `start`."""
     return jax.tree.map(lambda full, new: jax.lax.dynamic_update_slice(full, new, (start,)), stats, part)
 
 

@@ -1,4 +1,4 @@
-"""The recompute form: gradients for any cotangents, after `token_stats`; three products more, the least memory."""
+"""The recompute form: gradients for any cotangents, given the statistics; three more products, and the least memory."""
 
 from jaxtyping import Array, Float, Int
 
@@ -24,12 +24,12 @@ def recompute_pass(
     """Gradients for any coefficients.
 
     Args:
-      config: how logits come about.
-      wanted: which gradients, in which dtypes.
-      operands: of `[T]` tokens.
-      row_max: of each token's stats, over all columns, `[T]`.
-      log_sum: likewise.
-      coefficients: of each token's logit gradients, `[T]`.
+      config: how logits are computed.
+      wanted: the dtypes of the wanted gradients.
+      operands: arrays of `[T]` tokens.
+      row_max: `RowStats.max` over all columns, `[T]`.
+      log_sum: `RowStats.log_sum` over all columns, `[T]`.
+      coefficients: coefficients of the logit gradients, `[T]`.
     """
     rows = get_rows(config.implementation, config.compute_capability)
     dtype = operands.hidden.dtype
@@ -38,7 +38,8 @@ def recompute_pass(
     chunk_size, width = recompute_tile(config, num_tokens, vocab)
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment, width)
     packed = PackedTokens.make(operands.counted, chunk_size)
-    # With several chunks the kernel's gradient is a sum over them; with one, each block of it is written once.
+    # With several chunks the kernel's gradient is a float32 sum over them. With one, each block is written once, and
+    # directly in the result's dtype.
     add = packed.has_several_chunks
 
     def step(size: int, index: Int[Array, ""] | int, grads: Gradients) -> Gradients:

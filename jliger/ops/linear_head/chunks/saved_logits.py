@@ -1,4 +1,4 @@
-"""Logits kept for the backward pass, where memory allows: three products, and `[T, V]` of memory."""
+"""Passes that save logits for the backward pass: three products, and `[T, V]` of memory."""
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,9 @@ from jliger.ops.logits import Coefficients, RowStats, get_rows
 
 
 def stats_and_logits_pass(config: HeadConfig, operands: Operands) -> tuple[RowStats, Float[Array, "T V"]]:
-    """Stats, and the product that they are of, in the tokens' order.
+    """The statistics, and the product they were computed from, both in the order of the tokens.
 
-    Tokens that don't count are computed too: leaving them out would take a copy of all that is kept.
+    Uncounted tokens are computed too: to restore the order of packed tokens would take a second array of logits.
     """
     rows = get_rows(config.implementation, config.compute_capability)
     vocab = operands.kernel.shape[config.vocab_dim]
@@ -39,7 +39,7 @@ def saved_logits_pass(
     log_sum: Float[Array, " T"],
     coefficients: Coefficients,
 ) -> Gradients:
-    """Gradients for any coefficients, from `operands.logits`; the other arguments are the recompute form's."""
+    """Gradients for any coefficients, from `operands.logits`; other arguments as in `recompute_pass`."""
     assert operands.logits is not None
     rows = get_rows(config.implementation, config.compute_capability)
     dtype = operands.hidden.dtype
@@ -48,7 +48,7 @@ def saved_logits_pass(
     packed = PackedTokens.make(jnp.full_like(operands.counted, True), forward_chunk(config, num_tokens, vocab))
     counted = _where_counted(operands)
     per_token = jax.tree.map(lambda array: jnp.where(operands.counted, array, 0), (row_max, log_sum, coefficients))
-    # Padded, if at all, to whole chunks, and to the columns of the padded kernel.
+    # Pads tokens to whole chunks, and columns to those of the padded kernel. Padding makes a copy: only if needed.
     width = blocks.head.kernel.shape[config.vocab_dim]
     rest = ((0, packed.num_chunks * packed.chunk - num_tokens), (0, width - vocab))
     product = jnp.pad(operands.logits, rest) if rest != ((0, 0), (0, 0)) else operands.logits
@@ -66,7 +66,7 @@ def saved_logits_pass(
 
 
 def _where_counted(operands: Operands) -> Operands:
-    """With zeros for what doesn't count, whatever its hidden states hold, and a label that is none."""
+    """Operands with hidden states of 0 and label −1 for uncounted tokens, whose hidden states may be NaN."""
     counted = operands.counted[:, None]
     return operands._replace(
         hidden=jnp.where(counted, operands.hidden, 0),

@@ -1,4 +1,4 @@
-"""How many tokens a chunk holds and how many columns a block: what measured best within the memory that is promised."""
+"""The number of tokens per chunk and of columns per block: the fastest measured sizes within the memory bounds."""
 
 from typing import Any
 
@@ -8,10 +8,11 @@ from jliger.ops.linear_head.types import HeadConfig
 
 
 def forward_chunk(config: HeadConfig, num_tokens: int, vocab: int) -> int:
-    """Tokens a chunk in the forward form, over the whole vocabulary.
+    """Tokens per chunk in the forward form, which computes all columns.
 
-    Sums of kernel gradients hide behind their product from about 735 tokens on (on an H200), which 2048 leave far
-    behind; more, up to 8192, as long as logits and their gradients stay below 1 GiB.
+    Each chunk reads and writes the float32 sum of kernel gradients. On an H200, the kernel-gradient product takes
+    longer than that from about 735 tokens on. The minimum of 2048 is well above; the size grows up to 8192 while logits
+    and their gradients take less than 1 GiB.
     """
     return even_chunk(
         num_tokens, config.chunk_size or _within(config, vocab, gpu=(28, 2048, 8192), other=(23, 128, 1024))
@@ -19,17 +20,17 @@ def forward_chunk(config: HeadConfig, num_tokens: int, vocab: int) -> int:
 
 
 def stats_chunk(config: HeadConfig, num_tokens: int, vocab: int) -> int:
-    """Tokens a chunk for stats within the recompute form's memory, over the whole vocabulary: 0.5 GiB of logits."""
+    """Tokens per chunk for statistics within the recompute form's memory: all columns, 0.5 GiB of logits."""
     return even_chunk(
         num_tokens, config.chunk_size or _within(config, vocab, gpu=(28, 128, 8192), other=(23, 128, 1024))
     )
 
 
 def recompute_tile(config: HeadConfig, num_tokens: int, vocab: int) -> tuple[int, int]:
-    """Tokens a chunk and columns a block in the recompute form.
+    """Tokens per chunk and columns per block in the recompute form.
 
-    Each chunk adds to the whole kernel's gradient, so chunks are large; blocks are what then fits in about 0.5 GiB,
-    next to hidden states and their gradient.
+    Each chunk adds to the gradient of the whole kernel, so chunks are large, to have few of them. Blocks have as many
+    columns as then fit in about 0.5 GiB, together with the chunk's hidden states and their gradient.
     """
     on_gpu = config.implementation == "triton"
     chunk = even_chunk(num_tokens, config.chunk_size or (8192 if on_gpu else 1024))
@@ -39,14 +40,14 @@ def recompute_tile(config: HeadConfig, num_tokens: int, vocab: int) -> tuple[int
 
 
 def part_sizes(chunk: int) -> tuple[int, ...]:
-    """The sizes a large chunk can be computed in, so that one that is not full costs less than one that is."""
+    """The sizes for which a chunk is compiled, so that a partly filled chunk takes less time than a full one."""
     if chunk < 1024:
         return (chunk,)
     return (*(round_up(chunk * quarter // 4, 128) for quarter in (1, 2, 3)), chunk)
 
 
 def even_chunk(num_tokens: int, most: int) -> int:
-    """Chunks of at most `most` tokens, as many as that needs, all of one size; `most` if `num_tokens` is symbolic."""
+    """The size of chunks, at most `most`, that splits `num_tokens` evenly into the fewest; `most` if it is symbolic."""
     if is_symbolic(num_tokens):
         return most
     num_chunks = max(1, -(-num_tokens // most))
@@ -54,7 +55,7 @@ def even_chunk(num_tokens: int, most: int) -> int:
 
 
 def is_symbolic(size: Any) -> bool:
-    """Whether a size is known only when an exported program is called. Sizes of chunks and loops then must not be."""
+    """Whether a size is symbolic: known only when an exported program is called. Chunk sizes must not depend on it."""
     return export.is_symbolic_dim(size)
 
 
@@ -67,6 +68,6 @@ def floor_power_of_two(size: int) -> int:
 
 
 def _within(config: HeadConfig, vocab: int, gpu: tuple[int, int, int], other: tuple[int, int, int]) -> int:
-    """The power of two of tokens that makes `2 ** log_logits` logits, between `least` and `most`."""
+    """The largest power of two of tokens with at most `2 ** log_logits` logits, but within `[least, most]`."""
     log_logits, least, most = gpu if config.implementation == "triton" else other
     return min(most, max(least, floor_power_of_two(2**log_logits // vocab)))

@@ -1,4 +1,4 @@
-"""Stats of every token, one product: the loss without gradients, and the first half of the recompute form."""
+"""Statistics of every token, with one product: for a loss without gradients, and before the recompute form."""
 
 from typing import NamedTuple
 
@@ -15,15 +15,14 @@ from jliger.ops.logits import RowStats, get_rows
 
 
 def stats_pass(config: HeadConfig, operands: Operands, *, low_memory: bool) -> RowStats:
-    """What a loss needs of each token's logits.
+    """The statistics of each token's logits.
 
-    Tokens that don't count get the stats of a row with log-sum-exp 0, label logit 0 and prediction −1.
+    Uncounted tokens get statistics of 0, and prediction −1.
 
     Args:
-      config: how logits come about.
-      operands: of `[T]` tokens.
-      low_memory: stay within the memory of the recompute pass, and never hold the whole kernel in another dtype than
-        its own; a little slower.
+      config: how logits are computed.
+      operands: arrays of `[T]` tokens.
+      low_memory: use no more memory than the recompute pass, and never cast the whole kernel at once; a little slower.
     """
     rows = get_rows(config.implementation, config.compute_capability)
     num_tokens, vocab = operands.labels.shape[0], operands.kernel.shape[config.vocab_dim]
@@ -53,7 +52,7 @@ def stats_pass(config: HeadConfig, operands: Operands, *, low_memory: bool) -> R
 
 
 def merge_stats(left: RowStats, right: RowStats) -> RowStats:
-    """The stats of two blocks of the same rows together; of equal maxima the left one's prediction stands."""
+    """Merges the statistics of two blocks of the same rows. If their maxima are equal, the left prediction is kept."""
     row_max = jnp.maximum(left.max, right.max)
     parts = [shifted_sums(stats, row_max) for stats in (left, right)]
     sum_exp = parts[0].sum_exp + parts[1].sum_exp
@@ -71,11 +70,11 @@ def merge_stats(left: RowStats, right: RowStats) -> RowStats:
 
 
 class ShiftedSums(NamedTuple):
-    """What of a block's stats adds up over blocks, with the maximum `m` of them all.
+    """Sums over a block's columns, relative to the maximum `m` of all blocks. Sums of several blocks are added.
 
     Attributes:
       sum_exp: `Σ_v exp(z_v − m)`.
-      sum_exp_logit: `Σ_v exp(z_v − m) · (z_v − m)`, or None if not asked for.
+      sum_exp_logit: `Σ_v exp(z_v − m) · (z_v − m)`, or None if not wanted.
     """
 
     sum_exp: Float[Array, " T"]
@@ -83,8 +82,9 @@ class ShiftedSums(NamedTuple):
 
 
 def shifted_sums(stats: RowStats, row_max: Float[Array, " T"]) -> ShiftedSums:
-    """Those of a block, where `row_max` is of all blocks."""
-    # Of a block with nothing but −inf the maximum is the lowest number there is, and its sum 0.
+    """The sums of a block with statistics `stats`; `row_max` is the maximum over all blocks."""
+    # A block of only −inf has the lowest finite number as its maximum, so the difference may overflow to −inf. Clamping
+    # keeps it finite, and the sum stays 0.
     step = jnp.maximum(stats.max - row_max, jnp.finfo(row_max.dtype).min)
     sum_exp = jnp.exp(stats.log_sum + step)
     if stats.mean_logit is None:

@@ -1,4 +1,4 @@
-"""Statistics and gradients as the loops over chunks return them."""
+"""Types of the statistics and gradients that the loops over chunks return."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def stats_of(config: HeadConfig, number: Any, column: Any) -> Stats:
 
 
 def zero_gradients(wanted: GradientDtypes, operands: Operands) -> Gradients:
-    """Zeros that vary over the devices of a `shard_map` as the hidden states do."""
+    """Zeros for the wanted gradients. In a `shard_map` they vary over the same axes as the hidden states."""
 
     def zeros(like: Array | None, dtype: np.dtype | None) -> Array | None:
         return None if dtype is None or like is None else jnp.zeros_like(operands.hidden, dtype, shape=like.shape)

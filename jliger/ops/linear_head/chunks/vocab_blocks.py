@@ -1,4 +1,4 @@
-"""The vocabulary in blocks of columns."""
+"""Splits the vocabulary into blocks of columns."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from jliger.ops.logits import Block
 
 
 class Span(NamedTuple):
-    """Which columns are one block's; how many is known when the operation is traced."""
+    """The columns of one block. The start may be traced; the width is static."""
 
     start: Int[Array, ""] | int
     width: int
@@ -22,14 +22,15 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """A head's columns in blocks of one width, in the products' dtype; what is left is the last block, a narrower one.
+    """A head in blocks of columns of equal width, except that the last block may be narrower.
 
     Attributes:
-      head: as given; in the products' dtype and padded, if one block is all.
-      dtype: the products'.
-      alignment: what sides of products are padded to.
-      vocab: columns in all.
-      width: columns a block; of several blocks a multiple of 128.
+      config: the layout of the kernel.
+      head: the head; already cast to the products' dtype and padded if there is only one block.
+      dtype: the dtype of the products' operands.
+      alignment: the dimensions of products are padded to multiples of this.
+      vocab: number of columns.
+      width: columns per block; a multiple of 128 if there are several blocks.
     """
 
     config: HeadConfig
@@ -43,12 +44,14 @@ class Blocks:
     def make(
         cls, config: HeadConfig, head: Head, dtype: jax.typing.DTypeLike, alignment: int, width: int | None = None
     ) -> "Blocks":
-        """Blocks of `width` columns; None for one of all."""
+        """Splits a head into blocks of `width` columns; a width of None means a single block."""
         vocab = head.kernel.shape[config.vocab_dim]
         if width is None or width == vocab:
+            # Casts and pads once, outside the loop. Several blocks are cast one at a time instead (`block`), so that
+            # the whole kernel is never held in a second dtype.
             return cls(config, _prepared(head, dtype, alignment), dtype, alignment, vocab, vocab)
-        # So a block of a vector starts on a multiple of 512 bytes, of which kernels count on 16: XLA may give them a
-        # pointer into the whole vector, rather than to a copy.
+        # XLA may pass kernels a pointer into the whole bias or class weights, instead of a copy of the block. Triton
+        # kernels are compiled for pointers aligned to 16 bytes; 128 float32 columns are 512 bytes.
         assert width % 128 == 0
         return cls(config, head, dtype, alignment, vocab, width)
 
@@ -61,9 +64,10 @@ class Blocks:
         return Span(0, self.vocab)
 
     def sweep(self, step: Callable[[Span, Any], Any], carry: Any) -> Any:
-        """`carry = step(span, carry)` from the last block to the first.
+        """`carry = step(span, carry)` for all blocks, from the last to the first.
 
-        The last one stands outside the loop: it may be narrower, and sums can start with it.
+        The last block runs before the loop: it may be narrower, and its results initialise sums, so that no zeros are
+        needed. Its `carry` may therefore have None where later ones have arrays.
         """
         last = (self.num_blocks - 1) * self.width
         carry = step(Span(last, self.vocab - last), carry)
@@ -76,7 +80,7 @@ class Blocks:
         return jax.lax.fori_loop(1, self.num_blocks, whole_step, carry)
 
     def block(self, span: Span, labels: Int[Array, " C"]) -> tuple[Head, Block]:
-        """A block of the head, and what row functions want of it."""
+        """The head's columns in `span`, and the `Block` for the row functions, with labels relative to the span."""
         head = self.head
         if self.num_blocks > 1:
 
@@ -89,14 +93,14 @@ class Blocks:
         return head, Block(head.bias, head.class_weights, labels - span.start)
 
     def write(self, full: Array, part: Array, span: Span, vocab_dim: int, *, add: bool) -> Array:
-        """`full` with a block's part of it, without its padding, written or added."""
+        """`full` with a block's `part` written or added at `span`, without the part's padding."""
         sizes = [span.width if dim == vocab_dim else size for dim, size in enumerate(full.shape)]
         offsets = tuple(span.start if dim == vocab_dim else 0 for dim in range(full.ndim))
         return write_block(full, part[tuple(map(slice, sizes))], offsets, add=add)
 
 
 def _prepared(head: Head, dtype: jax.typing.DTypeLike, alignment: int) -> Head:
-    """As products and row functions take them."""
+    """The head padded and cast: matrices to the products' dtype, vectors to the row functions' accumulator dtype."""
 
     def vector(array: Array | None) -> Array | None:
         return None if array is None else pad(array.astype(accumulator_dtype(dtype)), (0,), alignment)

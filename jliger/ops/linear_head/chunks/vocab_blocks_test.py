@@ -1,4 +1,4 @@
-"""Blocks of columns are all columns, each once."""
+"""Tests that blocks of columns cover each column exactly once."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,7 @@ def test_each_column_is_in_one_block(vocab):
 
     def step(span, carry):
         head, block = blocks.block(span, labels)
-        # Multiples of 64, once padded; and a label that is a column of the last block alone.
+        # After padding, widths are multiples of 64. The label is a column of the last block only.
         assert head.kernel.shape[0] == block.bias.size == span.width + (-span.width % 64 if span.width % 8 else 0)
         count, kernel, bias, label_column = carry
         return (

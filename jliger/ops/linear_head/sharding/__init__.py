@@ -1,8 +1,9 @@
-"""sharding: what each device computes of the operation, and how devices' results come together.
+"""Runs a loss pass on sharded arrays, on mesh axes of any type.
 
-Where the inputs' axes are known decides how. Manual ones (a user's `shard_map`): this device's share is all there is.
-Explicit ones: a `shard_map` made from the types. Auto ones: `custom_partitioning`, asked by XLA once it has chosen. The
-share itself is one and the same (`sharding.shard`), and so is who sums what with whom (`sharding.plan`).
+The type of the mesh axes decides how the pass is distributed. Manual axes (inside a user's `shard_map`): the pass runs
+on this device's arrays. Explicit axes: a `shard_map` whose specs follow from the arrays' types. Auto axes:
+`custom_partitioning`, whose callback XLA calls once it has chosen shardings. In all three cases `sharding.shard`
+computes one device's part, and `sharding.plan` decides which axes to gather, sum and scatter over.
 """
 
 from jliger.ops.linear_head.sharding.dispatch import label_weights as label_weights

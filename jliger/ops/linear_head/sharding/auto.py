@@ -1,11 +1,11 @@
-"""Auto axes: XLA chooses shardings, and asks here what follows from its choice."""
+"""Auto axes: XLA chooses the shardings and calls `partition`, which returns the program of one device."""
 
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.custom_partitioning import custom_partitioning  # experimental; as of jax 0.12
 from jax.sharding import AbstractMesh, NamedSharding, use_abstract_mesh
 
 from jliger.ops.linear_head.sharding.passes import LossPass, Result, dims_of_operands, dims_of_results
@@ -13,12 +13,13 @@ from jliger.ops.linear_head.sharding.plan import Plan, local_plan
 from jliger.ops.linear_head.sharding.shard import run_on_shard
 from jliger.ops.linear_head.types import DIMS, Operands, operand_dims
 
-# The callback's address would otherwise be part of every program's key in the persistent compilation cache.
+# Otherwise the callback's address is part of the program's key in the persistent compilation cache, and no process
+# would find what another one compiled.
 jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 
 
 def run_partitioned(loss_pass: LossPass, operands: Operands, per_token: Any) -> Result:
-    """`run_on_shard` on each device's part, as XLA chose it."""
+    """Runs `run_on_shard` on each device, with the shardings that XLA chooses."""
     leaves, tree = jax.tree.flatten((operands, per_token))
     dims = tuple(jax.tree.leaves(dims_of_operands(loss_pass.config, operands, per_token)))
     token_ndim = operands.labels.ndim - sum(loss_pass.examples_of(dims.index(DIMS["labels"])))
@@ -28,7 +29,10 @@ def run_partitioned(loss_pass: LossPass, operands: Operands, per_token: Any) -> 
 
 @functools.cache
 def _partitioned(loss_pass: LossPass, tree: Any, dims: tuple[str, ...], token_ndim: int) -> Callable[..., Any]:
-    """The pass as one operation that XLA partitions; tokens have `token_ndim` leading dimensions."""
+    """The pass as one operation that XLA partitions; tokens have `token_ndim` leading dimensions.
+
+    Cached, so that equal passes are the same operation to JAX's caches.
+    """
     result_dims = tuple(jax.tree.leaves(dims_of_results(loss_pass)))
     kernel_dims = operand_dims(loss_pass.config)["kernel"]
     examples = [loss_pass.examples_of(index) for index in range(len(dims))]
@@ -41,7 +45,7 @@ def _partitioned(loss_pass: LossPass, tree: Any, dims: tuple[str, ...], token_nd
         return run_on(local_plan(()), *leaves)
 
     def partition(mesh: Any, leaves: Any, results: Any) -> Any:
-        # Where the kernel's gradient is wanted, its sharding says over which axes its sum is to be scattered.
+        # XLA has also chosen the sharding of the kernel's gradient: its axes decide what the sum is scattered over.
         kernel_grad = _sharded(results[result_dims.index(kernel_dims)]) if kernel_dims in result_dims else None
         plan = Plan.of_operands(loss_pass, dict(mesh.shape), dims, [*map(_sharded, leaves)], kernel_grad)
         return (
@@ -52,14 +56,15 @@ def _partitioned(loss_pass: LossPass, tree: Any, dims: tuple[str, ...], token_nd
         )
 
     def factors(its_dims: str, has: Sequence[bool]) -> str:
-        """Dimensions as a Shardy rule has them: e0, e1, ... are examples, t0, t1, ... leading dimensions of tokens."""
+        """The dimensions in a Shardy rule: e0, e1, ... for examples; t0, t1, ... for leading dimensions of tokens."""
         lead = [f"e{level}" for level, flag in enumerate(has) if flag]
         tokens = [f"t{dim}" for dim in range(token_ndim)]
         return " ".join([*lead, *(name for dim in its_dims for name in (tokens if dim == "t" else [dim]))])
 
     rule = ", ".join(map(factors, dims, examples)) + " -> "
     rule += ", ".join(factors(its_dims, [True] * len(loss_pass.examples)) for its_dims in result_dims)
-    # Dimensions inside products are whole on every device.
+    # Contracted dimensions are replicated: every device computes whole dot products. Columns, if no result has them,
+    # are a reduction, which `run_on_shard` does itself.
     inner = tuple(dim for dim in "hrg" if any(dim in its_dims for its_dims in dims))
     special: dict[str, Any] = {"need_replication_factors": inner}
     if not any("v" in its_dims for its_dims in result_dims):
@@ -69,13 +74,13 @@ def _partitioned(loss_pass: LossPass, tree: Any, dims: tuple[str, ...], token_nd
 
 
 def _sharded(array: Any) -> tuple[tuple[int, ...], Any]:
-    """An array's shape and spec."""
-    # Arrays of one device come with a sharding that has no spec.
+    """The shape and the PartitionSpec of an array."""
+    # A single-device sharding has no spec.
     return array.shape, getattr(array.sharding, "spec", ())
 
 
 def _without_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Traces without the caller's mesh: Explicit axes of it would put shardings into reductions (jax#34811)."""
+    """Traces without the caller's mesh: its Explicit axes would put shardings into reductions (jax#34811, jax 0.12)."""
 
     def traced(*operands: Any) -> Any:
         with use_abstract_mesh(AbstractMesh((), ())):

@@ -1,4 +1,4 @@
-"""Manual, Explicit or Auto: how a pass is run where its operands are."""
+"""Chooses how to distribute a pass, by the type of the mesh axes: Manual, Explicit or Auto."""
 
 import functools
 from typing import Any
@@ -17,7 +17,7 @@ from jliger.ops.linear_head.types import Differentiable, Gradients, HeadConfig, 
 
 
 def run(loss_pass: LossPass, operands: Operands, per_token: Any) -> Result:
-    """The pass on tokens of any leading dimensions, wherever its operands are."""
+    """Runs the pass on tokens with any leading dimensions and operands of any sharding."""
     mesh = mesh_of(operands.hidden, operands.kernel, operands.labels)
     if mesh.manual_axes:
         return _run_manual(loss_pass, mesh, operands, per_token)
@@ -31,7 +31,7 @@ def run(loss_pass: LossPass, operands: Operands, per_token: Any) -> Result:
 
 
 def vocab_size(config: HeadConfig, kernel: Array) -> int:
-    """Columns in all: a kernel inside a user's `shard_map` may have but a device's share of them."""
+    """The size of the whole vocabulary. Inside a user's `shard_map` the kernel may have only this device's columns."""
     _check_vocab_axes(config, kernel)
     size = kernel.shape[config.vocab_dim]
     for axis in config.vocab_axes:
@@ -42,7 +42,7 @@ def vocab_size(config: HeadConfig, kernel: Array) -> int:
 def label_weights(
     config: HeadConfig, class_weights: Float[Array, " V"], labels: Int[Array, "*B"]
 ) -> Float[Array, "*B"]:
-    """`w_y` of each token; of whichever column for a label that is none."""
+    """`w_y` per token; arbitrary for an invalid label."""
     if config.vocab_axes:
         columns = labels - first_column(config.vocab_axes, class_weights.size)
         here = (columns >= 0) & (columns < class_weights.size)
@@ -73,10 +73,12 @@ def pre_divide_cotangent(config: HeadConfig, cotangent: Array) -> Array:
 
 
 def _run_manual(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, per_token: Any) -> Result:
-    """Inside a user's `shard_map`: every loop carry must vary over the axes that any operand varies over.
+    """Runs the pass inside a user's `shard_map`.
 
-    Explicit axes that the `shard_map` leaves may shard the operands further.
+    Explicit axes that the `shard_map` does not use may shard the operands further.
     """
+    # With `check_vma=True`, the carry of a loop must have the same varying axes before and after each step. So all
+    # operands are cast to vary over every axis that any of them varies over.
     arrays = (operands, per_token)
     axes = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(arrays)))
     operands, per_token = jax.tree.map(lambda leaf: as_varying(leaf, axes), arrays)
@@ -90,7 +92,7 @@ def _run_manual(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, per
 
 
 def _run_explicit(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, per_token: Any) -> Result:
-    """Explicit axes: a `shard_map` made from the shardings in the operands' types."""
+    """Runs the pass in a `shard_map` whose specs follow from the shardings in the operands' types."""
 
     def sharded(array: Array) -> tuple[tuple[int, ...], P]:
         return array.shape, jax.typeof(array).sharding.spec
@@ -106,9 +108,10 @@ def _run_explicit(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, p
     def run_here(*leaves: Array) -> Result:
         return run_on_shard(loss_pass, plan, *tree.unflatten(leaves))
 
-    # All axes, but for those of an enclosing `jax.vmap`; beside manual axes, which cannot be named again, those in use.
+    # An empty set means all axes except those of an enclosing `jax.vmap`. Inside another
+    # `shard_map` its manual axes must not be named again, so the axes that are used are named.
     axes = {axis for spec in in_specs for entry in spec for axis in as_axes(entry)}
-    # `run_on_shard` does every reduction itself, so `check_vma` is off and `out_specs` declare the result.
+    # `run_on_shard` does every reduction itself, so `check_vma` is off and `out_specs` declare the results' shardings.
     mapped = jax.shard_map(
         run_here,
         mesh=mesh,
@@ -122,7 +125,7 @@ def _run_explicit(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, p
 
 
 def _sharded_like(mesh: AbstractMesh, plan: Plan, grads: Gradients, operands: Operands) -> Gradients:
-    """Gradients sharded as their operands are, where the plan had left an axis out."""
+    """Gives the gradients the shardings of their operands. They differ where the plan leaves out an axis."""
 
     def like(grad: Array | None, primal: Array | None) -> Array | None:
         if grad is None or primal is None:
@@ -134,7 +137,7 @@ def _sharded_like(mesh: AbstractMesh, plan: Plan, grads: Gradients, operands: Op
 
 
 def _untyped_vocab_axes(config: HeadConfig) -> Axes:
-    """Manual vocabulary axes of a `shard_map` with `check_vma=False`, where types do not say what varies."""
+    """The vocabulary axes of a `shard_map` with `check_vma=False`, in which types do not record varying axes."""
     return tuple(axis for axis in config.vocab_axes if axis not in varying_axes(jax.lax.axis_index(axis)))
 
 
@@ -147,5 +150,5 @@ def _check_vocab_axes(config: HeadConfig, *arrays: Array) -> None:
 
 
 def _is_spread(array: Array) -> bool:
-    """Whether Explicit axes spread it."""
+    """Whether Explicit axes shard the array."""
     return any(entry is not None for entry in jax.typeof(array).sharding.spec)

@@ -1,4 +1,4 @@
-"""What can be told of meshes with one device."""
+"""Tests of meshes that need only one device."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The dimensions that `jax.vmap` adds, on one device: tokens of its examples, or a loop over them."""
+"""Batch dimensions of `jax.vmap` on one device: either merged into the tokens, or looped over."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,21 +14,25 @@ from jliger.ops.linear_head.types import Operands
 def run_examples(
     loss_pass: LossPass, one_example: Callable[[Operands, Any], Result], operands: Operands, per_token: Any
 ) -> Result:
-    """`one_example` for each example of the enclosing `jax.vmap`s; their dimensions lead in every result.
+    """Runs `one_example` for each example of the enclosing `jax.vmap`s. Every result has their dimensions first.
 
-    Examples that share the head, and no sum over tokens, become more tokens. Otherwise they are a loop.
+    A `vmap` whose examples share the head becomes a dimension of tokens, if no result is a sum over tokens. Otherwise
+    it becomes a loop: each example then has its own head, or its own gradient of the head.
     """
     leaves, tree = jax.tree.flatten((operands, per_token))
     is_head = ["t" not in dims for dims in jax.tree.leaves(dims_of_operands(loss_pass.config, operands, per_token))]
     examples = loss_pass.examples
     levels = range(len(examples))
     loops = [level for level in levels if loss_pass.sums_tokens or any(_select(examples[level], is_head))]
+    # Dimensions of loops come first, because `jax.lax.map` loops over the first dimension.
     order = (*loops, *(level for level in levels if level not in loops))
     sizes = [_size(loss_pass, leaves, level) for level in levels]
 
     def arrange(index: int, leaf: Array) -> Array:
-        """Puts the dimensions of loops first; arrays of tokens get every dimension that becomes tokens."""
+        """Moves the dimensions of loops to the front. Arrays with tokens get every dimension that becomes tokens."""
         has = loss_pass.examples_of(index)
+        # A token array that is shared by all examples must be broadcast if these become tokens. In a loop it is not
+        # copied: each iteration reads the same array.
         gets = [has[level] or not (level in loops or is_head[index]) for level in levels]
         whole = jnp.expand_dims(leaf, [level for level in levels if not has[level]])
         whole = whole.transpose(*order, *range(len(levels), whole.ndim))
@@ -48,6 +52,7 @@ def run_examples(
         return jax.lax.map(run_member, _select(leaves, flags))
 
     result = loop([arrange(index, leaf) for index, leaf in enumerate(leaves)], loops)
+    # Results have the dimensions in the order of `order`; callers expect the outermost vmap first.
     back = [order.index(level) for level in levels]
     return jax.tree.map(lambda array: array.transpose(*back, *range(len(levels), array.ndim)), result)
 
@@ -57,6 +62,6 @@ def _select(values: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
 
 
 def _size(loss_pass: LossPass, leaves: Sequence[Array], level: int) -> int:
-    """How many examples a level has here."""
+    """The number of examples of one `vmap` on this device."""
     index = loss_pass.examples[level].index(True)
     return leaves[index].shape[sum(loss_pass.examples_of(index)[:level])]

@@ -1,4 +1,4 @@
-"""What devices find of their own columns, made into what there is to find of all columns."""
+"""Merges the statistics of devices that shard the vocabulary into those of all columns."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jliger.ops.logits.distillation import DistillationStats, SoftmaxStats
 
 
 def merge_over(axes: Axes, stats: RowStats) -> RowStats:
-    """The stats of all columns from those of each device's: nothing larger than `[T]` moves."""
+    """Merges each device's statistics over `axes`. Only arrays of size `[T]` are communicated."""
     row_max = jax.lax.pmax(stats.max, axes)
     sums = jax.tree.map(lambda part: jax.lax.psum(part, axes), chunks.shifted_sums(stats, row_max))
     return RowStats(
@@ -26,15 +26,15 @@ def merge_over(axes: Axes, stats: RowStats) -> RowStats:
 
 
 def _first_with_max(axes: Axes, prediction: Int[Array, " T"], has_max: Bool[Array, " T"]) -> Int[Array, " T"]:
-    """The first column of those that have the maximum; devices without it offer a number past every column."""
+    """The first column that has the maximum. Devices without the maximum contribute a number above every column."""
     return jax.lax.pmin(jnp.where(has_max, prediction, jnp.iinfo(prediction.dtype).max), axes)
 
 
 def distillation_merge(temperature: float, axes: Axes, start: Int[Array, ""] | int) -> DistillationMerge:
-    """What is found of pairs over all columns, from what each device finds of its own, which begin with `start`."""
+    """Functions that merge distillation statistics over `axes`; `start` is this device's first column."""
 
     def log_sum(log_sum: Float[Array, " T"], step: Float[Array, " T"]) -> Float[Array, " T"]:
-        # As in `chunks.shifted_sums`.
+        # Clamped for the same reason as in `chunks.shifted_sums`.
         return jnp.log(jax.lax.psum(jnp.exp(log_sum + jnp.maximum(step, jnp.finfo(step.dtype).min)), axes))
 
     def softmax(stats: SoftmaxStats) -> SoftmaxStats:

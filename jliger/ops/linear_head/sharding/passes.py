@@ -1,4 +1,4 @@
-"""A loss pass as the sharding stage sees it: static arguments, and the dimensions of its operands and results."""
+"""The description of a loss pass for sharding: static arguments, and the dimensions of operands and results."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple
@@ -16,7 +16,7 @@ _KNOWN = KnownCoefficients()
 
 @dataclasses.dataclass(frozen=True)
 class LossPass:
-    """Which of the loops over chunks to run.
+    """Which loop over chunks to run, and its static arguments.
 
     Attributes:
       kind: `"stats"` is `chunks.stats_pass`; `"fused"` is `chunks.fused_pass`, with the arguments of `rule` for each
@@ -24,11 +24,11 @@ class LossPass:
         `"saved logits"` are `chunks.stats_and_logits_pass` and `chunks.saved_logits_pass`. With a teacher, `"stats"`
         and `"fused"` are `chunks.distillation_pass`, without and with `DistillationCoefficients`.
       config: how logits are computed.
-      wanted: the dtypes of the gradients that are wanted.
+      wanted: the dtypes of the wanted gradients.
       low_memory: as in `chunks.stats_pass`.
       rule: as in `chunks.fused_pass`.
-      examples: for each enclosing `jax.vmap`, the outermost first, which operands have a dimension of examples for it.
-        These dimensions lead, and every result has all of them.
+      examples: for each enclosing `jax.vmap`, from the outermost, which operands it batches. Batch dimensions are the
+        first dimensions, and every result has all of them.
     """
 
     kind: Literal["stats", "fused", "recompute", "save logits", "saved logits"]
@@ -44,7 +44,7 @@ class LossPass:
         return any(dtype is not None for dtype in (self.wanted.kernel, self.wanted.bias, self.wanted.adapter))
 
     def examples_of(self, operand: int) -> list[bool]:
-        """Which dimensions of examples an operand has."""
+        """For each `jax.vmap`, whether it batches this operand."""
         return [flags[operand] for flags in self.examples]
 
     @property
@@ -53,11 +53,11 @@ class LossPass:
 
 
 class Result(NamedTuple):
-    """What a pass returns.
+    """The results of a pass.
 
     Attributes:
-      stats: `[*B]`, or None for gradients alone.
-      grads: the gradients that are wanted, or None for statistics alone.
+      stats: `[*B]`, or None if the pass only computes gradients.
+      grads: the wanted gradients, or None if the pass only computes statistics.
       logits: the products `[*B, V]`, if the pass saves them.
     """
 
@@ -67,7 +67,7 @@ class Result(NamedTuple):
 
 
 def dims_of_operands(config: HeadConfig, operands: Operands, per_token: Any) -> Any:
-    """The dimensions of each operand, in the operands' own tree."""
+    """The dimensions of each operand, as a tree of the operands' structure."""
     dims = operand_dims(config)
     return (
         Operands._make(None if array is None else dims[name] for name, array in operands._asdict().items()),
@@ -76,7 +76,7 @@ def dims_of_operands(config: HeadConfig, operands: Operands, per_token: Any) -> 
 
 
 def dims_of_results(loss_pass: LossPass) -> Any:
-    """The dimensions of each result, in the tree of a `Result`."""
+    """The dimensions of each result, as a tuple of `Result`'s structure."""
     dims = operand_dims(loss_pass.config)
     stats = stats_of(loss_pass.config, "t", "t") if loss_pass.has_stats else None
     if loss_pass.kind == "stats":

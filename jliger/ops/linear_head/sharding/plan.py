@@ -1,4 +1,7 @@
-"""Which mesh axes do what: the one place that decides who gathers, and who sums what with whom."""
+"""The roles of mesh axes: decides which axes each array is gathered, summed or scattered over.
+
+All three ways to distribute a pass (Manual, Explicit, Auto) take their specs and their reductions from a `Plan`.
+"""
 
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
@@ -16,13 +19,13 @@ class Plan(NamedTuple):
     """The roles of mesh axes.
 
     Attributes:
-      batch: for each leading dimension of hidden, the axes that shard it; dimensions of `jax.vmap` aside.
-      vocab: axes that shard the vocabulary and no tokens: each device has some columns for all its tokens.
-      scattered: for each dimension of the kernel, token axes that shard its gradient too (FSDP): the kernel is gathered
-        over them, and its gradient's sum scattered.
-      single: axes of one device, which are in specs, and over which nothing is moved.
-      examples: for each dimension of `jax.vmap`, the axes that shard it. Devices sum nothing over them: each example
-        has results of its own.
+      batch: for each leading dimension of hidden, without those of `jax.vmap`, the axes that shard it.
+      vocab: axes that shard the vocabulary but not the tokens: each device has some of the columns.
+      scattered: for each dimension of the kernel, the axes that shard both it and the tokens (FSDP). The kernel is
+        gathered over them, and the sum of its gradient scattered.
+      single: axes of size 1. Specs keep them, but there is no communication over them.
+      examples: for each dimension of `jax.vmap`, the axes that shard it. Nothing is summed over them, because each
+        example has its own results.
     """
 
     batch: tuple[Axes, ...]
@@ -40,14 +43,16 @@ class Plan(NamedTuple):
         vocab_dim: int,
         examples: tuple[Axes, ...] = (),
     ) -> "Plan":
-        """From the shapes and specs of hidden and of the kernel (or its gradient), without dimensions of examples.
+        """Makes a plan from the shapes and specs, without vmap dimensions, of hidden and the kernel (or its gradient).
 
-        An axis that doesn't divide its dimension is left out: what it would shard is replicated. So is one that shards
-        examples, from all other dimensions.
+        An axis that does not divide its dimension is ignored: the dimension is replicated. An axis that shards examples
+        is ignored in all other dimensions.
         """
         used = {axis for axes in examples for axis in axes}
         batch = tuple(_without(axes, used) for axes in _axes_of(*hidden, sizes)[:-1])
         tokens = {axis for axes in batch for axis in axes}
+        # An axis of the kernel that also shards tokens cannot keep the columns apart: its devices have different
+        # tokens, which need all columns. The kernel is then gathered over the axis, as in FSDP.
         by_dim = [_without(axes, used) for axes in _axes_of(*kernel, sizes)]
         vocab = _without(by_dim[vocab_dim], tokens)
         first, second = (tuple(axis for axis in axes if axis in tokens) for axes in by_dim)
@@ -63,13 +68,13 @@ class Plan(NamedTuple):
         operands: Sequence[tuple[tuple[int, ...], Any]],
         kernel_grad: tuple[tuple[int, ...], Any] | None = None,
     ) -> "Plan":
-        """From the dimensions, and the shapes and specs, of all operands.
+        """Makes a plan from the dimensions, shapes and specs of all operands.
 
-        `kernel_grad` is the shape and spec of a result, the kernel's gradient, to shard that as XLA wants it.
+        `kernel_grad` is the shape and spec of the kernel's gradient, if its sharding is already chosen (by XLA).
         """
         examples: list[Axes] = []
         for level, flags in enumerate(loss_pass.examples):
-            # Any operand that is sharded tells: one that is not has each device's examples already.
+            # The first operand whose examples are sharded decides. Replicated operands have all examples everywhere.
             level_axes: Axes = ()
             for index, (shape, spec) in enumerate(operands):
                 if flags[index] and not level_axes:
@@ -88,9 +93,9 @@ class Plan(NamedTuple):
         return cls.make(sizes, operand(DIMS["hidden"]), kernel, loss_pass.config.vocab_dim, tuple(examples))
 
     def spec(self, dims: str, examples: Sequence[bool] = (), *, is_result: bool = False) -> P:
-        """How an array of these dimensions (`types.DIMS`) is sharded, as an operand or as a result.
+        """The PartitionSpec of an operand or a result with these dimensions (`types.DIMS`).
 
-        `examples` says which dimensions of examples an operand has; a result has them all.
+        `examples` says which dimensions of `jax.vmap` an operand has; a result has all of them.
         """
         has = [True] * len(self.examples) if is_result else examples
         entries = [_entry(axes) for axes, flag in zip(self.examples, has, strict=True) if flag]
@@ -99,29 +104,30 @@ class Plan(NamedTuple):
             if dim == "t":
                 entries += [_entry(axes) for axes in self.batch]
                 continue
+            # As an operand the kernel is whole but for the vocabulary axes; its gradient is also scattered.
             axes = self.vocab if dim == "v" else ()
             entries.append(_entry(axes + self.scattered[index] if is_kernel_gradient else axes))
         return P(*entries)
 
     def spec_like(self, spec: P, ndim: int) -> P:
-        """Of each example's gradient, sharded as `spec` shards the last `ndim` dimensions of its operand."""
+        """The spec of a gradient: that of examples, then `spec` for the last `ndim` dimensions of the operand."""
         used = {axis for axes in self.examples for axis in axes}
         own = [_entry(_without(as_axes(entry), used)) for entry in spec[len(spec) - ndim :]]
         return P(*map(_entry, self.examples), *own)
 
     @property
     def columns(self) -> Axes:
-        """Axes over which devices' columns come together."""
+        """Axes that shard the columns; statistics are merged over them."""
         return self._moving(self.vocab)
 
     @property
     def tokens(self) -> Axes:
-        """Axes over which devices' tokens come together."""
+        """Axes that shard the tokens; gradients of the head are summed over them."""
         return self._moving(tuple(axis for axes in self.batch for axis in axes))
 
     @property
     def summed(self) -> Axes:
-        """Token axes over which the kernel's gradient is summed and stays whole."""
+        """Token axes over which the kernel's gradient is summed but not scattered."""
         return tuple(axis for axis in self.tokens if all(axis not in axes for axes in self.scattered))
 
     def _moving(self, axes: Axes) -> Axes:
@@ -132,7 +138,7 @@ class Plan(NamedTuple):
         return (() if "v" in dims else self.columns) + (() if "t" in dims else self.tokens)
 
     def reduce(self, grad: Array, dims: str) -> Array:
-        """Sums one device's part of a gradient over `reduction_axes`; the kernel's is scattered where it can be."""
+        """Sums one device's part of a gradient over `reduction_axes`; the kernel's is also scattered (FSDP)."""
         if set(dims) == {"h", "v"}:
             grad = jax.lax.psum(grad, self.summed) if self.summed else grad
             for dim, axes in enumerate(map(self._moving, self.scattered)):
@@ -144,7 +150,7 @@ class Plan(NamedTuple):
 
 
 def local_plan(vocab: Axes) -> Plan:
-    """For tokens that are all on this device; `vocab` names the axes that shard the columns."""
+    """The plan if all tokens are on this device; `vocab` are the axes that shard the columns."""
     return Plan((), vocab, ((), ()))
 
 
@@ -152,12 +158,12 @@ def first_column(vocab: Axes, width: int) -> Int[Array, ""] | int:
     """The first column of this device's share of the vocabulary."""
     if not vocab:
         return 0
-    # Of several axes the first is the slowest, as in a PartitionSpec.
+    # Of several axes the first is the major one, as in a PartitionSpec.
     return jax.lax.axis_index(vocab) * width
 
 
 def _entries(shape: tuple[int, ...], spec: Any) -> tuple[Any, ...]:
-    """An entry for each dimension."""
+    """The spec's entries, one for each dimension."""
     return tuple(spec) + (None,) * (len(shape) - len(spec))
 
 

@@ -1,4 +1,4 @@
-"""Which axes do what, from shapes and specs alone."""
+"""Tests the roles of mesh axes, which follow from shapes and specs alone."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_fsdp(kernel, scattered, summed):
     assert plan.vocab == ()
     assert plan.scattered == scattered
     assert plan.summed == summed
-    # As operand it is gathered, as result it is scattered.
+    # The kernel is gathered, and its gradient scattered.
     assert plan.spec("hv") == P(None, None)
     assert plan.spec("hv", is_result=True) == P(*(*kernel, None)[:2])
 
@@ -81,7 +81,7 @@ def test_both_at_once():
 
 
 def test_vocabulary_axes_come_first():
-    # Whichever way round the kernel has them: its gradient comes in this order and is put in the other afterwards.
+    # Whatever their order in the kernel's spec: the gradient has this order, and is resharded to the kernel's.
     plan = make(P("data"), P(None, ("data", "model")))
     assert plan.spec("hv") == P(None, "model")
     assert plan.spec("hv", is_result=True) == P(None, ("model", "data"))
@@ -110,7 +110,7 @@ def test_the_hidden_dimension_is_gathered():
     [
         ((7, 4, 16), KERNEL, (((), ("seq",)), ("data", "model"), ((), ()))),
         ((8, 3, 16), KERNEL, ((("data",), ()), ("model",), ((), ("data",)))),
-        # Both axes shard one dimension: one of them alone is not tried.
+        # Both axes shard one dimension; if their product does not divide it, neither is used.
         (HIDDEN, (16, 60), ((("data",), ("seq",)), (), ((), ()))),
     ],
 )
@@ -139,7 +139,7 @@ def test_no_leading_dimensions_but_one():
 @pytest.mark.parametrize(
     ("flags", "specs", "examples", "batch", "kernel_grad"),
     [
-        # Devices share the examples of one vmap: they sum nothing over them, and gather what they spread of the kernel.
+        # The examples of one vmap are sharded: nothing is summed over their axis, and the kernel is gathered over it.
         ("htk", [P("data"), P("data"), P("data")], [("data",)], [(), ()], P("data", None, None)),
         (
             "ht",
@@ -148,7 +148,7 @@ def test_no_leading_dimensions_but_one():
             [("seq",), ()],
             P("data", None, "seq"),
         ),
-        # Labels alone are spread.
+        # Only the labels are sharded.
         ("ht", [P(), P("data"), P(None, "model")], [("data",)], [(), ()], P("data", None, "model")),
         ("t", [P("seq"), P("data", "seq"), P()], [("data",)], [("seq",), ()], P("data", None, None)),
     ],
@@ -166,7 +166,7 @@ def test_examples_of_a_vmap(flags, specs, examples, batch, kernel_grad):
 
 
 def test_examples_of_two_vmaps():
-    # The outer one is of kernels, and whole; the inner one of tokens, and spread.
+    # The outer vmap batches kernels and is replicated; the inner one batches tokens and is sharded.
     form = LossPass("stats", make_config(), examples=((False, True), (True, False)))
     operands = [((4, *HIDDEN), P("data")), ((3, *KERNEL), P(None, "data"))]
     plan = Plan.of_operands(form, SIZES, ("th", "hv"), operands)

@@ -1,4 +1,4 @@
-"""One device's part of a pass: its tokens, its columns, and the sums over devices that its results are part of."""
+"""One device's part of a pass: the computation on its tokens and columns, and the reductions over devices."""
 
 import dataclasses
 import functools
@@ -21,13 +21,15 @@ from jliger.ops.logits import RowStats
 
 
 def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, per_token: Any) -> Result:
-    """One device's part of the pass, with all reductions over devices done, sharded as the plan says.
+    """Runs the pass on one device's operands. Results are reduced over devices, and sharded according to the plan.
 
-    Leading dimensions are flattened into one dimension of tokens here, where that moves nothing between devices.
+    Leading dimensions are flattened into one dimension of tokens only here, on local arrays: the reshape of a sharded
+    array would move data between devices.
     """
     if loss_pass.examples:
         one_example = functools.partial(run_on_shard, dataclasses.replace(loss_pass, examples=()), plan)
         return run_examples(loss_pass, one_example, operands, per_token)
+    # The loops over chunks need at least one token, because the first chunk is always computed.
     if not operands.labels.size:
         return _run_without_tokens(loss_pass, plan, operands)
     width = operands.kernel.shape[loss_pass.config.vocab_dim]
@@ -53,7 +55,7 @@ def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, per_token:
 def _run_chunks(
     loss_pass: LossPass, plan: Plan, start: Int[Array, ""] | int, operands: Operands, per_token: Any
 ) -> Result:
-    """The loop over chunks, with statistics merged over the devices that shard the vocabulary."""
+    """Runs the loop over chunks, and merges statistics over the devices that shard the vocabulary."""
     config, wanted = loss_pass.config, _dtypes_of_sums(loss_pass, plan, operands)
     merge = functools.partial(merge_over, plan.columns) if plan.columns else None
     stats: Stats | None = None
@@ -78,7 +80,7 @@ def _run_chunks(
 
 
 def _run_without_tokens(loss_pass: LossPass, plan: Plan, operands: Operands) -> Result:
-    """Statistics of no tokens, and gradients of zero."""
+    """Empty statistics, and gradients of zero."""
     hidden, shape = operands.hidden, operands.labels.shape
     rows = jnp.zeros_like(hidden, accumulator_dtype(hidden.dtype), shape=shape)
     stats = chunks.stats_of(loss_pass.config, rows, rows.astype(jnp.int32)) if loss_pass.has_stats else None
@@ -99,7 +101,7 @@ def _flatten(name: str, array: Array | None) -> Array | None:
 
 
 def _dtypes_of_sums(loss_pass: LossPass, plan: Plan, operands: Operands) -> GradientDtypes:
-    """Dtypes of this device's gradients: what is summed over devices is summed in float32, and rounded after."""
+    """The dtypes of this device's gradients: float32 for those that are summed over devices and rounded afterwards."""
     sums = accumulator_dtype(operands.hidden.dtype)
     dims = operand_dims(loss_pass.config)
     return GradientDtypes(
@@ -111,7 +113,7 @@ def _dtypes_of_sums(loss_pass: LossPass, plan: Plan, operands: Operands) -> Grad
 
 
 def _reduce(loss_pass: LossPass, plan: Plan, grads: Gradients, operands: Operands) -> Gradients:
-    """Gradients summed over devices, rounded, and of tokens in their leading dimensions."""
+    """Sums gradients over devices, casts them, and restores the leading dimensions of token gradients."""
     dims = operand_dims(loss_pass.config)
 
     def reduce(name: str, grad: Array | None, dtype: Any, like: Array | None) -> Array | None:
