@@ -41,6 +41,8 @@ def on_page_content(content: str, **_: Any) -> str:
 def _as_mathml(match: re.Match[str]) -> str:
     tag, opening, formula = match.groups()
     mathml = convert(html.unescape(formula), display="inline" if opening == "(" else "block")
+    # TeX has a thin space between the name of a function and its argument.
+    mathml = re.sub(r"(<mi>(?:log|exp|tanh)</mi>)(?=<m(?:i|sub|sup)\b)", r'\1<mspace width="0.17em" />', mathml)
     return f'<{tag} class="formula">{mathml}</{tag}>'
 
 
