@@ -19,6 +19,7 @@ from typing import Any
 
 from accumulation_tables import ACCUMULATION_KINDS
 from cells import NOTHING, markdown, mib, percent
+from facts import facts
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table: (\S+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -279,6 +280,7 @@ def text(path: Path, page: Path) -> str:
 
 
 KINDS: dict[str, Callable[[Path, Path], str]] = {
+    "facts": facts,
     "summary": summary_table,
     "shapes": shapes_table,
     "first_calls": first_calls_table,

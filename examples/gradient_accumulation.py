@@ -7,7 +7,7 @@
     python examples/gradient_accumulation.py long-context  # whole steps on one long sequence, within memory limits
 
 Each writes its part of one results file, named after the device, and draws the plot beside it anew. On a CPU sizes are
-small. docs/gradient_accumulation.md says what was found.
+small. docs/accumulation_study.md says what was found.
 """
 
 import argparse

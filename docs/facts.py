@@ -1,0 +1,90 @@
+"""The README's five facts, each from a result file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+SHAPE = "H = 4096, V = 128256"
+
+
+def facts(folder: Path, page: Path) -> str:
+    """A list of what was measured: memory, speed, long context, reinforcement learning, several GPUs."""
+    del page
+    found = [
+        *head(_read(folder / "head_h100.json")),
+        long_context(_read(folder / "gradient_accumulation_h200.json")["long_context"]),
+        post_training(_read(folder / "preference_grpo_h200.json")),
+        mesh(_read(folder / "train_sharded_h200x4.json")),
+    ]
+    return "\n".join(f"- {fact}" for fact in found)
+
+
+def head(result: Record) -> list[str]:
+    """Memory at the most tokens, and speed at the main shape beside other libraries."""
+    at = {(record["shape"], record["name"]): record for record in result["records"]}
+    most, main = "(131072, 4096, 128256)", "(8192, 4096, 128256)"
+    own, plain = at[most, "jliger, float32 kernel"], at[most, "plain JAX (jliger.reference), bfloat16 logits"]
+    fused = at[main, "jliger, float32 kernel"]
+    others = {
+        "tokamax": at[main, "tokamax, default"],
+        "Cut Cross-Entropy": at[main, "Cut Cross-Entropy, default (filter)"],
+        "PyTorch Liger": at[main, "PyTorch Liger, default (chunk_mem_const=1)"],
+    }
+    liger = min((r["milliseconds"] for (shape, name), r in at.items() if shape == main and _is_liger(name)))
+    times = ", ".join(f"{name} {other['milliseconds']:.0f}" for name, other in others.items())
+    return [
+        f"**Memory.** Loss and gradients of 131,072 tokens need {own['extra_mib'] / 1024:.1f} GiB beside arguments and "
+        f"results; with full logits in bfloat16, {plain['extra_mib'] / 1024:.1f} GiB ({SHAPE}).",
+        f"**Speed.** 8,192 tokens take {fused['milliseconds']:.0f} ms on an H100 at the same sizes, "
+        f"{100 * fused['of_floor']:.0f} % of the speed of the matrix products alone. With their defaults {times} ms; "
+        f"PyTorch Liger at its best {liger:.0f} ms.",
+    ]
+
+
+def _is_liger(name: str) -> bool:
+    return name.startswith("PyTorch Liger") and "float32" not in name
+
+
+def long_context(section: Record) -> str:
+    """A whole step on the longest sequence."""
+    records = [record for record in section["records"] if not record["out_of_memory"]]
+    longest = max(record["length"] for record in records if record["head"] == "full")
+    at = {record["head"]: record for record in records if record["length"] == longest}
+    full, fused = at["full"], at["jliger"]
+    return (
+        f"**Long context.** A training step of Llama 3.2 1B on one sequence of {longest:,} tokens peaks at "
+        f"{fused['peak_bytes'] / 1e9:.0f} GB instead of {full['peak_bytes'] / 1e9:.0f} GB, at "
+        f"{fused['tokens_per_second']:,.0f} tokens/s instead of {full['tokens_per_second']:,.0f} (one H200)."
+    )
+
+
+def post_training(result: Record) -> str:
+    """Steps of ORPO and GRPO."""
+    at = {(record["loss"], record["head"]): record for record in result["records"]}
+    full, fused = at["grpo", "full"], at["grpo", "jliger"]
+    saved = 1 - fused["peak_bytes"] / full["peak_bytes"]
+    speed = fused["tokens_per_second"] / full["tokens_per_second"]
+    return (
+        f"**Reinforcement learning.** A GRPO step of Llama 3.2 1B on {fused['sequences'] * fused['length']:,} tokens "
+        f"peaks at {fused['peak_bytes'] / 2**30:.0f} GiB instead of {full['peak_bytes'] / 2**30:.0f} GiB, "
+        f"{100 * saved:.0f} % less, at {100 * speed:.0f} % of the speed (one H200)."
+    )
+
+
+def mesh(result: Record) -> str:
+    """The largest batches that fit on several devices, and speeds at the smallest."""
+    own = {head: [r for r in result["records"] if r["head"] == head] for head in ("full", "jliger")}
+    largest = {head: max(r["batch"] for r in records if not r["out_of_memory"]) for head, records in own.items()}
+    smallest = {head: min(records, key=lambda r: r["batch"]) for head, records in own.items()}
+    speeds = [f"{smallest[head]['tokens_per_second']:,.0f}" for head in ("jliger", "full")]
+    return (
+        f"**Several GPUs.** Llama 3 8B on four H200s trains with batches of up to {largest['jliger']:,} sequences "
+        f"instead of {largest['full']:,}, and as fast: {speeds[0]} and {speeds[1]} tokens/s at "
+        f"{smallest['full']['batch']} sequences."
+    )
+
+
+def _read(path: Path) -> Record:
+    return json.loads(path.read_text(encoding="utf-8"))
