@@ -37,7 +37,7 @@ class Placement(NamedTuple):
     others: P | None = None
 
     def spread(self, gradient: Array) -> Array:
-        """Gives a gradient or a partial sum the sharding over other axes; without the constraint XLA may replicate it."""
+        """Constrains a gradient, or a partial sum of it, to the sharding over other axes: XLA might replicate it."""
         return gradient if self.others is None else jax.lax.with_sharding_constraint(gradient, self.others)
 
     def total(self, gradient: Array) -> Array:

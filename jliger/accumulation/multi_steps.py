@@ -110,14 +110,14 @@ def weighted_multi_steps(
             raise TypeError("weight got nothing; pass update(gradients, state, params, weight=tokens).")
         if jnp.shape(weight) != ():
             raise ValueError(
-                f"weight got shape {jnp.shape(weight)}; pass a scalar: the number of tokens the gradients are a mean of."
+                f"weight got shape {jnp.shape(weight)}; pass a scalar: the tokens that the gradients are a mean of."
             )
         calls = every_k_schedule(state.gradient_step) if callable(every_k_schedule) else every_k_schedule
         weight = jnp.asarray(weight, state.weight.dtype)
         total = state.weight + weight
 
         def mean(old: Array, new: Array) -> Array:
-            """The weighted mean of all calls so far. A call of weight 0 is skipped: its gradients may be 0 / 0 = NaN."""
+            """The weighted mean of all calls so far. A call of weight 0 is skipped: its gradients may be 0 / 0."""
             share = weight.astype(old.dtype) / weight_divisor(total).astype(old.dtype)
             return jnp.where(weight == 0, old, old + (new.astype(old.dtype) - old) * share)
 
