@@ -1,4 +1,4 @@
-"""What the tests are held to: `jliger.reference` in float64, by the rule of two. Not part of the wheel."""
+"""The oracle of the tests: `jliger.reference` in float64, and the rule of two. Not part of the wheel."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ import jliger
 
 ON_GPU = jax.default_backend() == "gpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# How many times as many examples Hypothesis tries.
+# Multiplies the number of examples that Hypothesis tries.
 EXAMPLES = int(os.environ.get("JLIGER_EXAMPLES", "1"))
 
 if ON_GPU:
@@ -26,7 +26,7 @@ elif INTERPRETED:
 else:
     IMPLEMENTATIONS = ["xla"]
 
-# Which dtypes hidden states and kernel may have together.
+# The supported pairs of dtypes of hidden states and kernel.
 DTYPES = [
     ("float32", "float32"),
     ("bfloat16", "float32"),
@@ -44,10 +44,10 @@ class Problem:
     """Arguments of the operation, and a cotangent of its loss.
 
     Attributes:
-      inputs: what carries gradients, by name.
+      inputs: the differentiable arguments, by name.
       labels: `[*B]`.
-      options: every other argument.
-      cotangent: of the loss's shape.
+      options: all other arguments.
+      cotangent: the cotangent of the loss, of its shape.
     """
 
     inputs: dict[str, Any]
@@ -79,9 +79,9 @@ def make_problem(
     kernel_layout: str = "hv",
     **options: Any,
 ) -> Problem:
-    """Random hidden states of deviation `scale`, a kernel that keeps it, labels, and what else is asked for.
+    """A random problem: hidden states and logits with standard deviation `scale`, labels, and the optional arguments.
 
-    `where` is "all", "some" or "none": which tokens count. `ignored` is the share of labels set to `ignore_index`.
+    `where` is "all", "some" or "none": which tokens count. `ignored` is the fraction of labels set to `ignore_index`.
     """
     if INTERPRETED and "bfloat16" in (dtype, kernel_dtype):
         pytest.skip("Triton's interpreter truncates where it should round to bfloat16")
@@ -114,7 +114,7 @@ def make_problem(
 
 
 def loss_and_grads(function: Any, inputs: Any, labels: Any, cotangent: Any, options: Any) -> dict[str, Any]:
-    """Loss, metrics if there are any, and the gradient of every input, by name."""
+    """The loss, the metrics if returned, and the gradient of every input, by name."""
 
     def loss(inputs: Any) -> Any:
         out = function(inputs["hidden"], inputs["kernel"], labels, bias=inputs.get("bias"), **options)
@@ -131,10 +131,10 @@ def _jitted(finder: Any, function: Any, static: tuple[tuple[str, Any], ...]) -> 
 
 
 def found_by(finder: Any, function: Any, *arrays: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """`finder(function, *arrays, options)` under jit; what was compiled for the same options is used again.
+    """Calls `finder(function, *arrays, options)` under jit; programs for equal options are compiled once.
 
-    A reference runs op by op on a GPU, where XLA would fuse it and round less than its dtypes say. So does one without
-    16-bit numbers: few ops are left to compile then, since most tests share their shapes.
+    On a GPU, references run without jit: XLA would fuse their operations and round less often than their dtypes say.
+    References without 16-bit numbers also run without jit: most tests share shapes, so few operations are compiled.
     """
     if function.__module__ == jliger.reference.__name__ and (ON_GPU or not _has_16_bits(arrays, options)):
         return finder(function, *arrays, options)
@@ -151,21 +151,21 @@ def _has_16_bits(arrays: Any, options: dict[str, Any]) -> bool:
 
 
 def fused(problem: Problem, implementation: str | None = None) -> dict[str, Any]:
-    """What jliger finds."""
+    """The results of jliger."""
     options = {"implementation": implementation, **problem.options}
     arrays = (problem.inputs, problem.labels, problem.cotangent)
     return found_by(loss_and_grads, jliger.fused_linear_cross_entropy, *arrays, options=options)
 
 
 def unfused(problem: Problem) -> dict[str, Any]:
-    """What plain JAX finds in the same dtypes."""
+    """The results of plain JAX in the same dtypes."""
     options = {name: value for name, value in problem.options.items() if name not in _OF_THE_FUSED_ONE}
     arrays = (problem.inputs, problem.labels, problem.cotangent)
     return found_by(loss_and_grads, jliger.reference.fused_linear_cross_entropy, *arrays, options=options)
 
 
 def exact(problem: Problem) -> dict[str, Any]:
-    """What plain JAX finds in float64."""
+    """The results of plain JAX in float64."""
     dropped = (*_OF_THE_FUSED_ONE, *_OF_LOW_PRECISION)
     options = {name: value for name, value in problem.options.items() if name not in dropped}
     with jax.enable_x64(True):
@@ -181,15 +181,15 @@ def _as_float64(value: Any) -> Any:
 
 
 def rounding_of_logit_grads(problem: Problem) -> dict[str, float]:
-    """What rounding each logit's gradient to hidden's dtype does to the inputs' gradients: root mean squares.
+    """The error of the inputs' gradients from rounding each logit gradient to hidden's dtype: root mean squares.
 
-    Products are taken in hidden's dtype, so this rounding is there to stay. The reference has it too, with two
-    exceptions: it adds the bias, and sums its gradient, in float32; and float32 logits have float32 gradients.
+    This rounding is unavoidable, because products are in hidden's dtype. The reference has it too, with two exceptions:
+    it adds the bias and sums its gradient in float32, and float32 logits have float32 gradients.
     """
     num_tokens = problem.labels.size
     vocab_dim = 1 if problem.options["kernel_layout"] == "hv" else 0
     hidden, kernel = (np.asarray(problem.inputs[name], np.float64) for name in ("hidden", "kernel"))
-    # A feature of its own for each token, with weights of zero: those weights' gradients are the logits'.
+    # Adds a feature for each token, with weights of 0. The gradients of these weights are those of the logits.
     own = np.eye(num_tokens).reshape(*problem.labels.shape, num_tokens)
     weights = np.zeros((num_tokens, kernel.shape[1]) if vocab_dim == 1 else (kernel.shape[0], num_tokens))
     with jax.enable_x64(True):
@@ -218,10 +218,10 @@ def assert_rule_of_two(
     what: str = "",
     more: dict[str, float] | None = None,
 ) -> None:
-    """`error(ours) ≤ 2 · error(theirs)` and a little, for all that is found; NaN just where the oracle has it.
+    """Asserts `error(ours) ≤ 2 · error(theirs) + tolerance` for every result, and NaN exactly where the oracle has NaN.
 
-    Errors are root mean squares. The little is a few float32 roundings of the largest value there is: what is exact in
-    one order of summation by luck need not be so in another. `more` is allowed beyond that, by name.
+    Errors are root mean squares. The tolerance is a few float32 roundings of the largest value, because one order of
+    summation may be exact by chance. `more` is added to it, by name.
     """
     assert ours.keys() == oracle.keys()
     for name, truth in oracle.items():
@@ -229,7 +229,7 @@ def assert_rule_of_two(
         mine, other = np.asarray(ours[name], np.float64), np.asarray(theirs[name], np.float64)
         assert mine.shape == truth.shape, here
         if name == "predictions":
-            continue  # equal up to ties, which `assert_predictions` knows of
+            continue  # equal up to ties, which `assert_predictions` handles
         np.testing.assert_array_equal(np.isnan(mine), np.isnan(truth), here)
         finite = ~np.isnan(truth)
         if not finite.any():
@@ -245,7 +245,7 @@ def _root_mean_square(values: Any) -> float:
 
 
 def assert_predictions(problem: Problem, predictions: Any) -> None:
-    """Each prediction's logit is the largest, up to the rounding of logits; −1 just where a token doesn't count."""
+    """Asserts that each prediction has the largest logit, up to rounding, and that only uncounted tokens have −1."""
     hidden, kernel = (np.asarray(problem.inputs[name], np.float64) for name in ("hidden", "kernel"))
     logits = hidden @ (kernel if problem.options["kernel_layout"] == "hv" else kernel.T)
     size = np.abs(logits).max()
@@ -253,7 +253,8 @@ def assert_predictions(problem: Problem, predictions: Any) -> None:
         logits = logits + np.asarray(problem.inputs["bias"], np.float64)
     logits = logits * np.sign(problem.options.get("logit_scale", 1.0))
     if problem.options.get("logit_softcap"):
-        # Far above the cap all logits round to it: any of them may be the first. Capping makes no difference larger.
+        # Logits far above the cap all round to it, so any of them may be predicted. Capping never increases
+        # differences.
         cap = problem.options["logit_softcap"] / abs(problem.options.get("logit_scale", 1.0))
         logits = cap * np.tanh(logits / cap)
     counted = np.array(problem.labels != problem.options.get("ignore_index", -100))
@@ -268,7 +269,7 @@ def assert_predictions(problem: Problem, predictions: Any) -> None:
 
 
 def check(problem: Problem, implementation: str, what: str = "") -> dict[str, Any]:
-    """Holds jliger to the rule of two on a problem; returns what it found."""
+    """Checks the rule of two on a problem; returns jliger's results."""
     ours, theirs, oracle = fused(problem, implementation), unfused(problem), exact(problem)
     assert_rule_of_two(ours, theirs, oracle, what, rounding_of_logit_grads(problem))
     for name, value in problem.inputs.items():
@@ -280,7 +281,7 @@ def check(problem: Problem, implementation: str, what: str = "") -> dict[str, An
 
 
 def every_pair(options: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Choices of every option so that any two values of two options meet in one of them, greedily few."""
+    """Combinations of options in which every pair of values of two options occurs; a greedy choice of few."""
     missing = {
         frozenset([(a, value_a), (b, value_b)])
         for (a, values_a), (b, values_b) in itertools.combinations(options.items(), 2)
@@ -301,7 +302,7 @@ def every_pair(options: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def equations(program: Any) -> Iterator[Any]:
-    """Every equation of a jaxpr and of what it calls."""
+    """Every equation of a jaxpr, including those of the jaxprs inside it."""
     for equation in getattr(program, "jaxpr", program).eqns:
         yield equation
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
