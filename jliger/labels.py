@@ -81,13 +81,13 @@ def shift_labels(
         mask = checks.as_array("mask", mask)
         if mask.dtype != jnp.bool:
             raise TypeError(f"mask got dtype {mask.dtype}; pass bools (`mask != 0`).")
-        checks.check_shape("mask", mask, tokens.shape, "one bool a token")
+        checks.check_shape("mask", mask, tokens.shape, "one bool per token")
         labels = jnp.where(_ahead(mask, by, False), labels, ignore_index)
     if segment_ids is not None:
         segment_ids = checks.as_array("segment_ids", segment_ids)
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
             raise TypeError(f"segment_ids got dtype {segment_ids.dtype}; pass integers.")
-        checks.check_shape("segment_ids", segment_ids, tokens.shape, "one integer a token")
+        checks.check_shape("segment_ids", segment_ids, tokens.shape, "one integer per token")
         same = _ahead(segment_ids, by, 0) == segment_ids
         if padding_segment is not None:
             checks.check_integer("padding_segment", padding_segment)

@@ -139,8 +139,8 @@ class Layout(NamedTuple):
         for axis in axes:
             if axis not in mesh.axis_names:
                 raise ValueError(
-                    f"batch_axes got {axis!r}, which is no axis of the mesh ({mesh.axis_names}); set a mesh by "
-                    "jax.set_mesh, or pass arrays that lie on one."
+                    f"batch_axes got {axis!r}, which is no axis of the mesh ({mesh.axis_names}); set a mesh with "
+                    "jax.set_mesh, or pass arrays that are on one."
                 )
         leaves, structure = jax.tree.flatten(differentiated)
         if specs is None:
@@ -281,8 +281,8 @@ def typed_like(array: Array, like: Array) -> Array:
     """
     if extra := _varying(array) - _varying(like):
         raise ValueError(
-            f"loss_fn returned a sum that is the same on all devices of {tuple(sorted(extra))}, and a weight that is "
-            "each device's own; sum both over devices, or neither."
+            f"loss_fn returned a sum that is replicated over {tuple(sorted(extra))}, and a weight that varies over it; "
+            "sum both over devices, or neither."
         )
     return _as_varying(array, tuple(_varying(like)))
 

@@ -199,7 +199,7 @@ def _on_mesh(plan: _Plan, call: Call, operands: Operands) -> tuple[AccumulatedLo
         loss, gradients, written = _accumulate(plan, call, layout.devices(), own)
         return loss, gradients, devices.shared_state(plan.axes, operands.state, written)
 
-    # What is spread over the batch's axes is gathered here, by XLA.
+    # A spec of P() for the differentiated arrays: XLA gathers those that the batch axes shard, once, before the loop.
     in_specs = Operands._make((P(), layout.rows, P(), P(), P()))
     gradient_specs = jax.tree.structure(operands.differentiated).unflatten(layout.gradients)
     aux_specs = jax.tree.map(lambda kind: layout.rows if kind == "concatenate" else P(), plan.aux_reduction)
@@ -321,7 +321,7 @@ def _wide(array: Array) -> Array:
 
 def _of_rows(array: Array) -> Array:
     if array.ndim < 1:
-        raise ValueError("aux_reduction got 'concatenate' for a scalar; it is for arrays that have a row an example.")
+        raise ValueError("aux_reduction got 'concatenate' for a scalar; it is for arrays with one row per example.")
     return array
 
 

@@ -22,13 +22,15 @@ def check_rows(batch: tuple[Tree, ...], num_microbatches: int, shares: int) -> N
     rows = {}
     for path, leaf in jax.tree.leaves_with_path(batch):
         if leaf.ndim < 1:
-            raise ValueError(f"batch got a scalar at {jax.tree_util.keystr(path)}; its arrays have a row an example.")
+            raise ValueError(
+                f"batch got a scalar at {jax.tree_util.keystr(path)}; pass arrays with one row per example."
+            )
         rows.setdefault(leaf.shape[0], jax.tree_util.keystr(path))
     if not rows:
         raise ValueError("batch got no array; pass arrays whose first dimension is the batch's.")
     if len(rows) > 1:
         result = ", ".join(f"{count} at {path}" for count, path in rows.items())
-        raise ValueError(f"batch got arrays of different numbers of rows: {result}; all have a row an example.")
+        raise ValueError(f"batch got arrays of different numbers of rows: {result}; pass one row per example.")
     (count,) = rows
     if count % (num_microbatches * shares):
         among = f" over {shares} devices" if shares > 1 else ""

@@ -22,10 +22,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one process and one shape, in about a minute")
     parser.add_argument("--peers", action="store_true", help="also PyTorch's methods, where they are installed")
     parser.add_argument("--only", nargs="*", default=(), metavar="SHAPE", help='shapes, such as "(8192, 4096, 128256)"')
-    parser.add_argument(
-        "--part", type=Path, help=argparse.SUPPRESS
-    )  # makes this a measuring process, which writes this file
-    parser.add_argument("--first-calls", action="store_true", help=argparse.SUPPRESS)  # also times first calls
+    # Given to the processes that measure: the file to write, and whether to time first calls.
+    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--first-calls", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := set(arguments.what) - set(BENCHMARKS):
         parser.error(f"WHAT got {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")

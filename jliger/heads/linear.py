@@ -118,29 +118,29 @@ def _cast(parameter: Array, dtype: Any) -> Array:
 
 
 def hidden_of(module: Any, hidden: Any) -> Array:
-    """Hidden states as an array, where they are passed after a head."""
+    """The hidden states as an array; raises if an array was passed as the module."""
     if checks.is_array(module):
         raise TypeError(
-            f"module got an array of shape {jnp.shape(module)}; the order is (module, hidden, labels). A head's arrays "
-            "go to jliger.fused_linear_cross_entropy(hidden, kernel, labels)."
+            f"module got an array of shape {jnp.shape(module)}; the order is (module, hidden, labels). Pass arrays to "
+            "jliger.fused_linear_cross_entropy(hidden, kernel, labels)."
         )
     return checks.as_array("hidden", hidden)
 
 
-# ---- which layers are such heads -----------------------------------------------------------------------------
+# ---- which layers are linear heads ---------------------------------------------------------------------------
 
 
 def check_embed(embed: Any, layer: type, package: str) -> None:
-    """A tied head takes an embedding alone."""
+    """Raises unless `embed` is an embedding layer."""
     if not isinstance(embed, layer):
         raise TypeError(
-            f"embed got a {type(embed).__name__}; pass a flax.{package}.Embed. Other layers go to "
-            f"jliger.{package}.fused_linear_cross_entropy(module, hidden, labels) as they are."
+            f"embed got a {type(embed).__name__}; pass a flax.{package}.Embed. Pass other layers to "
+            f"jliger.{package}.fused_linear_cross_entropy(module, hidden, labels)."
         )
 
 
 def check_own_method(module: Any, layer: type, method: str) -> None:
-    """A subclass that computes logits in its own way is not the layer that it is derived from."""
+    """Raises for a subclass that overrides the method that computes logits: it may compute something else."""
     if getattr(type(module), method) is not getattr(layer, method):
         raise NotImplementedError(
             f"module got a {type(module).__name__} that overrides {layer.__name__}.{method}; pass its arrays to "
@@ -149,7 +149,7 @@ def check_own_method(module: Any, layer: type, method: str) -> None:
 
 
 def check_product(module: Any, *functions: Any) -> None:
-    """A product that is neither JAX's own nor left open is one that the fused operation knows nothing of."""
+    """Raises for a custom product function, which the fused operation would not call."""
     if any(function not in (None, jax.lax.dot_general, jnp.einsum) for function in functions):
         raise NotImplementedError(
             f"module got a {type(module).__name__} with a product of its own (dot_general, einsum_op), which the fused "
@@ -158,12 +158,12 @@ def check_product(module: Any, *functions: Any) -> None:
 
 
 def check_one_last_axis(module: Any, axis: Any, batch_axes: Any, kernel_shape: tuple[int, ...]) -> None:
-    """A general linear layer is a head if it takes the last axis alone to one axis."""
+    """Raises unless a general linear layer maps the last axis to one axis."""
     axis, batch_axes = tuple(map(int, axis)), tuple(batch_axes)
     if axis != (-1,) or batch_axes or len(kernel_shape) != 2:
         raise NotImplementedError(
             f"module got a {type(module).__name__} of kernel {kernel_shape}, axis {axis} and batch axes {batch_axes}; "
-            "a head takes the last axis alone to one axis: kernel [H, V], axis (-1,), no batch axes."
+            "a head maps the last axis to one axis: kernel [H, V], axis (-1,), no batch axes."
         )
 
 
@@ -178,6 +178,6 @@ def einsum_layout(equation: str) -> KernelLayout:
         if len(set(letters)) == len(letters) and kernel in (feature + column, column + feature):
             return "hv" if kernel == feature + column else "vh"
     raise NotImplementedError(
-        f"module got an Einsum of {equation!r}; a head takes the last axis to one axis, as '...h,hv->...v' and "
+        f"module got an Einsum of {equation!r}; a head maps the last axis to one axis, as '...h,hv->...v' and "
         "'bth,vh->btv' do."
     )

@@ -55,7 +55,7 @@ def test_einsums_that_are_heads(equation, layout):
     ],
 )
 def test_einsums_that_are_none(equation):
-    with pytest.raises(NotImplementedError, match="a head takes the last axis to one axis"):
+    with pytest.raises(NotImplementedError, match="a head maps the last axis to one axis"):
         heads.einsum_layout(equation)
 
 
