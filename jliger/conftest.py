@@ -1,4 +1,4 @@
-"""Every test that takes `implementation` runs once for each backend that there is here."""
+"""The `implementation` fixture, which runs a test once for each backend available on this machine."""
 
 import jax
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from jliger.testing.oracle import IMPLEMENTATIONS, ON_GPU
 
 if not ON_GPU:
-    # Compiling takes most of these tests' time on a CPU.
+    # On a CPU, these tests spend most of their time on compilation.
     jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -1,4 +1,4 @@
-"""labels: tokens shifted, so that each position's label is the token it predicts."""
+"""Shifts tokens to make labels: the label of each position is the token that it predicts."""
 
 from collections.abc import Sequence
 
@@ -19,34 +19,35 @@ def shift_labels(
     padding_segment: int | None = 0,
     ignore_index: int = -100,
 ) -> Int[Array, "*B L"] | Int[Array, "K *B L"]:
-    """The token that comes `by` positions later, as each position's label; `ignore_index` where there is none.
+    """Labels for next-token prediction: each position gets the token `by` positions later, or `ignore_index`.
 
-    The losses here never shift. With hidden states of all tokens, `shift_labels(tokens, mask)` are the labels of next
-    token prediction, and `shift_labels(tokens, mask, by=range(1, k + 1))` those of k heads that look 1 to k tokens
-    ahead (Gloeckle et al., 2024, arXiv:2404.19737). Where a model shifts its inputs itself, as flax's lm1b example
-    does, use `by=0`, or the tokens as they are.
+    The losses in jliger never shift labels. If the model returns hidden states for all tokens, pass
+    `shift_labels(tokens, mask)` for next-token prediction, or `shift_labels(tokens, mask, by=range(1, k + 1))` for k
+    heads that predict 1 to k tokens ahead (Gloeckle et al., 2024, arXiv:2404.19737). If the model shifts its inputs
+    itself, as flax's lm1b example does, use `by=0`, or the tokens unchanged.
 
-    Inside a `jax.shard_map` whose devices share a sequence, each device has only its own part to shift: call this
-    before.
+    If a sequence is sharded, call this outside of `jax.shard_map`: inside, each device only sees its part of the
+    sequence.
 
     Args:
       tokens: `[*B, L]`, integers.
-      mask: bools `[*B, L]`, the tokens that count as labels, such as those of an answer and not of its prompt. It is
-        shifted along with the tokens: `mask[t]` is of `tokens[t]`.
-      by: how far ahead, at least 0; or several of that, for labels with a leading axis of one entry each.
-      segment_ids: `[*B, L]`, integers that tell packed documents apart. A label of another document than its position
+      mask: bools `[*B, L]`, the tokens that count as labels, such as those of an answer but not of its prompt. It is
+        shifted together with the tokens: `mask[t]` belongs to `tokens[t]`.
+      by: the number of positions to look ahead, at least 0; or a sequence of them, whose labels are stacked on a new
+        first axis.
+      segment_ids: `[*B, L]`, integers that identify packed documents. A label from another document than its position's
         is ignored.
       padding_segment: the segment id of padding, whose labels are all ignored: 0, as in T5X and MaxText. None if every
-        segment is a document, such as where documents are numbered from 0. It has no effect without `segment_ids`.
-      ignore_index: the label of what doesn't count.
+        segment is a document, for example if documents are numbered from 0. No effect without `segment_ids`.
+      ignore_index: the label of uncounted positions.
 
     Returns:
-      Labels of the tokens' dtype, or int32 if that cannot hold `ignore_index`: `[*B, L]`, with several `by`
-      `[len(by), *B, L]`.
+      Labels `[*B, L]`, or `[len(by), *B, L]` for a sequence. Their dtype is that of the tokens, or int32 if that cannot
+      represent `ignore_index`.
 
     Raises:
-      ValueError: a shape that doesn't fit, or a negative `by`.
-      TypeError: a dtype that isn't supported.
+      ValueError: a shape does not match, or `by` is negative or empty.
+      TypeError: a dtype is not supported.
 
     Example:
       >>> import jax.numpy as jnp, jliger
@@ -80,17 +81,18 @@ def shift_labels(
         mask = checks.as_array("mask", mask)
         if mask.dtype != jnp.bool:
             raise TypeError(f"mask got dtype {mask.dtype}; pass bools (`mask != 0`).")
-        checks.check_shape("mask", mask, tokens.shape, "one bool a token")
+        checks.check_shape("mask", mask, tokens.shape, "one bool per token")
         labels = jnp.where(_ahead(mask, by, False), labels, ignore_index)
     if segment_ids is not None:
         segment_ids = checks.as_array("segment_ids", segment_ids)
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
             raise TypeError(f"segment_ids got dtype {segment_ids.dtype}; pass integers.")
-        checks.check_shape("segment_ids", segment_ids, tokens.shape, "one integer a token")
+        checks.check_shape("segment_ids", segment_ids, tokens.shape, "one integer per token")
         same = _ahead(segment_ids, by, 0) == segment_ids
         if padding_segment is not None:
             checks.check_integer("padding_segment", padding_segment)
-            # A dtype that cannot hold padding_segment has no such segment; a comparison would wrap it around.
+            # If the dtype cannot represent padding_segment, there is no such segment. A comparison would wrap it
+            # around.
             limits = jnp.iinfo(segment_ids.dtype)
             if limits.min <= padding_segment <= limits.max:
                 same &= segment_ids != padding_segment
@@ -99,6 +101,6 @@ def shift_labels(
 
 
 def _ahead(array: Array, by: int, fill: int | bool) -> Array:
-    """What is `by` positions later. A gather, since slices of a dimension spread over devices are refused."""
+    """The elements `by` positions later. A gather, because JAX raises for slices of a sharded (Explicit) dimension."""
     positions = jnp.arange(array.shape[-1]) + by
     return array.at[..., positions].get(mode="fill", fill_value=fill, out_sharding=jax.typeof(array).sharding)

@@ -1,4 +1,4 @@
-"""Shifted labels against shifting by hand."""
+"""Tests shifted labels against labels shifted by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ LENGTH = 7
 
 
 def by_hand(tokens, mask, by, segment_ids, ignore_index):
-    """With segment 0 as padding."""
+    """Labels computed in a Python loop, with segment 0 as padding."""
     labels = np.full_like(tokens, ignore_index)
     for row in np.ndindex(tokens.shape[:-1]):
         for here in range(tokens.shape[-1] - by):

@@ -1,6 +1,7 @@
-"""The operation in plain JAX over full logits: what the rest is held to, in float64, and measured against.
+"""Reference implementations in plain JAX on full logits.
 
-Nothing here is shared with the fused operation, and nothing here is fast.
+In float64 they are the oracle of the tests; in other dtypes they are the baseline of benchmarks. They share no code
+with the fused operations, so that an error in one is not an error in both. They are not fast.
 """
 
 from typing import Any
@@ -38,10 +39,11 @@ def fused_linear_cross_entropy(
     precision: jax.lax.PrecisionLike = None,
     **unused: Any,
 ) -> Any:
-    """`jliger.fused_linear_cross_entropy`, with the same arguments and results, over full logits.
+    """`jliger.fused_linear_cross_entropy` on full logits, with the same arguments and results.
 
-    Products are taken in hidden's dtype and the rest in float32, as an unfused framework would; in float64 for float64.
-    `chunk_size`, `vocab_axis_name` and `implementation` are taken and mean nothing. A label out of range gives NaN.
+    Products are in hidden's dtype and everything else in float32, as in an unfused model; for float64 inputs all is in
+    float64. `chunk_size`, `vocab_axis_name` and `implementation` are accepted and ignored. A label out of range gives
+    NaN.
     """
     del unused
     logits = _logits(hidden, kernel, bias, adapter, kernel_layout, logit_scale, logit_softcap, logits_dtype, precision)
@@ -91,7 +93,7 @@ def linear_logprobs(
     adapter: Any = None,
     **unused: Any,
 ) -> LinearLogprobs:
-    """`jliger.linear_logprobs`, with the same arguments and results, over full logits."""
+    """`jliger.linear_logprobs` on full logits, with the same arguments and results."""
     del unused
     logits = _logits(hidden, kernel, bias, adapter, kernel_layout, logit_scale, logit_softcap, logits_dtype, precision)
     counted, inside, safe = _labels(labels, where, ignore_index, logits.shape[-1])
@@ -108,7 +110,7 @@ def linear_logprobs(
 
 
 def fused_linear_kl(*operands: Any, direction: str = "forward", **options: Any) -> Any:
-    """`jliger.losses.fused_linear_kl`, with the same arguments and results, over full logits."""
+    """`jliger.losses.fused_linear_kl` on full logits of both models, with the same arguments and results."""
     return fused_linear_jsd(*operands, beta=0.0 if direction == "forward" else 1.0, **options)
 
 
@@ -142,7 +144,7 @@ def fused_linear_jsd(
     precision: jax.lax.PrecisionLike = None,
     **unused: Any,
 ) -> Any:
-    """`jliger.losses.fused_linear_jsd`, with the same arguments and results, over full logits of both models."""
+    """`jliger.losses.fused_linear_jsd` on full logits of both models, with the same arguments and results."""
     del unused
     student = _logits(
         student_hidden,
@@ -169,7 +171,7 @@ def fused_linear_jsd(
     teacher, weights = jax.lax.stop_gradient((teacher, weights))
     dtype = student.dtype
     some_labels = jnp.zeros(student.shape[:-1], jnp.int32) if labels is None else labels
-    # Without labels every token counts, whatever ignore_index is.
+    # Without labels all tokens count, for any ignore_index.
     index = -1 if labels is None else ignore_index
     counted, inside, safe = _labels(some_labels, where, index, student.shape[-1])
 
@@ -218,7 +220,7 @@ def _kl(log_p: Float[Array, "*B V"], log_q: Float[Array, "*B V"]) -> Float[Array
 
 
 def _times(p: Float[Array, "*B V"], factor: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-    """`p · factor`, 0 where `p` is 0 and the factor may be infinite."""
+    """`p · factor`, and 0 where `p` is 0, even if the factor is infinite."""
     return p * jnp.where(p == 0, 0, factor)
 
 
@@ -257,7 +259,7 @@ def _logits(
 def _labels(
     labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int, vocab_size: int
 ) -> tuple[Bool[Array, "*B"], Bool[Array, "*B"], Int[Array, "*B"]]:
-    """Which tokens count, which labels are columns, and labels that are."""
+    """Which tokens count, which labels are in range, and labels with 0 for those that are not."""
     counted = labels != ignore_index
     if where is not None:
         counted &= where

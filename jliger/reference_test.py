@@ -1,4 +1,4 @@
-"""Values worked by hand, and those of optax: what the reference, and every implementation, must give."""
+"""Tests the reference and every implementation against values computed by hand and by optax."""
 
 import functools
 
@@ -20,7 +20,7 @@ def loss_fn(request):
 
 
 def of_logits(loss_fn, logits, labels, **options):
-    """The loss of given logits: hidden states that are logits, and a kernel that is the identity."""
+    """The loss of given logits, passed as hidden states with an identity kernel."""
     logits = jnp.asarray(logits, jnp.float32)
     return loss_fn(logits, jnp.eye(logits.shape[-1]), jnp.asarray(labels), precision="highest", **options)
 
@@ -103,14 +103,14 @@ def test_class_weights_by_hand(loss_fn):
     np.testing.assert_allclose(loss, (3 * np.log(2) + 0.5 * np.log(4)) / 3.5, rtol=1e-6)
     with_z = of_logits(loss_fn, logits, [0, 2], class_weights=w, z_loss=1.0)
     np.testing.assert_allclose(with_z, loss + np.log(4) ** 2, rtol=1e-6)
-    # Smoothing weighs every column by its own: α/V · Σ_v w_v · nll_v.
+    # In smoothing, each column has its own class weight: α/V · Σ_v w_v · nll_v.
     smooth = of_logits(loss_fn, logits[:1], [0], class_weights=w, label_smoothing=0.6, reduction="sum")
     spread = 3 * np.log(2) + 1 * np.log(4) + 0.5 * np.log(4)
     np.testing.assert_allclose(smooth, 0.4 * 3 * np.log(2) + 0.2 * spread, rtol=1e-6)
 
 
 def test_reductions_by_hand(loss_fn):
-    # nll of log 2, log 4, log 4 and one that does not count.
+    # The nlls are log 2, log 4, log 4; the last token does not count.
     logits = np.log([[2.0, 1, 1]] * 4)
     labels, weights = [0, 1, 2, -100], jnp.asarray([1.0, 2, 0.5, 9])
     nll = np.log([2, 4, 4])
@@ -169,7 +169,7 @@ def test_a_tied_embedding_is_the_transposed_kernel(loss_fn):
 
 
 def test_large_and_close_logits_keep_their_difference(loss_fn):
-    # Differences of 0.5 near 10⁶, where float32 holds no more than sixteenths.
+    # Differences of 0.5 near 10⁶, where float32 has a resolution of 1/16.
     loss = of_logits(loss_fn, [[1e6, 1e6 + 0.5]], [0])
     np.testing.assert_allclose(loss, np.log1p(np.exp(0.5)), rtol=1e-6)
 

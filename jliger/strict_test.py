@@ -1,4 +1,4 @@
-"""Every operation works with JAX's implicit promotion of dtypes and ranks forbidden."""
+"""Tests that every operation works if JAX's implicit promotion of dtypes and ranks is forbidden."""
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,7 @@
-"""accumulation: gradients of a batch in parts, weighed by what the parts weigh.
+"""Gradient accumulation over microbatches, weighted by their numbers of tokens.
 
-Within a step, `accumulate_gradients`: a loop over microbatches of one batch. Across steps, `weighted_multi_steps`: an
-optimizer that is called with each part's gradients and their weight.
+`accumulate_gradients` accumulates within a step: it loops over the microbatches of one batch. `weighted_multi_steps`
+accumulates across steps: it is an optimizer that is called with each microbatch's gradients and their weight.
 """
 
 from jliger.accumulation.gradients import AccumulatedLoss as AccumulatedLoss

@@ -1,4 +1,4 @@
-"""A call's arguments by what happens to them, and what of the call is no array."""
+"""Splits a call into array operands, by role, and its static part."""
 
 import dataclasses
 import sys
@@ -17,8 +17,8 @@ class Wanted(NamedTuple):
     """One argument to differentiate.
 
     Attributes:
-      argnum: which one.
-      filter: of a `flax.nnx` module's variables, those to differentiate; None for its parameters.
+      argnum: its position.
+      filter: for a `flax.nnx` module, which variables to differentiate; None for its `nnx.Param`.
     """
 
     argnum: int
@@ -27,7 +27,7 @@ class Wanted(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """Which positional arguments are what; all others are the same for every microbatch."""
+    """The roles of positional arguments. An argument without a role is the same for every microbatch."""
 
     wanted: tuple[Wanted, ...]
     batch: tuple[int, ...]
@@ -35,11 +35,11 @@ class Roles:
 
     @classmethod
     def make(cls, argnums: Any, batch_argnums: int | Sequence[int], key_argnums: int | Sequence[int]) -> "Roles":
-        """From what the user wrote.
+        """Makes roles from the arguments of `accumulate_gradients`.
 
         Raises:
-          ValueError: an argument with two roles, or none to differentiate, or none to split.
-          TypeError: an argument that is not named by its position.
+          ValueError: an argument has two roles, or there is none to differentiate or to split.
+          TypeError: an argument is not given by its position.
         """
         wanted = tuple(_wanted(argnum) for argnum in (argnums if isinstance(argnums, Sequence) else (argnums,)))
         named = {
@@ -65,10 +65,10 @@ class Operands(NamedTuple):
     """The arrays of a call.
 
     Attributes:
-      differentiated: a tree for each wanted argument; of a module, its wanted variables.
+      differentiated: a tree for each differentiated argument; for a module, its differentiated variables.
       batch: a tree for each batch argument.
       keys: a tree for each key argument.
-      state: whatever else the modules hold.
+      state: all other variables of the modules.
       rest: all other arrays.
     """
 
@@ -81,7 +81,7 @@ class Operands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """What of a call is no array: with `Operands`, whole or a microbatch's, it can be made."""
+    """The static part of a call. With `Operands`, of the whole batch or of a microbatch, the call can be made."""
 
     loss_fn: Callable[..., Any]
     roles: Roles
@@ -91,7 +91,7 @@ class Call:
     rest_static: tuple[Any, ...]
 
     def __call__(self, operands: Operands) -> tuple[Any, list[Array]]:
-        """What `loss_fn` returns, and the modules' state after that."""
+        """Calls `loss_fn`; returns its result, and the modules' state after the call."""
         arrays = iter(operands.rest)
         leaves = [next(arrays) if static is _ARRAY else static for static in self.rest_static]
         args, kwargs = self.rest_tree.unflatten(leaves)
@@ -107,7 +107,7 @@ class Call:
         return result, self._state_of(args)
 
     def write_state(self, args: Sequence[Any], state: list[Array]) -> None:
-        """Leaves the caller's own modules with `state`, as if they had been called."""
+        """Writes `state` into the caller's modules, as if `loss_fn` had been called with them."""
         states = self.state_tree.unflatten(state)
         for wanted, graph, tree in zip(self.roles.wanted, self.graphs, states, strict=True):
             if graph is not None:
@@ -130,7 +130,7 @@ class Call:
 def take_apart(
     loss_fn: Callable[..., Any], roles: Roles, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[Call, Operands]:
-    """A call's two parts."""
+    """Splits a call into its static part and its arrays."""
     positions = [each.argnum for each in roles.wanted] + [*roles.batch, *roles.keys]
     for position in positions:
         if position >= len(args):
@@ -164,19 +164,19 @@ def take_apart(
 
 
 class _Array:
-    """Stands where an array is."""
+    """A placeholder for an array among the static leaves."""
 
 
 _ARRAY = _Array()
 
 
 def _nnx() -> Any:
-    """`flax.nnx`, if somebody has imported it: without it there are no modules."""
+    """`flax.nnx` if it has been imported, else None: without it, no argument can be a module."""
     return sys.modules.get("flax.nnx")
 
 
 def _split(arg: Any, wanted: Wanted) -> tuple[Any, Tree, Tree]:
-    """A module's graph, wanted variables and other ones; of any other tree, None, itself and None."""
+    """Splits a module into its graph, the wanted variables and the others; other trees give `(None, arg, None)`."""
     nnx = _nnx()
     if nnx is None or not isinstance(arg, nnx.Module):
         if wanted.filter is not None:
@@ -205,6 +205,6 @@ def _check_floating(argnum: int, tree: Tree) -> None:
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"argument {argnum} got {dtype} at {jax.tree_util.keystr(path) or 'its root'}; what is differentiated "
-                "is of floating-point numbers: pass other arrays as another argument."
+                f"argument {argnum} got {dtype} at {jax.tree_util.keystr(path) or 'its root'}; only floating-point "
+                "arrays can be differentiated: pass other arrays as another argument."
             )

@@ -1,4 +1,7 @@
-"""Several devices: each adds up its own microbatches, and what they found is summed once, after the last one."""
+"""Gradient accumulation on several devices: each sums its own microbatches; one reduction follows after the last.
+
+`jax.shard_map`, `jax.lax.pcast` and `manual_axis_type` are those of jax 0.12.
+"""
 
 import dataclasses
 import math
@@ -18,14 +21,14 @@ Tree = Any
 
 
 class Placement(NamedTuple):
-    """Where one differentiated array's gradient goes on the devices that share the batch.
+    """How the gradient of one differentiated array is reduced over the devices that shard the batch.
 
     Attributes:
-      scattered: for each dimension, the axes that spread it (FSDP).
-      summed: all others.
-      by_slices: whether to sum and take a slice of that, which XLA may make one operation of: a reduce-scatter would
-        first gather what other axes spread.
-      others: how Auto axes that don't share the batch spread it; None where they don't.
+      scattered: for each dimension, the batch axes that shard it (FSDP); the gradient is scattered over them.
+      summed: the other batch axes; the gradient is summed over them.
+      by_slices: whether to sum and then slice, which XLA may fuse into a reduce-scatter. An explicit reduce-scatter
+        would first gather the dimensions that other axes shard.
+      others: the sharding over Auto axes that don't shard the batch; None if there is none.
     """
 
     scattered: tuple[Axes, ...]
@@ -34,11 +37,11 @@ class Placement(NamedTuple):
     others: P | None = None
 
     def spread(self, gradient: Array) -> Array:
-        """A gradient, or its sum so far, as other axes spread the array: XLA might keep it whole."""
+        """Constrains a gradient, or a partial sum of it, to the sharding over other axes: XLA might replicate it."""
         return gradient if self.others is None else jax.lax.with_sharding_constraint(gradient, self.others)
 
     def total(self, gradient: Array) -> Array:
-        """The sum of all devices' gradients, spread as the array is."""
+        """The sum of all devices' gradients, sharded like the array."""
         spread = [(dim, axes) for dim, axes in enumerate(self.scattered) if axes]
         if not self.by_slices:
             for dim, axes in spread:
@@ -53,10 +56,10 @@ class Placement(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """Those that share the batch, seen from one of them, within a `shard_map`.
+    """The devices that shard the batch, for use inside a `shard_map`.
 
     Attributes:
-      axes: manual mesh axes that spread the batch; none where all is on one device, or is XLA's to spread.
+      axes: the manual mesh axes that shard the batch; empty on one device, and if XLA shards the batch.
       placements: one for each differentiated array.
     """
 
@@ -64,14 +67,15 @@ class Devices:
     placements: tuple[Placement, ...]
 
     def own(self, tree: Tree) -> Tree:
-        """Differentiated arrays with types by which their gradients stay each device's own."""
+        """Casts differentiated arrays to vary over the batch axes, so that their gradients stay per device."""
+        # Otherwise the transpose of the cast would psum the gradient in every microbatch.
         leaves, structure = jax.tree.flatten(tree)
         return structure.unflatten(
             _as_varying(leaf, place.summed) for place, leaf in zip(self.placements, leaves, strict=True)
         )
 
     def no_gradients(self, tree: Tree) -> Tree:
-        """Zeros to add gradients to, in the dtype of their sum."""
+        """Zeros with the shapes of the gradients, in the accumulator dtype."""
         leaves, structure = jax.tree.flatten(tree)
         return structure.unflatten(
             place.spread(jnp.zeros_like(leaf, accumulator_dtype(leaf.dtype)))
@@ -83,13 +87,13 @@ class Devices:
         return structure.unflatten(place.total(leaf) for place, leaf in zip(self.placements, leaves, strict=True))
 
     def total(self, array: Array) -> Array:
-        """The sum over devices; what types say to be whole already is left as it is."""
+        """The sum over devices. An array whose type says that it is replicated is left as it is."""
         axes = tuple(axis for axis in self.axes if axis in _varying(array) or not _is_typed(axis))
         return jax.lax.psum(array, axes) if axes else array
 
 
 def here(batch_axes: Axes, differentiated: Tree, batch: Tree) -> Devices:
-    """Within a user's `shard_map`, or on one device: named axes, and those that the batch's types vary over."""
+    """The devices inside a user's `shard_map`, or on one device: over `batch_axes`, and axes the batch varies over."""
     varying = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(batch)))
     axes = (*batch_axes, *sorted(varying - set(batch_axes)))
     placements = tuple(
@@ -100,10 +104,10 @@ def here(batch_axes: Axes, differentiated: Tree, batch: Tree) -> Devices:
 
 
 def is_manual(axes: Axes) -> bool:
-    """Whether the call is within a `shard_map` over these axes.
+    """Whether the call is inside a `shard_map` over these axes.
 
     Raises:
-      ValueError: some of them are, some are not.
+      ValueError: some of the axes are manual and some are not.
     """
     manual = set(jax.sharding.get_abstract_mesh().manual_axes)
     if manual & set(axes) and not manual >= set(axes):
@@ -114,11 +118,11 @@ def is_manual(axes: Axes) -> bool:
     return manual >= set(axes)
 
 
-# ---- a shard_map of our own ------------------------------------------------------------------------------------
+# ---- our own shard_map -----------------------------------------------------------------------------------------
 
 
 class Layout(NamedTuple):
-    """A mesh, and what lies how over the axes that share the batch."""
+    """A mesh, the axes that shard the batch, and the specs of the differentiated arrays."""
 
     mesh: Mesh | AbstractMesh
     axes: Axes
@@ -126,17 +130,17 @@ class Layout(NamedTuple):
 
     @classmethod
     def make(cls, axes: Axes, differentiated: Tree, specs: Tree, batch: Tree) -> "Layout":
-        """From the axes named, and the specs of the differentiated arrays: given, or else in their types.
+        """Makes a layout. If `specs` is None, the specs are those in the arrays' types.
 
         Raises:
-          ValueError: an axis that no mesh has, or specs that don't fit.
+          ValueError: the mesh has no such axis, or `specs` does not match.
         """
         mesh = _mesh_of((batch, differentiated))
         for axis in axes:
             if axis not in mesh.axis_names:
                 raise ValueError(
-                    f"batch_axes got {axis!r}, which is no axis of the mesh ({mesh.axis_names}); set a mesh by "
-                    "jax.set_mesh, or pass arrays that lie on one."
+                    f"batch_axes got {axis!r}, which is no axis of the mesh ({mesh.axis_names}); set a mesh with "
+                    "jax.set_mesh, or pass arrays that are on one."
                 )
         leaves, structure = jax.tree.flatten(differentiated)
         if specs is None:
@@ -151,7 +155,7 @@ class Layout(NamedTuple):
 
     @property
     def shares(self) -> int:
-        """In how many parts the batch's rows are."""
+        """The number of devices that the batch's rows are sharded over."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
     @property
@@ -165,21 +169,21 @@ class Layout(NamedTuple):
         return [_only(spec, self.axes) for spec in self.specs]
 
     def devices(self) -> Devices:
-        """They, to be used within `run`."""
+        """The devices, for use inside `run`."""
         placements = []
         for spec in self.specs:
             used = {axis for entry in spec for axis in _axes_of(entry)}
             scattered = tuple(_axes_of(entry) for entry in _only(spec, self.axes))
             summed = tuple(axis for axis in self.axes if axis not in used)
-            # Beside Explicit axes of another kind, jax has no reduce-scatter.
+            # jax 0.12 has no reduce-scatter of an array that Explicit axes shard further.
             by_slices = not used <= set(self.axes) or bool(set(self.mesh.explicit_axes) - set(self.axes))
             others = tuple(axis for axis in self.mesh.auto_axes if axis in used and axis not in self.axes)
             placements.append(Placement(scattered, summed, by_slices, _only(spec, others) if others else None))
         return Devices(self.axes, tuple(placements))
 
     def run(self, function: Callable[..., Any], operands: Tree, in_specs: Tree, out_specs: Tree) -> Any:
-        """`function` on each device's share. Axes that are not named remain what they are."""
-        # Types would ask of the user's loss that its loops' first values vary over devices as later ones do.
+        """Runs `function` on each device's rows. Axes that are not batch axes keep their type."""
+        # With `check_vma=True` the loop carries in the user's loss would need matching varying-axis types.
         mapped = jax.shard_map(
             function,
             mesh=self.mesh,
@@ -189,12 +193,12 @@ class Layout(NamedTuple):
             check_vma=False,
         )
         operands = jax.tree.map(self._placed, in_specs, operands, is_leaf=lambda leaf: isinstance(leaf, P))
-        # Eagerly, a shard_map takes no mesh of which it leaves axes out.
+        # Without jit, a shard_map over only some of the mesh's axes raises (jax 0.12).
         return jax.jit(mapped)(*operands)
 
     def _placed(self, spec: P, tree: Tree) -> Tree:
         def placed(array: Array) -> Array:
-            """Explicit axes have to be as the spec says; all others XLA sees to."""
+            """Reshards over Explicit axes to match the spec, as shard_map requires; XLA handles Auto axes."""
             types = jax.typeof(array).sharding
             if not types.mesh.explicit_axes or jnp.issubdtype(array.dtype, jax.dtypes.extended):
                 return array
@@ -207,22 +211,22 @@ class Layout(NamedTuple):
 
 
 def device_keys(axes: Axes, keys: Tree) -> Tree:
-    """For each device keys of its own, in place of those that all of them have."""
+    """Different keys on each device, derived from keys that are the same on all."""
     return jax.tree.map(lambda key: jax.random.fold_in(key, jax.lax.axis_index(axes)), keys)
 
 
 def device_state(axes: Axes, state: list[Array]) -> list[Array]:
-    """State in which keys are each device's own."""
+    """State with different keys on each device."""
     return [device_keys(axes, leaf) if is_key(leaf) else leaf for leaf in state]
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether it is a typed PRNG key."""
+    """Whether `leaf` is a typed PRNG key."""
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _mesh_of(tree: Tree) -> AbstractMesh:
-    """The mesh in scope; without one, that of the arrays' types."""
+    """The mesh in scope; if there is none, the mesh of the arrays' types."""
     mesh = jax.sharding.get_abstract_mesh()
     for leaf in jax.tree.leaves(tree):
         if mesh.empty:
@@ -231,7 +235,7 @@ def _mesh_of(tree: Tree) -> AbstractMesh:
 
 
 def _typed_spec(array: Array) -> P:
-    """How an array is sharded, as far as its type says: it doesn't where axes are Auto."""
+    """The spec in an array's type, which only records Explicit axes; empty for other axes."""
     sharding = jax.typeof(array).sharding
     return sharding.spec if sharding.mesh.explicit_axes else P()
 
@@ -253,7 +257,7 @@ def _varying(array: Array) -> frozenset[str]:
 
 
 def _is_typed(axis: str) -> bool:
-    """Whether types say what varies over a manual axis: not under `shard_map(check_vma=False)`."""
+    """Whether types record which arrays vary over a manual axis. With `shard_map(check_vma=False)` they do not."""
     return axis in _varying(jax.lax.axis_index(axis))
 
 
@@ -263,28 +267,28 @@ def _as_varying(array: Array, axes: Axes) -> Array:
 
 
 def zeros_of_type(like: Any) -> Array:
-    """Zeros of a `jax.ShapeDtypeStruct`'s type, by which a loop can start."""
+    """Zeros of the type of a `jax.ShapeDtypeStruct`, including its varying axes, to initialise a loop carry."""
     if like.manual_axis_type is None or not like.manual_axis_type.varying:
         return jnp.zeros_like(like)
     return jax.lax.pcast(jnp.zeros(like.shape, like.dtype), tuple(like.manual_axis_type.varying), to="varying")
 
 
 def typed_like(array: Array, like: Array) -> Array:
-    """An array as one that varies over devices wherever `like` does.
+    """Casts an array to vary over the axes that `like` varies over.
 
     Raises:
-      ValueError: it varies where `like` doesn't.
+      ValueError: it varies over an axis that `like` does not vary over.
     """
     if extra := _varying(array) - _varying(like):
         raise ValueError(
-            f"loss_fn returned a sum that is the same on all devices of {tuple(sorted(extra))}, and a weight that is "
-            "each device's own; sum both over devices, or neither."
+            f"loss_fn returned a sum that is replicated over {tuple(sorted(extra))}, and a weight that varies over it; "
+            "sum both over devices, or neither."
         )
     return _as_varying(array, tuple(_varying(like)))
 
 
 def shared_state(axes: Axes, before: list[Array], written: list[Array | None]) -> list[Array | None]:
-    """State that is the same on all devices: floating-point numbers' mean, and keys as they were before."""
+    """Makes state equal on all devices: means of floating-point arrays, and the original keys."""
 
     def shared(old: Array, new: Array | None) -> Array | None:
         if new is None or not jnp.issubdtype(new.dtype, jnp.floating):

@@ -1,4 +1,4 @@
-"""Loss and gradients of a batch that is gone through in microbatches."""
+"""The loss and gradients of a batch, computed microbatch by microbatch."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -22,12 +22,12 @@ Tree = Any
 
 
 class AccumulatedLoss(NamedTuple):
-    """A batch's loss, and what came with it.
+    """The loss of a batch, with its weight and auxiliary outputs.
 
     Attributes:
       loss: `Σ sum / Σ weight` over all microbatches and devices.
       weight: `Σ weight`.
-      aux: the third result of `loss_fn`, reduced; None if it has none.
+      aux: the reduced third result of `loss_fn`; None if it returns two.
     """
 
     loss: Float[Array, ""]
@@ -46,61 +46,62 @@ def accumulate_gradients(
     batch_axes: str | Sequence[str] = (),
     specs: Any = None,
 ) -> Callable[..., tuple[AccumulatedLoss, Any]]:
-    r"""`jax.value_and_grad` of a batch's mean loss, over microbatches of the batch in a loop.
+    r"""`jax.value_and_grad` of a batch's mean loss, computed in a loop over microbatches.
 
-    `loss_fn` returns the sum of its microbatch's token losses and the sum of their weights (their number, mostly), and
-    the result is
+    `loss_fn` returns the sum of a microbatch's token losses and the sum of their weights (usually the number of counted
+    tokens). The result is
 
     $$\mathrm{loss} = \frac{\sum_i \mathrm{sum}_i}{\sum_i \mathrm{weight}_i}, \qquad
       \mathrm{gradient} = \frac{\sum_i \nabla \mathrm{sum}_i}{\sum_i \mathrm{weight}_i}$$
 
-    which is the whole batch's to rounding, however tokens fall. The mean of microbatches' means isn't: there, a token
-    in a microbatch of few counts for more than one in a microbatch of many.
+    which equals the whole batch's loss and gradient up to rounding, for any distribution of tokens. The mean of the
+    microbatches' means does not: it gives tokens of a microbatch with few tokens more weight.
 
-    Sums over microbatches are float32 (float64 for float64), and gradients then have their argument's dtype. Memory
-    beside one microbatch's is those float32 sums, whatever `num_microbatches`. Each microbatch's gradients are taken
-    as those of its mean, and weighed after, so that they fit float16 as well as a whole batch's would. A total weight
-    of 0 gives loss 0 and gradient 0, if sums are 0. The weight carries no gradient.
+    Sums over microbatches are float32 (float64 for float64). The returned gradients have the dtype of their argument.
+    In addition to the memory of one microbatch, only these sums are needed, whatever `num_microbatches` is. Each
+    microbatch differentiates its mean, and the result is then multiplied by the weight, so that float16 gradients do
+    not overflow earlier than those of the whole batch. A total weight of 0 gives loss 0 and gradient 0, if the sums are
+    0. The weight has no gradient.
 
-    The i-th of n microbatches has the rows i, i + n, i + 2n, …: a device that holds some consecutive rows of the batch
-    holds as many rows of each microbatch, and no row moves.
+    The i-th of n microbatches has the rows i, i + n, i + 2n, …. A device with consecutive rows of the batch then has
+    equally many rows of each microbatch, and no rows move between devices.
 
-    **Several devices.** Where mesh axes are Auto or Explicit, name those that spread the batch's rows in `batch_axes`.
-    Each device then adds up its own microbatches' gradients, and each gradient is summed over devices once, after the
-    last microbatch: by an all-reduce, or where the argument itself is spread over these axes (FSDP) by a
-    reduce-scatter. Such an argument is gathered once, before the first microbatch, and its sums are whole on each
-    device: that is the price of one reduce-scatter a step. To pay in collectives instead, name only other axes: what an
-    axis that isn't named has to say, XLA says in each microbatch. `loss_fn` sees the rows of one device, runs under a
-    `jax.shard_map` over the named axes, and can't name these in sharding constraints. Inside a `jax.shard_map` of the
-    caller's own there is nothing to name: types say what the batch varies over (with `check_vma=False` they don't).
-    Arguments that are neither split nor differentiated are whole on each device.
+    **Several devices.** If mesh axes are Auto or Explicit, name those that shard the batch's rows in `batch_axes`. Each
+    device then sums the gradients of its own microbatches, and each gradient is reduced over devices once, after the
+    last microbatch. The reduction is an all-reduce, or a reduce-scatter if these axes also shard the argument (FSDP).
+    Such an argument is gathered once, before the first microbatch, and each device holds the sum of its whole gradient:
+    one reduce-scatter per step costs this memory. To trade memory for communication, leave FSDP axes out of
+    `batch_axes`; XLA then reduces over them in every microbatch. `loss_fn` gets the rows of one device. It runs in a
+    `jax.shard_map` over the batch axes, and cannot use these in sharding constraints. Inside the caller's own
+    `jax.shard_map`, `batch_axes` is not needed: types record the axes that the batch varies over (except with
+    `check_vma=False`). Arguments that are neither split nor differentiated are replicated on each device.
 
-    **Modules.** A `flax.nnx.Module` among `argnums` is differentiated in its `nnx.Param`, as by `nnx.value_and_grad`;
-    `nnx.DiffState(argnum, filter)` names other variables. Whatever else it holds goes from one microbatch to the next
-    (batch statistics, counts of its random numbers, so that dropout differs), and the module is left with the last
-    one's. With `batch_axes`, keys that it holds differ between devices, and floating-point state is averaged over them.
-    Parameters of `flax.linen` are a tree as any other.
+    **Modules.** A `flax.nnx.Module` among `argnums` is differentiated with respect to its `nnx.Param`, as in
+    `nnx.value_and_grad`; `nnx.DiffState(argnum, filter)` selects other variables. All other variables, such as batch
+    statistics and counts of random numbers, pass from one microbatch to the next, so that dropout differs between
+    microbatches. The module keeps their last values. With `batch_axes`, its keys differ between devices, and its
+    floating-point state is averaged over devices. Parameters of `flax.linen` are a tree like any other.
 
     Args:
-      loss_fn: returns `(sum, weight)` or `(sum, weight, aux)`: scalars, and a tree of arrays.
-      num_microbatches: how many there are; it divides the rows of each device.
+      loss_fn: returns `(sum, weight)` or `(sum, weight, aux)`: two scalars, and a tree of arrays.
+      num_microbatches: the number of microbatches, which must divide the rows of each device.
       argnums: positions of the arguments to differentiate, as in `jax.value_and_grad`: an integer, or several.
       batch_argnums: positions of the arguments to split: trees of arrays `[rows, ...]`.
-      key_argnums: positions of PRNG keys, or trees of them, of which each microbatch gets its own.
-      aux_reduction: what becomes of `aux`: `"sum"`; `"mean"`, weighed as the loss is; or `"concatenate"`, for arrays
-        `[rows, ...]`, which come back in the batch's order. One of these, or a tree of them that is a prefix of `aux`.
-        Sums and means of floating-point numbers are float32.
-      batch_axes: mesh axes that spread the batch's rows, the slowest first, over which to sum once.
-      specs: with `batch_axes`, how the differentiated arguments are sharded: a tree of `PartitionSpec`, or a prefix of
-        one (for several `argnums`, a tuple of these). None if no batch axis spreads them, or if axes are Explicit.
+      key_argnums: positions of PRNG keys, or of trees of keys. Each microbatch gets different keys.
+      aux_reduction: how `aux` is reduced: `"sum"`; `"mean"`, weighted like the loss; or `"concatenate"`, for arrays
+        `[rows, ...]`, whose rows are returned in the batch's order. One of these, or a tree of them that is a prefix of
+        `aux`. Sums and means of floating-point numbers are float32.
+      batch_axes: the mesh axes that shard the batch's rows, the major axis first. Gradients are reduced over them once.
+      specs: with `batch_axes`, the shardings of the differentiated arguments: a tree of `PartitionSpec`, or a prefix of
+        one (for several `argnums`, a tuple of these). None if no batch axis shards them, or if axes are Explicit.
 
     Returns:
       A function of `loss_fn`'s arguments that returns an `AccumulatedLoss` and the gradients: a tree like the argument,
-      or for several `argnums` a tuple of trees; for a module, an `nnx.State`.
+      or a tuple of trees for several `argnums`; an `nnx.State` for a module.
 
     Raises:
-      ValueError: a number of microbatches that doesn't divide the rows, roles that clash, an unknown axis.
-      TypeError: a loss that isn't two or three results, or an argument that can't be differentiated.
+      ValueError: the number of microbatches does not divide the rows, an argument has two roles, or an axis is unknown.
+      TypeError: `loss_fn` does not return two or three results, or an argument cannot be differentiated.
 
     Example:
       >>> import jax, jax.numpy as jnp, jliger
@@ -125,7 +126,7 @@ def accumulate_gradients(
     _check_reduction(aux_reduction)
     axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
     if specs is not None and not axes:
-        raise ValueError("specs got a value without batch_axes, beside which alone they say something; leave them out.")
+        raise ValueError("specs got a value without batch_axes, and is only used with them; leave it out.")
     plan = _Plan(num_microbatches, aux_reduction, axes, (specs,) if is_single and specs is not None else specs)
 
     def value_and_gradients(*args: Any, **kwargs: Any) -> tuple[AccumulatedLoss, Any]:
@@ -144,7 +145,7 @@ def accumulate_gradients(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What the user asked for, beside the roles of arguments."""
+    """The options of `accumulate_gradients`, apart from the roles of arguments."""
 
     num_microbatches: int
     aux_reduction: Any
@@ -153,17 +154,17 @@ class _Plan:
 
 
 State = list[Array | None]
-"""A module's state after a call; None for what the call has left alone."""
+"""The modules' state after a call; None for variables that the call did not change."""
 
 
 class _Sums(NamedTuple):
-    """Of one microbatch, or of several, all that is added up.
+    """The sums over the tokens of one or several microbatches.
 
     Attributes:
       loss: the sum of losses.
       weight: the sum of weights.
-      aux: leaves of aux that are summed, None for others.
-      weighted: leaves of aux that are averaged, times the weight, None for others.
+      aux: the leaves of aux that are summed; None for others.
+      weighted: the leaves of aux that are averaged, multiplied by the weight; None for others.
     """
 
     loss: Float[Array, ""]
@@ -173,12 +174,12 @@ class _Sums(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What a microbatch's forward pass finds.
+    """The results of a microbatch's forward pass.
 
     Attributes:
-      sums: what is added up.
-      rows: leaves of aux that are concatenated, None for others.
-      state: the modules' state after it.
+      sums: the results that are summed over microbatches.
+      rows: the leaves of aux that are concatenated; None for others.
+      state: the modules' state after the pass.
     """
 
     sums: _Sums
@@ -187,7 +188,7 @@ class _Found(NamedTuple):
 
 
 def _on_mesh(plan: _Plan, call: Call, operands: Operands) -> tuple[AccumulatedLoss, Tree, State]:
-    """`_accumulate` on each device's share of the batch."""
+    """Runs `_accumulate` on each device's rows of the batch."""
     layout = Layout.make(plan.axes, operands.differentiated, plan.specs, operands.batch)
     check_rows(operands.batch, plan.num_microbatches, layout.shares)
 
@@ -198,7 +199,7 @@ def _on_mesh(plan: _Plan, call: Call, operands: Operands) -> tuple[AccumulatedLo
         loss, gradients, written = _accumulate(plan, call, layout.devices(), own)
         return loss, gradients, devices.shared_state(plan.axes, operands.state, written)
 
-    # What is spread over the batch's axes is gathered here, by XLA.
+    # A spec of P() for the differentiated arrays: XLA gathers those that the batch axes shard, once, before the loop.
     in_specs = Operands._make((P(), layout.rows, P(), P(), P()))
     gradient_specs = jax.tree.structure(operands.differentiated).unflatten(layout.gradients)
     aux_specs = jax.tree.map(lambda kind: layout.rows if kind == "concatenate" else P(), plan.aux_reduction)
@@ -207,7 +208,7 @@ def _on_mesh(plan: _Plan, call: Call, operands: Operands) -> tuple[AccumulatedLo
 
 
 def _accumulate(plan: _Plan, call: Call, group: Devices, operands: Operands) -> tuple[AccumulatedLoss, Tree, State]:
-    """One device's microbatches in a loop, and then what all devices found together."""
+    """Loops over one device's microbatches, then reduces over all devices."""
     count = plan.num_microbatches
     operands = operands._replace(differentiated=group.own(operands.differentiated))
     batch = split_rows(operands.batch, count)
@@ -251,7 +252,7 @@ def _loop(
     operands: Operands,
     of_microbatch: Callable[[Int[Array, ""], Sequence[Array | None]], Operands],
 ) -> tuple[_Sums, Tree, State, Tree]:
-    """Microbatches one after the other: what is summed, gradients, state after the last one, and all rows of aux."""
+    """Loops over microbatches; returns sums, gradients, the state after the last one, and the rows of aux of all."""
 
     def add(carry: tuple[_Sums, Tree, State], index: Int[Array, ""]) -> tuple[tuple[_Sums, Tree, State], Tree]:
         sums, gradients, state = carry
@@ -270,14 +271,14 @@ def _loop(
 
 
 def _forward_and_backward(plan: _Plan, call: Call, operands: Operands) -> tuple[_Found, Tree]:
-    """A microbatch's sums, and the gradients of its sum of losses."""
+    """The results of a microbatch's forward pass, and the gradients of its sum of losses."""
 
     def loss_of(differentiated: Tree) -> tuple[Float[Array, ""], _Found]:
         microbatch_result = _forward(plan, call, operands._replace(differentiated=differentiated))
         return microbatch_result.sums.loss, microbatch_result
 
     loss, pull_back, microbatch_result = jax.vjp(loss_of, operands.differentiated, has_aux=True)
-    # Those of its mean, times its weight: in float16 a sum's might not fit.
+    # The gradients of its mean, multiplied by its weight in float32: those of the sum might overflow float16.
     scale = weight_divisor(microbatch_result.sums.weight)
     (gradients,) = pull_back(devices.typed_like(1 / scale, loss))
     return microbatch_result, jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(leaf.dtype)) * scale, gradients)
@@ -297,7 +298,7 @@ def _forward(plan: _Plan, call: Call, operands: Operands) -> _Found:
         )
 
     def weighted(leaf: Array) -> Array:
-        # The mean of nothing may be a NaN.
+        # With a weight of 0 the mean may be 0 / 0 = NaN.
         return jnp.where(weight == 0, 0, weight * leaf)
 
     return _Found(
@@ -312,7 +313,7 @@ def _latest(before: Sequence[Array], written: Sequence[Array | None]) -> list[Ar
 
 
 def _wide(array: Array) -> Array:
-    """In the dtype of its sum: of bools and small integers, int32."""
+    """Casts to the dtype of a sum: the accumulator dtype, or int32 for bools and small integers."""
     if jnp.issubdtype(array.dtype, jnp.floating):
         return array.astype(accumulator_dtype(array.dtype))
     return jnp.sum(array[None], axis=0)
@@ -320,12 +321,12 @@ def _wide(array: Array) -> Array:
 
 def _of_rows(array: Array) -> Array:
     if array.ndim < 1:
-        raise ValueError("aux_reduction got 'concatenate' for a scalar; it is for arrays that have a row an example.")
+        raise ValueError("aux_reduction got 'concatenate' for a scalar; it is for arrays with one row per example.")
     return array
 
 
 def _aux(total: Array | None, weighted: Array | None, rows: Array | None, weight: Float[Array, ""]) -> Array | None:
-    """A leaf of aux, from whichever of the three it has become; of a leaf that is None, none."""
+    """A leaf of aux, from the one of its three reductions that is not None; None if all are."""
     if total is not None:
         return total
     if weighted is not None:
@@ -334,7 +335,7 @@ def _aux(total: Array | None, weighted: Array | None, rows: Array | None, weight
 
 
 def _checked(result: Any) -> tuple[Float[Array, ""], Float[Array, ""], Tree]:
-    """The loss's sum, its weight and aux, the first two in the dtype of sums."""
+    """Checks the result of `loss_fn`; returns the sum and the weight in the accumulator dtype, and aux."""
     if type(result) is not tuple or len(result) not in (2, 3):
         microbatch_result = f"{len(result)} results" if type(result) is tuple else type(result).__name__
         raise TypeError(f"loss_fn returned {microbatch_result}; return (sum, weight) or (sum, weight, aux).")

@@ -1,4 +1,4 @@
-"""Microbatches against the whole batch, whatever the loss, the dtype, and where the tokens fall."""
+"""Tests microbatches against the whole batch, for several losses, dtypes and distributions of tokens."""
 
 import functools
 
@@ -19,7 +19,7 @@ ROWS, LENGTH, SIZE, VOCAB = 24, 5, 6, 17
 
 @pytest.fixture(autouse=True)
 def float32_products():
-    """TF32 products would be off by 1e-3, in one order of summation or another."""
+    """Full precision for products: TF32 has relative errors of 1e-3, which depend on the order of summation."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -34,14 +34,14 @@ def make_params(dtype="float32", seed=0):
 
 
 def make_batch(lengths, seed=0):
-    """Tokens and labels `[rows, length]`, of which the first few of each row count."""
+    """Tokens and labels `[rows, length]`; the first few labels of each row count."""
     rng = np.random.default_rng(seed)
     tokens, labels = rng.integers(0, VOCAB, (2, len(lengths), LENGTH))
     counted = np.arange(LENGTH) < np.asarray(lengths)[:, None]
     return {"tokens": jnp.asarray(tokens), "labels": jnp.asarray(np.where(counted, labels, -100))}
 
 
-# Every row's tokens, an uneven number of them, and none but in some.
+# The numbers of counted tokens per row: all, uneven, and none in most rows.
 LENGTHS = {
     "equal": [LENGTH] * ROWS,
     "unequal": [1 + (7 * row) % LENGTH for row in range(ROWS)],
@@ -69,7 +69,7 @@ def optax_sums(params, batch):
 
 
 def squared_sums(params, batch):
-    """Of rows, with weights that are no integers."""
+    """A loss of rows, with weights that are not integers."""
     weights = 0.5 + jnp.mean(batch["labels"] >= 0, axis=1, dtype=params["head"].dtype)
     errors = jnp.sum(jnp.square(hidden_states(params, batch) @ params["head"]), axis=(1, 2))
     return jnp.sum(weights * errors), jnp.sum(weights)
@@ -79,7 +79,7 @@ LOSSES = {"fused": fused_sums, "optax": optax_sums, "squared": squared_sums}
 
 
 def whole(sums, params, batch):
-    """The mean loss of a batch in one piece and its gradients, by `jax.value_and_grad`."""
+    """The mean loss of the whole batch and its gradients, by `jax.value_and_grad`."""
     return _whole(sums)(params, batch)
 
 
@@ -93,14 +93,14 @@ def _whole(sums):
 
 
 def mean_of_means(sums, params, batch, num):
-    """What one gets from the means of microbatches."""
+    """The mean of the means of microbatches, and its gradients."""
     parts = [jax.tree.map(lambda array, i=i: array[i::num], batch) for i in range(num)]
     found = [whole(sums, params, part) for part in parts]
     return jax.tree.map(lambda *leaves: sum(leaves) / num, *found)
 
 
 def distance(found, truth):
-    """The largest difference of any array, by norm, relative to the norm."""
+    """The largest relative difference of any array, by norm."""
     norms = jax.tree.map(
         lambda a, b: (
             np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b, np.float64))
@@ -113,7 +113,7 @@ def distance(found, truth):
 
 
 def accumulated(sums, num, params, batch):
-    """Loss and gradients as `whole` returns them."""
+    """The accumulated loss and gradients, in the form that `whole` returns."""
     found, grads = _accumulated(sums, num)(params, batch)
     return found.loss, grads
 
@@ -123,7 +123,7 @@ def _accumulated(sums, num):
     return jax.jit(jliger.accumulate_gradients(sums, num))
 
 
-# ---- the whole batch's, to rounding ----------------------------------------------------------------------------
+# ---- equal to the whole batch, up to rounding ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -143,7 +143,7 @@ def test_means_of_means_are_not():
         params, batch = make_params("float64"), make_batch(LENGTHS["unequal"])
         truth = whole(fused_sums, params, batch)
         assert distance(mean_of_means(fused_sums, params, batch, 8), truth) > 0.05
-        # With as many tokens in each they would be.
+        # With equal numbers of tokens in each microbatch they would be equal.
         batch = make_batch(LENGTHS["equal"])
         assert distance(mean_of_means(fused_sums, params, batch, 8), whole(fused_sums, params, batch)) < 1e-14
 
@@ -151,7 +151,7 @@ def test_means_of_means_are_not():
 @pytest.mark.parametrize(
     ("loss", "dtype", "lengths"),
     [
-        # Of optax's loss, each dtype and each kind of lengths once.
+        # For optax's loss, each dtype and each distribution of lengths once.
         pytest.param(loss, dtype, lengths, marks=[pytest.mark.exhaustive] if loss == "optax" and i != j else [])
         for loss in ("fused", "optax")
         for i, dtype in enumerate(["float32", "bfloat16", "float16"])
@@ -192,7 +192,7 @@ def test_nothing_counts():
 
 
 def test_what_has_no_weight_still_has_a_loss():
-    # A whole batch's sum has all of it, whichever microbatch's weight is 0.
+    # The sum of the whole batch includes every microbatch, even those of weight 0.
     def sums(x, batch):
         return jnp.sum(x * batch["values"]), jnp.sum(batch["weights"])
 
@@ -213,7 +213,7 @@ def test_a_loss_that_is_nan_is_nan():
 
 
 def test_sums_are_float32_and_gradients_their_arguments():
-    # In bfloat16 a sum of ones ends at 256.
+    # In bfloat16 a sum of ones stops at 256.
     param = jnp.ones((), jnp.bfloat16)
     ones = jnp.ones((1024, 1), jnp.bfloat16)
     found, grad = jax.jit(jliger.accumulate_gradients(lambda p, rows: (jnp.sum(p * rows), rows.size), 1024))(
@@ -224,7 +224,7 @@ def test_sums_are_float32_and_gradients_their_arguments():
 
 
 def test_sums_beyond_float16():
-    # Each microbatch's gradient sums to 2¹⁸, and float16 ends at 2¹⁶.
+    # The gradient of each microbatch's sum is 2¹⁸; float16 overflows at 2¹⁶.
     param = jnp.ones((), jnp.float16)
     rows = jnp.full((8192,), 64, jnp.float16)
 
@@ -243,7 +243,7 @@ def test_memory_does_not_grow_with_the_number_of_microbatches():
         step = jax.jit(jliger.accumulate_gradients(optax_sums, num))
         return step.lower(params, {"tokens": tokens, "labels": tokens}).compile().memory_analysis().temp_size_in_bytes
 
-    # Rounded up, here and there, to a multiple of 64 bytes.
+    # XLA rounds some buffers up to a multiple of 64 bytes.
     assert abs(temporary(32) - temporary(2)) < 4096
 
 
@@ -277,7 +277,7 @@ def test_donated_buffers_are_taken_over():
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-# ---- what comes with the loss ----------------------------------------------------------------------------------
+# ---- auxiliary outputs -----------------------------------------------------------------------------------------
 
 
 def test_metrics_of_the_fused_loss():
@@ -317,7 +317,7 @@ def test_each_way_to_reduce_aux():
 
     rows = jnp.arange(8, dtype=jnp.int8)
     kinds = {"rows": "concatenate", "bools": "sum", "nothing": "sum", "means": "mean"}
-    # Of four microbatches only the last, of 3 and 7, has a sum that is not below 10.
+    # Only the last of four microbatches, with rows 3 and 7, has a sum of at least 10.
     for num, mean, weight, bools in ((2, 3.5, 8, [0, 0, 2, 2]), (4, 5, 2, [0, 4])):
         found, _ = jliger.accumulate_gradients(sums, num, aux_reduction=kinds)(1.0, rows)
         assert found.weight == weight
@@ -386,7 +386,7 @@ def test_numpy_arrays_and_python_numbers():
 
 
 def test_under_vmap():
-    # One model a member, one batch for all.
+    # Each member has its own model; all share one batch.
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), make_params(seed=0), make_params(seed=1))
     batch = make_batch(LENGTHS["unequal"])
     found, grads = jax.vmap(jliger.accumulate_gradients(optax_sums, 4), in_axes=(0, None))(params, batch)
@@ -476,7 +476,7 @@ def test_state_that_is_only_read_is_not_carried():
         return jliger.accumulate_gradients(module_sums, 4)(nnx.merge(graph, state), batch)[1]
 
     (loop,) = [eqn for eqn in jax.make_jaxpr(step)(state, batch).eqns if eqn.primitive.name == "scan"]
-    # Loss, weight, five gradients, the norm's two statistics and the dropout's count: neither its key nor the scale.
+    # Loss, weight, five gradients, the norm's two statistics and the dropout's count; not its key, and not the scale.
     assert len(loop.outvars) == 2 + 5 + 2 + 1
 
 
@@ -526,7 +526,7 @@ def test_linen():
     assert abs(found.loss - truth[0]) > 1e-3
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

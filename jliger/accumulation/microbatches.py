@@ -1,4 +1,4 @@
-"""A batch's rows in microbatches, and back in their order."""
+"""Splits the rows of a batch into microbatches, and restores their order."""
 
 from typing import Any
 
@@ -12,23 +12,25 @@ Tree = Any
 
 
 def check_rows(batch: tuple[Tree, ...], num_microbatches: int, shares: int) -> None:
-    """Refuses what has no rows, rows of different numbers, and a number that doesn't divide a device's share of them.
+    """Raises unless all arrays have the same number of rows, and `num_microbatches` divides each device's rows.
 
     Args:
       batch: trees of arrays `[rows, ...]`.
-      num_microbatches: how many microbatches each device's share is split into.
-      shares: how many shares the rows are in.
+      num_microbatches: the number of microbatches that each device's rows are split into.
+      shares: the number of devices that the rows are sharded over.
     """
     rows = {}
     for path, leaf in jax.tree.leaves_with_path(batch):
         if leaf.ndim < 1:
-            raise ValueError(f"batch got a scalar at {jax.tree_util.keystr(path)}; its arrays have a row an example.")
+            raise ValueError(
+                f"batch got a scalar at {jax.tree_util.keystr(path)}; pass arrays with one row per example."
+            )
         rows.setdefault(leaf.shape[0], jax.tree_util.keystr(path))
     if not rows:
         raise ValueError("batch got no array; pass arrays whose first dimension is the batch's.")
     if len(rows) > 1:
         result = ", ".join(f"{count} at {path}" for count, path in rows.items())
-        raise ValueError(f"batch got arrays of different numbers of rows: {result}; all have a row an example.")
+        raise ValueError(f"batch got arrays of different numbers of rows: {result}; pass one row per example.")
     (count,) = rows
     if count % (num_microbatches * shares):
         among = f" over {shares} devices" if shares > 1 else ""
@@ -40,10 +42,10 @@ def check_rows(batch: tuple[Tree, ...], num_microbatches: int, shares: int) -> N
 
 
 def split_rows(batch: Tree, num_microbatches: int) -> Tree:
-    """`[rows, ...]` to `[rows / n, n, ...]`, whose second dimension is the microbatches'; nothing is copied.
+    """Reshapes `[rows, ...]` to `[rows / n, n, ...]`, whose second dimension is that of microbatches; copies nothing.
 
-    The i-th has every n-th row from the i-th on. Where devices have consecutive rows, nothing moves between them: each
-    has some of each microbatch.
+    The i-th microbatch has every n-th row, from row i on. If each device has consecutive rows, it has some rows of each
+    microbatch, so that no data moves between devices.
     """
 
     def split(array: Array) -> Array:
@@ -55,18 +57,18 @@ def split_rows(batch: Tree, num_microbatches: int) -> Tree:
 
 
 def microbatch(batch: Tree, index: Int[Array, ""] | int) -> Tree:
-    """The rows `[rows / n, ...]` of one microbatch, from what `split_rows` returns."""
+    """The rows `[rows / n, ...]` of one microbatch; `batch` is a result of `split_rows`."""
     return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, index, axis=1, keepdims=False), batch)
 
 
 def merge_rows(array: Array) -> Array:
-    """`[n, rows / n, ...]`, from all microbatches, to `[rows, ...]` in the batch's order."""
+    """Merges `[n, rows / n, ...]`, the rows of all microbatches, into `[rows, ...]` in the batch's order."""
     spec = _explicit_spec(array)
     return _reshape(array.swapaxes(0, 1), (-1, *array.shape[2:]), spec and (spec[1], *spec[2:]))
 
 
 def shares_of_rows(batch: Tree) -> int:
-    """In how many shares devices have the rows, as far as types say."""
+    """The number of devices that the rows are sharded over, according to the arrays' types (Explicit axes)."""
     shares = 1
     for leaf in jax.tree.leaves(batch):
         if leaf.ndim and _explicit_spec(leaf):
@@ -76,7 +78,7 @@ def shares_of_rows(batch: Tree) -> int:
 
 
 def _explicit_spec(array: Array) -> tuple[Any, ...] | None:
-    """An entry for each dimension, where the mesh has Explicit axes."""
+    """The spec with an entry for each dimension, or None if the mesh has no Explicit axes."""
     sharding = jax.typeof(array).sharding
     if not sharding.mesh.explicit_axes:
         return None

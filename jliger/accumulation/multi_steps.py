@@ -1,4 +1,4 @@
-"""An optimizer that is called with the parts of a batch, one after the other."""
+"""An optimizer that accumulates gradients over several calls, weighted by their numbers of tokens."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class WeightedMultiStepsState(NamedTuple):
-    """What `weighted_multi_steps` keeps between calls: a tree of arrays, to be saved at any call.
+    """The state of `weighted_multi_steps`: a tree of arrays, which can be saved after any call.
 
     Attributes:
-      mini_step: int32, how many calls have been made since the last update.
-      gradient_step: int32, how many updates have been made.
-      weight: the weights of these calls, summed: float32, or float64 where `jax_enable_x64` is set.
-      mean_gradients: their gradients' weighted mean.
-      inner_state: the optimizer's state.
+      mini_step: int32, the number of calls since the last update.
+      gradient_step: int32, the number of updates.
+      weight: the sum of the weights of the calls since the last update: float32, or float64 with `jax_enable_x64`.
+      mean_gradients: the weighted mean of the gradients of these calls.
+      inner_state: the state of the inner optimizer.
     """
 
     mini_step: Int[Array, ""]
@@ -35,41 +35,42 @@ class WeightedMultiStepsState(NamedTuple):
 
     @property
     def has_updated(self) -> Bool[Array, ""]:
-        """Whether the last call has updated the parameters."""
+        """Whether the last call updated the parameters."""
         return jnp.logical_and(jnp.equal(self.mini_step, 0), jnp.greater(self.gradient_step, 0))
 
 
 def weighted_multi_steps(
     optimizer: "optax.GradientTransformation", every_k_schedule: int | Callable[[Int[Array, ""]], Any]
 ) -> "optax.GradientTransformationExtraArgs":
-    r"""`optax.MultiSteps`, in which each call's gradients count by their weight.
+    r"""`optax.MultiSteps` with gradients weighted by their numbers of tokens.
 
-    Of k calls the last updates the parameters, by what `optimizer` makes of
+    The last of k calls updates the parameters. It passes `optimizer` the gradient
 
     $$\frac{\sum_i \mathrm{weight}_i \, \mathrm{gradients}_i}{\sum_i \mathrm{weight}_i}$$
 
-    and the others return updates of zero. With gradients of mean losses, weighed by the tokens that these are means of,
-    this is the gradient of all calls' batches as one. The mean of means, which `optax.MultiSteps` takes, isn't. The
-    weights are of the whole call, over all devices: what `accumulate_gradients` returns as `weight`.
+    The other calls return updates of zero. If the gradients are those of mean losses, and each weight is the number of
+    tokens in the mean, this is the gradient of the mean loss over the tokens of all k calls. The mean of means that
+    `optax.MultiSteps` computes is not. A weight is that of the whole call, over all devices, such as the `weight` that
+    `accumulate_gradients` returns.
 
-    The means are float32 (float64 for float64), and `optimizer` gets them in the dtype of the gradients. Its state
-    keeps the dtypes that it starts with, mostly those of the parameters, as in `optax.MultiSteps`. The optimizer is
-    called once in k calls: clipping sees the mean of all, and schedules count updates. If all weights are 0 it gets
-    gradients of 0. With `optax.apply_if_finite` inside, as `optimizer`, a call whose gradients aren't finite spoils its
-    update, which is left out, and none after; around the whole, such a call is left out alone.
+    Means are float32 (float64 for float64); `optimizer` gets them in the dtype of the gradients. Its state keeps its
+    initial dtypes, which are usually those of the parameters, as in `optax.MultiSteps`. The optimizer is called once
+    per k calls: clipping applies to the mean of all k, and schedules count updates. If all weights are 0 it gets
+    gradients of 0. With `optax.apply_if_finite` inside, as `optimizer`, a call with non-finite gradients causes its
+    update to be skipped, but no later one. With `optax.apply_if_finite` around the result, only such a call is skipped.
 
     Args:
       optimizer: an optax transformation.
       every_k_schedule: k, or a function from the number of updates so far to k.
 
     Returns:
-      A transformation whose `update(gradients, state, params, weight=...)` needs the weight: a scalar of at least 0.
-      Other extra arguments, those of the last of k calls, go to `optimizer`. The state's `has_updated` says whether
-      the last call was one that updates.
+      A transformation whose `update(gradients, state, params, weight=...)` requires the weight, a scalar of at least 0.
+      `optimizer` gets the other extra arguments of the last of k calls. `has_updated` of the state says whether the
+      last call updated the parameters.
 
     Raises:
-      ValueError: k below 1.
-      TypeError: k that is no integer; `update` without a weight.
+      ValueError: k is below 1.
+      TypeError: k is not an integer, or `update` is called without a weight.
 
     Example:
       >>> import jax.numpy as jnp, jliger, optax
@@ -83,7 +84,7 @@ def weighted_multi_steps(
       [0.] False
       [-2.] True
     """
-    import optax  # here, so that `import jliger` does not take its time
+    import optax  # imported here, because it would slow down `import jliger`
 
     inner = optax.with_extra_args_support(optimizer)
     if not callable(every_k_schedule):
@@ -109,14 +110,14 @@ def weighted_multi_steps(
             raise TypeError("weight got nothing; pass update(gradients, state, params, weight=tokens).")
         if jnp.shape(weight) != ():
             raise ValueError(
-                f"weight got shape {jnp.shape(weight)}; pass a scalar: what the gradients are a mean over."
+                f"weight got shape {jnp.shape(weight)}; pass a scalar: the tokens that the gradients are a mean of."
             )
         calls = every_k_schedule(state.gradient_step) if callable(every_k_schedule) else every_k_schedule
         weight = jnp.asarray(weight, state.weight.dtype)
         total = state.weight + weight
 
         def mean(old: Array, new: Array) -> Array:
-            """The mean of all calls so far; a call without weight may have gradients of 0 / 0."""
+            """The weighted mean of all calls so far. A call of weight 0 is skipped: its gradients may be 0 / 0."""
             share = weight.astype(old.dtype) / weight_divisor(total).astype(old.dtype)
             return jnp.where(weight == 0, old, old + (new.astype(old.dtype) - old) * share)
 
@@ -125,7 +126,7 @@ def weighted_multi_steps(
         def emit() -> tuple[Any, WeightedMultiStepsState]:
             gradients = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), means, updates)
             changes, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
-            # Float32 gradients would turn the state of bfloat16 parameters into float32 at the first update.
+            # Without this cast, float32 gradients would turn the state of bfloat16 parameters into float32.
             inner_state = jax.tree.map(lambda new, old: jnp.astype(new, old.dtype), inner_state, state.inner_state)
             zeros = jax.tree.map(jnp.zeros_like, means)
             return changes, WeightedMultiStepsState(

@@ -1,4 +1,4 @@
-"""Updates from several calls against one update from all their batches."""
+"""Tests updates from several calls against one update from all their batches."""
 
 import functools
 
@@ -13,12 +13,12 @@ from flax.training.train_state import TrainState
 import jliger
 
 SIZE = 5
-# Calls of 4 updates: how many rows each has.
+# The numbers of rows in the calls of 4 updates.
 CALLS = [[7, 1, 2], [3, 3, 3], [1, 9, 4], [2, 5, 1]]
 
 
 def rows_of_calls(seed=0):
-    """For each update, for each call, rows `[n, SIZE + 1]`."""
+    """Rows `[n, SIZE + 1]` for each call of each update."""
     rng = np.random.default_rng(seed)
     return [[jnp.asarray(rng.normal(size=(count, SIZE + 1))) for count in counts] for counts in CALLS]
 
@@ -84,7 +84,7 @@ def test_unweighted_means_are_not():
 
 def test_one_call_an_update_is_the_optimizer_itself():
     params = {"a": jnp.linspace(0.1, 0.7, 7), "b": jnp.ones((2, 3), jnp.bfloat16)}
-    # Of powers of two, whose products are exact, however they are compiled.
+    # Powers of two, whose products are exact whatever the compiler does.
     inner = optax.sgd(0.25, momentum=0.5)
     optimizer = jliger.weighted_multi_steps(inner, 1)
     state, inner_state = optimizer.init(params), inner.init(params)
@@ -113,7 +113,7 @@ def test_float32_gradients_of_bfloat16_parameters(optimizer):
     ours, theirs = jliger.weighted_multi_steps(optimizer, 2), optax.MultiSteps(optimizer, 2)
     state, their_state = ours.init(params), theirs.init(params)
     of_call, of_their_call = jax.jit(ours.update), jax.jit(theirs.update)
-    # Two updates: the second one starts with the state that the first one has left.
+    # Two updates: the second starts from the state that the first leaves.
     for seed in range(4):
         grads = random_like(jax.tree.map(jnp.float32, params), seed)
         updates, state = of_call(grads, state, params, weight=1.0)
@@ -148,7 +148,7 @@ def test_schedules_count_updates():
 
 
 def test_clipping_sees_the_mean():
-    # Both calls' gradients are long, their mean is short.
+    # The gradients of both calls have a large norm, their mean a small one.
     optimizer = jliger.weighted_multi_steps(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)), 2)
     state = optimizer.init(jnp.zeros(2))
     for sign in (1, -1):
@@ -156,11 +156,11 @@ def test_clipping_sees_the_mean():
     np.testing.assert_allclose(update, [-0.25, -0.25])
 
 
-# ---- calls that spoil --------------------------------------------------------------------------------------------
+# ---- calls with non-finite gradients -----------------------------------------------------------------------------
 
 
 def run(optimizer, gradients_and_weights):
-    """Updates of calls for one parameter."""
+    """The updates of one parameter, for each call."""
     state, result = optimizer.init(jnp.float32(0)), []
     of_call = jax.jit(optimizer.update)
     for gradient, weight in gradients_and_weights:
@@ -189,7 +189,7 @@ def test_calls_without_weight_do_not_count():
 
 
 def test_means_are_float32():
-    # In bfloat16 they would stop moving.
+    # In bfloat16 the means would stop changing.
     optimizer = jliger.weighted_multi_steps(optax.sgd(1.0), 1024)
     update = jax.jit(optimizer.update)
     state = optimizer.init(jnp.zeros((), jnp.bfloat16))
@@ -265,7 +265,7 @@ def test_the_optimizer_is_only_run_for_updates():
     assert ["sqrt" in names or "jit" in names for names in used] == [False, True]
 
 
-# ---- with others -------------------------------------------------------------------------------------------------
+# ---- with other transformations ----------------------------------------------------------------------------------
 
 
 def test_extra_arguments_are_the_optimizers():
@@ -274,7 +274,7 @@ def test_extra_arguments_are_the_optimizers():
     state, of_call = optimizer.init(0.0), jax.jit(optimizer.update)
     for value in (9.0, 1.0, 9.0, 2.0, 9.0, 3.0, 9.0, 4.0):
         update, state = of_call(jnp.float32(1), state, 0.0, weight=1, value=value)
-    # The values of the calls that update are 1, 2, 3, 4: three that are no better than the first.
+    # The values at the calls that update are 1, 2, 3, 4: three of them do not improve on the first.
     assert float(update) == -0.125
     assert state.inner_state[1].best_value == 1
 
@@ -320,7 +320,7 @@ def test_nnx_optimizer():
 
 
 def test_train_state():
-    # TrainState.apply_gradients has no way to hand on a weight.
+    # TrainState.apply_gradients cannot pass a weight.
     decoder = linen.Dense(1)
     calls = rows_of_calls()[0]
 
@@ -343,7 +343,7 @@ def test_train_state():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), state.params, whole.params)
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

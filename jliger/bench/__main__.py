@@ -1,7 +1,8 @@
-"""`python -m jliger.bench [WHAT ...]`: measures on the devices at hand, prints tables, writes JSON and plots.
+"""`python -m jliger.bench [WHAT ...]`: measures on this machine's devices, prints tables, writes JSON and plots.
 
-Several processes measure the same things, one after the other; figures are medians over them. Everything is timed in
-bursts of calls, in turn with the matrix products that nothing can do without. docs/benchmarks.md says how.
+Several processes make the same measurements, one after the other; the results are medians over processes. Methods are
+timed in bursts of calls that alternate with bursts of the matrix products that every method needs. docs/benchmarks.md
+explains the method.
 """
 
 import argparse
@@ -21,15 +22,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one process and one shape, in about a minute")
     parser.add_argument("--peers", action="store_true", help="also PyTorch's methods, where they are installed")
     parser.add_argument("--only", nargs="*", default=(), metavar="SHAPE", help='shapes, such as "(8192, 4096, 128256)"')
-    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)  # this process measures, into a file
-    parser.add_argument("--first-calls", action="store_true", help=argparse.SUPPRESS)  # it also times first calls
+    # Given to the processes that measure: the file to write, and whether to time first calls.
+    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--first-calls", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if unknown := set(arguments.what) - set(BENCHMARKS):
         parser.error(f"WHAT got {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
     if arguments.processes < 1:
         parser.error(f"--processes got {arguments.processes}; pass at least 1")
     if arguments.part is not None:
-        # JAX is loaded in the processes that measure alone: the one that starts them leaves the device to them.
+        # Only measuring processes load JAX: the process that starts them must not occupy the device.
         from jliger.bench import process
 
         process.run(arguments)
@@ -42,7 +44,7 @@ def main() -> None:
 
 
 def _show(written: dict[str, Path]) -> None:
-    """Prints the results' tables and draws their plots."""
+    """Prints the tables of the results, and draws their plots."""
     from jliger.bench import plot
 
     for what, path in written.items():

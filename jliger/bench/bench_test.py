@@ -1,4 +1,4 @@
-"""What the benchmark computes from times, and how often it calls what it times; never how fast anything is."""
+"""Tests what the benchmark computes from times and how often it calls; not how fast anything is."""
 
 import functools
 
@@ -24,7 +24,7 @@ def test_bursts_alternate_and_wait_once_each():
 
     result = time_in_turn({"a": thing("a"), "b": thing("b")}, Effort(bursts=3, seconds=0))
     assert [len(seconds) for seconds in result.values()] == [3, 3]
-    # Two calls of each tell how many fill a burst: here one does.
+    # Two calls of each determine the number of calls per burst, which is 1 here.
     calibration, bursts = happened[:6], happened[6:]
     assert calibration == ["a", "a", "a waited for", "b", "b", "b waited for"]
     assert bursts == ["a", "a waited for", "b", "b waited for"] * 3
@@ -91,7 +91,7 @@ def test_files_are_named_after_devices(device, count, slug):
 
 
 def test_a_shape_is_measured():
-    """One that runs, one with a baseline, one too large to run, and one that runs out of memory."""
+    """Measures a method, one with a baseline, one that is too large to run, and one that runs out of memory."""
 
     def fails(*operands):
         raise RuntimeError("out of memory")

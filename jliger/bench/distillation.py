@@ -1,4 +1,4 @@
-"""The distillation benchmark: both models' logits and the student's gradients against those four products alone."""
+"""The distillation benchmark: compares losses and gradients with the four matrix products that they need."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from jliger.bench.problem import FOUR, TWO, Bound, Floor, Method, Problem
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A problem's size: tokens, the teacher's and the student's hidden size, and the vocabulary."""
+    """The size of a problem: tokens, the hidden sizes of teacher and student, and the vocabulary."""
 
     tokens: int
     teacher_hidden: int
@@ -40,7 +40,7 @@ CPU_SHAPE = Shape(512, 256, 128, 16384)
 
 
 class Arrays(NamedTuple):
-    """What a loss is given, with kernels of one dtype."""
+    """The arrays of a loss, with both kernels of one dtype."""
 
     student_hidden: Array
     student_kernel: Array
@@ -56,11 +56,12 @@ def problems() -> list[Problem]:
 
 
 def _methods(shape: Shape, *, on_gpu: bool) -> list[Method]:
-    # Both models' logits are read once, the student's gradients written once, and both kernels cast.
+    # The bytes of the bounds: both models' logits are read once, the student's logit gradients are written once, and
+    # both kernels are cast.
     casts = shape.student.cast_bytes + shape.teacher.cast_bytes
     result: list[Method] = []
     for dtype in DTYPES if on_gpu else ("float32",):
-        # Of a bfloat16 kernel it is the float32 sum of the student's gradients that is cast.
+        # bfloat16 kernels need no cast; instead the float32 sum of the student's kernel gradient is cast.
         bound = Bound(
             (FOUR,), 3 * shape.student.logit_bytes + (casts if dtype == "float32" else shape.student.cast_bytes)
         )
@@ -109,12 +110,12 @@ def _loss_and_gradients(loss: Callable[..., Any], wrt: tuple[int, ...] = (0, 1),
 def _operands(shape: Shape, kernel_dtype: str) -> Arrays:
     dtype = problem.hidden_dtype()
     student, teacher = (problem.operands(one, dtype, kernel_dtype) for one in (shape.student, shape.teacher))
-    # Both come from the same random numbers; reversed, the teacher's columns are other than the student's.
+    # Both models come from the same random numbers. Reversing the teacher's columns makes them different.
     return Arrays(*student[:2], teacher[0], teacher[1][:, ::-1], student[2])
 
 
 def _floors(shape: Shape) -> list[Floor]:
-    """The student's three products with the teacher's one, and both models' logits alone."""
+    """The student's three products and the teacher's one, and the products of both models' logits only."""
     three, one = problem.head_floors(shape.student)
     _, teacher = problem.head_floors(shape.teacher)
     assert three.times == 1, shape

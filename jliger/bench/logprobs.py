@@ -25,7 +25,7 @@ def _methods(shape: Shape) -> list[Method]:
     result: list[Method] = []
     for dtype in DTYPES if jax.default_backend() == "gpu" else ("float32",):
         recomputed = recomputed_bound(shape, dtype)
-        # Kept logits are read twice, and their gradients written once; no product is taken twice.
+        # With kept logits, these are read twice, and their gradients written once; no product is computed twice.
         kept = Bound((THREE,), 3 * shape.logit_bytes + shape.cast_bytes)
         result += [
             Method(f"forward alone, {dtype} kernel", _forward, dtype, ONE, forward_bound(shape, dtype)),
@@ -58,7 +58,7 @@ def _plain(hidden: Array, kernel: Array, labels: Array) -> Any:
 
 
 def _and_gradients(function: Callable[..., Any], **options: Any) -> Callable[[Array, Array, Array], Any]:
-    """Values, and gradients with cotangents that differ from token to token."""
+    """Values, and gradients with a different cotangent for each token."""
 
     def result(hidden: Array, kernel: Array, labels: Array) -> Any:
         values, pull_back = jax.vjp(lambda *args: function(*args, labels, **options), hidden, kernel)
@@ -68,7 +68,7 @@ def _and_gradients(function: Callable[..., Any], **options: Any) -> Callable[[Ar
 
 
 def _adapter_gradients(hidden: Array, kernel: Array, labels: Array) -> Any:
-    """Gradients of hidden states and of an adapter, and none of the kernel."""
+    """Gradients with respect to hidden states and an adapter, but not the kernel."""
     keys = jax.random.split(jax.random.key(1))
     a = jax.random.normal(keys[0], (hidden.shape[1], RANK)) * hidden.shape[1] ** -0.5
     b = jax.random.normal(keys[1], (RANK, kernel.shape[1]))

@@ -1,4 +1,4 @@
-"""One process's measurements: everything is compiled first, then timed in turn with the floor."""
+"""The measurements of one process: compiles all programs first, then times methods and floors alternately."""
 
 import functools
 import itertools
@@ -16,17 +16,17 @@ from jliger.bench.problem import Bound, Floor, Method, Problem
 from jliger.bench.timing import Effort, Timed
 
 Record = dict[str, Any]
-GROUP = 8  # methods that are timed in turn with one another and with the floor
+GROUP = 8  # methods that are timed alternately with each other and with the floor
 MIB = 2**20
 
 
 class Programs:
     """The compiled programs of problems, by problem and name.
 
-    They are traced and lowered one after the other, and compiled side by side: XLA's compiler lets go of Python's lock.
+    They are traced and lowered one after the other, and compiled in parallel: XLA's compiler releases Python's GIL.
 
     Attributes:
-      first_calls: seconds of the stages of a first call, where they were timed.
+      first_calls: the seconds of each stage of a first call, for the methods that are timed.
     """
 
     def __init__(self, problems: Sequence[Problem], *, time_first_calls: bool = False, threads: int = 12):
@@ -46,22 +46,22 @@ class Programs:
                 if futures[key].exception() is None:
                     self._compiled[key] = futures[key].result()
         for key in futures.keys() - self._compiled.keys():
-            try:  # autotuning beside others may have run out of memory
+            try:  # again, alone: autotuning in parallel may have run out of memory
                 self._compiled[key] = _compile(*jobs[key])
             except RuntimeError as error:
                 tqdm.write(f"{key}: {str(error)[:300]}")
                 self._compiled[key] = None
 
     def get(self, problem: Problem, name: str) -> jax.stages.Compiled | None:
-        """The program; None if it could not be compiled."""
+        """The compiled program, or None if it could not be compiled."""
         return self._compiled[str(problem.shape), name]
 
     def _time_first_calls(self, problem: Problem) -> None:
-        """Times tracing, lowering, compiling and autotuning, one method after the other, in a process that starts.
+        """Times tracing, lowering, compiling and autotuning of each method, in a process that has just started.
 
-        What XLA compiles with autotuning, and then without, differs by autotuning.
+        The time of autotuning is the difference between compilation with and without it.
         """
-        _compile(jax.jit(jnp.dot).lower(jnp.ones((512, 512)), jnp.ones((512, 512))), {})  # loads libraries
+        _compile(jax.jit(jnp.dot).lower(jnp.ones((512, 512)), jnp.ones((512, 512))), {})  # loads XLA's libraries
         for method in tqdm([m for m in problem.methods if m.first_call], desc="first calls", unit="method"):
             shapes = jax.eval_shape(functools.partial(problem.operands, method.kernel_dtype))
             at = [time.perf_counter()]
@@ -83,7 +83,7 @@ class Programs:
 
 
 def _programs(problem: Problem) -> Iterator[tuple[str, Callable[..., Any], Sequence[Any], dict[str, Any]]]:
-    """Name, function, arguments' shapes and flags of all that a problem compiles."""
+    """The name, function, argument shapes and flags of every program of a problem."""
     for dtype in dict.fromkeys(method.kernel_dtype for method in problem.methods):
         yield _operands_of(dtype), functools.partial(problem.operands, dtype), (), {}
     for floor in problem.floors:
@@ -99,7 +99,7 @@ def _compile(lowered: jax.stages.Lowered, flags: dict[str, Any]) -> jax.stages.C
 
 
 def copy_bandwidth(effort: Effort, megabytes: int = 1024) -> float:
-    """Bytes a second that a large copy reads and writes."""
+    """The bandwidth of a large copy: bytes read and written per second."""
     array = jax.random.normal(jax.random.key(0), (megabytes // 2, MIB), jnp.bfloat16)
     copy = functools.partial(jax.jit(jnp.negative), array)
     jax.block_until_ready(copy())
@@ -164,9 +164,9 @@ def speed(
     floor: str | None,
     bound: Bound | None,
 ) -> Record:
-    """What the bursts of one method say, beside those of the floors that were timed in turn with it.
+    """The speed of one method, from its bursts and those of the floors that were timed alternately with it.
 
-    A floor that did not fit leaves its shares out, and so does a bandwidth of None.
+    Values that depend on a floor that did not fit, or on a bandwidth of None, are left out.
     """
     own = timing.median(times[name])
     medians = {key: timing.median(times[key]) * floors[key].times for key in floors if key in times}
@@ -180,7 +180,7 @@ def speed(
 
 
 class _Calls:
-    """A problem's compiled programs with their operands, which are made once."""
+    """The compiled programs of a problem with their operands, which are made once."""
 
     def __init__(self, problem: Problem, programs: Programs):
         self._problem, self._programs = problem, programs
@@ -190,11 +190,11 @@ class _Calls:
         return {name: thing for name in names if (thing := self._timed(name, name)) is not None}
 
     def of_method(self, method: Method) -> Timed | None:
-        """None for what could not be compiled, or is not to be run."""
+        """The call of a method; None if it could not be compiled, or is not to be run."""
         return None if method.memory_only else self._timed(method.name, method.kernel_dtype)
 
     def extra_mib(self, method: Method) -> float | None:
-        """What a program needs beside its arguments and results, as XLA reports it."""
+        """The memory of a program beyond its arguments and results, as XLA reports it."""
         compiled = self._programs.get(self._problem, method.name)
         analysis = None if compiled is None else compiled.memory_analysis()
         return None if analysis is None else analysis.temp_size_in_bytes / MIB
@@ -210,7 +210,7 @@ class _Calls:
 
 
 def _time_what_fits(problem: Problem, things: Mapping[str, Timed], effort: Effort) -> dict[str, list[float]]:
-    """Bursts in turn of what fits in the device's memory."""
+    """Alternating bursts of the calls that fit in the device's memory."""
     fitting: dict[str, Timed] = {}
     for name, thing in things.items():
         try:
@@ -223,7 +223,7 @@ def _time_what_fits(problem: Problem, things: Mapping[str, Timed], effort: Effor
 
 
 def _keep_floors(records: dict[str, Record], floors: Mapping[str, Floor], times: Mapping[str, list[float]]) -> None:
-    """Records of floors, from the first group that was timed with them."""
+    """Adds records of floors, from the first group that was timed with them."""
     for floor in floors.values():
         if floor.name in times and floor.name not in records:
             seconds = timing.median(times[floor.name]) * floor.times
@@ -241,7 +241,7 @@ def _floors_of(method: Method) -> set[str]:
 
 
 def _groups(methods: Sequence[Method]) -> Iterator[list[Method]]:
-    """Methods that have floors in common, with their baselines."""
+    """Groups of methods with the same floor, with their baselines."""
     by_name = {method.name: method for method in methods}
     for floor in dict.fromkeys(method.floor for method in methods):
         for chunk in _chunks([method for method in methods if method.floor == floor], GROUP):

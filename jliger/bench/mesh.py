@@ -1,4 +1,4 @@
-"""The mesh benchmark: the operation on several devices against one device's work and the collectives alone."""
+"""The mesh benchmark: compares several devices with the sum of one device's work and of the collectives."""
 
 import dataclasses
 import functools
@@ -20,13 +20,13 @@ from jliger.bench.timing import Effort, Timed, median, time_in_turn
 
 @dataclasses.dataclass(frozen=True)
 class Arrangement:
-    """One way to spread the operation over devices.
+    """One way to shard the operation.
 
     Attributes:
-      name: as the table shows it.
-      data: devices that share the tokens out.
-      model: devices that share the vocabulary out.
-      fsdp: whether the kernel is spread over the data axis too.
+      name: the name in tables.
+      data: the number of devices that shard the tokens.
+      model: the number of devices that shard the vocabulary.
+      fsdp: whether the data axis also shards the kernel.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Arrangement:
 
 
 def arrangements(devices: int) -> list[Arrangement]:
-    """Those that make sense on so many devices."""
+    """The arrangements to measure on this number of devices."""
     if devices == 1:
         return [Arrangement("one device", 1, 1)]
     result = [
@@ -54,7 +54,7 @@ def arrangements(devices: int) -> list[Arrangement]:
 
 
 def plan() -> list[tuple[int, Arrangement]]:
-    """1, 2, 4, … devices with their arrangements."""
+    """All numbers of devices (1, 2, 4, …) with their arrangements."""
     counts = [n for n in (1, 2, 4, 8) if n <= jax.device_count()]
     return [(count, arrangement) for count in counts for arrangement in arrangements(count)]
 
@@ -64,7 +64,7 @@ def per_device() -> Shape:
 
 
 def measure(devices: int, arrangement: Arrangement, per_device: Shape, effort: Effort) -> Record:
-    """One arrangement, its local work, its collectives, and XLA's own partitioning of all logits, timed in turn."""
+    """Times an arrangement, its local work, its collectives, and XLA's partitioning of full logits, alternately."""
     dtype = problem.hidden_dtype()
     mesh = jax.make_mesh(
         (arrangement.data, arrangement.model),
@@ -114,7 +114,7 @@ class _Program:
 
 
 def _compiled(function: Callable[..., Any], mesh: Mesh, arrangement: Arrangement, shape: Shape, dtype: str) -> _Program:
-    """`function` on a mesh, gradients sharded like what they are the gradients of."""
+    """Compiles `function` for a mesh; gradients have the shardings of their arrays."""
     tokens, kernel = (NamedSharding(mesh, spec) for spec in (P("data"), arrangement.kernel_spec))
     make = jax.jit(functools.partial(problem.operands, shape, dtype, "float32"), out_shardings=(tokens, kernel, tokens))
     operands = make()
@@ -126,7 +126,7 @@ def _compiled(function: Callable[..., Any], mesh: Mesh, arrangement: Arrangement
 
 
 def _collectives(mesh: Mesh, arrangement: Arrangement, shape: Shape) -> Callable[[], Any]:
-    """What the arrangement moves between devices, and nothing else: all in float32."""
+    """The collectives of the arrangement and nothing else, in float32."""
     kernel = jnp.ones((shape.hidden, shape.vocab), jnp.float32)
     kernel = jax.device_put(kernel, NamedSharding(mesh, arrangement.kernel_spec))
     grad = jax.device_put(jnp.ones((shape.hidden, shape.vocab)), NamedSharding(mesh, P(None, "model")))

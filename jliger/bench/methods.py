@@ -1,4 +1,4 @@
-"""Methods of computing a head's loss in JAX: jliger's own, plain JAX's and tokamax's."""
+"""Methods that compute a head's loss in JAX: jliger, plain JAX and tokamax."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from jliger.bench.problem import ONE, THREE, Bound, Method, Shape
 
 Loss = Callable[..., Array]
 DTYPES = ("float32", "bfloat16")
-# Flags that may help, by the words that a method's name says them with.
+# XLA flags that may help, by their description in a method's name.
 FLAGS = {
     "loops in command buffers": {
         "xla_gpu_enable_command_buffer": (
@@ -25,7 +25,7 @@ FLAGS = {
 
 
 def fused(hidden: Array, kernel: Array, labels: Array, **options: Any) -> Array:
-    """The operation that is measured, without its metrics."""
+    """The measured operation, without metrics."""
     loss = jliger.fused_linear_cross_entropy(hidden, kernel, labels, **options)
     assert isinstance(loss, jax.Array)
     return loss
@@ -41,19 +41,19 @@ def loss_and_gradients(loss: Loss, wrt: tuple[int, ...] = (0, 1)) -> Callable[[A
 
 
 def token_losses_and_gradients(hidden: Array, kernel: Array, labels: Array) -> Any:
-    """Per-token losses, and gradients with a cotangent that differs from token to token."""
+    """Per-token losses, and gradients with a different cotangent for each token."""
     losses, pullback = jax.vjp(lambda h, k: fused(h, k, labels, reduction="none"), hidden, kernel)
     return losses, pullback(jnp.linspace(0.5, 1.5, losses.size, dtype=losses.dtype))
 
 
 def half_counted(hidden: Array, kernel: Array, labels: Array) -> Any:
-    """Loss and gradients where every other token doesn't count."""
+    """Loss and gradients if every other token is uncounted."""
     labels = jnp.where(jnp.arange(labels.size) % 2 == 0, labels, -100)
     return loss_and_gradients(fused)(hidden, kernel, labels)
 
 
 def checkpointed_chunks(hidden: Array, kernel: Array, labels: Array, chunk: int = 2048) -> Array:
-    """Plain JAX: `jax.checkpoint` over chunks of tokens in a scan."""
+    """Plain JAX with `jax.checkpoint`, in a scan over chunks of tokens."""
 
     @jax.checkpoint
     def chunk_sum(total: Float[Array, ""], chunk: tuple[Array, Int[Array, " C"]]) -> tuple[Array, None]:
@@ -66,21 +66,21 @@ def checkpointed_chunks(hidden: Array, kernel: Array, labels: Array, chunk: int 
 
 
 def bound(shape: Shape) -> Bound:
-    """Loss and gradients: logits are read once and their gradients written once, and the kernel is cast.
+    """The bound of loss and gradients: logits are read once, their gradients written once, and the kernel is cast.
 
-    A float32 kernel is cast to hidden's dtype; for another the float32 sum of its gradients is, given several chunks.
+    A float32 kernel is cast to hidden's dtype. For a bfloat16 kernel, the float32 sum of its gradient is cast instead.
     """
     return Bound((THREE,), 2 * shape.logit_bytes + shape.cast_bytes)
 
 
 def recomputed_bound(shape: Shape, kernel_dtype: str) -> Bound:
-    """Values first and gradients later: logits are computed and read twice, and a float32 kernel is cast twice."""
+    """The bound of the recompute form: logits are computed and read twice, and a float32 kernel is cast twice."""
     casts = 2 if kernel_dtype == "float32" else 0
     return Bound((THREE, ONE), 3 * shape.logit_bytes + casts * shape.cast_bytes)
 
 
 def forward_bound(shape: Shape, kernel_dtype: str) -> Bound:
-    """Values alone: logits are read once."""
+    """The bound of a loss without gradients: logits are read once."""
     return Bound((ONE,), shape.logit_bytes + (shape.cast_bytes if kernel_dtype == "float32" else 0))
 
 
@@ -95,7 +95,7 @@ def own(shape: Shape, dtypes: Sequence[str] = DTYPES) -> list[Method]:
 
 
 def flagged(shape: Shape) -> list[Method]:
-    """Loss and gradients under flags of XLA that may help."""
+    """Loss and gradients with XLA flags that may help."""
     step = loss_and_gradients(fused)
     return [
         Method(own_name("float32", what), step, bound=bound(shape), baseline=own_name(), flags=flags)
@@ -117,7 +117,7 @@ def per_token(shape: Shape, dtypes: Sequence[str] = DTYPES) -> list[Method]:
 
 
 def options(shape: Shape) -> list[Method]:
-    """Loss alone, chunk sizes, masked tokens and frozen operands."""
+    """The loss without gradients, other chunk sizes, masked tokens, and frozen operands."""
     alone = [Method(own_name(dtype, "loss alone"), fused, dtype, ONE, forward_bound(shape, dtype)) for dtype in DTYPES]
     chunks = [
         Method(
@@ -141,17 +141,17 @@ def options(shape: Shape) -> list[Method]:
 
 
 def plain_loss(hidden: Array, kernel: Array, labels: Array, logits_dtype: str = "bfloat16") -> Array:
-    """The mean cross entropy as a user would write it: all logits, then one log-sum-exp in float32."""
+    """The mean cross entropy as a user would write it: full logits, then a log-sum-exp in float32."""
     logits = jnp.dot(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.dtype(logits_dtype))
     labelled = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0].astype(jnp.float32)
     return jnp.mean(jax.nn.logsumexp(logits.astype(jnp.float32), axis=1) - labelled)
 
 
 def plain(logits_dtype: str = "bfloat16", *, memory_only: bool = False, first_call: bool = False) -> Method:
-    """Plain JAX with all logits, of one dtype."""
+    """Plain JAX with full logits of this dtype."""
     step = loss_and_gradients(functools.partial(plain_loss, logits_dtype=logits_dtype))
     name = f"plain JAX, {logits_dtype} logits"
-    flags = {"xla_gpu_autotune_level": 0} if memory_only else {}  # products that don't fit can't be tried out
+    flags = {"xla_gpu_autotune_level": 0} if memory_only else {}  # autotuning would run products that do not fit
     return Method(name, step, memory_only=memory_only, first_call=first_call, flags=flags)
 
 
@@ -160,7 +160,7 @@ def checkpointed() -> Method:
 
 
 def tokamax() -> list[Method]:
-    """Tokamax's linear softmax cross entropy, if tokamax is installed: its default, and the one that bounds memory."""
+    """Tokamax's linear softmax cross entropy, if installed: its default, and its implementation with bounded memory."""
     try:
         import tokamax
     except ImportError:

@@ -1,4 +1,4 @@
-"""PyTorch's methods, where they are installed: each at its default and at other settings that give the same answer."""
+"""Methods in PyTorch, if installed: each at its default, and at other settings with the same result."""
 
 import functools
 import importlib.util
@@ -8,7 +8,7 @@ from typing import Any
 from jliger.bench.problem import Peer, Shape
 from jliger.bench.timing import Timed
 
-PEAKED = 4.0  # the logits' standard deviation where they are peaked
+PEAKED = 4.0  # the standard deviation of peaked logits
 Prepared = tuple[Timed, Callable[[], int]]
 
 
@@ -17,8 +17,8 @@ def torch_peers(shape: Shape, *, at_all_settings: bool) -> list[Peer]:
 
     Args:
       shape: the problem.
-      at_all_settings: PyTorch Liger with more chunk sizes and with float32 sums, and Cut Cross-Entropy without its
-        filter and on peaked logits with labels drawn from them, for which the filter is made.
+      at_all_settings: also PyTorch Liger with more chunk sizes and with float32 sums, and Cut Cross-Entropy without its
+        filter, and on peaked logits with labels sampled from them, which are the case that the filter is made for.
     """
     if importlib.util.find_spec("torch") is None:
         return []
@@ -46,7 +46,7 @@ def torch_peers(shape: Shape, *, at_all_settings: bool) -> list[Peer]:
 
 @functools.lru_cache(maxsize=1)
 def _operands(shape: Shape, deviation: float = 1.0) -> tuple[Any, Any, Any]:
-    """Hidden states, kernel [V, H] and labels in PyTorch; one shape's at a time."""
+    """Hidden states, kernel [V, H] and labels in PyTorch. The cache holds one shape at a time."""
     import torch
 
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def _operands(shape: Shape, deviation: float = 1.0) -> tuple[Any, Any, Any]:
     kernel = torch.randn(shape.vocab, shape.hidden, **on_gpu) * (deviation * shape.hidden**-0.5)
     labels = torch.randint(shape.vocab, (shape.tokens,), device="cuda")
     if deviation > 1:
-        # Adding Gumbel noise and taking the largest draws from the softmax.
+        # The largest logit plus Gumbel noise is a sample from the softmax.
         for part in torch.arange(shape.tokens, device="cuda").split(1024):
             logits = (hidden[part] @ kernel.T).float()
             labels[part] = (logits - torch.empty_like(logits).exponential_().log_()).argmax(dim=-1)
@@ -101,7 +101,7 @@ def _timed(step: Callable[[], Any], results: int) -> Prepared:
     import torch
 
     def extra_memory() -> int:
-        """What the allocator held at most during a step, beyond what it held before and the results."""
+        """The allocator's peak during a step, minus its memory before and that of the results."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""Plots of benchmark results, from the JSON files that the benchmarks wrote."""
+"""Plots of benchmark results, from their JSON files."""
 
 import statistics
 from pathlib import Path
@@ -13,17 +13,17 @@ from jliger.bench.report import Record
 
 
 def draw(what: str, path: Path) -> list[Path]:
-    """The plots of a benchmark's results, written beside `path`."""
+    """Draws the plots of a result file into its folder; returns their paths."""
     if what == "mesh":
         return [mesh_plot(path)]
     return [speed_plot(path), *([memory_plot(path)] if what == "head" else [])]
 
 
 def speed_plot(path: Path) -> Path:
-    """The share of the floor that each method reaches; written beside `path`.
+    """Draws the speed of each method relative to the floor, into the folder of `path`.
 
-    A shape with several methods has a panel; those with one share the last. Methods that are held against fewer
-    products than most are left out.
+    Each shape with several methods has a panel; shapes with one method share the last panel. Only methods with the most
+    frequent floor are drawn.
     """
     result = report.read_json(path)
     compared = [record for record in result["records"] if "of_floor" in record]
@@ -62,7 +62,7 @@ def speed_plot(path: Path) -> Path:
 
 
 def memory_plot(path: Path) -> Path:
-    """Extra memory against tokens, of jliger and of plain JAX, where one H and V were measured with several N."""
+    """Draws extra memory against tokens for jliger and plain JAX, at the H and V that have several N."""
     result = report.read_json(path)
     lines = {"jliger": ("jliger, float32 kernel",), "all logits (plain JAX)": ("plain JAX", ", bfloat16 logits")}
     at: dict[str, list[tuple[int, float]]] = {}
@@ -92,7 +92,7 @@ def memory_plot(path: Path) -> Path:
 
 
 def mesh_plot(path: Path) -> Path:
-    """Tokens a second and memory per device against the number of devices; written beside `path`."""
+    """Draws tokens per second and memory per device against the number of devices, into the folder of `path`."""
     result = report.read_json(path)
     records = result["records"]
     names = [n for n in dict.fromkeys(r["name"] for r in records) if n != "one device"]

@@ -1,4 +1,8 @@
-"""What a benchmark is made of: problems, the methods that solve them, and what no method can do without."""
+"""The parts of a benchmark: problems, methods, floors and bounds.
+
+A *floor* is the time of the matrix products that every method needs. A *bound* also includes the time to move the bytes
+that must be moved outside of the products.
+"""
 
 import dataclasses
 import functools
@@ -11,13 +15,13 @@ from jaxtyping import Array
 
 from jliger.bench.timing import Timed
 
-FLOOR_LOGITS = 2**32  # a floor of more logits is that of fewer tokens, several times
+FLOOR_LOGITS = 2**32  # with more logits, the floor is timed on a fraction of the tokens and multiplied
 THREE, ONE, FOUR, TWO = "three products", "one product", "four products", "two products"
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A problem's size: `tokens` N, `hidden` H, `vocab` V."""
+    """The size of a problem: `tokens` N, `hidden` H, `vocab` V."""
 
     tokens: int
     hidden: int
@@ -32,22 +36,22 @@ class Shape:
 
     @property
     def logit_bytes(self) -> int:
-        """One array of logits, in 16 bits."""
+        """The bytes of one array of 16-bit logits."""
         return 2 * self.tokens * self.vocab
 
     @property
     def cast_bytes(self) -> int:
-        """Reading the kernel in 32 bits and writing it in 16, or the other way round."""
+        """The bytes moved by a cast of the kernel from 32 to 16 bits, or from 16 to 32."""
         return 6 * self.hidden * self.vocab
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The least time: that of products, and of bytes that must be moved outside of them.
+    """A lower bound of the time: that of products, plus that of bytes that must be moved outside of them.
 
     Attributes:
-      floors: the names of floors whose times are added.
-      bytes: read and written, at the bandwidth of a copy.
+      floors: the names of the floors whose times are added.
+      bytes: the bytes read and written, at the bandwidth of a copy.
     """
 
     floors: tuple[str, ...]
@@ -62,15 +66,15 @@ class Method:
     """One method of computing a loss.
 
     Attributes:
-      name: as tables show it.
-      function: of the problem's operands.
-      kernel_dtype: which operands it gets: `"float32"` or `"bfloat16"`, for the kernel's dtype.
-      floor: the products that its speed is a share of, or None.
-      bound: its least time, if it is judged by that.
-      baseline: another method that it is compared with, by name.
-      flags: XLA's, beyond those of the process.
-      first_call: whether its first call is timed, in a process of its own.
-      memory_only: whether it is compiled and not run, because it does not fit.
+      name: the name in tables.
+      function: takes the problem's operands.
+      kernel_dtype: the dtype of the kernel among its operands: `"float32"` or `"bfloat16"`.
+      floor: the name of the floor that it is compared with, or None.
+      bound: its bound, or None.
+      baseline: the name of another method that it is compared with, or None.
+      flags: XLA flags, in addition to those of the process.
+      first_call: whether its first call is timed.
+      memory_only: whether it is only compiled and not run, because it does not fit in memory.
     """
 
     name: str
@@ -86,14 +90,14 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Floor:
-    """Matrix products and nothing else, in one program.
+    """A program of matrix products and nothing else.
 
     Attributes:
-      name: as methods name it.
-      function: of `operands`.
-      operands: makes them, in the products' dtype.
-      times: how many times it makes up the problem's products.
-      flops: of the problem's products.
+      name: the name that methods refer to.
+      function: takes `operands`.
+      operands: makes the operands, in the products' dtype.
+      times: the factor from this program to the problem's products.
+      flops: floating-point operations of the problem's products.
     """
 
     name: str
@@ -105,12 +109,12 @@ class Floor:
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """Another library's method, which is not JAX.
+    """A method of another library, outside of JAX.
 
     Attributes:
-      name: as tables show it.
-      prepare: makes its operands; returns what is timed, and a function that measures its extra memory in bytes.
-      floor: the products that its speed is a share of.
+      name: the name in tables.
+      prepare: makes its operands; returns the call to time, and a function that measures its extra memory in bytes.
+      floor: the name of the floor that it is compared with.
     """
 
     name: str
@@ -120,14 +124,14 @@ class Peer:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A shape and what is measured at it.
+    """A shape, and what is measured at it.
 
     Attributes:
-      shape: prints as the tables show it.
-      operands: makes the methods' operands, for a kernel's dtype.
-      floors: what methods are held against.
-      methods: JAX's.
-      peers: other libraries'.
+      shape: its string is the name in tables.
+      operands: makes the methods' operands, given the kernel's dtype.
+      floors: the floors that methods are compared with.
+      methods: methods in JAX.
+      peers: methods of other libraries.
     """
 
     shape: Any
@@ -142,7 +146,7 @@ def hidden_dtype() -> str:
 
 
 def operands(shape: Shape, dtype: str, kernel_dtype: str) -> tuple[Array, Array, Array]:
-    """Random hidden states, a kernel that gives logits of unit size, and labels."""
+    """Random hidden states, a kernel that gives logits with standard deviation 1, and labels."""
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (shape.tokens, shape.hidden), jnp.dtype(dtype))
     kernel = jax.random.normal(keys[1], (shape.hidden, shape.vocab), jnp.dtype(kernel_dtype)) * shape.hidden**-0.5
@@ -151,7 +155,7 @@ def operands(shape: Shape, dtype: str, kernel_dtype: str) -> tuple[Array, Array,
 
 
 def head_floors(shape: Shape) -> list[Floor]:
-    """The products of logits, hidden gradient and kernel gradient, and that of logits alone."""
+    """The products of logits, hidden gradient and kernel gradient; and the product of logits only."""
     part, times = floor_part(shape)
     return [
         Floor(THREE, three_products, functools.partial(_three_operands, part), times, 3 * shape.product_flops),
@@ -160,7 +164,7 @@ def head_floors(shape: Shape) -> list[Floor]:
 
 
 def floor_part(shape: Shape) -> tuple[Shape, int]:
-    """A shape whose logits and their gradients fit side by side, and how many times it makes up `shape`."""
+    """A shape with few enough tokens that logits and their gradients fit in memory, and the factor to `shape`."""
     times = 1
     while shape.tokens // times * shape.vocab > FLOOR_LOGITS:
         times *= 2
@@ -168,7 +172,7 @@ def floor_part(shape: Shape) -> tuple[Shape, int]:
 
 
 def three_products(hidden: Array, kernel: Array, logit_grads: Array) -> tuple[Array, ...]:
-    """Logits, hidden gradient, kernel gradient."""
+    """The products of logits, hidden gradient and kernel gradient."""
     return (
         logits_product(hidden, kernel),
         _product(logit_grads, kernel, (1, 1)),
@@ -187,6 +191,6 @@ def _product(left: Array, right: Array, dims: tuple[int, int]) -> Array:
 
 def _three_operands(shape: Shape) -> tuple[Array, Array, Array]:
     hidden, kernel, _ = operands(shape, hidden_dtype(), hidden_dtype())
-    # The same rows again and again: random numbers for all of them would take more memory than the products.
+    # Repeats 1024 random rows: to generate random numbers for all rows would take more memory than the products.
     rows = jax.random.normal(jax.random.key(3), (min(1024, shape.tokens), shape.vocab), hidden.dtype)
     return hidden, kernel, jnp.resize(rows, (shape.tokens, shape.vocab))

@@ -1,4 +1,4 @@
-"""One of the processes of a benchmark: it measures everything once, and writes what it has after each shape."""
+"""A measuring process of a benchmark: it measures everything once, and writes its results after each shape."""
 
 import argparse
 from typing import Any
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _problems(arguments: argparse.Namespace) -> list[tuple[str, Problem]]:
-    """What is measured, with the benchmark that it belongs to."""
+    """The problems to measure, each with the name of its benchmark."""
     result: list[tuple[str, Problem]] = []
     for what in arguments.what:
         if what == "head":

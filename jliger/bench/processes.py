@@ -1,4 +1,4 @@
-"""Several processes that measure the same, one after the other: clocks and autotuned products differ between them."""
+"""Starts several processes with the same measurements: clocks and autotuning results differ between processes."""
 
 import json
 import os
@@ -12,15 +12,15 @@ from jliger.bench import report
 
 
 def run(what: Sequence[str], out: Path, *, count: int, options: Sequence[str]) -> dict[str, Path]:
-    """Runs `python -m jliger.bench` as `count` processes; writes one file a benchmark.
+    """Runs `python -m jliger.bench` in `count` processes, one after the other; writes one file per benchmark.
 
-    The files are written after each process, from what all have found until then.
+    The files are rewritten after each process, with the results so far.
 
     Args:
-      what: benchmarks.
-      out: the folder of the result files; `parts/` in it has what each process found.
-      count: how many processes.
-      options: more arguments for each.
+      what: the names of benchmarks.
+      out: the folder of the result files; its folder `parts/` has the results of each process.
+      count: the number of processes.
+      options: more arguments of each process.
 
     Returns:
       The result file of each benchmark.
@@ -30,7 +30,7 @@ def run(what: Sequence[str], out: Path, *, count: int, options: Sequence[str]) -
         part.unlink(missing_ok=True)
     written: dict[str, Path] = {}
     with tempfile.TemporaryDirectory() as cache:
-        # Processes share what XLA compiled: the first one times first calls, and the others need not wait.
+        # Processes share a compilation cache: the first process times first calls, and the others do not recompile.
         shared = {
             "JAX_COMPILATION_CACHE_DIR": cache,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -45,7 +45,7 @@ def run(what: Sequence[str], out: Path, *, count: int, options: Sequence[str]) -
 
 
 def write(out: Path, parts: Sequence[Path]) -> dict[str, Path]:
-    """Merges those of `parts` that exist into one file a benchmark, named after it and the device."""
+    """Merges the existing `parts` into one file per benchmark, named after the benchmark and the device."""
     finished = [json.loads(part.read_text(encoding="utf-8")) for part in parts if part.exists()]
     written: dict[str, Path] = {}
     for what, result in report.merged(finished).items():

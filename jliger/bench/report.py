@@ -1,4 +1,4 @@
-"""A benchmark's results: one process's records, several processes' records merged, and tables to read."""
+"""Benchmark results: the environment of a process, merged records of several processes, and tables."""
 
 import importlib.metadata
 import json
@@ -39,7 +39,7 @@ MESH_COLUMNS = {
 
 
 def environment() -> Record:
-    """What the figures were measured with."""
+    """The software and hardware of the measurement."""
 
     def version(package: str) -> str | None:
         try:
@@ -72,18 +72,18 @@ def environment() -> Record:
 
 
 def command() -> str:
-    """How this process was started, as a user would write it."""
+    """The command that started this process, as a user would type it."""
     return " ".join(["python", "-m", "jliger.bench", *map(_without_folder, sys.argv[1:])])
 
 
 def slug(environment: Record) -> str:
-    """A device's name for a file's: h100 for an NVIDIA H100 80GB HBM3, with how many there are if several."""
+    """The device's name in file names: h100 for an NVIDIA H100 80GB HBM3, and h100x2 for two."""
     words = environment["device"].lower().removeprefix("nvidia ").split()
     return words[0] + (f"x{environment['devices']}" if environment["devices"] > 1 else "")
 
 
 def _without_folder(argument: str) -> str:
-    """Where on a machine a file was written says nothing about what was measured."""
+    """Removes the folder from an absolute path: it is specific to a machine."""
     return Path(argument).name if Path(argument).is_absolute() else argument
 
 
@@ -104,7 +104,7 @@ def write_json(path: Path, found: Record) -> None:
     path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# Figures that differ from process to process; others come from the first process that has them.
+# The fields that are medians over processes. Other fields come from the first process that has them.
 MEASURED = (
     "milliseconds",
     "of_floor",
@@ -123,7 +123,7 @@ SPREAD = ("milliseconds", "of_floor", "of_bound")
 
 
 def merged(parts: Sequence[Record]) -> dict[str, Record]:
-    """What processes found, as one result for each benchmark: medians over processes, and their spread.
+    """Merges the results of several processes into one result per benchmark: medians over processes, and their spread.
 
     Args:
       parts: `{"environment": ..., "records": [...]}` of each process.
@@ -163,7 +163,7 @@ def _merged_record(records: Sequence[Record]) -> Record:
 
 
 def table(records: Sequence[Record], columns: dict[str, str]) -> str:
-    """A Markdown table of the records' `columns`, which map headings to keys."""
+    """A Markdown table of records; `columns` maps headings to the records' keys."""
     rows = [[_shown(record.get(key)) for key in columns.values()] for record in records]
     widths = [max(map(len, [heading, *[row[i] for row in rows]])) for i, heading in enumerate(columns)]
     lines = [list(columns), ["-" * width for width in widths], *rows]

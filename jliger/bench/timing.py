@@ -1,6 +1,7 @@
-"""Timing in bursts: many calls without waiting, as a training step queues them, with one wait at the end.
+"""Timing in bursts: many calls without waiting, as in a training loop, and one wait at the end.
 
-A call that is waited for hides the gaps on the device behind the host, and charges a program of three calls for three.
+A wait after each call would add the host's latency to each: gaps between device kernels would be hidden behind it, and
+a method of three calls would pay for three waits.
 """
 
 import math
@@ -13,10 +14,10 @@ import jax
 
 
 class Timed(NamedTuple):
-    """What is timed.
+    """A call to time.
 
     Attributes:
-      call: starts the work and returns its result, which need not be ready.
+      call: starts the work and returns its result, which may not be ready yet.
       wait: waits for a result.
     """
 
@@ -25,16 +26,16 @@ class Timed(NamedTuple):
 
 
 class Effort(NamedTuple):
-    """How long to measure: so many bursts of each thing, of at least so many seconds."""
+    """How long to measure: the number of bursts of each call, and the minimum seconds of a burst."""
 
     bursts: int = 5
     seconds: float = 0.25
 
 
 def time_in_turn(things: Mapping[str, Timed], effort: Effort) -> dict[str, list[float]]:
-    """Seconds a call of each thing, one figure a burst; bursts alternate, so that all see the same clock.
+    """The seconds per call of each thing, one number per burst. Bursts alternate, so that all run at the same clocks.
 
-    Each thing has been called before: a first call may compile.
+    Each thing must have been called before, because a first call may compile.
     """
     calls = {name: _calls_a_burst(thing, effort.seconds) for name, thing in things.items()}
     seconds: dict[str, list[float]] = {name: [] for name in things}
@@ -45,7 +46,7 @@ def time_in_turn(things: Mapping[str, Timed], effort: Effort) -> dict[str, list[
 
 
 def first_call(thing: Timed) -> float:
-    """Seconds of a call that is waited for."""
+    """The seconds of one call, including the wait for its result."""
     return _burst(thing, 1)
 
 
@@ -54,7 +55,7 @@ def median(values: list[float]) -> float:
 
 
 def _calls_a_burst(thing: Timed, seconds: float) -> int:
-    """As many calls as fill `seconds`, by the time of two."""
+    """The number of calls that take `seconds`, estimated from the time of two."""
     return max(1, math.ceil(seconds / _burst(thing, 2)))
 
 
@@ -62,7 +63,7 @@ def _burst(thing: Timed, calls: int) -> float:
     result = None
     start = time.perf_counter()
     for _ in range(calls):
-        result = None  # frees the last call's result, which the device may overwrite as soon as it is done with it
+        result = None  # frees the previous result, so that its memory can be reused
         result = thing.call()
     thing.wait(result)
     return (time.perf_counter() - start) / calls

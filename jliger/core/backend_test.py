@@ -1,4 +1,4 @@
-"""Which backend runs where, and compiling for a GPU that is not there."""
+"""Tests the choice of the backend, and compilation for a GPU that is not present."""
 
 import warnings
 
@@ -26,14 +26,14 @@ def value_and_grad(**options):
 
 
 def kernels_in(function, *args):
-    """The Triton kernels that a program calls, interpreted or not."""
-    # A new function, which JAX has not traced yet in another test.
+    """The number of Triton kernel calls in a program, interpreted or not."""
+    # A new function, because JAX may have a cached trace of `function` from another test.
     names = [e.primitive.name for e in equations(jax.make_jaxpr(lambda *args: function(*args))(*args))]
     return sum(name in ("triton_kernel_call", "pure_callback") for name in names)
 
 
 def seen_by_tracers(*args):
-    """What `implementation=None` means under `jit`."""
+    """The backend that `implementation=None` means under `jit`."""
     choices = []
     jax.eval_shape(lambda *traced: choices.append(backend.fitting_implementation(*traced)), *args)
     return choices[0]
@@ -45,7 +45,7 @@ def assert_equal(one, other):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Sets what this process believes of its GPUs and of Triton."""
+    """Sets the compute capability that the process detects, and whether Triton is installed."""
 
     def believe(capability, has_triton=True):
         monkeypatch.setattr(backend, "_present_capability", lambda: capability)
@@ -67,7 +67,7 @@ def test_concrete_arrays_choose_by_their_device(gpu):
     on_cpu = jax.device_put(ARGS, jax.devices("cpu")[0])
     assert backend.fitting_implementation(*on_cpu) == "xla"
     assert seen_by_tracers(*ARGS) == "by platform"
-    choices = []  # one of them is not differentiated
+    choices = []  # one of the arrays is not differentiated
     jax.grad(lambda one: choices.append(backend.fitting_implementation(one, on_cpu[1])) or one.sum())(on_cpu[0])
     assert choices == ["by platform"]
 
@@ -102,7 +102,7 @@ def test_a_program_for_a_cpu_beside_a_gpu(gpu):
     compiled = value_and_grad().lower(*ARGS).compile()
     assert "conditional" not in compiled.as_text()
     assert_equal(compiled(*ARGS), value_and_grad(implementation="xla")(*ARGS))
-    # A kernel has no derivative, and the one that is computed beside XLA's tangents is not asked for one.
+    # Kernels have no derivative. In a Hessian, the kernel only computes values; XLA computes the tangents.
     assert kernels_in(jax.hessian(loss), *ARGS) == 1
 
 
@@ -170,7 +170,7 @@ def test_cpu_and_gpu_in_one_process():
         found, expected = step(*args), value_and_grad(implementation="xla")(*args)
         jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5), found, expected)
         assert all(leaf.devices() == {device} for leaf in jax.tree.leaves(found))
-        # Without jit, by the arrays.
+        # Without jit, the arrays' devices decide.
         np.testing.assert_allclose(loss(*args), expected[0], rtol=1e-4)
 
 

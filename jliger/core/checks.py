@@ -30,14 +30,14 @@ def as_array(name: str, value: Any) -> jax.Array:
     if value is None:
         raise TypeError(f"{name} got None; pass an array.")
     if isinstance(value, list | tuple | np.ndarray):
-        instead = "pass one array of numbers, such as jnp.asarray or jnp.stack makes."
+        instead = "pass one array of numbers, for example the result of jnp.asarray or jnp.stack."
     elif isinstance(value, Mapping):
-        instead = "pass one of its arrays; the functions of jliger.linen take a layer's variables."
+        instead = "pass one of its arrays; the functions of jliger.linen take the variables of a layer."
     elif hasattr(value, "unbox"):
-        instead = "pass the array in this box: flax.linen.meta.unbox takes all boxes off."
+        instead = "pass the array in this box: flax.linen.meta.unbox removes all boxes."
     else:
         instead = (
-            "pass an array. Of a Flax layer pass the kernel (an Embed's embedding with kernel_layout='vh'); the "
+            "pass an array. For a Flax layer, pass the kernel (or an Embed's embedding, with kernel_layout='vh'); the "
             "functions of jliger.nnx and jliger.linen take the layer itself."
         )
     raise TypeError(f"{name} got a {type(value).__name__}; {instead}")
@@ -52,8 +52,8 @@ def check_number(
     """
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
-            f"{name} got a traced value; pass a Python number, since it becomes part of the compiled kernel (jax.jit "
-            f"keeps one as it is with static_argnames){instead}."
+            f"{name} got a traced value; pass a Python number, since it becomes part of the compiled kernel (with "
+            f"static_argnames, jax.jit does not trace it){instead}."
         )
     if not isinstance(value, int | float | np.number):
         raise TypeError(
@@ -72,7 +72,7 @@ def check_axes(name: str, value: Any) -> tuple[str, ...]:
         if axis not in manual:
             raise ValueError(
                 f"{name} got {axis!r}, which is no manual mesh axis here (there are {tuple(manual)}); it is for use "
-                "inside jax.shard_map. Outside of it shard the kernel, and leave it out."
+                "inside jax.shard_map. Outside of it, leave it out and shard the kernel."
             )
     return axes
 
@@ -85,13 +85,13 @@ def check_shape(name: str, array: Any, shape: tuple[int, ...], what: str) -> Non
 def check_where(where: Any, labels: Any) -> None:
     if where.dtype != np.dtype("bool"):
         raise TypeError(f"where got dtype {where.dtype}; pass bools (`where != 0`), or numbers as `weights`.")
-    check_shape("where", where, labels.shape, "one bool a token")
+    check_shape("where", where, labels.shape, "one bool per token")
 
 
 def check_weights(weights: Any, labels: Any) -> None:
     if not (jnp.issubdtype(weights.dtype, jnp.floating) or jnp.issubdtype(weights.dtype, jnp.integer)):
         raise TypeError(f"weights got dtype {weights.dtype}; pass real numbers, or bools as `where`.")
-    check_shape("weights", weights, labels.shape, "one weight a token")
+    check_shape("weights", weights, labels.shape, "one weight per token")
 
 
 def check_precision(precision: Any) -> None:

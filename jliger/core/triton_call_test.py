@@ -1,4 +1,4 @@
-"""What a kernel is given, and what it is compiled for, on a GPU and in the interpreter."""
+"""Tests the arguments of kernels and what kernels are compiled for, on a GPU and in the interpreter."""
 
 import functools
 from typing import NamedTuple
@@ -45,7 +45,7 @@ def map_kernel(left_ptr, right_ptr, left_out_ptr, right_out_ptr, count_ptr, MAP:
 
 
 def call(left, right, logit_map):
-    """Maps either array, and negates the right one; what is None stays so."""
+    """Maps both arrays, and negates the right one; None stays None."""
     present = left if right is None else right
     count = jax.ShapeDtypeStruct(present.shape, jnp.int32)
     return call_kernel(
@@ -74,7 +74,7 @@ def test_triton_reads_and_writes_what_there_is(given, logit_map):
 def test_what_is_none_is_no_pointer_and_another_kernel():
     array = jax.ShapeDtypeStruct((4,), "float32")
     codes = []
-    # The first comes again: a kernel is kept, and found, by all that it was compiled for.
+    # The first combination again: the cache key must contain everything that a kernel is compiled for.
     for given in [(array, None), (None, array), (array, array), (array, None)]:
         for logit_map in BOTH_MAPS:
             (launch,) = launches(lowered(functools.partial(call, logit_map=logit_map), *given, capability=90))

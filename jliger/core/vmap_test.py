@@ -1,4 +1,4 @@
-"""Under vmap: a batch of anything gives what a loop over it gives."""
+"""Tests that vmap over any of the arguments gives the results of a loop."""
 
 import functools
 import itertools
@@ -15,7 +15,7 @@ BATCH = 3
 
 
 def stacked(reduction):
-    """Hidden states, kernels, biases, labels and masks, of each a batch."""
+    """A batch each of hidden states, kernels, biases, labels and masks."""
     problems = [
         make_problem(seed, batch=(7,), bias="float32", where="some", reduction=reduction, return_metrics=True)
         for seed in range(BATCH)
@@ -47,7 +47,7 @@ def grad_of(loss):
 
 @functools.cache
 def of_a_member(reduction, implementation):
-    """Loss, and loss and gradients, compiled once for all tests that compare with them."""
+    """Loss, and loss with gradients, compiled once for all tests that compare with them."""
     loss = make_loss(reduction, implementation)
     return jax.jit(loss), jax.jit(grad_of(loss))
 
@@ -57,7 +57,7 @@ def assert_same(result, expected):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
 
 
-# Which arguments have a batch, of hidden, kernel, bias, labels and where.
+# Which of hidden, kernel, bias, labels and where are batched.
 BATCHED = {
     "tokens": (0, None, None, 0, 0),
     "hidden states alone": (0, None, None, None, None),
@@ -70,7 +70,7 @@ BATCHED = {
 RARE = ("labels alone", "the mask alone", "the bias alone")
 
 
-# Each form in turn, and both where everything has a batch.
+# The two forms alternate; both are tested if everything is batched.
 @pytest.mark.parametrize(
     ("in_axes", "reduction"),
     [
@@ -104,7 +104,7 @@ def test_a_batch_is_a_loop(in_axes, reduction, implementation):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradient_of_a_batch(reduction, implementation):
-    # The kernel's gradient is a sum over a batch of losses that share it.
+    # The losses of the batch share the kernel, so its gradient is their sum.
     arrays = stacked(reduction)
     loss = make_loss(reduction, implementation)
     shared = (arrays["kernel"][0], arrays["bias"][0])
@@ -125,7 +125,7 @@ def test_gradient_of_a_batch(reduction, implementation):
 def test_a_batch_of_batches(implementation):
     arrays = stacked("mean")
     loss = make_loss("mean", implementation)
-    # The outer batch is over kernels, the inner over tokens.
+    # The outer vmap batches kernels, the inner one tokens.
     inner = jax.vmap(grad_of(loss), (0, None, None, 0, 0))
     outer = jax.vmap(inner, (None, 0, 0, None, None))
     (result, _), grads = jax.jit(outer)(*arrays.values())
@@ -147,7 +147,7 @@ def test_other_axes(implementation):
 
 
 def test_a_shared_kernel_is_read_once_for_all(implementation):
-    # Tokens of the batch join those of each member: the loss is one loop, not one for each.
+    # The batch becomes more tokens: the loss is one loop over all of them, not one loop per member.
     arrays = stacked("none")
     loss = make_loss("none", implementation)
     batch = jax.vmap(lambda h, y: loss(h, arrays["kernel"][0], arrays["bias"][0], y, jnp.full(y.shape, True))[0])

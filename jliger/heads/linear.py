@@ -1,6 +1,6 @@
-"""heads: a linear head's parameters and how they make logits, whichever framework holds them.
+"""A linear head: its parameters and the computation of logits, independent of the framework that holds them.
 
-`jliger.nnx` and `jliger.linen` turn their modules into a `LinearHead`; what it computes is here, once.
+`jliger.nnx` and `jliger.linen` convert their modules to a `LinearHead`, so that the computation is implemented once.
 """
 
 import dataclasses
@@ -29,19 +29,20 @@ _STATIC = ("kernel_layout", "logit_scale", "logit_softcap", "dtype", "promote", 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=_STATIC)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearHead:
-    """`softcap(logit_scale · (hidden · (kernel + adapter) + bias))`, and in which dtypes.
+    """A head with logits `softcap(logit_scale · (hidden · (kernel + adapter) + bias))`, and its dtypes.
 
     Attributes:
       kernel: `[H, V]`, or `[V, H]` with `kernel_layout="vh"`.
       bias: `[V]`, or None.
-      adapter: of the kernel, or None.
+      adapter: a low-rank adapter of the kernel, or None.
       kernel_layout: `"hv"` or `"vh"`.
       logit_scale: multiplies the logits.
       logit_softcap: `c` in `c · tanh(z / c)`, or None.
-      dtype: of the products; None for what hidden states and parameters promote to, as in flax.
-      promote: in place of `dtype`, a function that casts hidden states, kernel and bias in a way of its own.
-      logits_dtype: what products are rounded to; None for their own dtype.
-      precision: of the products.
+      dtype: the dtype of the products' operands; None for the promoted dtype of hidden states and parameters, as in
+        flax.
+      promote: a function that casts hidden states, kernel and bias, instead of `dtype`.
+      logits_dtype: the dtype that products are rounded to; None for that of their operands.
+      precision: the precision of the products.
     """
 
     kernel: Float[Array, "H V"] | Float[Array, "V H"]
@@ -56,7 +57,7 @@ class LinearHead:
     precision: jax.lax.PrecisionLike = None
 
     def logits(self, hidden: Float[Array, "*B H"], out_sharding: Any = None) -> Float[Array, "*B V"]:
-        """All logits, as the layer that this head is made of would have them, scaled and capped."""
+        """All logits, computed as in the layer that this head was made from, then scaled and capped."""
         hidden, kernel, bias = self._promoted(hidden)
         logits = jax.lax.dot_general(
             hidden,
@@ -77,22 +78,22 @@ class LinearHead:
         return logits if self.logit_softcap is None else self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
 
     def loss(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> Any:
-        """`jliger.fused_linear_cross_entropy` of this head."""
+        """`jliger.fused_linear_cross_entropy` with this head."""
         hidden, kernel, options = self._arguments(hidden, options)
         return fused_linear_cross_entropy(hidden, kernel, labels, **options)
 
     def logprobs(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> LinearLogprobs:
-        """`jliger.linear_logprobs` of this head."""
+        """`jliger.linear_logprobs` with this head."""
         hidden, kernel, options = self._arguments(hidden, options)
         return linear_logprobs(hidden, kernel, labels, **options)
 
     def product_dtype(self, hidden: Array) -> Any:
-        """What hidden states and parameters are cast to, by flax's rule."""
+        """The dtype that hidden states and parameters are cast to, by flax's rule."""
         arrays = [array for array in (hidden, self.kernel, self.bias) if array is not None]
         return jnp.result_type(*arrays) if self.dtype is None else jnp.dtype(self.dtype)
 
     def _promoted(self, hidden: Array) -> tuple[Array, Array, Array | None]:
-        """Hidden states in the dtype of the products, and parameters in one that the operation takes with it."""
+        """Hidden states in the products' dtype, and parameters in a dtype that the operation accepts with it."""
         if self.promote is not None:
             return self.promote(hidden, self.kernel, self.bias)
         dtype = self.product_dtype(hidden)
@@ -112,34 +113,34 @@ class LinearHead:
 
 
 def _cast(parameter: Array, dtype: Any) -> Array:
-    """Float32 parameters stay, for the operation to cast: then their gradients are summed and returned in float32."""
+    """Casts a parameter, except from float32: the operation casts it, and sums and returns its gradient in float32."""
     return parameter if parameter.dtype == jnp.float32 else parameter.astype(dtype)
 
 
 def hidden_of(module: Any, hidden: Any) -> Array:
-    """Hidden states as an array, where they are passed after a head."""
+    """The hidden states as an array; raises if an array was passed as the module."""
     if checks.is_array(module):
         raise TypeError(
-            f"module got an array of shape {jnp.shape(module)}; the order is (module, hidden, labels). A head's arrays "
-            "go to jliger.fused_linear_cross_entropy(hidden, kernel, labels)."
+            f"module got an array of shape {jnp.shape(module)}; the order is (module, hidden, labels). Pass arrays to "
+            "jliger.fused_linear_cross_entropy(hidden, kernel, labels)."
         )
     return checks.as_array("hidden", hidden)
 
 
-# ---- which layers are such heads -----------------------------------------------------------------------------
+# ---- which layers are linear heads ---------------------------------------------------------------------------
 
 
 def check_embed(embed: Any, layer: type, package: str) -> None:
-    """A tied head takes an embedding alone."""
+    """Raises unless `embed` is an embedding layer."""
     if not isinstance(embed, layer):
         raise TypeError(
-            f"embed got a {type(embed).__name__}; pass a flax.{package}.Embed. Other layers go to "
-            f"jliger.{package}.fused_linear_cross_entropy(module, hidden, labels) as they are."
+            f"embed got a {type(embed).__name__}; pass a flax.{package}.Embed. Pass other layers to "
+            f"jliger.{package}.fused_linear_cross_entropy(module, hidden, labels)."
         )
 
 
 def check_own_method(module: Any, layer: type, method: str) -> None:
-    """A subclass that computes logits in its own way is not the layer that it is derived from."""
+    """Raises for a subclass that overrides the method that computes logits: it may compute something else."""
     if getattr(type(module), method) is not getattr(layer, method):
         raise NotImplementedError(
             f"module got a {type(module).__name__} that overrides {layer.__name__}.{method}; pass its arrays to "
@@ -148,7 +149,7 @@ def check_own_method(module: Any, layer: type, method: str) -> None:
 
 
 def check_product(module: Any, *functions: Any) -> None:
-    """A product that is neither JAX's own nor left open is one that the fused operation knows nothing of."""
+    """Raises for a custom product function, which the fused operation would not call."""
     if any(function not in (None, jax.lax.dot_general, jnp.einsum) for function in functions):
         raise NotImplementedError(
             f"module got a {type(module).__name__} with a product of its own (dot_general, einsum_op), which the fused "
@@ -157,17 +158,17 @@ def check_product(module: Any, *functions: Any) -> None:
 
 
 def check_one_last_axis(module: Any, axis: Any, batch_axes: Any, kernel_shape: tuple[int, ...]) -> None:
-    """A general linear layer is a head if it takes the last axis alone to one axis."""
+    """Raises unless a general linear layer maps the last axis to one axis."""
     axis, batch_axes = tuple(map(int, axis)), tuple(batch_axes)
     if axis != (-1,) or batch_axes or len(kernel_shape) != 2:
         raise NotImplementedError(
             f"module got a {type(module).__name__} of kernel {kernel_shape}, axis {axis} and batch axes {batch_axes}; "
-            "a head takes the last axis alone to one axis: kernel [H, V], axis (-1,), no batch axes."
+            "a head maps the last axis to one axis: kernel [H, V], axis (-1,), no batch axes."
         )
 
 
 def einsum_layout(equation: str) -> KernelLayout:
-    """The kernel's layout in an einsum of hidden states `[*B, H]` and a kernel to logits `[*B, V]`."""
+    """The layout of the kernel in an einsum of hidden states `[*B, H]` and a kernel, with logits `[*B, V]`."""
     letter = "[A-Za-z]"
     batch = rf"{letter}*(?:\.\.\.)?{letter}*"
     match = re.fullmatch(rf"({batch})({letter}),({letter}{{2}})->\1({letter})", equation.replace(" ", ""))
@@ -177,6 +178,6 @@ def einsum_layout(equation: str) -> KernelLayout:
         if len(set(letters)) == len(letters) and kernel in (feature + column, column + feature):
             return "hv" if kernel == feature + column else "vh"
     raise NotImplementedError(
-        f"module got an Einsum of {equation!r}; a head takes the last axis to one axis, as '...h,hv->...v' and "
+        f"module got an Einsum of {equation!r}; a head maps the last axis to one axis, as '...h,hv->...v' and "
         "'bth,vh->btv' do."
     )

@@ -1,4 +1,4 @@
-"""What heads are, whichever framework holds them."""
+"""Tests of linear heads that do not depend on a framework."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from jliger.testing.heads import BATCH, HIDDEN_SIZE, VOCAB, loss_of_logits, make
 
 @pytest.fixture(autouse=True)
 def float32_products():
-    """On GPUs too, where those of TensorFloat-32 would be further off than what is allowed here."""
+    """Full precision for products: TF32, the default on GPUs, has errors above the tolerances of these tests."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -55,12 +55,12 @@ def test_einsums_that_are_heads(equation, layout):
     ],
 )
 def test_einsums_that_are_none(equation):
-    with pytest.raises(NotImplementedError, match="a head takes the last axis to one axis"):
+    with pytest.raises(NotImplementedError, match="a head maps the last axis to one axis"):
         heads.einsum_layout(equation)
 
 
 def test_one_head_several_tokens_ahead(implementation):
-    # As the guide has it: hidden states and labels of each depth are tokens like any others.
+    # As in the guide: the hidden states and labels of all depths are passed as tokens.
     depths, weights = 3, np.array([0.5, 0.3, 0.2], np.float32)
     hidden, kernel = (
         make_hidden(batch=(depths, *BATCH)),

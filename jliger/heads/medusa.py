@@ -1,4 +1,4 @@
-"""medusa: heads on the same hidden states that each look one token further ahead."""
+"""Medusa heads: several heads on the same hidden states, each of which predicts one token further ahead."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from jliger.heads.linear import LinearHead
 from jliger.heads.sum_of_losses import sum_with_eager_gradients
 from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics
 
-# Cai et al., 2024, section 2.2.1: the weight of a head's loss is a power of this.
+# Cai et al., 2024, section 2.2.1: the k-th head's loss has weight DECAY ** k.
 DECAY = 0.8
 
 _PER_TOKEN = ("where", "weights")
@@ -21,7 +21,7 @@ _ARRAYS = (*_PER_TOKEN, "class_weights", "normalizer")
 
 
 class MedusaHeads(NamedTuple):
-    """Linear layers `[K, H, H]` of residual blocks, and heads `[K, H, V]`; without `K`, one head."""
+    """The linear layers `[K, H, H]` of residual blocks, and the heads `[K, H, V]`; without `K` for a single head."""
 
     blocks: tuple[LinearHead, ...]
     heads: LinearHead
@@ -45,13 +45,13 @@ def loss(
     return_metrics: bool = False,
     **options: Any,
 ) -> Any:
-    """The weighted sum of the heads' losses; with metrics, those of each head, stacked."""
+    """The weighted sum of the heads' losses; with `return_metrics`, also the stacked metrics of the heads."""
     count = len(heads.heads.kernel)
     hidden, labels = checks.as_array("hidden", hidden), checks.as_array("labels", labels)
     if labels.shape != (count, *hidden.shape[:-1]):
         raise ValueError(
-            f"labels got shape {labels.shape}; pass each head's, {(count, *hidden.shape[:-1])}, as "
-            f"jliger.shift_labels(tokens, mask, by=range(2, {count + 2})) makes them."
+            f"labels got shape {labels.shape}; pass the labels of each head, {(count, *hidden.shape[:-1])}: "
+            f"jliger.shift_labels(tokens, mask, by=range(2, {count + 2}))."
         )
     if reduction not in ("mean", "sum"):
         raise NotImplementedError(f"reduction got {reduction!r}; pass 'mean' or 'sum': several heads have one loss.")
@@ -79,7 +79,7 @@ def loss(
 
 @dataclasses.dataclass(frozen=True)
 class _HeadLoss:
-    """One head's part of the sum, and its metrics."""
+    """One head's term of the sum, and its metrics."""
 
     options: tuple[tuple[str, Any], ...]
 

@@ -1,4 +1,4 @@
-"""Medusa heads: the sum of their losses as it is written down, but in turn, and in the memory of one."""
+"""Tests that Medusa heads give the sum of their losses, with the memory of a single head."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ WEIGHTS = [1.0, 0.3, 0.5]
 
 @pytest.fixture(autouse=True)
 def float32_products():
-    """On GPUs too, where those of TensorFloat-32 would be further off than what is allowed here."""
+    """Full precision for products: TF32, the default on GPUs, has errors above the tolerances of these tests."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -73,7 +73,7 @@ def test_against_the_sum_written_down(num_blocks, dtype, implementation):
     for name, value in theirs.items():
         assert result[name].dtype == value.dtype, name
     if dtype != "float32":
-        del truth["loss"], result["loss"]  # one number alone may be exact by luck
+        del truth["loss"], result["loss"]  # a single number may be exact by chance
     assert_rule_of_two(result, theirs, truth)
 
 
@@ -118,11 +118,11 @@ def test_a_normalizer_for_each_head():
         medusa.loss(heads, hidden, labels, normalizer=jnp.ones(2))
 
 
-# ---- what is computed for whom -------------------------------------------------------------------------------
+# ---- number of matrix products -------------------------------------------------------------------------------
 
 
 def products(function, *arguments):
-    """How many matrix products the program has: heads are gone through in a loop, so of each of them."""
+    """The number of matrix products in the program. Heads are in a loop, so this is the number per head."""
     program = jax.make_jaxpr(function)(*arguments)
     return sum(equation.primitive.name == "dot_general" for equation in equations(program))
 
@@ -134,15 +134,15 @@ def test_stage_1_computes_no_gradient_of_hidden_states(num_blocks, implementatio
     def loss(heads, hidden):
         return medusa.loss(heads, hidden, labels, head_weights=WEIGHTS, chunk_size=16, implementation=implementation)
 
-    # A head: logits and the kernel's gradient, and with blocks the gradient of their result. A block: its product and
-    # its kernel's gradient, and all but the first the gradient of what they take.
+    # For each head: the logits, the kernel's gradient, and with blocks the gradient of their output. For each block:
+    # its product and its kernel's gradient, and for all but the first the gradient of its input.
     stage_1 = 2 if num_blocks == 0 else 3 + 2 * num_blocks + (num_blocks - 1)
     assert products(jax.grad(loss), heads, hidden) == stage_1
     assert products(jax.grad(lambda heads: loss(heads, jax.lax.stop_gradient(hidden))), heads) == stage_1
-    # Stage 2 has one more: the gradient of what the first block, or the head, takes.
+    # Stage 2 has one more: the gradient of the input of the first block, or of the head if there are no blocks.
     assert products(jax.grad(loss, (0, 1)), heads, hidden) == stage_1 + 1
     assert products(loss, heads, hidden) == 1 + num_blocks
-    # The heads do learn, and as in stage 2.
+    # The heads' gradients are not 0, and are the same as in stage 2.
     one, both = loss_and_grads(lambda heads: loss(heads, hidden), heads), loss_and_grads(loss, heads, hidden)
     for name, value in one.items():
         assert np.any(value), name
@@ -155,7 +155,7 @@ def test_frozen_heads_still_give_gradients_of_hidden_states(implementation):
     def loss(hidden):
         return medusa.loss(heads, hidden, labels, head_weights=WEIGHTS, chunk_size=16, implementation=implementation)
 
-    # Of each: block, logits, and the gradients of what either takes.
+    # For each head: the block, the logits, and the gradients of their inputs.
     assert products(jax.grad(loss), hidden) == 4
     expected = jax.grad(lambda hidden: unfused(heads, hidden, labels))(hidden)
     np.testing.assert_allclose(jax.grad(loss)(hidden), expected, atol=1e-6)
@@ -173,12 +173,12 @@ def test_under_transformations(implementation):
         jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6, rtol=1e-5), result, expected)
 
     assert_close(jax.jit(jax.grad(jax.checkpoint(loss), (0, 1)))(heads, hidden))
-    # The residuals of a cached trace fit whatever is differentiated next.
+    # The residuals of a cached trace have the same structure, whatever is differentiated next.
     rematerialized = jax.jit(jax.checkpoint(loss))
     stage_1 = jax.grad(rematerialized)(heads, hidden)
     of_hidden = jax.grad(rematerialized, 1)(heads, hidden)
     assert_close((stage_1, of_hidden))
-    # A backward pass does not change what it reads.
+    # A backward pass does not change its inputs.
     value, pull_back = jax.vjp(loss, heads, hidden)
     twice = [pull_back(jnp.full_like(value, factor)) for factor in (2.0, 1.0)]
     assert_close(twice[1])
@@ -214,18 +214,22 @@ def test_memory_does_not_grow_with_the_number_of_heads(wanted, implementation):
         return jax.jit(function).lower(heads, hidden, labels).compile().memory_analysis().temp_size_in_bytes
 
     two, six = temporary_bytes(2), temporary_bytes(6)
-    # Beside labels and what is known of each token, a head's logits are 2 MiB, and so are its features.
+    # Apart from labels and per-token statistics, a head's logits are 2 MiB, and so are its features.
     per_token = 4 * 8 * tokens * (6 - 2)
     assert six - two <= per_token < 2 * 2**20
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("error", "says", "arguments"),
     [
-        (ValueError, r"labels got shape \(3, 5\); pass each head's, \(3, 3, 5\)", {"labels": make_labels()}),
+        (
+            ValueError,
+            r"labels got shape \(3, 5\); pass the labels of each head, \(3, 3, 5\)",
+            {"labels": make_labels()},
+        ),
         (ValueError, "head_weights got 2 numbers for 3 heads", {"head_weights": [1.0, 1.0]}),
         (ValueError, r"where got shape \(5,\)", {"where": np.ones(5, bool)}),
         (NotImplementedError, "reduction got 'none'", {"reduction": "none"}),

@@ -1,7 +1,8 @@
-"""A sum of losses, each differentiated along with its value, so that only sums of gradients are kept.
+"""A sum of losses whose terms are differentiated in the forward pass, so that only gradients are kept.
 
-Differentiating a sum as it is written down keeps what each term needs for its backward pass until the last term is
-done. This is to several losses what the forward form (`jliger.ops.linear_head.gradients`) is to one.
+Ordinary differentiation of a sum keeps the residuals of every term until the backward pass. Here each term is
+differentiated right after it is computed. This is the fused pass (`jliger.ops.linear_head.gradients`), for a sum of
+losses.
 """
 
 import functools
@@ -21,15 +22,16 @@ Term = Callable[[Any, Array, Any], tuple[Float[Array, ""], Any]]
 def sum_with_eager_gradients(
     term: Term, parts: Any, shared: Float[Array, "..."], contexts: Any
 ) -> tuple[Float[Array, ""], Any]:
-    """The sum of `term(part, shared, context)[0]`, and what each term has beside its value, stacked.
+    """`Σ term(part, shared, context)[0]`, and the terms' auxiliary outputs, stacked.
 
     Args:
-      term: gives a scalar, and other arrays that carry no gradient. It is hashable, and closes over no array.
-      parts: a tree of arrays with a leading axis of terms, which are each differentiated in its own.
-      shared: what all terms are differentiated in.
-      contexts: a tree of arrays with a leading axis of terms that carry no gradient.
+      term: returns a scalar, and auxiliary arrays without gradients. It is hashable and closes over no array.
+      parts: a tree of arrays whose first axis is that of the terms. Each term is differentiated in its own part.
+      shared: an array that all terms are differentiated in.
+      contexts: a tree of arrays whose first axis is that of the terms, without gradients.
     """
-    # Float16 underflows without the cotangent of the sum, a loss scale, which is not known here.
+    # The cotangent of the sum, which may be a loss scale, is not known in the forward pass. Without the scale, float16
+    # gradients would underflow, so they are computed in the backward pass.
     function = _sum if shared.dtype == jnp.float16 else _sum_with_eager_gradients
     return function(term, parts, shared, contexts)
 
@@ -50,7 +52,7 @@ def _fwd(term: Term, *primals: Any) -> tuple[Any, Any]:
     perturbed = jax.tree.map(lambda primal: primal.perturbed, primals[:2], is_leaf=_is_primal)
     parts, shared, contexts = jax.tree.map(lambda primal: primal.value, primals, is_leaf=_is_primal)
     like = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, shape=(0,)), (parts, shared))
-    # Gradients stay each device's own until its cotangent has come.
+    # In a `shard_map`, gradients stay per device until the backward pass multiplies them by this device's cotangent.
     parts, shared = _varying_as_the_sum(term, parts, shared, contexts)
 
     def step(shared_grad: Array, part_and_context: tuple[Any, Any]) -> tuple[Array, Any]:
@@ -58,7 +60,7 @@ def _fwd(term: Term, *primals: Any) -> tuple[Any, Any]:
         value, other, (grad, more) = _value_and_grad(term, (part, shared), context, perturbed)
         return shared_grad + more.astype(shared_grad.dtype), (value, other, grad)
 
-    # Unneeded gradients are arrays of size zero, for the reason given in `ops.linear_head.gradients`.
+    # Unneeded gradients are arrays of size zero, for the reason that `core.autodiff.encode_absent` gives.
     dtype = accumulator_dtype(shared.dtype)
     start = jnp.zeros_like(shared, dtype) if perturbed[1] else jnp.zeros((0,))
     shared_grad, (values, others, grads) = jax.lax.scan(step, start, (parts, contexts))
@@ -84,7 +86,7 @@ _sum_with_eager_gradients.defvjp(_fwd, _bwd, symbolic_zeros=True)
 def _value_and_grad(
     term: Term, differentiated: tuple[Any, Array], context: Any, perturbed: Any
 ) -> tuple[Array, Any, tuple[Any, Array]]:
-    """A term, what it has beside its value, and its gradients, of size zero where they are not asked for."""
+    """Value, auxiliary output and gradients of a term; unneeded gradients are empty arrays."""
     leaves, tree = jax.tree.flatten(differentiated)
     flags = jax.tree.leaves(perturbed)
 
@@ -105,9 +107,10 @@ def _value_and_grad(
 
 
 def _varying_as_the_sum(term: Term, parts: Any, shared: Array, contexts: Any) -> tuple[Any, Array]:
-    """Inside a `shard_map`, what is differentiated as each device's own, if the sum is."""
+    """In a `shard_map`, casts the differentiated arrays to vary over the sum's axes, so gradients stay per device."""
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return parts, shared
+    # `manual_axis_type` and `jax.lax.pcast` are those of jax 0.12.
     types: Any = jax.make_jaxpr(functools.partial(_sum, term))(parts, shared, contexts).out_avals
     axes = types[0].manual_axis_type.varying
 

@@ -35,8 +35,8 @@ def sequence_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:
     result = real_arrays(what, **arrays)
     if result[0].ndim > 1:
         raise ValueError(
-            f"{next(iter(arrays))} got shape {result[0].shape}; pass {what}, [B]. Log-probabilities of tokens become "
-            "those of sequences through losses.sequence_logprobs; of sequences along several axes, pass `.ravel()`."
+            f"{next(iter(arrays))} got shape {result[0].shape}; pass {what}, [B]. Reduce log-probabilities of tokens "
+            "with losses.sequence_logprobs first; if sequences have several axes, pass `.ravel()`."
         )
     return result
 

@@ -224,7 +224,7 @@ def _discopop(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
     inside = saturated(margin)
     beyond = margin - inside
     logistic = jax.nn.softplus(-inside) * jax.nn.sigmoid(-inside / tau) + jax.nn.relu(-beyond)
-    # One exponential for the product: e^−z alone overflows where σ(z/τ) brings the product to 0.
+    # One exponential for the product: e^−z alone would overflow where the product tends to 0.
     exponent = jax.nn.log_sigmoid(inside / tau) - inside
     return logistic + jnp.exp(exponent + jnp.where(beyond < 0, times(1 / tau - 1, beyond), -beyond))
 

@@ -13,8 +13,8 @@ from jliger.losses.arguments import constant, mask, sequence_arrays, sharded_lik
 from jliger.losses.preference_pairs import Loss
 from jliger.losses.ratios import difference, times
 
-_SEQUENCES = "one number a sequence"
-_BOOL_PER_SEQUENCE = "one bool a sequence"
+_SEQUENCES = "one number per sequence"
+_BOOL_PER_SEQUENCE = "one bool per sequence"
 
 
 class KTOMetrics(NamedTuple):
@@ -104,7 +104,7 @@ def kto(
     counted = mask("where", where, logprobs, _BOOL_PER_SEQUENCE)
     kl = jnp.asarray(kl, dtype)
     if kl.ndim:
-        checks.check_shape("kl", kl, logprobs.shape, "one number, or one a sequence")
+        checks.check_shape("kl", kl, logprobs.shape, "one number, or one per sequence")
     kl = sharded_like(logprobs, jnp.broadcast_to(kl, logprobs.shape))
     logprobs, ref_logprobs, kl = zero_unless(counted, logprobs, *constant(ref_logprobs, kl))
 

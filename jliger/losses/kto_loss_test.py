@@ -44,7 +44,7 @@ def test_one_kl_a_sequence_is_not_broadcast_over_the_batch():
 
 @pytest.mark.parametrize("shape", [(1,), (40, 1), (1, 40), (39,)])
 def test_another_shape_of_kl_is_refused(shape):
-    with pytest.raises(ValueError, match=r"kl got shape .*; pass one number, or one a sequence, \(40,\)"):
+    with pytest.raises(ValueError, match=r"kl got shape .*; pass one number, or one per sequence, \(40,\)"):
         losses.kto(LOGPROBS, REF_LOGPROBS, DESIRABLE, kl=np.zeros(shape, np.float32))
 
 

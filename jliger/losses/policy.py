@@ -14,7 +14,7 @@ from jliger.losses.ratios import Ratios, clipped, difference, held, k3, times
 
 GRPOLossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
 
-_TOKENS = "one number a token"
+_TOKENS = "one number per token"
 
 
 class PolicyMetrics(NamedTuple):
@@ -289,7 +289,7 @@ def _tokens(logprobs: Any, old_logprobs: Any, ref_logprobs: Any, entropy: Any, w
     given = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "entropy": entropy}
     given = {"logprobs": logprobs} | {name: array for name, array in given.items() if array is not None}
     arrays = dict(zip(given, real_arrays(_TOKENS, **given), strict=True))
-    counted = mask("where", where, arrays["logprobs"], "one bool a token")
+    counted = mask("where", where, arrays["logprobs"], "one bool per token")
     arrays = dict(zip(given, zero_unless(counted, *arrays.values()), strict=True))
     old_logprobs, ref_logprobs = constant(arrays.get("old_logprobs", arrays["logprobs"]), arrays.get("ref_logprobs"))
     return _Tokens(counted, arrays["logprobs"], old_logprobs, ref_logprobs, arrays.get("entropy"))
@@ -301,7 +301,7 @@ def _advantages(advantages: Any, tokens: _Tokens, *, one_a_sequence: bool = Fals
     shape = tokens.logprobs.shape
     if one_a_sequence and advantages.shape == shape[:-1]:
         advantages = jnp.broadcast_to(advantages[..., None], shape)
-    what = "one number a token, or one a sequence: logprobs' shape without or with its last dimension"
+    what = "one number per token, or one per sequence: logprobs' shape without or with its last dimension"
     checks.check_shape("advantages", advantages, shape, what if one_a_sequence else _TOKENS)
     advantages = sharded_like(tokens.logprobs, advantages.astype(tokens.logprobs.dtype))
     (advantages,) = zero_unless(tokens.counted, advantages)

@@ -315,12 +315,12 @@ def test_ppo_is_grpo_with_advantages_of_tokens():
         ({"loss_type": "grpo", "max_completion_length": 10}, "the other types do not use it"),
         (
             {"advantages": ADVANTAGES[:, None]},
-            r"advantages got shape \(6, 1\); pass one number a token, or one a sequence",
+            r"advantages got shape \(6, 1\); pass one number per token, or one per sequence",
         ),
         ({"advantages": np.float32(1)}, r"advantages got shape \(\)"),
         (
             {"old_logprobs": OLD[:, :1]},
-            r"old_logprobs got shape \(6, 1\); pass one number a token, \(6, 8\) as logprobs",
+            r"old_logprobs got shape \(6, 1\); pass one number per token, \(6, 8\) as logprobs",
         ),
     ],
     ids=str,
@@ -331,7 +331,7 @@ def test_what_is_refused(options, message):
 
 
 def test_more_that_is_refused():
-    with pytest.raises(ValueError, match=r"advantages got shape \(6,\); pass one number a token, \(6, 8\)"):
+    with pytest.raises(ValueError, match=r"advantages got shape \(6,\); pass one number per token, \(6, 8\)"):
         losses.ppo_clip(LOGPROBS, OLD, ADVANTAGES)
     with pytest.raises(ValueError, match=r"logprobs got a scalar; pass an array \[\*B, T\]"):
         losses.grpo(0.0, 0.0)

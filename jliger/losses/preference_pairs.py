@@ -9,8 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jliger.core.reduction import Normalizer, Reduction, mean, reduced
 from jliger.losses.ratios import difference
 
-PAIRS = "one number a pair"
-BOOL_PER_PAIR = "one bool a pair"
+PAIRS = "one number per pair"
+BOOL_PER_PAIR = "one bool per pair"
 
 Loss = Float[Array, ""] | Float[Array, " B"]
 

@@ -63,10 +63,10 @@ def sequence_logprobs(
       1
     """
     checks.check_choice("reduction", reduction, ("sum", "mean"))
-    (logprobs,) = real_arrays("one number a token", logprobs=logprobs)
+    (logprobs,) = real_arrays("one number per token", logprobs=logprobs)
     if logprobs.ndim < 1:
         raise ValueError("logprobs got a scalar; pass an array [*B, T].")
-    counted = mask("where", where, logprobs, "one bool a token")
+    counted = mask("where", where, logprobs, "one bool per token")
     (logprobs,) = zero_unless(counted, logprobs)
     counts = counted.sum(axis=-1, dtype=jnp.int32)
     totals = logprobs.sum(axis=-1)

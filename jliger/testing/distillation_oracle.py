@@ -1,4 +1,4 @@
-"""What the tests of distillation are held to: the reference in float64, by the rule of two. Not part of the wheel."""
+"""The oracle of distillation tests: the reference in float64, and the rule of two. Not part of the wheel."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ import jliger
 from jliger.losses import fused_linear_jsd
 from jliger.testing.oracle import INTERPRETED, assert_rule_of_two, found_by
 
-# Student's hidden states and kernel, teacher's hidden states and kernel.
+# Dtypes of the student's hidden states and kernel, and of the teacher's hidden states and kernel.
 DTYPES = [
     ("float32", "float32", "float32", "float32"),
     ("float32", "float32", "bfloat16", "float32"),
@@ -35,7 +35,7 @@ class Problem:
     """Arguments of the operation, and a cotangent of its loss.
 
     Attributes:
-      inputs: what carries gradients, by name.
+      inputs: the differentiable arguments, by name.
       teacher: the teacher's hidden states and kernel.
       options: every other argument.
       cotangent: a scalar.
@@ -75,11 +75,11 @@ def make_problem(
     logit_softcaps: tuple[float | None, float | None] = (None, None),
     **options: Any,
 ) -> Problem:
-    """Random models whose logits have a deviation of `scale`; what is a pair is the student's and the teacher's.
+    """Random models whose logits have a standard deviation of `scale`; pairs are the student's and the teacher's.
 
-    Values are of few bits if `coarse`, with a `scale` that is a power of two: products are exact then, in whichever
-    order they are summed, and all round them alike. Where one unit of a logit in low precision is a factor of e⁴ in a
-    probability, there is nothing else to compare.
+    With `coarse`, and a `scale` that is a power of two, values have few bits. Products are then exact in any order of
+    summation, so that all methods round them in the same way. This is needed if one unit in the last place of a
+    low-precision logit changes a probability by a factor of e⁴: results could not be compared otherwise.
     """
     if INTERPRETED and "bfloat16" in dtypes:
         pytest.skip("Triton's interpreter truncates where it should round to bfloat16")
@@ -143,21 +143,21 @@ def loss_and_grads(
 
 
 def fused(problem: Problem, implementation: str | None = None) -> dict[str, Any]:
-    """What jliger finds."""
+    """The results of jliger."""
     options = {"implementation": implementation, **problem.options}
     arrays = (problem.inputs, problem.teacher, problem.cotangent)
     return found_by(loss_and_grads, fused_linear_jsd, *arrays, options=options)
 
 
 def unfused(problem: Problem) -> dict[str, Any]:
-    """What plain JAX finds in the same dtypes."""
+    """The results of plain JAX in the same dtypes."""
     arrays = (problem.inputs, problem.teacher, problem.cotangent)
     reference = jliger.reference.fused_linear_jsd
     return found_by(loss_and_grads, reference, *arrays, options=problem.options, op_by_op=problem.op_by_op)
 
 
 def exact(problem: Problem) -> dict[str, Any]:
-    """What plain JAX finds in float64."""
+    """The results of plain JAX in float64."""
     options = {name: value for name, value in problem.options.items() if name not in _NOT_EXACT}
     with jax.enable_x64(True):
         arguments = (problem.inputs, problem.teacher, problem.cotangent, options)
@@ -188,16 +188,16 @@ def exact_and_rounding(problem: Problem) -> tuple[dict[str, Any], dict[str, floa
 
 
 def _with_own_bias(problem: Problem) -> Problem:
-    """The same with a bias of its own for each token, whose gradients are the logits'."""
+    """The same problem with a separate bias for each token, whose gradients are those of the logits."""
     bias = problem.inputs["student_bias"]
     shape = problem.inputs["student_hidden"].shape[:-1]
     return problem.replace(inputs={**problem.inputs, "student_bias": jnp.broadcast_to(bias, (*shape, bias.size))})
 
 
 def rounding_of_divergence(problem: Problem, oracle: dict[str, Any]) -> dict[str, float]:
-    """What float32 leaves uncertain of a sum of `p · log p`, which cancel: the loss itself may be far smaller.
+    """The float32 rounding error of the divergence, whose terms `p · log p` cancel: the loss may be far smaller.
 
-    Terms of a token are rounded to half a unit of at most `log V`, each token by itself.
+    The terms of each token are at most `log V`, and rounded to half a unit in the last place.
     """
     vocab = oracle["student_kernel"].shape[problem.options["student_kernel_layout"].index("v")]
     weight, options = float(oracle["weight"]), problem.options
@@ -214,13 +214,13 @@ def check(problem: Problem, implementation: str, what: str = "") -> dict[str, An
     for name in ("predictions", "teacher_predictions"):
         counted = oracle[name] >= 0
         np.testing.assert_array_equal(np.asarray(ours[name]) >= 0, counted, name)
-        # Low precision has ties where float64 has none: the same logits are rounded alike, and the first column wins.
+        # In low precision, logits can be equal that differ in float64. Both methods take the first of equal logits.
         np.testing.assert_array_equal(ours[name], theirs[name], name)
         assert ours[name].dtype == jnp.int32
     real = [{k: v for k, v in result.items() if "predictions" not in k} for result in (ours, theirs, oracle)]
     more = rounding | rounding_of_divergence(problem, oracle)
     if "adapter.scale" in oracle:
-        # One number that many terms cancel in: a few roundings of their sizes.
+        # One number, in which many terms cancel: allow a few roundings of the terms.
         adapter = problem.inputs["student_adapter"]
         terms = np.asarray(adapter.a, np.float64) * oracle["adapter.a"] / adapter.scale
         more["adapter.scale"] = 4 * np.finfo(np.float32).eps * float(np.abs(terms).sum())

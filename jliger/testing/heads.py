@@ -1,4 +1,4 @@
-"""What the tests of heads share: a problem, a loss of logits, and results by name. Not part of the wheel."""
+"""Helpers for tests of heads: a problem, a loss of logits, and results by name. Not part of the wheel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,19 +16,19 @@ def make_hidden(seed: int = 0, dtype: Any = jnp.float32, batch: tuple[int, ...] 
 
 
 def make_labels(seed: int = 0, batch: tuple[int, ...] = BATCH) -> jax.Array:
-    """Some of which don't count."""
+    """Random labels, some of which do not count."""
     random = np.random.default_rng(seed)
     return jnp.asarray(np.where(random.random(batch) < 0.3, -100, random.integers(0, VOCAB, batch)), jnp.int32)
 
 
 def randomized(tree: Any, seed: int = 0) -> Any:
-    """The tree with random numbers in its arrays, of their dtypes: zeros that parameters begin with hide too much."""
+    """The tree with random numbers in its arrays, since errors would be hidden by parameters that are initially 0."""
     random = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape) / 2, leaf.dtype), tree)
 
 
 def as_float64(tree: Any) -> Any:
-    """Arrays of floating-point numbers in float64."""
+    """Casts the floating-point arrays of a tree to float64."""
 
     def cast(leaf: Any) -> Any:
         return jnp.asarray(np.asarray(leaf), jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
@@ -37,7 +37,7 @@ def as_float64(tree: Any) -> Any:
 
 
 def loss_of_logits(logits: jax.Array, labels: jax.Array, scale: float = 1.0, softcap: float | None = None) -> jax.Array:
-    """The mean cross entropy of tokens that count, as a model would have it that knows nothing of jliger."""
+    """The mean cross entropy of counted tokens, as in a model that does not use jliger."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) * scale
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
@@ -53,6 +53,6 @@ def by_name(tree: Any) -> dict[str, Any]:
 
 
 def loss_and_grads(loss: Callable[..., jax.Array], *arguments: Any) -> dict[str, Any]:
-    """The loss, and its gradient in every argument, by name."""
+    """The loss, and its gradients with respect to every argument, by name."""
     value, grads = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(arguments)))))(*arguments)
     return {"loss": value, **by_name(grads)}

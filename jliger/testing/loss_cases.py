@@ -1,4 +1,4 @@
-"""Every loss of every type in one form, for tests of what all of them keep."""
+"""All losses and their types behind one interface, for tests of their common properties."""
 
 import dataclasses
 import functools
@@ -21,16 +21,16 @@ DPO_OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """A loss, and what its arguments are.
+    """A loss and its arguments.
 
     Attributes:
-      name: what tests call it.
-      function: of named arrays, `where` and `normalizer`, to `(loss, metrics)`.
-      trained: names of the arrays that carry gradients.
-      fixed: names of those that don't.
-      of_tokens: arrays are `[B, T]`, not `[B]`.
-      divides_by_sequences: of tokens, but a mean of sequences.
-      differentiable: everywhere, and nothing stops a gradient.
+      name: the name in test ids.
+      function: takes named arrays, `where` and `normalizer`; returns `(loss, metrics)`.
+      trained: names of the arrays with gradients.
+      fixed: names of the arrays without gradients.
+      of_tokens: whether arrays are `[B, T]` instead of `[B]`.
+      divides_by_sequences: whether a loss of tokens is a mean over sequences.
+      differentiable: whether the loss is differentiable everywhere, without stopped gradients.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Case:
     differentiable: bool = True
 
     def arrays(self, seed: int = 0, batch: int = 5, length: int = 6) -> dict[str, np.ndarray]:
-        """Random float64 log-probabilities and what goes with them."""
+        """Random float64 log-probabilities, and the loss's other arrays."""
         random = np.random.default_rng(seed)
         shape = (batch, length) if self.of_tokens else (batch,)
         makers = {
@@ -57,11 +57,11 @@ class Case:
         }
 
     def count(self, where: np.ndarray) -> int:
-        """What a mean divides by."""
+        """The divisor of a mean."""
         return int(where.any(axis=-1).sum() if self.divides_by_sequences else where.sum())
 
     def loss_and_grads(self, arrays: dict[str, Any], **options: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """Loss, metrics, and gradients of all arrays of numbers, under one jit."""
+        """Loss, metrics, and gradients with respect to all floating-point arrays, in one jit."""
         return _loss_and_grads(self, arrays, options)
 
 

@@ -1,4 +1,4 @@
-"""What the tests are held to: `jliger.reference` in float64, by the rule of two. Not part of the wheel."""
+"""The oracle of the tests: `jliger.reference` in float64, and the rule of two. Not part of the wheel."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ import jliger
 
 ON_GPU = jax.default_backend() == "gpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# How many times as many examples Hypothesis tries.
+# Multiplies the number of examples that Hypothesis tries.
 EXAMPLES = int(os.environ.get("JLIGER_EXAMPLES", "1"))
 
 if ON_GPU:
@@ -26,7 +26,7 @@ elif INTERPRETED:
 else:
     IMPLEMENTATIONS = ["xla"]
 
-# Which dtypes hidden states and kernel may have together.
+# The supported pairs of dtypes of hidden states and kernel.
 DTYPES = [
     ("float32", "float32"),
     ("bfloat16", "float32"),
@@ -47,7 +47,7 @@ class Problem:
     """Arguments of the operation, and a cotangent of its loss.
 
     Attributes:
-      inputs: what carries gradients, by name.
+      inputs: the differentiable arguments, by name.
       labels: `[*B]`.
       options: every other argument.
       cotangent: of the loss's shape.
@@ -84,9 +84,9 @@ def make_problem(
     kernel_layout: str = "hv",
     **options: Any,
 ) -> Problem:
-    """Random hidden states of deviation `scale`, a kernel that keeps it, labels, and what else is asked for.
+    """A random problem: hidden states and logits with standard deviation `scale`, labels, and the optional arguments.
 
-    `where` is "all", "some" or "none": which tokens count. `ignored` is the share of labels set to `ignore_index`.
+    `where` is "all", "some" or "none": which tokens count. `ignored` is the fraction of labels set to `ignore_index`.
     """
     if INTERPRETED and "bfloat16" in (dtype, kernel_dtype):
         pytest.skip("Triton's interpreter truncates where it should round to bfloat16")
@@ -120,7 +120,7 @@ def make_problem(
 
 
 def loss_and_grads(function: Any, inputs: Any, labels: Any, cotangent: Any, options: Any) -> dict[str, Any]:
-    """Loss, metrics if there are any, and the gradient of every input, by name."""
+    """The loss, the metrics if returned, and the gradient of every input, by name."""
 
     def loss(inputs: Any) -> Any:
         out = function(inputs["hidden"], inputs["kernel"], labels, bias=inputs.get("bias"), **options)
@@ -161,14 +161,14 @@ def _has_16_bits(arrays: Any, options: dict[str, Any]) -> bool:
 
 
 def fused(problem: Problem, implementation: str | None = None) -> dict[str, Any]:
-    """What jliger finds."""
+    """The results of jliger."""
     options = {"implementation": implementation, **problem.options}
     arrays = (problem.inputs, problem.labels, problem.cotangent)
     return found_by(loss_and_grads, jliger.fused_linear_cross_entropy, *arrays, options=options)
 
 
 def unfused(problem: Problem) -> dict[str, Any]:
-    """What plain JAX finds in the same dtypes."""
+    """The results of plain JAX in the same dtypes."""
     options = {name: value for name, value in problem.options.items() if name not in _OF_THE_FUSED_ONE}
     arrays = (problem.inputs, problem.labels, problem.cotangent)
     reference = jliger.reference.fused_linear_cross_entropy
@@ -176,7 +176,7 @@ def unfused(problem: Problem) -> dict[str, Any]:
 
 
 def exact(problem: Problem) -> dict[str, Any]:
-    """What plain JAX finds in float64."""
+    """The results of plain JAX in float64."""
     dropped = (*_OF_THE_FUSED_ONE, *_OF_LOW_PRECISION)
     options = {name: value for name, value in problem.options.items() if name not in dropped}
     with jax.enable_x64(True):
@@ -201,7 +201,7 @@ def exact_and_rounding(problem: Problem) -> tuple[dict[str, Any], dict[str, floa
     num_tokens = problem.labels.size
     vocab_dim = 1 if problem.options["kernel_layout"] == "hv" else 0
     hidden, kernel = (np.asarray(problem.inputs[name], np.float64) for name in ("hidden", "kernel"))
-    # A feature of its own for each token, with weights of zero: those weights' gradients are the logits'.
+    # Adds a feature for each token, with weights of 0. The gradients of these weights are those of the logits.
     own = np.eye(num_tokens).reshape(*problem.labels.shape, num_tokens)
     weights = np.zeros((num_tokens, kernel.shape[1]) if vocab_dim == 1 else (kernel.shape[0], num_tokens))
     with jax.enable_x64(True):
@@ -233,10 +233,10 @@ def assert_rule_of_two(
     what: str = "",
     more: dict[str, float] | None = None,
 ) -> None:
-    """`error(ours) ≤ 2 · error(theirs)` and a little, for all that is found; NaN just where the oracle has it.
+    """Asserts `error(ours) ≤ 2 · error(theirs) + tolerance` for every result, and NaN exactly where the oracle has NaN.
 
-    Errors are root mean squares. The little is a few float32 roundings of the largest value there is: what is exact in
-    one order of summation by luck need not be so in another. `more` is allowed beyond that, by name.
+    Errors are root mean squares. The tolerance is a few float32 roundings of the largest value, because one order of
+    summation may be exact by chance. `more` is added to it, by name.
     """
     assert ours.keys() == oracle.keys()
     for name, truth in oracle.items():
@@ -244,7 +244,7 @@ def assert_rule_of_two(
         mine, other = np.asarray(ours[name], np.float64), np.asarray(theirs[name], np.float64)
         assert mine.shape == truth.shape, here
         if name == "predictions":
-            continue  # equal up to ties, which `assert_predictions` knows of
+            continue  # equal up to ties, which `assert_predictions` handles
         np.testing.assert_array_equal(np.isnan(mine), np.isnan(truth), here)
         finite = ~np.isnan(truth)
         if not finite.any():
@@ -260,7 +260,7 @@ def _root_mean_square(values: Any) -> float:
 
 
 def assert_predictions(problem: Problem, predictions: Any) -> None:
-    """Each prediction's logit is the largest, up to the rounding of logits; −1 just where a token doesn't count."""
+    """Asserts that each prediction has the largest logit, up to rounding, and that only uncounted tokens have −1."""
     hidden, kernel = (np.asarray(problem.inputs[name], np.float64) for name in ("hidden", "kernel"))
     logits = hidden @ (kernel if problem.options["kernel_layout"] == "hv" else kernel.T)
     size = np.abs(logits).max()
@@ -268,7 +268,8 @@ def assert_predictions(problem: Problem, predictions: Any) -> None:
         logits = logits + np.asarray(problem.inputs["bias"], np.float64)
     logits = logits * np.sign(problem.options.get("logit_scale", 1.0))
     if problem.options.get("logit_softcap"):
-        # Far above the cap all logits round to it: any of them may be the first. Capping makes no difference larger.
+        # Logits far above the cap all round to it, so any of them may be predicted. Capping never increases
+        # differences.
         cap = problem.options["logit_softcap"] / abs(problem.options.get("logit_scale", 1.0))
         logits = cap * np.tanh(logits / cap)
     counted = np.array(problem.labels != problem.options.get("ignore_index", -100))
@@ -296,7 +297,7 @@ def check(problem: Problem, implementation: str, what: str = "") -> dict[str, An
 
 
 def every_pair(options: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Choices of every option so that any two values of two options meet in one of them, greedily few."""
+    """Combinations of options in which every pair of values of two options occurs; a greedy choice of few."""
     missing = {
         frozenset([(a, value_a), (b, value_b)])
         for (a, values_a), (b, values_b) in itertools.combinations(options.items(), 2)
@@ -317,7 +318,7 @@ def every_pair(options: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def equations(program: Any) -> Iterator[Any]:
-    """Every equation of a jaxpr and of what it calls."""
+    """Every equation of a jaxpr, including those of the jaxprs inside it."""
     for equation in getattr(program, "jaxpr", program).eqns:
         yield equation
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):

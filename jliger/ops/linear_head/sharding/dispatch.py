@@ -144,8 +144,8 @@ def _untyped_vocab_axes(config: HeadConfig) -> Axes:
 def _check_vocab_axes(config: HeadConfig, *arrays: Array) -> None:
     if config.vocab_axes and any(map(_is_spread, arrays)):
         raise NotImplementedError(
-            f"vocab_axis_name got {config.vocab_axes} beside arrays that Explicit axes spread, which are among "
-            f"{get_abstract_mesh().explicit_axes}; make the shard_map one over these axes too."
+            f"vocab_axis_name got {config.vocab_axes} with arrays that are sharded over Explicit axes, among "
+            f"{get_abstract_mesh().explicit_axes}; make the shard_map manual over these axes too."
         )
 
 
