@@ -48,7 +48,7 @@ def shift_labels(
       ValueError: a shape that doesn't fit, or a negative `by`.
       TypeError: a dtype that isn't supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jliger
       >>> tokens = jnp.array([[5, 6, 7, 8]])
       >>> print(jliger.shift_labels(tokens))

@@ -102,7 +102,7 @@ def accumulate_gradients(
       ValueError: a number of microbatches that doesn't divide the rows, roles that clash, an unknown axis.
       TypeError: a loss that isn't two or three results, or an argument that can't be differentiated.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jliger
       >>> def loss_fn(params, batch):
       ...     hidden = jnp.tanh(batch["x"] @ params["body"])

@@ -71,7 +71,7 @@ def weighted_multi_steps(
       ValueError: k below 1.
       TypeError: k that is no integer; `update` without a weight.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jliger, optax
       >>> optimizer = jliger.weighted_multi_steps(optax.sgd(1.0), every_k_schedule=2)
       >>> params = jnp.zeros(1)

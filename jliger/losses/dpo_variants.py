@@ -106,7 +106,7 @@ def dpo(
       ValueError: a shape that doesn't fit, or an option out of its range or of no use with this `loss_type`.
       TypeError: a dtype that isn't supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> chosen, rejected = jnp.array([-10.0, -12.0]), jnp.array([-14.0, -11.0])

@@ -84,7 +84,7 @@ def kto(
       ValueError: a shape that doesn't fit, or an option out of its range.
       TypeError: a dtype that isn't supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> logprobs, ref_logprobs = jnp.array([-8.0, -9.0]), jnp.array([-10.0, -9.5])
@@ -153,7 +153,7 @@ def kto_kl(
       ValueError: a shape that doesn't fit.
       TypeError: a dtype that isn't supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> print(losses.kto_kl(jnp.array([-8.0, -9.0]), jnp.array([-10.0, -9.5])))

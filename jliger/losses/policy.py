@@ -124,7 +124,7 @@ def grpo(
         that lacks its argument.
       TypeError: a dtype that isn't supported.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from jliger import losses
       >>> old_logprobs = jnp.log(jnp.array([[0.5, 0.5, 0.5], [0.5, 0.5, 1.0]]))
@@ -224,7 +224,7 @@ def ppo_clip(
       ValueError: a shape that doesn't fit, an option out of its range, or a term that lacks its argument.
       TypeError: a dtype that isn't supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> old_logprobs, logprobs = jnp.log(jnp.array([0.4, 0.4])), jnp.log(jnp.array([0.6, 0.44]))

@@ -66,7 +66,7 @@ def orpo(
       ValueError: a shape that doesn't fit, or an option out of its range.
       TypeError: a dtype that isn't supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> chosen, rejected = jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25]))
@@ -125,7 +125,7 @@ def cpo(
       ValueError: a shape that doesn't fit, or an option out of its range.
       TypeError: a dtype that isn't supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> loss, metrics = losses.cpo(jnp.array([-4.0]), jnp.array([-6.0]), beta=0.5)  # 4 + log(1 + 1/e)
@@ -186,7 +186,7 @@ def simpo(
       ValueError: a shape that doesn't fit, or an option out of its range.
       TypeError: a dtype that isn't supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> loss, metrics = losses.simpo(jnp.array([-0.5]), jnp.array([-1.25]), beta=2.0, gamma=0.5)  # log(1 + 1/e)

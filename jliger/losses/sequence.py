@@ -49,7 +49,7 @@ def sequence_logprobs(
       ValueError: a shape that doesn't fit, or another reduction.
       TypeError: a dtype that isn't supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> logprobs = jnp.log(jnp.array([[0.5, 0.25, 0.1], [0.1, 0.1, 0.1]]))
