@@ -19,7 +19,7 @@ from typing import Any
 
 from accumulation_tables import ACCUMULATION_KINDS
 from cells import NOTHING, markdown, mib, percent
-from facts import facts
+from facts import OWN, at_shape, facts, fastest_liger, plain_jax
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table: (\S+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -63,12 +63,10 @@ def summary_table(path: Path, page: Path) -> str:
     rows: list[list[str]] = []
     shown: list[Record] = []
     for shape in SUMMARY_SHAPES:
-        at = {record["name"]: record for record in result["records"] if record["shape"] == shape}
-        if (own := at.get("jliger, float32 kernel")) is None:
+        at = at_shape(result, shape)
+        if (own := at.get(OWN)) is None:
             continue
-        plain = next((r for name, r in at.items() if name.startswith("plain JAX") and "bfloat16 logits" in name), {})
-        budgets = [r for name, r in at.items() if name.startswith("PyTorch Liger") and "float32" not in name]
-        liger = min(budgets, key=lambda record: record["milliseconds"], default={})
+        plain, liger = plain_jax(at), fastest_liger(at)
         speeds = [percent(own["of_floor"]), percent(own.get("of_bound"))]
         shown += [own, *([plain] if plain else []), *([liger] if liger else [])]
         rows.append([shape, _ms(own), *speeds, mib(own["extra_mib"]), *_both(plain), *_both(liger)])

@@ -49,7 +49,7 @@ def shift_labels(
       ValueError: a shape does not match, or `by` is negative or empty.
       TypeError: a dtype is not supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jliger
       >>> tokens = jnp.array([[5, 6, 7, 8]])
       >>> print(jliger.shift_labels(tokens))

@@ -103,7 +103,7 @@ def accumulate_gradients(
       ValueError: the number of microbatches does not divide the rows, an argument has two roles, or an axis is unknown.
       TypeError: `loss_fn` does not return two or three results, or an argument cannot be differentiated.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jliger
       >>> def loss_fn(params, batch):
       ...     hidden = jnp.tanh(batch["x"] @ params["body"])

@@ -72,7 +72,7 @@ def weighted_multi_steps(
       ValueError: k is below 1.
       TypeError: k is not an integer, or `update` is called without a weight.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jliger, optax
       >>> optimizer = jliger.weighted_multi_steps(optax.sgd(1.0), every_k_schedule=2)
       >>> params = jnp.zeros(1)

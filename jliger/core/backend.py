@@ -34,8 +34,8 @@ def compute_capability(capability: int) -> contextlib.AbstractContextManager[Non
     Raises:
       ValueError: `capability` is not an integer of at least 80.
 
-    Example:
-      Lowering a loss for an H100 on a machine without a GPU (this needs `jax-cuda13-plugin`, but no CUDA)::
+    Examples:
+      Lowering a loss for an H100 on a machine without a GPU (this needs `jax-cuda13-plugin`, but no CUDA):
 
         with jliger.compute_capability(90):
             exported = jax.export.export(

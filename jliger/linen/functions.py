@@ -43,7 +43,7 @@ def fused_linear_cross_entropy(
       ValueError: a module that is not bound, or variables of something else; what
         `jliger.fused_linear_cross_entropy` raises.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jliger
       >>> from flax import linen as nn
       >>> class Model(nn.Module):

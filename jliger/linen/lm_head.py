@@ -31,7 +31,7 @@ class LMHead(nn.Dense):
       logit_scale: `s`, a Python number.
       logit_softcap: `c` in `c · tanh(z / c)`, a Python number, or None.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jliger
       >>> head = jliger.linen.LMHead(32, logit_softcap=30.0, use_bias=False)
       >>> hidden, labels = jnp.ones((2, 5, 8)), jnp.zeros((2, 5), int)

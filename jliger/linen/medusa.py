@@ -43,7 +43,7 @@ class MedusaHeads(nn.Module):
       bias_init: makes the heads' biases.
       block_init: makes the blocks' kernels.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jliger
       >>> heads = jliger.linen.MedusaHeads(3, 32)
       >>> tokens, hidden = jnp.ones((2, 7), int), jnp.ones((2, 7, 8))

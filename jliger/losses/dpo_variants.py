@@ -104,7 +104,7 @@ def dpo(
       ValueError: a shape does not match, an option is out of range, or `loss_type` does not use it.
       TypeError: a dtype is not supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> chosen, rejected = jnp.array([-10.0, -12.0]), jnp.array([-14.0, -11.0])

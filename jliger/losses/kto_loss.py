@@ -86,7 +86,7 @@ def kto(
       ValueError: a shape does not match, or an option is out of range.
       TypeError: a dtype is not supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> logprobs, ref_logprobs = jnp.array([-8.0, -9.0]), jnp.array([-10.0, -9.5])
@@ -155,7 +155,7 @@ def kto_kl(
       ValueError: a shape does not match.
       TypeError: a dtype is not supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> print(losses.kto_kl(jnp.array([-8.0, -9.0]), jnp.array([-10.0, -9.5])))

@@ -124,7 +124,7 @@ def grpo(
         term is missing.
       TypeError: a dtype is not supported.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from jliger import losses
       >>> old_logprobs = jnp.log(jnp.array([[0.5, 0.5, 0.5], [0.5, 0.5, 1.0]]))
@@ -223,7 +223,7 @@ def ppo_clip(
       ValueError: a shape does not match, an option is out of range, or the argument of a term is missing.
       TypeError: a dtype is not supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> old_logprobs, logprobs = jnp.log(jnp.array([0.4, 0.4])), jnp.log(jnp.array([0.6, 0.44]))

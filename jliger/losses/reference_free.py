@@ -65,7 +65,7 @@ def orpo(
       ValueError: a shape does not match, or an option is out of range.
       TypeError: a dtype is not supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> chosen, rejected = jnp.log(jnp.array([0.5])), jnp.log(jnp.array([0.25]))
@@ -123,7 +123,7 @@ def cpo(
       ValueError: a shape does not match, or an option is out of range.
       TypeError: a dtype is not supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> loss, metrics = losses.cpo(jnp.array([-4.0]), jnp.array([-6.0]), beta=0.5)  # 4 + log(1 + 1/e)
@@ -184,7 +184,7 @@ def simpo(
       ValueError: a shape does not match, or an option is out of range.
       TypeError: a dtype is not supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> loss, metrics = losses.simpo(jnp.array([-0.5]), jnp.array([-1.25]), beta=2.0, gamma=0.5)  # log(1 + 1/e)

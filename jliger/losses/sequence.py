@@ -49,7 +49,7 @@ def sequence_logprobs(
       ValueError: a shape does not match, or `reduction` is unknown.
       TypeError: a dtype is not supported.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jliger import losses
       >>> logprobs = jnp.log(jnp.array([[0.5, 0.25, 0.1], [0.1, 0.1, 0.1]]))

@@ -39,7 +39,7 @@ def fused_linear_cross_entropy(
         `jliger.fused_linear_cross_entropy` raises.
       ValueError: what `jliger.fused_linear_cross_entropy` raises.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jliger
       >>> from flax import nnx
       >>> head = nnx.Linear(8, 32, rngs=nnx.Rngs(0))

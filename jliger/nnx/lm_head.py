@@ -44,7 +44,7 @@ class LMHead(nnx.Linear):
       kernel: `[H, V]`.
       bias: `[V]`, or None.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jliger
       >>> from flax import nnx
       >>> head = jliger.nnx.LMHead(8, 32, logit_softcap=30.0, use_bias=False, rngs=nnx.Rngs(0))

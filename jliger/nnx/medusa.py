@@ -51,7 +51,7 @@ class MedusaHeads(nnx.Module):
       blocks: `num_blocks` times `nnx.Linear`, with parameters `[K, H, H]` and `[K, H]`.
       heads: `LMHead`, with parameters `[K, H, V]`, and `[K, V]` with a bias.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, jliger
       >>> from flax import nnx
       >>> heads = jliger.nnx.MedusaHeads(3, 8, 32, rngs=nnx.Rngs(0))

@@ -21,7 +21,7 @@ class LinearAdapter(NamedTuple):
       b: `[R, V]`, likewise.
       scale: a number or a scalar array, such as LoRA's `alpha / R`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jliger
       >>> hidden, kernel = jnp.ones((3, 8)), jnp.zeros((8, 32))
       >>> labels = jnp.array([3, 1, 4])

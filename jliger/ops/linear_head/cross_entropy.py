@@ -91,6 +91,7 @@ def fused_linear_cross_entropy(
     over blocks of the vocabulary: four products, any cotangent.
 
     Memory beside arguments, results and their gradients, with `b` bytes a value of `hidden`, `C` tokens a chunk:
+
       * `"mean"`, `"sum"`: `2·b·C·V` for logits and their gradients, `b·H·V` for the kernel in hidden's dtype if it has
         another, `4·H·V` for a float32 sum of kernel gradients if the kernel is not float32. Not differentiated:
         `b·C·V`, and `b·H·V` as before.
@@ -146,7 +147,7 @@ def fused_linear_cross_entropy(
       TypeError: something that is no array, a dtype that isn't supported, or an option that is not a Python number.
       NotImplementedError: a combination that isn't supported.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jliger
       >>> hidden = jax.random.normal(jax.random.key(0), (2, 5, 8))
       >>> kernel = jax.random.normal(jax.random.key(1), (8, 32))

@@ -160,7 +160,7 @@ def fused_linear_kl(
       TypeError: something that is no array, a dtype that isn't supported, or an option that is not a Python number.
       NotImplementedError: a combination that isn't supported.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from jliger import losses
       >>> keys = jax.random.split(jax.random.key(0), 4)
@@ -257,7 +257,7 @@ def fused_linear_jsd(
     `beta` is a Python number. All other arguments, gradients, memory, what is returned and what is raised are those of
     `fused_linear_kl`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from jliger import losses
       >>> keys = jax.random.split(jax.random.key(0), 4)

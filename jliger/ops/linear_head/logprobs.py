@@ -104,7 +104,7 @@ def linear_logprobs(
       TypeError: something that is no array, a dtype that isn't supported, or an option that is not a Python number.
       NotImplementedError: a combination that isn't supported.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, jliger
       >>> hidden = jax.random.normal(jax.random.key(0), (2, 5, 8))
       >>> kernel = jax.random.normal(jax.random.key(1), (8, 32))
