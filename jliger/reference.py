@@ -21,32 +21,24 @@ def fused_linear_cross_entropy(
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
     labels: Int[Array, "*B"],
     *,
-    bias: Float[Array, " V"] | None = None,
     where: Bool[Array, "*B"] | None = None,
     weights: Float[Array, "*B"] | None = None,
     ignore_index: int = -100,
-    kernel_layout: str = "hv",
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     class_weights: Float[Array, " V"] | None = None,
     reduction: str = "mean",
     normalizer: Float[Array, ""] | float | None = None,
     return_metrics: bool = False,
-    adapter: Any = None,
-    logits_dtype: jax.typing.DTypeLike | None = None,
-    precision: jax.lax.PrecisionLike = None,
-    **unused: Any,
+    **head: Any,
 ) -> Any:
     """`jliger.fused_linear_cross_entropy` on full logits, with the same arguments and results.
 
     Products are in hidden's dtype and everything else in float32, as in an unfused model; for float64 inputs all is in
-    float64. `chunk_size`, `vocab_axis_name` and `implementation` are accepted and ignored. A label out of range gives
-    NaN.
+    float64. A label out of range gives NaN. `**head` are the options that say how logits are computed; others, such as
+    `chunk_size`, `vocab_axis_name` and `implementation`, are accepted and ignored.
     """
-    del unused
-    logits = _logits(hidden, kernel, bias, adapter, kernel_layout, logit_scale, logit_softcap, logits_dtype, precision)
+    logits = _logits(hidden, kernel, **head)
     dtype, vocab_size = logits.dtype, logits.shape[-1]
     counted, inside, safe = _labels(labels, where, ignore_index, vocab_size)
     log_probs = jax.nn.log_softmax(logits, axis=-1)
@@ -82,20 +74,12 @@ def linear_logprobs(
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
     labels: Int[Array, "*B"],
     *,
-    bias: Float[Array, " V"] | None = None,
     where: Bool[Array, "*B"] | None = None,
     ignore_index: int = -100,
-    kernel_layout: str = "hv",
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    logits_dtype: jax.typing.DTypeLike | None = None,
-    precision: jax.lax.PrecisionLike = None,
-    adapter: Any = None,
-    **unused: Any,
+    **head: Any,
 ) -> LinearLogprobs:
     """`jliger.linear_logprobs` on full logits, with the same arguments and results."""
-    del unused
-    logits = _logits(hidden, kernel, bias, adapter, kernel_layout, logit_scale, logit_softcap, logits_dtype, precision)
+    logits = _logits(hidden, kernel, **head)
     counted, inside, safe = _labels(labels, where, ignore_index, logits.shape[-1])
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     logprobs = jnp.take_along_axis(log_probs, safe[..., None], axis=-1)[..., 0]
@@ -125,49 +109,17 @@ def fused_linear_jsd(
     labels: Int[Array, "*B"] | None = None,
     hard_weight: Any = 0.0,
     soft_weight: Any = 1.0,
-    student_bias: Float[Array, " V"] | None = None,
-    teacher_bias: Float[Array, " V"] | None = None,
     where: Bool[Array, "*B"] | None = None,
     weights: Float[Array, "*B"] | None = None,
     ignore_index: int = -100,
-    student_kernel_layout: str = "hv",
-    teacher_kernel_layout: str = "hv",
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    student_logit_softcap: float | None = None,
-    teacher_logit_softcap: float | None = None,
-    student_adapter: Any = None,
     reduction: str = "mean",
     normalizer: Float[Array, ""] | float | None = None,
     return_metrics: bool = False,
-    logits_dtype: jax.typing.DTypeLike | None = None,
-    precision: jax.lax.PrecisionLike = None,
-    **unused: Any,
+    **heads: Any,
 ) -> Any:
     """`jliger.losses.fused_linear_jsd` on full logits of both models, with the same arguments and results."""
-    del unused
-    student = _logits(
-        student_hidden,
-        student_kernel,
-        student_bias,
-        student_adapter,
-        student_kernel_layout,
-        student_logit_scale,
-        student_logit_softcap,
-        logits_dtype,
-        precision,
-    )
-    teacher = _logits(
-        teacher_hidden,
-        teacher_kernel,
-        teacher_bias,
-        None,
-        teacher_kernel_layout,
-        teacher_logit_scale,
-        teacher_logit_softcap,
-        logits_dtype,
-        precision,
-    )
+    student = _logits(student_hidden, student_kernel, **_options_of("student_", heads))
+    teacher = _logits(teacher_hidden, teacher_kernel, **_options_of("teacher_", heads))
     teacher, weights = jax.lax.stop_gradient((teacher, weights))
     dtype = student.dtype
     some_labels = jnp.zeros(student.shape[:-1], jnp.int32) if labels is None else labels
@@ -176,13 +128,6 @@ def fused_linear_jsd(
     counted, inside, safe = _labels(some_labels, where, index, student.shape[-1])
 
     log_p, log_r = jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
-    if beta == 0:
-        divergence = _kl(log_r, log_p)
-    elif beta == 1:
-        divergence = _kl(log_p, log_r)
-    else:
-        log_m = jnp.logaddexp(log_p + jnp.log1p(-beta), log_r + jnp.log(beta))
-        divergence = beta * _kl(log_r, log_m) + (1 - beta) * _kl(log_p, log_m)
     cross_entropy = -jnp.take_along_axis(jax.nn.log_softmax(student), safe[..., None], axis=-1)[..., 0]
     cross_entropy = jnp.where(inside, cross_entropy, jnp.nan)
 
@@ -197,7 +142,7 @@ def fused_linear_jsd(
     def share_of_weight(true: Bool[Array, "*B"]) -> Float[Array, ""]:
         return jnp.where(weight == 0, 0, (token_weights * true).sum() / jnp.where(weight == 0, 1, weight))
 
-    divergence, cross_entropy = reduced(divergence), reduced(cross_entropy)
+    divergence, cross_entropy = reduced(_divergence(beta, log_p, log_r)), reduced(cross_entropy)
     with_labels = not isinstance(hard_weight, int | float) or hard_weight != 0
     loss = soft_weight * divergence + (hard_weight * cross_entropy if with_labels else 0)
     predictions, teacher_predictions = (
@@ -215,6 +160,15 @@ def fused_linear_jsd(
     return (loss, jax.lax.stop_gradient(metrics)) if return_metrics else loss
 
 
+def _divergence(beta: float, log_p: Float[Array, "*B V"], log_r: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    if beta == 0:
+        return _kl(log_r, log_p)
+    if beta == 1:
+        return _kl(log_p, log_r)
+    log_m = jnp.logaddexp(log_p + jnp.log1p(-beta), log_r + jnp.log(beta))
+    return beta * _kl(log_r, log_m) + (1 - beta) * _kl(log_p, log_m)
+
+
 def _kl(log_p: Float[Array, "*B V"], log_q: Float[Array, "*B V"]) -> Float[Array, "*B"]:
     return jnp.sum(_times(jnp.exp(log_p), log_p - log_q), axis=-1)
 
@@ -224,17 +178,26 @@ def _times(p: Float[Array, "*B V"], factor: Float[Array, "*B V"]) -> Float[Array
     return p * jnp.where(p == 0, 0, factor)
 
 
+def _options_of(whose: str, heads: dict[str, Any]) -> dict[str, Any]:
+    """One head's options, and those that have no head's name before them, without that name."""
+    return {name.removeprefix(whose): value for name, value in heads.items()}
+
+
 def _logits(
     hidden: Float[Array, "*B H"],
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
-    bias: Float[Array, " V"] | None,
-    adapter: Any,
-    kernel_layout: str,
-    logit_scale: float,
-    logit_softcap: float | None,
-    logits_dtype: jax.typing.DTypeLike | None,
-    precision: jax.lax.PrecisionLike,
+    *,
+    bias: Float[Array, " V"] | None = None,
+    adapter: Any = None,
+    kernel_layout: str = "hv",
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    logits_dtype: jax.typing.DTypeLike | None = None,
+    precision: jax.lax.PrecisionLike = None,
+    **unused: Any,
 ) -> Float[Array, "*B V"]:
+    del unused
+
     def product(left: Array, right: Array, equation: str) -> Array:
         return jnp.einsum(
             equation,

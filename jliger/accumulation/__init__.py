@@ -4,7 +4,17 @@
 accumulates across steps: it is an optimizer that is called with each microbatch's gradients and their weight.
 """
 
-from jliger.accumulation.gradients import AccumulatedLoss as AccumulatedLoss
-from jliger.accumulation.gradients import accumulate_gradients as accumulate_gradients
-from jliger.accumulation.multi_steps import WeightedMultiStepsState as WeightedMultiStepsState
-from jliger.accumulation.multi_steps import weighted_multi_steps as weighted_multi_steps
+from jliger.accumulation.gradients import AccumulatedLoss, accumulate_gradients
+from jliger.accumulation.multi_steps import WeightedMultiStepsState, weighted_multi_steps
+
+__all__ = [
+    "AccumulatedLoss",
+    "WeightedMultiStepsState",
+    "accumulate_gradients",
+    "weighted_multi_steps",
+]
+
+
+def __dir__() -> list[str]:
+    """What is public."""
+    return list(__all__)

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,67 @@ from jaxtyping import Array, Float, Int
 
 from jliger.core import checks
 from jliger.ops.linear_head.adapter import LinearAdapter
-from jliger.ops.linear_head.cross_entropy import fused_linear_cross_entropy
-from jliger.ops.linear_head.logprobs import LinearLogprobs, linear_logprobs
+from jliger.ops.linear_head.cross_entropy import (
+    CrossEntropyMetrics,
+    CrossEntropyOptions,
+    Loss,
+    fused_linear_cross_entropy,
+)
+from jliger.ops.linear_head.logprobs import LinearLogprobs, LogprobsOptions, linear_logprobs
 from jliger.ops.linear_head.types import KernelLayout
 
 Promote = Callable[[Array, Array, Array | None], tuple[Array, Array, Array | None]]
+
+
+class HeadMethods:
+    """The operations of what makes a `LinearHead` of itself: modules of both of flax's libraries, and that itself."""
+
+    def linear_head(self, hidden: Any) -> "LinearHead":
+        """Parameters, and how they make logits of such hidden states."""
+        raise NotImplementedError
+
+    @overload
+    def loss(
+        self,
+        hidden: Float[Array, "*B H"],
+        labels: Int[Array, "*B"],
+        *,
+        return_metrics: Literal[False] = False,
+        **options: Unpack[CrossEntropyOptions],
+    ) -> Loss: ...
+
+    @overload
+    def loss(
+        self,
+        hidden: Float[Array, "*B H"],
+        labels: Int[Array, "*B"],
+        *,
+        return_metrics: Literal[True],
+        **options: Unpack[CrossEntropyOptions],
+    ) -> tuple[Loss, CrossEntropyMetrics]: ...
+
+    @overload
+    def loss(
+        self,
+        hidden: Float[Array, "*B H"],
+        labels: Int[Array, "*B"],
+        *,
+        return_metrics: bool,
+        **options: Unpack[CrossEntropyOptions],
+    ) -> Loss | tuple[Loss, CrossEntropyMetrics]: ...
+
+    # Options without defaults of their own: `nnx.grad` refuses a function that has keywords with defaults.
+    def loss(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> Any:
+        """The loss of `self(hidden)`. Options, results and errors are those of `jliger.fused_linear_cross_entropy`."""
+        hidden, kernel, arguments = self.linear_head(hidden).arguments(hidden, options)
+        return fused_linear_cross_entropy(hidden, kernel, labels, **arguments)
+
+    def logprobs(
+        self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Unpack[LogprobsOptions]
+    ) -> LinearLogprobs:
+        """Log-probabilities and entropies of `self(hidden)`, a token each, as `jliger.linear_logprobs` gives them."""
+        hidden, kernel, arguments = self.linear_head(hidden).arguments(hidden, options)
+        return linear_logprobs(hidden, kernel, labels, **arguments)
 
 
 _ARRAYS = ("kernel", "bias", "adapter")
@@ -28,7 +84,7 @@ _STATIC = ("kernel_layout", "logit_scale", "logit_softcap", "dtype", "promote", 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=_STATIC)
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LinearHead:
+class LinearHead(HeadMethods):
     """A head with logits `softcap(logit_scale · (hidden · (kernel + adapter) + bias))`, and its dtypes.
 
     Attributes:
@@ -77,15 +133,10 @@ class LinearHead:
             logits *= self.logit_scale
         return logits if self.logit_softcap is None else self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
 
-    def loss(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> Any:
-        """`jliger.fused_linear_cross_entropy` with this head."""
-        hidden, kernel, options = self._arguments(hidden, options)
-        return fused_linear_cross_entropy(hidden, kernel, labels, **options)
-
-    def logprobs(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> LinearLogprobs:
-        """`jliger.linear_logprobs` with this head."""
-        hidden, kernel, options = self._arguments(hidden, options)
-        return linear_logprobs(hidden, kernel, labels, **options)
+    def linear_head(self, hidden: Any) -> "LinearHead":
+        """Itself."""
+        del hidden
+        return self
 
     def product_dtype(self, hidden: Array) -> Any:
         """The dtype that hidden states and parameters are cast to, by flax's rule."""
@@ -99,7 +150,8 @@ class LinearHead:
         dtype = self.product_dtype(hidden)
         return hidden.astype(dtype), _cast(self.kernel, dtype), self.bias
 
-    def _arguments(self, hidden: Array, options: Mapping[str, Any]) -> tuple[Array, Array, dict[str, Any]]:
+    def arguments(self, hidden: Array, options: Mapping[str, Any]) -> tuple[Array, Array, dict[str, Any]]:
+        """Hidden states, kernel and options as the operations take them."""
         hidden, kernel, bias = self._promoted(checks.as_array("hidden", hidden))
         own: dict[str, Any] = {"bias": bias, "kernel_layout": self.kernel_layout}
         if self.adapter is not None:

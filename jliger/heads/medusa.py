@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from jliger.core import checks
 from jliger.heads.linear import LinearHead
 from jliger.heads.sum_of_losses import sum_with_eager_gradients
-from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics
+from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics, CrossEntropyOptions, Loss
 
 # Cai et al., 2024, section 2.2.1: the k-th head's loss has weight DECAY ** k.
 DECAY = 0.8
@@ -41,10 +41,9 @@ def loss(
     labels: Int[Array, "K ..."],
     *,
     head_weights: Sequence[float] | None = None,
-    reduction: str = "mean",
     return_metrics: bool = False,
-    **options: Any,
-) -> Any:
+    **options: Unpack[CrossEntropyOptions],
+) -> Loss | tuple[Loss, CrossEntropyMetrics]:
     """The weighted sum of the heads' losses; with `return_metrics`, also the stacked metrics of the heads."""
     count = len(heads.heads.kernel)
     hidden, labels = checks.as_array("hidden", hidden), checks.as_array("labels", labels)
@@ -53,15 +52,17 @@ def loss(
             f"labels got shape {labels.shape}; pass the labels of each head, {(count, *hidden.shape[:-1])}: "
             f"jliger.shift_labels(tokens, mask, by=range(2, {count + 2}))."
         )
+    reduction = options.get("reduction", "mean")
     if reduction not in ("mean", "sum"):
         raise NotImplementedError(f"reduction got {reduction!r}; pass 'mean' or 'sum': several heads have one loss.")
     head_weights = [DECAY**ahead for ahead in range(1, count + 1)] if head_weights is None else head_weights
     if len(head_weights) != count:
         raise ValueError(f"head_weights got {len(head_weights)} numbers for {count} heads; pass one for each.")
 
+    arguments: dict[str, Any] = {**options}
     contexts = {"labels": labels, "head_weight": jnp.asarray(head_weights, jnp.float32)}
-    for name in [name for name in _ARRAYS if options.get(name) is not None]:
-        array = checks.as_array(name, options.pop(name))
+    for name in [name for name in _ARRAYS if arguments.get(name) is not None]:
+        array = checks.as_array(name, arguments.pop(name))
         if name in _PER_TOKEN and array.shape not in (labels.shape, labels.shape[1:]):
             shapes = f"{labels.shape}, each head's, or {labels.shape[1:]}"
             raise ValueError(f"{name} got shape {array.shape}; pass {shapes}.")
@@ -71,8 +72,8 @@ def loss(
             )
         own = array.ndim == labels.ndim if name in _PER_TOKEN else name == "normalizer" and array.ndim == 1
         contexts[name] = array if own else jnp.broadcast_to(array, (count, *array.shape))
-    checks.check_precision(options.get("precision"))
-    term = _HeadLoss((("reduction", reduction), *sorted(options.items())))
+    checks.check_precision(arguments.get("precision"))
+    term = _HeadLoss(tuple(sorted(arguments.items())))
     total, metrics = sum_with_eager_gradients(term, heads, hidden, contexts)
     return (total, metrics) if return_metrics else total
 
@@ -86,7 +87,7 @@ class _HeadLoss:
     def __call__(
         self, head: MedusaHeads, hidden: Array, context: dict[str, Array]
     ) -> tuple[Float[Array, ""], CrossEntropyMetrics]:
-        context = dict(context)
-        head_weight, features = context.pop("head_weight"), head.features(hidden)
-        value, metrics = head.heads.loss(features, **context, **dict(self.options), return_metrics=True)
+        options: dict[str, Any] = {**context, **dict(self.options)}
+        head_weight, features = options.pop("head_weight"), head.features(hidden)
+        value, metrics = head.heads.loss(features, **options, return_metrics=True)
         return head_weight * value, metrics

@@ -1,14 +1,48 @@
 """functions: the operations of a head that is a module, in one line and without a new module."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jliger.heads.linear import hidden_of
 from jliger.linen.layers import linear_head
-from jliger.ops.linear_head.logprobs import LinearLogprobs
+from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics, CrossEntropyOptions, Loss
+from jliger.ops.linear_head.logprobs import LinearLogprobs, LogprobsOptions
+
+
+@overload
+def fused_linear_cross_entropy(
+    module: nn.Module | Mapping[str, Any],
+    hidden: Float[Array, "*B H"],
+    labels: Int[Array, "*B"],
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[CrossEntropyOptions],
+) -> Loss: ...
+
+
+@overload
+def fused_linear_cross_entropy(
+    module: nn.Module | Mapping[str, Any],
+    hidden: Float[Array, "*B H"],
+    labels: Int[Array, "*B"],
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[CrossEntropyOptions],
+) -> tuple[Loss, CrossEntropyMetrics]: ...
+
+
+@overload
+def fused_linear_cross_entropy(
+    module: nn.Module | Mapping[str, Any],
+    hidden: Float[Array, "*B H"],
+    labels: Int[Array, "*B"],
+    *,
+    return_metrics: bool,
+    **options: Unpack[CrossEntropyOptions],
+) -> Loss | tuple[Loss, CrossEntropyMetrics]: ...
 
 
 def fused_linear_cross_entropy(
@@ -61,7 +95,10 @@ def fused_linear_cross_entropy(
 
 
 def linear_logprobs(
-    module: nn.Module | Mapping[str, Any], hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any
+    module: nn.Module | Mapping[str, Any],
+    hidden: Float[Array, "*B H"],
+    labels: Int[Array, "*B"],
+    **options: Unpack[LogprobsOptions],
 ) -> LinearLogprobs:
     """Log-probabilities, log-sum-exps, entropies and predictions of `module(hidden)`, a token each, without its logits.
 

@@ -1,18 +1,15 @@
 """lm_head: a language model's head as a module, with a parameter of its own or tied to an embedding."""
 
-from typing import Any
-
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jliger.core import checks
 from jliger.heads import linear as heads
-from jliger.heads.linear import LinearHead
+from jliger.heads.linear import HeadMethods, LinearHead
 from jliger.linen import layers
-from jliger.ops.linear_head.logprobs import LinearLogprobs
 
 
-class LMHead(nn.Dense):
+class LMHead(HeadMethods, nn.Dense):
     r"""`flax.linen.Dense` that also gives the loss, without the logits `[tokens, V]` ever existing whole.
 
     Logits are $\mathrm{softcap}(s \cdot (\mathrm{hidden} \cdot \mathrm{kernel} + \mathrm{bias}))$. Parameters, their
@@ -53,14 +50,6 @@ class LMHead(nn.Dense):
         """All logits, for sampling."""
         return self.linear_head(hidden).logits(hidden)
 
-    def loss(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> Any:
-        """The loss of `self(hidden)`. Options, results and errors are those of `jliger.fused_linear_cross_entropy`."""
-        return self.linear_head(hidden).loss(hidden, labels, **options)
-
-    def logprobs(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> LinearLogprobs:
-        """Log-probabilities and entropies of `self(hidden)`, a token each, as `jliger.linear_logprobs` gives them."""
-        return self.linear_head(hidden).logprobs(hidden, labels, **options)
-
     @nn.compact
     def linear_head(self, hidden: Float[Array, "*B H"]) -> LinearHead:
         """Parameters, and how they make logits."""
@@ -72,7 +61,7 @@ class LMHead(nn.Dense):
         return layers.of_params(self, params, logit_scale=self.logit_scale, logit_softcap=self.logit_softcap)
 
 
-class TiedLMHead(nn.Module):
+class TiedLMHead(HeadMethods, nn.Module):
     """The head of an embedding: `LMHead.tied` makes it. It has no parameter but that of `embed`.
 
     Attributes:
@@ -88,14 +77,6 @@ class TiedLMHead(nn.Module):
     def __call__(self, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
         """All logits, for sampling."""
         return self.linear_head(hidden).logits(hidden)
-
-    def loss(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> Any:
-        """The loss of `self(hidden)`. Options, results and errors are those of `jliger.fused_linear_cross_entropy`."""
-        return self.linear_head(hidden).loss(hidden, labels, **options)
-
-    def logprobs(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> LinearLogprobs:
-        """Log-probabilities and entropies of `self(hidden)`, a token each, as `jliger.linear_logprobs` gives them."""
-        return self.linear_head(hidden).logprobs(hidden, labels, **options)
 
     def linear_head(self, hidden: Float[Array, "*B H"]) -> LinearHead:
         """Parameters, and how they make logits."""

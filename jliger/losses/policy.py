@@ -146,8 +146,7 @@ def grpo(
             f"max_completion_length got {max_completion_length!r} with loss_type={loss_type!r}; 'dr_grpo' needs it, "
             "and the other types do not use it."
         )
-    length = 1.0 if max_completion_length is None else max_completion_length
-    length = number("max_completion_length", length, least=1)
+    length = number("max_completion_length", 1.0 if max_completion_length is None else max_completion_length, least=1)
     tokens = _tokens(logprobs, old_logprobs, ref_logprobs, entropy, where)
     if tokens.logprobs.ndim < 1:
         raise ValueError("logprobs got a scalar; pass an array [*B, T].")

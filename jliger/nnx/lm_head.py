@@ -8,15 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes, linear
 from flax.typing import Dtype, Initializer, PrecisionLike, PromoteDtypeFn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jliger.heads import linear as heads
-from jliger.heads.linear import LinearHead
+from jliger.heads.linear import HeadMethods, LinearHead
 from jliger.nnx import layers
-from jliger.ops.linear_head.logprobs import LinearLogprobs
 
 
-class LMHead(nnx.Linear):
+class LMHead(HeadMethods, nnx.Linear):
     r"""`flax.nnx.Linear` that also gives the loss, without the logits `[tokens, V]` ever existing whole.
 
     Logits are $\mathrm{softcap}(s \cdot (\mathrm{hidden} \cdot \mathrm{kernel} + \mathrm{bias}))$. Parameters, their
@@ -97,22 +96,15 @@ class LMHead(nnx.Linear):
 
     def __call__(self, inputs: Float[Array, "*B H"], out_sharding: Any = None) -> Float[Array, "*B V"]:
         """All logits, for sampling."""
-        return self.linear_head().logits(inputs, out_sharding)
+        return self.linear_head(inputs).logits(inputs, out_sharding)
 
-    def loss(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> Any:
-        """The loss of `self(hidden)`. Options, results and errors are those of `jliger.fused_linear_cross_entropy`."""
-        return self.linear_head().loss(hidden, labels, **options)
-
-    def logprobs(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> LinearLogprobs:
-        """Log-probabilities and entropies of `self(hidden)`, a token each, as `jliger.linear_logprobs` gives them."""
-        return self.linear_head().logprobs(hidden, labels, **options)
-
-    def linear_head(self) -> LinearHead:
-        """Parameters, and how they make logits."""
+    def linear_head(self, hidden: Any = None) -> LinearHead:
+        """Parameters, and how they make logits; of hidden states it wants to know nothing."""
+        del hidden
         return layers.of_linear(self, logit_scale=self.logit_scale, logit_softcap=self.logit_softcap)
 
 
-class TiedLMHead(nnx.Module):
+class TiedLMHead(HeadMethods, nnx.Module):
     """The head of an embedding: `LMHead.tied` makes it. It has no parameter but that of `embed`.
 
     Make it where it is used, `LMHead.tied(self.embed).loss(hidden, labels)`, which costs nothing. Kept as an attribute
@@ -133,22 +125,15 @@ class TiedLMHead(nnx.Module):
 
     def __call__(self, inputs: Float[Array, "*B H"], out_sharding: Any = None) -> Float[Array, "*B V"]:
         """All logits, for sampling."""
-        return self.linear_head().logits(inputs, out_sharding)
+        return self.linear_head(inputs).logits(inputs, out_sharding)
 
-    def loss(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> Any:
-        """The loss of `self(hidden)`. Options, results and errors are those of `jliger.fused_linear_cross_entropy`."""
-        return self.linear_head().loss(hidden, labels, **options)
-
-    def logprobs(self, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any) -> LinearLogprobs:
-        """Log-probabilities and entropies of `self(hidden)`, a token each, as `jliger.linear_logprobs` gives them."""
-        return self.linear_head().logprobs(hidden, labels, **options)
-
-    def linear_head(self) -> LinearHead:
-        """Parameters, and how they make logits."""
+    def linear_head(self, hidden: Any = None) -> LinearHead:
+        """Parameters, and how they make logits; of hidden states it wants to know nothing."""
+        del hidden
         return layers.of_embed(self.embed, logit_scale=self.logit_scale, logit_softcap=self.logit_softcap)
 
 
 @layers.linear_head.register(LMHead)
 @layers.linear_head.register(TiedLMHead)
 def _(module: LMHead | TiedLMHead, hidden: Array) -> LinearHead:
-    return module.linear_head()
+    return module.linear_head(hidden)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from jliger.heads import medusa
 from jliger.nnx.layers import linear_head
 from jliger.nnx.lm_head import LMHead
+from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics, CrossEntropyOptions, Loss
 
 
 class MedusaHeads(nnx.Module):
@@ -115,20 +116,55 @@ class MedusaHeads(nnx.Module):
         """All heads' logits, for sampling."""
         return self.medusa_heads(hidden).logits(hidden)
 
+    @overload
     def loss(
         self,
         hidden: Float[Array, "*B H"],
         labels: Int[Array, "K ..."],
         *,
         head_weights: Sequence[float] | None = None,
-        **options: Any,
-    ) -> Any:
+        return_metrics: Literal[False] = False,
+        **options: Unpack[CrossEntropyOptions],
+    ) -> Loss: ...
+
+    @overload
+    def loss(
+        self,
+        hidden: Float[Array, "*B H"],
+        labels: Int[Array, "K ..."],
+        *,
+        head_weights: Sequence[float] | None = None,
+        return_metrics: Literal[True],
+        **options: Unpack[CrossEntropyOptions],
+    ) -> tuple[Loss, CrossEntropyMetrics]: ...
+
+    @overload
+    def loss(
+        self,
+        hidden: Float[Array, "*B H"],
+        labels: Int[Array, "K ..."],
+        *,
+        head_weights: Sequence[float] | None = None,
+        return_metrics: bool,
+        **options: Unpack[CrossEntropyOptions],
+    ) -> Loss | tuple[Loss, CrossEntropyMetrics]: ...
+
+    def loss(
+        self,
+        hidden: Float[Array, "*B H"],
+        labels: Int[Array, "K ..."],
+        *,
+        head_weights: Sequence[float] | None = None,
+        return_metrics: bool = False,
+        **options: Unpack[CrossEntropyOptions],
+    ) -> Loss | tuple[Loss, CrossEntropyMetrics]:
         """The weighted sum of the heads' losses.
 
         Args:
           hidden: the model's last hidden states, `[*B, H]`.
           labels: `[K, *B]`, each head's own, as `jliger.shift_labels(tokens, mask, by=range(2, K + 2))` makes them.
           head_weights: a number for each head; None for `0.8, 0.8², …`, as in the paper.
+          return_metrics: also return `jliger.CrossEntropyMetrics`, with a leading axis of heads.
           **options: those of `jliger.fused_linear_cross_entropy`, of each head's loss. `where` and `weights` are
             `[K, *B]`, or `[*B]` for all heads. `normalizer` is `[K]`, or a scalar for all heads: the heads' labels
             differ in how many count.
@@ -142,7 +178,8 @@ class MedusaHeads(nnx.Module):
             `jliger.fused_linear_cross_entropy` raises.
           TypeError: what `jliger.fused_linear_cross_entropy` raises.
         """
-        return medusa.loss(self.medusa_heads(hidden), hidden, labels, head_weights=head_weights, **options)
+        heads = self.medusa_heads(hidden)
+        return medusa.loss(heads, hidden, labels, head_weights=head_weights, return_metrics=return_metrics, **options)
 
     def medusa_heads(self, hidden: Float[Array, "*B H"]) -> medusa.MedusaHeads:
         """Parameters, and how they make logits."""

@@ -1,17 +1,50 @@
 """What the operations' arguments have in common: checks, defaults, and which tokens count."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core import checks
-from jliger.core.backend import Implementation, fitting_implementation, target_compute_capability
+from jliger.core.backend import Choice, Implementation, fitting_implementation, target_compute_capability
 from jliger.ops.linear_head import checks as head_checks
 from jliger.ops.linear_head.adapter import LinearAdapter
 from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands
 from jliger.ops.logits import StatsWanted
+
+
+class HeadOptions(TypedDict, total=False):
+    """The options that every operation on a linear head takes; `jliger.linear_logprobs` says what each does."""
+
+    bias: Float[Array, " V"] | None
+    where: Bool[Array, "*B"] | None
+    ignore_index: int
+    kernel_layout: KernelLayout
+    logit_scale: float
+    logit_softcap: float | None
+    logits_dtype: jax.typing.DTypeLike | None
+    precision: jax.lax.PrecisionLike
+    chunk_size: int | None
+    vocab_axis_name: str | tuple[str, ...] | None
+    adapter: LinearAdapter | None
+    implementation: Implementation | None
+
+
+HEAD_DEFAULTS = HeadOptions(
+    bias=None,
+    where=None,
+    ignore_index=-100,
+    kernel_layout="hv",
+    logit_scale=1.0,
+    logit_softcap=None,
+    logits_dtype=None,
+    precision=None,
+    chunk_size=None,
+    vocab_axis_name=None,
+    adapter=None,
+    implementation=None,
+)
 
 
 class Arguments(NamedTuple):
@@ -22,6 +55,7 @@ class Arguments(NamedTuple):
     labels: Int[Array, "*B"]
     where: Bool[Array, "*B"] | None
     adapter: LinearAdapter | None
+    ignore_index: int
 
 
 def head_arguments(
@@ -29,53 +63,60 @@ def head_arguments(
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
     labels: Int[Array, "*B"],
     *,
-    bias: Float[Array, " V"] | None,
-    where: Bool[Array, "*B"] | None,
-    ignore_index: int,
-    kernel_layout: KernelLayout,
-    logit_scale: float,
-    logit_softcap: float | None,
-    logits_dtype: jax.typing.DTypeLike | None,
-    precision: jax.lax.PrecisionLike,
-    chunk_size: int | None,
-    vocab_axis_name: str | tuple[str, ...] | None,
-    adapter: LinearAdapter | None,
-    implementation: Implementation | None,
     stats_wanted: StatsWanted,
     whose: str = "",
+    **options: Unpack[HeadOptions],
 ) -> Arguments:
     """The arguments that every operation on a linear head takes, checked; errors name what is wrong with which.
 
     `whose` is what the names of the head's own arguments begin with, where there are two heads.
     """
+    for name in options:
+        if name not in HEAD_DEFAULTS:
+            raise TypeError(f"{name} is no option of a linear head; pass one of {', '.join(HEAD_DEFAULTS)}.")
+    given: HeadOptions = {**HEAD_DEFAULTS, **options}
     head_checks.check_logit_options(
-        kernel_layout=kernel_layout,
-        logit_scale=logit_scale,
-        logit_softcap=logit_softcap,
-        ignore_index=ignore_index,
-        chunk_size=chunk_size,
-        implementation=implementation,
+        kernel_layout=given["kernel_layout"],
+        logit_scale=given["logit_scale"],
+        logit_softcap=given["logit_softcap"],
+        ignore_index=given["ignore_index"],
+        chunk_size=given["chunk_size"],
+        implementation=given["implementation"],
         whose=whose,
     )
-    vocab_axes = checks.check_axes("vocab_axis_name", vocab_axis_name)
-    checks.check_precision(precision)
+    checks.check_precision(given["precision"])
     hidden, kernel = checks.as_array(f"{whose}hidden", hidden), checks.as_array(f"{whose}kernel", kernel)
     labels = checks.as_array("labels", labels)
-    bias = None if bias is None else checks.as_array(f"{whose}bias", bias)
-    where = None if where is None else checks.as_array("where", where)
+    bias = None if given["bias"] is None else checks.as_array(f"{whose}bias", given["bias"])
+    where = None if given["where"] is None else checks.as_array("where", given["where"])
     head_checks.check_operands(
-        hidden, kernel, labels, bias, kernel_layout=kernel_layout, implementation=implementation, whose=whose
+        hidden,
+        kernel,
+        labels,
+        bias,
+        kernel_layout=given["kernel_layout"],
+        implementation=given["implementation"],
+        whose=whose,
     )
     if where is not None:
         checks.check_where(where, labels)
-    logits_dtype = head_checks.as_logits_dtype(logits_dtype, hidden, implementation)
-    choice = implementation
+    config = _config(given, (hidden, kernel, labels, bias, where), stats_wanted)
+    adapter = _adapter(given["adapter"], hidden, kernel, config.vocab_dim, whose)
+    return Arguments(config, Operands(hidden, kernel, bias), labels, where, adapter, int(given["ignore_index"]))
+
+
+def _config(options: HeadOptions, arrays: tuple[Any, ...], stats_wanted: StatsWanted) -> HeadConfig:
+    """What of checked options is no array; `arrays` are the operation's, hidden states first."""
+    hidden, implementation = arrays[0], options["implementation"]
+    logits_dtype = head_checks.as_logits_dtype(options["logits_dtype"], hidden, implementation)
+    choice: Choice | None = implementation
     if choice is None:
-        arrays = jax.tree.leaves((hidden, kernel, labels, bias, where))
-        choice = fitting_implementation(*arrays) if head_checks.triton_takes(hidden, logits_dtype) else "xla"
-    config = HeadConfig(
-        kernel_layout=kernel_layout,
-        logit_scale=float(logit_scale),
+        fitting = head_checks.triton_takes(hidden, logits_dtype)
+        choice = fitting_implementation(*jax.tree.leaves(arrays)) if fitting else "xla"
+    logit_softcap, precision, chunk_size = options["logit_softcap"], options["precision"], options["chunk_size"]
+    return HeadConfig(
+        kernel_layout=options["kernel_layout"],
+        logit_scale=float(options["logit_scale"]),
         logit_softcap=None if logit_softcap is None else float(logit_softcap),
         logits_dtype=logits_dtype,
         precision=jax.config.jax_default_matmul_precision if precision is None else precision,
@@ -83,15 +124,20 @@ def head_arguments(
         implementation=choice,
         compute_capability=target_compute_capability(),
         stats_wanted=stats_wanted,
-        vocab_axes=vocab_axes,
+        vocab_axes=checks.check_axes("vocab_axis_name", options["vocab_axis_name"]),
     )
-    if adapter is not None:
-        if not isinstance(adapter, tuple) or len(adapter) not in (2, 3):
-            raise TypeError(f"{whose}adapter got a {type(adapter).__name__}; pass a jliger.LinearAdapter.")
-        named = LinearAdapter(*adapter)._asdict().items()
-        adapter = LinearAdapter(*(checks.as_array(f"{whose}adapter.{name}", array) for name, array in named))
-        head_checks.check_adapter(adapter, hidden, kernel, config.vocab_dim, whose)
-    return Arguments(config, Operands(hidden, kernel, bias), labels, where, adapter)
+
+
+def _adapter(adapter: Any, hidden: Any, kernel: Any, vocab_dim: int, whose: str) -> LinearAdapter | None:
+    """An adapter that fits the head, as arrays."""
+    if adapter is None:
+        return None
+    if not isinstance(adapter, tuple) or len(adapter) not in (2, 3):
+        raise TypeError(f"{whose}adapter got a {type(adapter).__name__}; pass a jliger.LinearAdapter.")
+    named = LinearAdapter(*adapter)._asdict().items()
+    adapter = LinearAdapter(*(checks.as_array(f"{whose}adapter.{name}", array) for name, array in named))
+    head_checks.check_adapter(adapter, hidden, kernel, vocab_dim, whose)
+    return adapter
 
 
 def counted_tokens(labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int) -> Bool[Array, "*B"]:

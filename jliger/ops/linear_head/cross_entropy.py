@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,14 @@ from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head import checks as head_checks
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
-from jliger.ops.linear_head.arguments import column_validity, counted_tokens, head_arguments, label_columns
+from jliger.ops.linear_head.arguments import (
+    Arguments,
+    HeadOptions,
+    column_validity,
+    counted_tokens,
+    head_arguments,
+    label_columns,
+)
 from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands
 from jliger.ops.logits import StatsWanted
 from jliger.ops.logits.objectives import CrossEntropy, LabelTerms, LossWeights
@@ -41,6 +48,50 @@ class CrossEntropyMetrics(NamedTuple):
 
 
 Loss = Float[Array, ""] | Float[Array, "*B"]
+
+
+class CrossEntropyOptions(HeadOptions, total=False):
+    """The options of `fused_linear_cross_entropy`, but for `return_metrics`, by which its result differs."""
+
+    weights: Float[Array, "*B"] | None
+    label_smoothing: float
+    z_loss: float
+    class_weights: Float[Array, " V"] | None
+    reduction: Reduction
+    normalizer: Float[Array, ""] | float | None
+
+
+@overload
+def fused_linear_cross_entropy(  # pyrefly: ignore[inconsistent-overload]
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    labels: Int[Array, "*B"],
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[CrossEntropyOptions],
+) -> Loss: ...
+
+
+@overload
+def fused_linear_cross_entropy(  # pyrefly: ignore[inconsistent-overload]
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    labels: Int[Array, "*B"],
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[CrossEntropyOptions],
+) -> tuple[Loss, CrossEntropyMetrics]: ...
+
+
+@overload
+def fused_linear_cross_entropy(  # pyrefly: ignore[inconsistent-overload]
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    labels: Int[Array, "*B"],
+    *,
+    return_metrics: bool,
+    **options: Unpack[CrossEntropyOptions],
+) -> Loss | tuple[Loss, CrossEntropyMetrics]: ...
 
 
 def fused_linear_cross_entropy(
@@ -172,7 +223,7 @@ def fused_linear_cross_entropy(
     checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
-    config, operands, labels, where, adapter = head_arguments(
+    arguments = head_arguments(
         hidden,
         kernel,
         labels,
@@ -190,27 +241,33 @@ def fused_linear_cross_entropy(
         implementation=implementation,
         stats_wanted=StatsWanted(weighted_sum=label_smoothing > 0),
     )
+    call = _Call(arguments.config, float(label_smoothing), float(z_loss), reduction, arguments.ignore_index)
+    loss, metrics = _fused_linear_cross_entropy(
+        call,
+        arguments.operands,
+        arguments.adapter,
+        arguments.labels,
+        arguments.where,
+        *_weights(arguments, weights, class_weights, normalizer),
+    )
+    return (loss, metrics) if return_metrics else loss
+
+
+def _weights(
+    arguments: Arguments, weights: Any, class_weights: Any, normalizer: Any
+) -> tuple[Array | None, Array | None, Array | None]:
+    """What tokens and columns weigh and what their sum is divided by, checked, as arrays."""
+    config, operands = arguments.config, arguments.operands
     if weights is not None:
         weights = checks.as_array("weights", weights)
-        checks.check_weights(weights, labels)
+        checks.check_weights(weights, arguments.labels)
     if class_weights is not None:
         class_weights = checks.as_array("class_weights", class_weights)
         head_checks.check_vocab_vector("class_weights", class_weights, operands.kernel, config.vocab_dim)
     if normalizer is not None:
         normalizer = checks.as_array("normalizer", normalizer)
         checks.check_shape("normalizer", normalizer, (), "a scalar")
-
-    call = _Call(
-        config=config,
-        label_smoothing=float(label_smoothing),
-        z_loss=float(z_loss),
-        reduction=reduction,
-        ignore_index=int(ignore_index),
-    )
-    loss, metrics = _fused_linear_cross_entropy(
-        call, operands, adapter, labels, where, weights, class_weights, normalizer
-    )
-    return (loss, metrics) if return_metrics else loss
+    return weights, class_weights, normalizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,24 +1,20 @@
 """Distillation: how far a student's linear head is from a teacher's, without either's logits ever existing whole."""
 
-import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core import checks
-from jliger.core.backend import Implementation
-from jliger.core.checks import coefficient
 from jliger.core.dtypes import accumulator_dtype
 from jliger.core.reduction import Normalizer, divided, divisor
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
-from jliger.ops.linear_head.arguments import column_validity, counted_tokens, head_arguments, label_columns
-from jliger.ops.linear_head.checks import triton_takes
-from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands, TeacherConfig
-from jliger.ops.logits import StatsWanted
+from jliger.ops.linear_head.arguments import column_validity, counted_tokens, label_columns
+from jliger.ops.linear_head.distillation_arguments import Call, DistillationOptions, distillation_arguments
+from jliger.ops.linear_head.types import Operands
 from jliger.ops.logits.objectives import Distillation, DistillationWeights, LabelTerms
 
 
@@ -48,6 +44,7 @@ class DistillationMetrics(NamedTuple):
 Loss = Float[Array, ""]
 
 
+@overload
 def fused_linear_kl(
     student_hidden: Float[Array, "*B H"],
     student_kernel: Float[Array, "H V"] | Float[Array, "V H"],
@@ -55,30 +52,46 @@ def fused_linear_kl(
     teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"],
     *,
     direction: Literal["forward", "reverse"] = "forward",
-    temperature: float = 1.0,
-    labels: Int[Array, "*B"] | None = None,
-    hard_weight: Float[Array, ""] | float = 0.0,
-    soft_weight: Float[Array, ""] | float = 1.0,
-    student_bias: Float[Array, " V"] | None = None,
-    teacher_bias: Float[Array, " V"] | None = None,
-    where: Bool[Array, "*B"] | None = None,
-    weights: Float[Array, "*B"] | None = None,
-    ignore_index: int = -100,
-    student_kernel_layout: KernelLayout = "hv",
-    teacher_kernel_layout: KernelLayout = "hv",
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    student_logit_softcap: float | None = None,
-    teacher_logit_softcap: float | None = None,
-    student_adapter: LinearAdapter | None = None,
-    reduction: Literal["mean", "sum"] = "mean",
-    normalizer: Normalizer = None,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[DistillationOptions],
+) -> Loss: ...
+
+
+@overload
+def fused_linear_kl(
+    student_hidden: Float[Array, "*B H"],
+    student_kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    teacher_hidden: Float[Array, "*B G"],
+    teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"],
+    *,
+    direction: Literal["forward", "reverse"] = "forward",
+    return_metrics: Literal[True],
+    **options: Unpack[DistillationOptions],
+) -> tuple[Loss, DistillationMetrics]: ...
+
+
+@overload
+def fused_linear_kl(
+    student_hidden: Float[Array, "*B H"],
+    student_kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    teacher_hidden: Float[Array, "*B G"],
+    teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"],
+    *,
+    direction: Literal["forward", "reverse"] = "forward",
+    return_metrics: bool,
+    **options: Unpack[DistillationOptions],
+) -> Loss | tuple[Loss, DistillationMetrics]: ...
+
+
+def fused_linear_kl(
+    student_hidden: Float[Array, "*B H"],
+    student_kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    teacher_hidden: Float[Array, "*B G"],
+    teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"],
+    *,
+    direction: Literal["forward", "reverse"] = "forward",
     return_metrics: bool = False,
-    logits_dtype: jax.typing.DTypeLike | None = None,
-    precision: jax.lax.PrecisionLike = None,
-    chunk_size: int | None = None,
-    vocab_axis_name: str | tuple[str, ...] | None = None,
-    implementation: Implementation | None = None,
+    **options: Unpack[DistillationOptions],
 ) -> Loss | tuple[Loss, DistillationMetrics]:
     r"""Kullback-Leibler divergence between a teacher's linear head and a student's, and a gradient for the student.
 
@@ -177,37 +190,49 @@ def fused_linear_kl(
       8.0 True
     """
     checks.check_choice("direction", direction, ("forward", "reverse"))
+    heads = (student_hidden, student_kernel, teacher_hidden, teacher_kernel)
     return fused_linear_jsd(
-        student_hidden,
-        student_kernel,
-        teacher_hidden,
-        teacher_kernel,
-        beta=0.0 if direction == "forward" else 1.0,
-        temperature=temperature,
-        labels=labels,
-        hard_weight=hard_weight,
-        soft_weight=soft_weight,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        where=where,
-        weights=weights,
-        ignore_index=ignore_index,
-        student_kernel_layout=student_kernel_layout,
-        teacher_kernel_layout=teacher_kernel_layout,
-        student_logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale,
-        student_logit_softcap=student_logit_softcap,
-        teacher_logit_softcap=teacher_logit_softcap,
-        student_adapter=student_adapter,
-        reduction=reduction,
-        normalizer=normalizer,
-        return_metrics=return_metrics,
-        logits_dtype=logits_dtype,
-        precision=precision,
-        chunk_size=chunk_size,
-        vocab_axis_name=vocab_axis_name,
-        implementation=implementation,
+        *heads, beta=0.0 if direction == "forward" else 1.0, return_metrics=return_metrics, **options
     )
+
+
+@overload
+def fused_linear_jsd(
+    student_hidden: Float[Array, "*B H"],
+    student_kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    teacher_hidden: Float[Array, "*B G"],
+    teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"],
+    *,
+    beta: float = 0.5,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[DistillationOptions],
+) -> Loss: ...
+
+
+@overload
+def fused_linear_jsd(
+    student_hidden: Float[Array, "*B H"],
+    student_kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    teacher_hidden: Float[Array, "*B G"],
+    teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"],
+    *,
+    beta: float = 0.5,
+    return_metrics: Literal[True],
+    **options: Unpack[DistillationOptions],
+) -> tuple[Loss, DistillationMetrics]: ...
+
+
+@overload
+def fused_linear_jsd(
+    student_hidden: Float[Array, "*B H"],
+    student_kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    teacher_hidden: Float[Array, "*B G"],
+    teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"],
+    *,
+    beta: float = 0.5,
+    return_metrics: bool,
+    **options: Unpack[DistillationOptions],
+) -> Loss | tuple[Loss, DistillationMetrics]: ...
 
 
 def fused_linear_jsd(
@@ -217,30 +242,8 @@ def fused_linear_jsd(
     teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"],
     *,
     beta: float = 0.5,
-    temperature: float = 1.0,
-    labels: Int[Array, "*B"] | None = None,
-    hard_weight: Float[Array, ""] | float = 0.0,
-    soft_weight: Float[Array, ""] | float = 1.0,
-    student_bias: Float[Array, " V"] | None = None,
-    teacher_bias: Float[Array, " V"] | None = None,
-    where: Bool[Array, "*B"] | None = None,
-    weights: Float[Array, "*B"] | None = None,
-    ignore_index: int = -100,
-    student_kernel_layout: KernelLayout = "hv",
-    teacher_kernel_layout: KernelLayout = "hv",
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    student_logit_softcap: float | None = None,
-    teacher_logit_softcap: float | None = None,
-    student_adapter: LinearAdapter | None = None,
-    reduction: Literal["mean", "sum"] = "mean",
-    normalizer: Normalizer = None,
     return_metrics: bool = False,
-    logits_dtype: jax.typing.DTypeLike | None = None,
-    precision: jax.lax.PrecisionLike = None,
-    chunk_size: int | None = None,
-    vocab_axis_name: str | tuple[str, ...] | None = None,
-    implementation: Implementation | None = None,
+    **options: Unpack[DistillationOptions],
 ) -> Loss | tuple[Loss, DistillationMetrics]:
     r"""Generalized Jensen-Shannon divergence between a teacher's linear head and a student's.
 
@@ -270,112 +273,16 @@ def fused_linear_jsd(
       >>> print(bool(forward == losses.fused_linear_kl(*student, *teacher)))
       True
     """
-    checks.check_number("beta", beta, least=0, most=1)
-    checks.check_number("temperature", temperature)
-    if temperature <= 0:
-        raise ValueError(f"temperature got {temperature!r}; pass a number above 0.")
-    checks.check_choice("reduction", reduction, ("mean", "sum"))
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
-    student_hidden = checks.as_array("student_hidden", student_hidden)
-    teacher_hidden = checks.as_array("teacher_hidden", teacher_hidden)
-    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
-        raise ValueError(
-            f"teacher_hidden got shape {teacher_hidden.shape} with student_hidden of shape {student_hidden.shape}; "
-            "pass hidden states of the same tokens: all but the last dimension must agree."
-        )
-    if (teacher_hidden.dtype == jnp.float64) != (student_hidden.dtype == jnp.float64):
-        raise TypeError(
-            f"teacher_hidden got dtype {teacher_hidden.dtype} with student_hidden of {student_hidden.dtype}; pass "
-            "float64 for both, or for neither."
-        )
-    dtype = accumulator_dtype(student_hidden.dtype)
-    hard_weight = coefficient("hard_weight", hard_weight, dtype, least=0)
-    soft_weight = coefficient("soft_weight", soft_weight, dtype, least=0)
-    with_labels = not (isinstance(hard_weight, float) and hard_weight == 0)
-    if labels is None and with_labels:
-        raise ValueError("labels got None with a hard_weight; pass the labels that the cross entropy is to be with.")
-    shared = {
-        "ignore_index": ignore_index,
-        "logits_dtype": logits_dtype,
-        "precision": precision,
-        "chunk_size": chunk_size,
-        "vocab_axis_name": vocab_axis_name,
-        "implementation": implementation,
-        "stats_wanted": StatsWanted(),
-    }
-    some_labels = jnp.zeros(student_hidden.shape[:-1], jnp.int32) if labels is None else labels
-    config, operands, some_labels, where, adapter = head_arguments(
-        student_hidden,
-        student_kernel,
-        some_labels,
-        bias=student_bias,
-        where=where,
-        kernel_layout=student_kernel_layout,
-        logit_scale=student_logit_scale,
-        logit_softcap=student_logit_softcap,
-        adapter=student_adapter,
-        whose="student_",
-        **shared,
+    arguments = distillation_arguments(
+        student_hidden, student_kernel, teacher_hidden, teacher_kernel, beta=beta, **options
     )
-    teacher_config, teacher, *_ = head_arguments(
-        teacher_hidden,
-        teacher_kernel,
-        some_labels,
-        bias=teacher_bias,
-        where=None,
-        kernel_layout=teacher_kernel_layout,
-        logit_scale=teacher_logit_scale,
-        logit_softcap=teacher_logit_softcap,
-        adapter=None,
-        whose="teacher_",
-        **shared,
-    )
-    vocab = operands.kernel.shape[config.vocab_dim]
-    if teacher.kernel.shape[teacher_config.vocab_dim] != vocab:
-        raise ValueError(
-            f"teacher_kernel got shape {teacher.kernel.shape}, for a vocabulary of "
-            f"{teacher.kernel.shape[teacher_config.vocab_dim]}, with student_kernel of shape {operands.kernel.shape}, "
-            f"for one of {vocab}; pass heads over the same vocabulary."
-        )
-    if weights is not None:
-        weights = checks.as_array("weights", weights)
-        checks.check_weights(weights, some_labels)
-    if implementation is None and not triton_takes(teacher.hidden, teacher_config.logits_dtype):
-        config = dataclasses.replace(config, implementation="xla")
-    call = _Call(
-        config=dataclasses.replace(
-            config, teacher=TeacherConfig(teacher_config, float(beta), float(temperature), with_labels)
-        ),
-        reduction=reduction,
-        ignore_index=int(ignore_index),
-    )
-    loss, metrics = _distillation(
-        call,
-        operands._replace(teacher_hidden=teacher.hidden, teacher_kernel=teacher.kernel, teacher_bias=teacher.bias),
-        adapter,
-        None if labels is None else some_labels,
-        where,
-        weights,
-        normalizer,
-        hard_weight,
-        soft_weight,
-    )
+    loss, metrics = _distillation(*arguments)
     return (loss, metrics) if return_metrics else loss
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """Everything about a call that is not an array."""
-
-    config: HeadConfig
-    reduction: Literal["mean", "sum"]
-    ignore_index: int
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _distillation(
-    call: _Call,
+    call: Call,
     operands: Operands,
     adapter: LinearAdapter | None,
     labels: Int[Array, "*B"] | None,

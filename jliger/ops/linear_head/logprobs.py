@@ -12,7 +12,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jliger.core.backend import Implementation
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
-from jliger.ops.linear_head.arguments import column_validity, counted_tokens, head_arguments, label_columns
+from jliger.ops.linear_head.arguments import (
+    HeadOptions,
+    column_validity,
+    counted_tokens,
+    head_arguments,
+    label_columns,
+)
 from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands
 from jliger.ops.logits import StatsWanted
 
@@ -31,6 +37,12 @@ class LinearLogprobs(NamedTuple):
     logsumexp: Float[Array, "*B"]
     entropy: Float[Array, "*B"]
     predictions: Int[Array, "*B"]
+
+
+class LogprobsOptions(HeadOptions, total=False):
+    """The options of `linear_logprobs`."""
+
+    keep_logits: bool
 
 
 def linear_logprobs(
@@ -118,7 +130,7 @@ def linear_logprobs(
       >>> print(found.logprobs[1, 3:], found.predictions[1, 3:])
       [0. 0.] [-1 -1]
     """
-    config, operands, labels, where, adapter = head_arguments(
+    config, operands, labels, where, adapter, ignore_index = head_arguments(
         hidden,
         kernel,
         labels,
@@ -144,7 +156,7 @@ def linear_logprobs(
                 "can be launched over all tokens; leave it out, or pass implementation='xla'."
             )
         config = dataclasses.replace(config, implementation="xla")
-    return _linear_logprobs(config, int(ignore_index), operands, adapter, labels, where)
+    return _linear_logprobs(config, ignore_index, operands, adapter, labels, where)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
