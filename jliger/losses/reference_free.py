@@ -215,7 +215,7 @@ def _scaled(logprobs: Rewards, beta: Float[Array, ""] | float) -> Rewards:
     return Rewards(times(beta, logprobs.chosen), times(beta, logprobs.rejected))
 
 
-def _log_odds(logprobs: Float[Array, "*B"]) -> Float[Array, "*B"]:
+def _log_odds(logprobs: Float[Array, " B"]) -> Float[Array, " B"]:
     """`log p − log(1 − p)` of `log p`."""
     nearest = -float(jnp.finfo(logprobs.dtype).eps)
     # The derivative, 1/(1 − p), is finite at `nearest`; that of the minimum would be 0 beyond it.
