@@ -17,7 +17,8 @@ from jaxtyping import AbstractArray
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
     """What jaxtyping calls with a function's arguments before the call, and with its result too after it."""
     signature = inspect.signature(function)
-    if signature.return_annotation is Any:  # the one that is called before
+    # The one that is called before; and pytrees, which JAX makes of anything.
+    if signature.return_annotation is Any or function.__name__ == "__init__":
         return function
 
     @functools.wraps(function)
