@@ -101,8 +101,9 @@ class LinearHead(HeadMethods):
       precision: the precision of the products.
     """
 
-    kernel: Float[Array, "H V"] | Float[Array, "V H"]
-    bias: Float[Array, " V"] | None = None
+    # Heads that are stacked, such as Medusa's, have a leading dimension.
+    kernel: Float[Array, "*N H V"] | Float[Array, "*N V H"]
+    bias: Float[Array, "*N V"] | None = None
     adapter: LinearAdapter | None = None
     kernel_layout: KernelLayout = "hv"
     logit_scale: float = 1.0

@@ -88,6 +88,8 @@ def test_metrics(function, beta):
 
 
 def orpo_term(chosen, rejected):
+    """Of one pair."""
+    chosen, rejected = (jnp.reshape(logprob, 1) for logprob in (chosen, rejected))
     return losses.orpo(chosen, rejected, beta=1.0, nll_weight=0.0, reduction="sum")[0]
 
 

@@ -25,7 +25,7 @@ def test_any_chunk_size_gives_the_same(reduction, implementation):
         precision="highest",
     )  # fmt: skip
     expected = check(problem, implementation)
-    for chunk_size in (1, 2, 5, 8, 9, 16, 17, 18, 1000):
+    for chunk_size in (1, 5, 16, 17, 1000):
         result = fused(problem.replace(chunk_size=chunk_size), implementation)
         for name, value in expected.items():
             # The order of summation over tokens differs.
