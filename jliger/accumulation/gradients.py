@@ -221,6 +221,7 @@ def _accumulate(plan: _Plan, call: Call, group: Devices, operands: Operands) -> 
             state=_latest(operands.state, state),
         )
 
+    # A single microbatch needs no loop, and no accumulators of its own.
     if count == 1:
         microbatch_result, gradients = _forward_and_backward(plan, call, of_microbatch(jnp.int32(0), operands.state))
         sums, state = microbatch_result.sums, microbatch_result.state
@@ -260,6 +261,7 @@ def _loop(
         sums, gradients = jax.tree.map(jnp.add, (sums, gradients), (microbatch_result.sums, more))
         return (sums, gradients, microbatch_result.state), microbatch_result.rows
 
+    # The carry only has the state that the call changes; the rest is loop-invariant.
     types = jax.eval_shape(lambda: _forward(plan, call, of_microbatch(jnp.int32(0), operands.state)))
     start = (
         jax.tree.map(devices.zeros_of_type, types.sums),
