@@ -73,8 +73,8 @@ def accumulate_gradients(
     one reduce-scatter per step costs this memory. To trade memory for communication, leave FSDP axes out of
     `batch_axes`; XLA then reduces over them in every microbatch. `loss_fn` gets the rows of one device. It runs in a
     `jax.shard_map` over the batch axes, and cannot use these in sharding constraints. Inside the caller's own
-    `jax.shard_map`, `batch_axes` is not needed: types record the axes that the batch varies over (except with
-    `check_vma=False`). Arguments that are neither split nor differentiated are replicated on each device.
+    `jax.shard_map`, types record the axes that the batch varies over, so `batch_axes` is only needed with
+    `check_vma=False`. Arguments that are neither split nor differentiated are replicated on each device.
 
     **Modules.** A `flax.nnx.Module` among `argnums` is differentiated with respect to its `nnx.Param`, as in
     `nnx.value_and_grad`; `nnx.DiffState(argnum, filter)` selects other variables. All other variables, such as batch
@@ -221,6 +221,7 @@ def _accumulate(plan: _Plan, call: Call, group: Devices, operands: Operands) -> 
             state=_latest(operands.state, state),
         )
 
+    # A single microbatch needs no loop, and no accumulators of its own.
     if count == 1:
         microbatch_result, gradients = _forward_and_backward(plan, call, of_microbatch(jnp.int32(0), operands.state))
         sums, state = microbatch_result.sums, microbatch_result.state
@@ -260,6 +261,7 @@ def _loop(
         sums, gradients = jax.tree.map(jnp.add, (sums, gradients), (microbatch_result.sums, more))
         return (sums, gradients, microbatch_result.state), microbatch_result.rows
 
+    # The carry only has the state that the call changes; the rest is loop-invariant.
     types = jax.eval_shape(lambda: _forward(plan, call, of_microbatch(jnp.int32(0), operands.state)))
     start = (
         jax.tree.map(devices.zeros_of_type, types.sums),

@@ -18,6 +18,7 @@ Choice = Literal["triton", "xla", "by platform"]
 _LOWEST_CAPABILITY = 80
 _PACKAGE = str(Path(__file__).parent.parent)
 
+# A user context (jax 0.12) is part of the keys of JAX's caches, so functions are traced again when its value changes.
 _compute_capability = jax.make_user_context(None)
 
 

@@ -1,4 +1,4 @@
-"""Support for `jax.vmap`."""
+"""Support for `jax.vmap`, through `jax.custom_batching.custom_vmap` (jax 0.12)."""
 
 from collections.abc import Callable
 from typing import Any

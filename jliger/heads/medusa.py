@@ -64,7 +64,7 @@ def loss(
     for name in [name for name in _ARRAYS if arguments.get(name) is not None]:
         array = checks.as_array(name, arguments.pop(name))
         if name in _PER_TOKEN and array.shape not in (labels.shape, labels.shape[1:]):
-            shapes = f"{labels.shape}, each head's, or {labels.shape[1:]}"
+            shapes = f"{labels.shape}, for each head, or {labels.shape[1:]}"
             raise ValueError(f"{name} got shape {array.shape}; pass {shapes}.")
         if name == "normalizer" and array.shape not in ((), (count,)):
             raise ValueError(

@@ -188,6 +188,7 @@ def _robust(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
 
 
 def _exo_pair(rewards: Rewards, options: _Options) -> Float[Array, " B"]:
+    # Beyond ±1000, σ log σ is 0 and the loss constant; at ±∞ it would be 0 · ∞ = NaN.
     margin, smoothing = saturated(rewards.margin), options.label_smoothing
     right = jax.nn.sigmoid(margin) * (jax.nn.log_sigmoid(margin) - math.log1p(-smoothing))
     wrong = jax.nn.sigmoid(-margin) * (jax.nn.log_sigmoid(-margin) - math.log(smoothing))

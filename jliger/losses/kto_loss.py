@@ -112,6 +112,7 @@ def kto(
     advantages = difference(log_ratios, kl)
     gain = jnp.where(desirable, advantages, -advantages)
     weight = jnp.where(desirable, desirable_weight, undesirable_weight).astype(dtype)
+    # 1 − σ(x) as σ(−x): near 1, the difference would round to 0 and lose the gradient.
     loss = reduced(weight * jax.nn.sigmoid(-times(beta, gain)), counted, reduction, normalizer)
 
     rewards = times(beta, log_ratios)

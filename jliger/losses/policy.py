@@ -86,7 +86,7 @@ def grpo(
 
     With `importance_sampling_level="sequence"` each token has the ratio of its sequence, $s_i = \exp
     \frac{1}{\lvert y_i\rvert} \sum_t \log r_t$, and its gradient is $s_i A_t \nabla \log \pi(y_t)$: GSPO
-    (arXiv:2507.18071), or GSPO-token if advantages are per token. GSPO itself also takes `loss_type="grpo"`.
+    (arXiv:2507.18071), or GSPO-token if advantages are per token. The published GSPO is this with `loss_type="grpo"`.
 
     $N$ excludes sequences without a counted token. (TRL includes them.)
 

@@ -76,6 +76,7 @@ def _logits(
     product: Float[Array, "T V"], block: Block, logit_map: LogitMap
 ) -> tuple[Float[Array, "T V"], Float[Array, "T V"] | float, Bool[Array, "T V"]]:
     """The logits (−inf outside the block), their derivative by the product, and which columns are inside."""
+    # NumPy's promotion: JAX's raises under jax_numpy_dtype_promotion="strict".
     logits = product.astype(np.promote_types(product.dtype, np.float32))
     if block.bias is not None:
         logits = logits + block.bias[None]

@@ -78,6 +78,7 @@ def distillation_pass(
             logits_product(config.teacher.head, chunk.teacher, teacher_columns.kernel),
         )
         parts = (products, DistillationBlock(block, teacher_block), distillation_map)
+        # One launch, unless statistics must be merged over devices between its parts, or no gradients are wanted.
         if coefficients is not None and merge is None:
             stats, divergence, logit_grads = rows.distillation_stats_and_grads(
                 *parts, chunk.take(coefficients), dtype=dtype

@@ -113,6 +113,8 @@ class Chunk(NamedTuple):
 
     @classmethod
     def make(cls, slots: Int[Array, " C"], operands: Operands, alignment: int) -> "Chunk":
+        # The forward and the kernel-gradient product both read the gathered rows: without `materialize`, XLA may gather
+        # them twice.
         def rows(array: Array) -> Array:
             return materialize(pad(_take(array, slots, 0), (1,), alignment))
 

@@ -67,6 +67,8 @@ def recompute_pass(
                 carry = carry._replace(bias=blocks.write(carry.bias, part, span, 0, add=add))
             return carry
 
+        # Gradients of the chunk's tokens are summed over its blocks in float32, and written and rounded once, after all
+        # blocks. None starts these sums without zeros. The head's gradients are written block by block instead.
         result = blocks.sweep(block_step, grads._replace(hidden=None, adapted=None))
         if grads.hidden is not None:
             result = result._replace(hidden=chunk.put(grads.hidden, result.hidden))

@@ -45,6 +45,7 @@ def saved_logits_pass(
     dtype = operands.hidden.dtype
     num_tokens, vocab = operands.logits.shape
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
+    # All tokens are packed, counted or not, because the saved logits are in the order of the tokens.
     packed = PackedTokens.make(jnp.full_like(operands.counted, True), forward_chunk(config, num_tokens, vocab))
     counted = _where_counted(operands)
     per_token = jax.tree.map(lambda array: jnp.where(operands.counted, array, 0), (row_max, log_sum, coefficients))

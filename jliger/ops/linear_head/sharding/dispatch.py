@@ -88,6 +88,7 @@ def _run_manual(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, per
         result = _run_explicit(loss_pass, mesh, operands, per_token)
         return jax.tree.map(lambda leaf: as_varying(leaf, axes), result)
     result = run_on_shard(loss_pass, local_plan(vocab_axes), operands, per_token)
+    # Statistics are merged over the vocabulary axes, but the loop carry made their types vary.
     return result._replace(stats=jax.tree.map(functools.partial(as_replicated, vocab_axes), result.stats))
 
 

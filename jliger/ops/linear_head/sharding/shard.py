@@ -44,6 +44,7 @@ def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, per_token:
         config = dataclasses.replace(loss_pass.config, implementation=implementation)
         return _run_chunks(dataclasses.replace(loss_pass, config=config), plan, start, *arrays)
 
+    # The innermost place where both implementations can be traced: everything around it is the same for both.
     stats, grads, logits = run_by_platform(run, loss_pass.config.implementation, flat, per_token)
     return Result(
         jax.tree.map(lambda array: array.reshape(operands.labels.shape), stats),
