@@ -161,6 +161,7 @@ def test_triton_by_name_does_not_run_on_a_cpu():
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@jax.default_matmul_precision("highest")
 def test_cpu_and_gpu_in_one_process():
     step = value_and_grad()
     for device in (jax.devices("cpu")[0], jax.devices("gpu")[0]):

@@ -34,6 +34,7 @@ def shapes(*batch, features=4):
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, logprobs, kept, kl], ids=lambda loss: loss.__name__)
+@jax.default_matmul_precision("highest")
 def test_a_symbolic_number_of_tokens(loss):
     def value_and_grad(hidden, labels):
         return jax.value_and_grad(loss)(hidden, labels, "xla")
