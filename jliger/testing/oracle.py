@@ -76,12 +76,14 @@ def make_problem(
     ignored: float = 0.0,
     class_weights: bool = False,
     normalizer: bool = False,
+    temperature: float | str = 1.0,
     kernel_layout: str = "hv",
     **options: Any,
 ) -> Problem:
     """Random hidden states of deviation `scale`, a kernel that keeps it, labels, and what else is asked for.
 
     `where` is "all", "some" or "none": which tokens count. `ignored` is the share of labels set to `ignore_index`.
+    A temperature "of tokens" is one for each.
     """
     if INTERPRETED and "bfloat16" in (dtype, kernel_dtype):
         pytest.skip("Triton's interpreter truncates where it should round to bfloat16")
@@ -104,6 +106,10 @@ def make_problem(
         options["class_weights"] = jnp.asarray(random.uniform(0.1, 2, vocab), jnp.float32)
     if normalizer:
         options["normalizer"] = jnp.float32(random.uniform(3, 9))
+    if temperature != 1:
+        options["temperature"] = temperature
+    if temperature == "of tokens":
+        options["temperature"] = jnp.asarray(random.uniform(0.3, 3, batch), jnp.float32)
     cotangent = random.normal(size=batch if options.get("reduction") == "none" else ()) + 0.1
     return Problem(
         inputs,

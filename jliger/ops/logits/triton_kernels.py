@@ -152,6 +152,7 @@ def row_stats_kernel(
     bias_ptr,  # [V] or None
     class_weights_ptr,  # [V] or None
     labels_ptr,  # [T]
+    inverse_temperature_ptr,  # [T] or None
     max_ptr,  # [T], written
     log_sum_ptr,  # [T], written
     label_logit_ptr,  # [T], written
@@ -163,7 +164,8 @@ def row_stats_kernel(
 ):
     # 64 bits, for a row may start beyond what 32 count.
     index = tl.program_id(0).to(tl.int64)
-    row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr)
+    inverse_temperature = load_or_none(inverse_temperature_ptr, index)
+    row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr, inverse_temperature)
     stats = _Stats(max_ptr, log_sum_ptr, label_logit_ptr, prediction_ptr, weighted_sum_ptr, mean_logit_ptr)
     _store_stats_of_row(stats, index, row, tl.load(labels_ptr + index), SHAPE, TILE)
 
@@ -174,6 +176,7 @@ def row_grads_kernel(
     bias_ptr,  # [V] or None
     class_weights_ptr,  # [V] or None
     labels_ptr,  # [T]
+    inverse_temperature_ptr,  # [T] or None
     max_ptr,  # [T]
     log_sum_ptr,  # [T]
     probability_ptr,  # [T]
@@ -186,7 +189,8 @@ def row_grads_kernel(
     TILE: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr)
+    inverse_temperature = load_or_none(inverse_temperature_ptr, index)
+    row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr, inverse_temperature)
     coefficients = _Coefficients(
         probability_ptr, label_coefficient_ptr, probability_lse_ptr, smoothing_ptr, probability_logit_ptr
     )
@@ -202,6 +206,7 @@ def row_stats_and_grads_kernel(
     bias_ptr,  # [V] or None
     class_weights_ptr,  # [V] or None
     labels_ptr,  # [T]
+    inverse_temperature_ptr,  # [T] or None
     probability_ptr,  # [T]
     label_coefficient_ptr,  # [T]
     probability_lse_ptr,  # [T] or None
@@ -218,7 +223,8 @@ def row_stats_and_grads_kernel(
     TILE: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr)
+    inverse_temperature = load_or_none(inverse_temperature_ptr, index)
+    row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr, inverse_temperature)
     label = tl.load(labels_ptr + index)
     # Loaded first, so that the second pass need not wait for them.
     coefficients = _Coefficients(

@@ -56,11 +56,13 @@ class Block(NamedTuple):
       bias: added to the logits, or None.
       class_weights: `u`, or None for 1.
       labels: the label's column in this block; any value outside `[0, V)` is no column.
+      inverse_temperature: multiplies a row's logits after all else, or None for 1.
     """
 
     bias: Float[Array, " V"] | None
     class_weights: Float[Array, " V"] | None
     labels: Int[Array, " T"]
+    inverse_temperature: Float[Array, " T"] | None = None
 
 
 class LogitMap(NamedTuple):
