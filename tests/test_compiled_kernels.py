@@ -196,9 +196,9 @@ def test_a_distillation_step_is_exported():
     ]
     module = lowered(step, *shapes, capability=90)
     assert {launch.name for launch in launches(module)} == {
-        "pair_stats_and_grads_kernel",
-        "pair_stats_kernel",
-        "pair_divergence_kernel",
+        "distillation_stats_and_grads_kernel",
+        "distillation_stats_kernel",
+        "distillation_divergence_kernel",
     }
     assert f"{tokens}x{vocab}" not in module, "logits of all tokens"
 

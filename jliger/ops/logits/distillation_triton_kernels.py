@@ -255,8 +255,8 @@ def distillation_stats_kernel(
 ):
     # 64 bits, for a row may start beyond what 32 count.
     index = tl.program_id(0).to(tl.int64)
-    student = Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None, None)
-    teacher = Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None, None)
+    student = Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None)
+    teacher = Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None)
     stats = _Stats(
         student_max_ptr,
         student_log_sum_ptr,
@@ -287,8 +287,8 @@ def distillation_divergence_kernel(
 ):
     index = tl.program_id(0).to(tl.int64)
     pair = _Pair(
-        Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None, None),
-        Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None, None),
+        Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None),
+        Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None),
         _load_softmax(index, student_max_ptr, student_log_sum_ptr, None),
         _load_softmax(index, teacher_max_ptr, teacher_log_sum_ptr, None),
     )
@@ -319,8 +319,8 @@ def distillation_grads_kernel(
 ):
     index = tl.program_id(0).to(tl.int64)
     pair = _Pair(
-        Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None, None),
-        Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None, None),
+        Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None),
+        Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None),
         _load_softmax(index, student_max_ptr, student_log_sum_ptr, hard_log_sum_ptr),
         _load_softmax(index, teacher_max_ptr, teacher_log_sum_ptr, None),
     )
@@ -357,8 +357,8 @@ def distillation_stats_and_grads_kernel(
     TILE: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    student = Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None, None)
-    teacher = Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None, None)
+    student = Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None)
+    teacher = Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None)
     # Loaded first, so that the last pass need not wait for them.
     label = load_or_none(labels_ptr, index)
     coefficients = _Coefficients(

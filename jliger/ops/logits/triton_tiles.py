@@ -65,7 +65,7 @@ class Row(NamedTuple):
     product: Any
     bias: Any
     class_weights: Any
-    inverse_temperature: Any
+    inverse_temperature: Any = None
 
 
 class Softmax(NamedTuple):
