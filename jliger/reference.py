@@ -192,6 +192,7 @@ def _logits(
     kernel_layout: str = "hv",
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    temperature: Any = 1.0,
     logits_dtype: jax.typing.DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
     **unused: Any,
@@ -216,7 +217,11 @@ def _logits(
     if bias is not None:
         logits = logits + jnp.broadcast_to(bias.astype(dtype), logits.shape)
     logits = logits * logit_scale
-    return logits if logit_softcap is None else logit_softcap * jnp.tanh(logits / logit_softcap)
+    if logit_softcap is not None:
+        logits = logit_softcap * jnp.tanh(logits / logit_softcap)
+    temperature = jax.lax.stop_gradient(jnp.asarray(temperature, dtype))
+    temperature = jnp.where(temperature > 0, temperature, jnp.nan)
+    return logits / (temperature if temperature.ndim == 0 else temperature[..., None])
 
 
 def _labels(

@@ -30,6 +30,7 @@ BRANCHES = {
     "capability": CAPABILITIES,
     "bias": [False, True],
     "class_weights": [False, True],
+    "temperature": [False, True],
     "softcap": [None, 30.0],
     "scale": [1.0, -0.5],
     "by_lse": [False, True],
@@ -54,8 +55,9 @@ def all_kernels(branch):
     def vector(name):
         return shape(stride) if branch[name] else None
 
-    block = Block(vector("bias"), vector("class_weights"), shape(tokens, dtype="int32"))
     per_token = shape(tokens)
+    temperature = per_token if branch["temperature"] else None
+    block = Block(vector("bias"), vector("class_weights"), shape(tokens, dtype="int32"), temperature)
     coefficients = Coefficients(
         per_token, per_token, *(per_token if branch[name] else None for name in ("by_lse", "smoothing", "by_logit"))
     )
@@ -194,9 +196,9 @@ def test_a_distillation_step_is_exported():
     ]
     module = lowered(step, *shapes, capability=90)
     assert {launch.name for launch in launches(module)} == {
-        "pair_stats_and_grads_kernel",
-        "pair_stats_kernel",
-        "pair_divergence_kernel",
+        "distillation_stats_and_grads_kernel",
+        "distillation_stats_kernel",
+        "distillation_divergence_kernel",
     }
     assert f"{tokens}x{vocab}" not in module, "logits of all tokens"
 
@@ -239,10 +241,10 @@ def test_a_training_step_is_exported(capability, dtypes, reduction):
 
 
 # The README's shapes. The last block of columns is narrower than the others, and all columns are in no whole tiles.
-@pytest.mark.parametrize("vocab", [128256, 151936, 50304])
-def test_tiles_are_loaded_and_stored_as_vectors(vocab):
+@pytest.mark.parametrize(("vocab", "temperature"), [(128256, 1.0), (151936, 0.7), (50304, 1.0)])
+def test_tiles_are_loaded_and_stored_as_vectors(vocab, temperature):
     def loss(hidden, kernel, bias, labels, reduction):
-        options = dict(bias=bias, reduction=reduction, implementation="triton")
+        options = dict(bias=bias, reduction=reduction, temperature=temperature, implementation="triton")
         return jliger.fused_linear_cross_entropy(hidden, kernel, labels, **options).sum()
 
     def every_kernel(hidden, kernel, bias, labels):

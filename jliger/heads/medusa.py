@@ -16,7 +16,7 @@ from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics, CrossEntro
 # Cai et al., 2024, section 2.2.1: the k-th head's loss has weight DECAY ** k.
 DECAY = 0.8
 
-_PER_TOKEN = ("where", "weights")
+_PER_TOKEN = ("where", "weights", "temperature")
 _ARRAYS = (*_PER_TOKEN, "class_weights", "normalizer")
 
 
@@ -62,8 +62,11 @@ def loss(
     arguments: dict[str, Any] = {**options}
     contexts = {"labels": labels, "head_weight": jnp.asarray(head_weights, jnp.float32)}
     for name in [name for name in _ARRAYS if arguments.get(name) is not None]:
+        if name == "temperature" and isinstance(arguments[name], int | float):
+            continue  # a number of all heads is checked with each
         array = checks.as_array(name, arguments.pop(name))
-        if name in _PER_TOKEN and array.shape not in (labels.shape, labels.shape[1:]):
+        is_number = name == "temperature" and array.shape == ()
+        if name in _PER_TOKEN and not is_number and array.shape not in (labels.shape, labels.shape[1:]):
             shapes = f"{labels.shape}, for each head, or {labels.shape[1:]}"
             raise ValueError(f"{name} got shape {array.shape}; pass {shapes}.")
         if name == "normalizer" and array.shape not in ((), (count,)):

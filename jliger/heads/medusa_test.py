@@ -118,6 +118,23 @@ def test_a_normalizer_for_each_head():
         medusa.loss(heads, hidden, labels, normalizer=jnp.ones(2))
 
 
+def test_a_temperature_of_all_heads_of_all_tokens_or_of_each_ones(implementation):
+    heads, hidden, labels = make_heads(), make_hidden(), make_all_labels()
+    logits = heads.logits(hidden)
+    expected = sum(
+        weight * loss_of_logits(of_head, each, scale=1 / 0.6)
+        for weight, of_head, each in zip(WEIGHTS, logits, labels, strict=True)
+    )
+    for shape in (None, (), labels.shape[1:], labels.shape):
+        temperature = 0.6 if shape is None else jnp.full(shape, 0.6)
+        result = medusa.loss(
+            heads, hidden, labels, head_weights=WEIGHTS, temperature=temperature, implementation=implementation
+        )
+        np.testing.assert_allclose(result, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="temperature got 0; pass a finite number above 0"):
+        medusa.loss(heads, hidden, labels, temperature=0)
+
+
 # ---- number of matrix products -------------------------------------------------------------------------------
 
 

@@ -81,12 +81,14 @@ def make_problem(
     ignored: float = 0.0,
     class_weights: bool = False,
     normalizer: bool = False,
+    temperature: float | str = 1.0,
     kernel_layout: str = "hv",
     **options: Any,
 ) -> Problem:
     """A random problem: hidden states and logits with standard deviation `scale`, labels, and the optional arguments.
 
     `where` is "all", "some" or "none": which tokens count. `ignored` is the fraction of labels set to `ignore_index`.
+    `temperature="of tokens"` makes one for each token.
     """
     if INTERPRETED and "bfloat16" in (dtype, kernel_dtype):
         pytest.skip("Triton's interpreter truncates where it should round to bfloat16")
@@ -109,6 +111,10 @@ def make_problem(
         options["class_weights"] = jnp.asarray(random.uniform(0.1, 2, vocab), jnp.float32)
     if normalizer:
         options["normalizer"] = jnp.float32(random.uniform(3, 9))
+    if temperature != 1:
+        options["temperature"] = temperature
+    if temperature == "of tokens":
+        options["temperature"] = jnp.asarray(random.uniform(0.3, 3, batch), jnp.float32)
     cotangent = random.normal(size=batch if options.get("reduction") == "none" else ()) + 0.1
     return Problem(
         inputs,

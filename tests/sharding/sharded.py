@@ -79,6 +79,7 @@ EVERYTHING = {
     "label_smoothing": 0.1,
     "z_loss": 0.01,
     "logit_softcap": 4.0,
+    "temperature": "of tokens",
     "return_metrics": True,
 }
 

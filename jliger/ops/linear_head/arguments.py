@@ -4,10 +4,12 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core import checks
 from jliger.core.backend import Choice, Implementation, fitting_implementation, target_compute_capability
+from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head import checks as head_checks
 from jliger.ops.linear_head.adapter import LinearAdapter
 from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands
@@ -23,6 +25,7 @@ class HeadOptions(TypedDict, total=False):
     kernel_layout: KernelLayout
     logit_scale: float
     logit_softcap: float | None
+    temperature: Float[Array, "*B"] | Float[Array, ""] | float
     logits_dtype: jax.typing.DTypeLike | None
     precision: jax.lax.PrecisionLike
     chunk_size: int | None
@@ -38,6 +41,7 @@ HEAD_DEFAULTS = HeadOptions(
     kernel_layout="hv",
     logit_scale=1.0,
     logit_softcap=None,
+    temperature=1.0,
     logits_dtype=None,
     precision=None,
     chunk_size=None,
@@ -102,7 +106,9 @@ def head_arguments(
         checks.check_where(where, labels)
     config = _config(given, (hidden, kernel, labels, bias, where), stats_wanted)
     adapter = _adapter(given["adapter"], hidden, kernel, config.vocab_dim, whose)
-    return Arguments(config, Operands(hidden, kernel, bias), labels, where, adapter, int(given["ignore_index"]))
+    inverse_temperature = _inverse_temperature(given["temperature"], labels, accumulator_dtype(hidden.dtype))
+    operands = Operands(hidden, kernel, bias, inverse_temperature=inverse_temperature)
+    return Arguments(config, operands, labels, where, adapter, int(given["ignore_index"]))
 
 
 def _config(options: HeadOptions, arrays: tuple[Any, ...], stats_wanted: StatsWanted) -> HeadConfig:
@@ -140,6 +146,43 @@ def _adapter(adapter: Any, hidden: Any, kernel: Any, vocab_dim: int, whose: str)
     return adapter
 
 
+def _inverse_temperature(temperature: Any, labels: Any, dtype: Any) -> Float[Array, "*B"] | None:
+    """`1 / T` of each token, NaN where an array holds a `T` that is not above 0; None for 1."""
+    if isinstance(temperature, int | float | np.number):
+        if not np.isfinite(temperature) or temperature <= 0:
+            raise ValueError(f"temperature got {temperature!r}; pass a finite number above 0.")
+        if temperature == 1:
+            return None
+    temperature = jax.lax.stop_gradient(checks.as_array("temperature", temperature))
+    if not (jnp.issubdtype(temperature.dtype, jnp.floating) or jnp.issubdtype(temperature.dtype, jnp.integer)):
+        raise TypeError(f"temperature got dtype {temperature.dtype}; pass real numbers.")
+    if temperature.shape not in ((), labels.shape):
+        raise ValueError(
+            f"temperature got shape {temperature.shape}; pass one number, or one for each token, {labels.shape}."
+        )
+    temperature = temperature.astype(dtype)
+    inverse = _one_or_nan(temperature > 0, dtype) / jnp.where(temperature > 0, temperature, 1)
+    # Spread over devices as the labels are.
+    return inverse if inverse.shape == labels.shape else inverse * jnp.ones_like(labels, dtype)
+
+
+def with_tokens(
+    operands: Operands,
+    labels: Int[Array, "*B"],
+    where: Bool[Array, "*B"] | None,
+    *,
+    ignore_index: int,
+    vocab_size: int,
+) -> Operands:
+    """The operands with what concerns each token: its column, and whether it counts; nothing of those that don't."""
+    counted = counted_tokens(labels, where, ignore_index)
+    inverse_temperature = operands.inverse_temperature
+    if inverse_temperature is not None:
+        inverse_temperature = jnp.where(counted, inverse_temperature, 1)
+    columns = label_columns(labels, counted, vocab_size)
+    return operands._replace(labels=columns, counted=counted, inverse_temperature=inverse_temperature)
+
+
 def counted_tokens(labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int) -> Bool[Array, "*B"]:
     """Those where `where` is true and the label is not `ignore_index`."""
     limits = jnp.iinfo(labels.dtype)
@@ -156,5 +199,9 @@ def label_columns(labels: Int[Array, "*B"], counted: Bool[Array, "*B"], vocab_si
 
 def column_validity(columns: Int[Array, "*B"], dtype: jax.typing.DTypeLike) -> Float[Array, "*B"]:
     """1 for a valid label, NaN for an invalid one; multiplying by it makes that token's loss and gradient NaN."""
-    # The root of −1: a NaN constant would trip `jax_debug_nans` without jit, whatever the labels are.
-    return jnp.sqrt(jnp.where(columns >= 0, 1, -1).astype(dtype))
+    return _one_or_nan(columns >= 0, dtype)
+
+
+def _one_or_nan(is_one: Bool[Array, "*B"], dtype: jax.typing.DTypeLike) -> Float[Array, "*B"]:
+    # The root of −1: a NaN constant would trip `jax_debug_nans` without jit, whatever there is.
+    return jnp.sqrt(jnp.where(is_one, 1, -1).astype(dtype))

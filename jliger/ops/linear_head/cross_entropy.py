@@ -18,9 +18,8 @@ from jliger.ops.linear_head.arguments import (
     Arguments,
     HeadOptions,
     column_validity,
-    counted_tokens,
     head_arguments,
-    label_columns,
+    with_tokens,
 )
 from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands
 from jliger.ops.logits import StatsWanted
@@ -106,6 +105,7 @@ def fused_linear_cross_entropy(
     kernel_layout: KernelLayout = "hv",
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    temperature: Float[Array, "*B"] | Float[Array, ""] | float = 1.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     class_weights: Float[Array, " V"] | None = None,
@@ -121,17 +121,18 @@ def fused_linear_cross_entropy(
 ) -> Loss | tuple[Loss, CrossEntropyMetrics]:
     r"""Cross entropy of a linear head, without the logits `[tokens, V]` ever existing whole.
 
-    For each token, with logits $z = \mathrm{softcap}(s \cdot (\mathrm{hidden} \cdot \mathrm{kernel} + \mathrm{bias}))$,
+    For each token, with logits
+    $z = \mathrm{softcap}(s \cdot (\mathrm{hidden} \cdot \mathrm{kernel} + \mathrm{bias})) / T$,
     $\mathrm{softcap}(z) = c \tanh(z / c)$, $\mathrm{lse} = \log \sum_v e^{z_v}$ and label $y$,
 
     $$(1 - \alpha)\, w_y (\mathrm{lse} - z_y) + \frac{\alpha}{V} \sum_v w_v (\mathrm{lse} - z_v)
       + \lambda\, \mathrm{lse}^2$$
 
-    with `logit_scale` $s$, `logit_softcap` $c$, `label_smoothing` $\alpha$ (Szegedy et al., 2016, arXiv:1512.00567),
-    `class_weights` $w$ and `z_loss` $\lambda$ (Chowdhery et al., 2022, arXiv:2204.02311). Differentiable once, in
-    reverse mode, in `hidden`, `kernel` and `bias`; nothing is computed for those that are not differentiated, and no
-    gradient at all where none is asked for. Gradients have their argument's dtype and are summed in float32. With
-    `implementation="xla"`, on one device, `jax.jvp` of `jax.grad` and `jax.hessian` work too.
+    with `logit_scale` $s$, `logit_softcap` $c$, `temperature` $T$, `label_smoothing` $\alpha$ (Szegedy et al., 2016,
+    arXiv:1512.00567), `class_weights` $w$ and `z_loss` $\lambda$ (Chowdhery et al., 2022, arXiv:2204.02311).
+    Differentiable once, in reverse mode, in `hidden`, `kernel` and `bias`; nothing is computed for those that are not
+    differentiated, and no gradient at all where none is asked for. Gradients have their argument's dtype and are summed
+    in float32. With `implementation="xla"`, on one device, `jax.jvp` of `jax.grad` and `jax.hessian` work too.
 
     A token counts if `where` is true and its label is not `ignore_index`. Those that don't cost no time, give loss 0,
     gradient 0 and prediction −1, and what their hidden states hold does not matter. A label outside `[0, V)` that
@@ -168,6 +169,9 @@ def fused_linear_cross_entropy(
       kernel_layout: `"hv"` or `"vh"`.
       logit_scale: `s`, a Python number.
       logit_softcap: `c`, a Python number, or None for no cap.
+      temperature: `T`, which divides logits after scale and softcap, before anything else: a Python number above 0, a
+        scalar array, or one number for each token, `[*B]`. It carries no gradient. In an array a number that is not
+        above 0 makes its tokens' losses and gradients NaN.
       label_smoothing: `α` in [0, 1].
       z_loss: `λ`, at least 0.
       class_weights: `w`, `[V]`. It carries no gradient.
@@ -233,6 +237,7 @@ def fused_linear_cross_entropy(
         kernel_layout=kernel_layout,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        temperature=temperature,
         logits_dtype=logits_dtype,
         precision=precision,
         chunk_size=chunk_size,
@@ -296,8 +301,8 @@ def _fused_linear_cross_entropy(
     operands = with_adapter(call.config, operands, adapter)
     weights, class_weights, normalizer = jax.lax.stop_gradient((weights, class_weights, normalizer))
     loss_function = CrossEntropy(call.label_smoothing, call.z_loss, sharding.vocab_size(call.config, operands.kernel))
-    counted = counted_tokens(labels, where, call.ignore_index)
-    columns = label_columns(labels, counted, loss_function.vocab_size)
+    operands = with_tokens(operands, labels, where, ignore_index=call.ignore_index, vocab_size=loss_function.vocab_size)
+    columns, counted = operands.labels, operands.counted
     token_weights = jnp.where(counted, 1 if weights is None else weights, 0).astype(dtype)
     weight = token_weights.sum()
     label_terms = LabelTerms(column_validity(columns, dtype), None, float(loss_function.vocab_size))
@@ -308,7 +313,7 @@ def _fused_linear_cross_entropy(
             total_weight=sharding.total_class_weight(call.config, class_weights),
         )
     smoothing_weights = class_weights if call.config.stats_wanted.weighted_sum else None
-    operands = operands._replace(labels=columns, counted=counted, class_weights=smoothing_weights)
+    operands = operands._replace(class_weights=smoothing_weights)
 
     if call.reduction == "none":
         stats = gradients.token_stats(call.config, operands)

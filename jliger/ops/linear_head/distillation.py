@@ -135,25 +135,26 @@ def fused_linear_kl(
       teacher_hidden: the teacher's last hidden states for the same tokens, `[*B, G]`; its size and dtype may be others.
       teacher_kernel: the teacher's head, `[G, V]` or `[V, G]`, over the same vocabulary.
       direction: `"forward"` for `KL(teacher ‖ student)`, `"reverse"` for `KL(student ‖ teacher)`.
-      temperature: `τ`, a Python number above 0.
+      temperature: `τ`, a Python number above 0; 1 by default.
       labels: the label of each token, `[*B]`, integers; not shifted here. Without a `hard_weight` they only say, by
         `ignore_index`, which tokens count.
-      hard_weight: of the cross entropy with the labels, a number or a scalar array. It carries no gradient.
-      soft_weight: of the divergence, likewise.
+      hard_weight: of the cross entropy with the labels, a number or a scalar array, 0 by default. It carries no
+        gradient.
+      soft_weight: of the divergence, likewise; 1 by default.
       student_bias: `[V]`, added to the logits in float32.
       teacher_bias: likewise.
       where: bools `[*B]`, the tokens that count.
       weights: a weight for each token, `[*B]`. It carries no gradient.
-      ignore_index: a label equal to it doesn't count.
-      student_kernel_layout: `"hv"` or `"vh"`.
+      ignore_index: a label equal to it doesn't count; −100 by default.
+      student_kernel_layout: `"hv"`, the default, or `"vh"`.
       teacher_kernel_layout: likewise.
-      student_logit_scale: multiplies the logits, a Python number.
+      student_logit_scale: multiplies the logits, a Python number; 1 by default.
       teacher_logit_scale: likewise.
       student_logit_softcap: `c` in `c · tanh(z / c)`, a Python number, or None for no cap.
       teacher_logit_softcap: likewise.
       student_adapter: a `jliger.LinearAdapter` of `student_kernel`.
-      reduction: `"mean"` divides the weighted sum by the weights of the tokens that count, and gives 0 where that is 0;
-        `"sum"` doesn't divide.
+      reduction: `"mean"`, the default, divides the weighted sum by the weights of the tokens that count, and gives 0
+        where that is 0; `"sum"` doesn't divide.
       normalizer: with `"mean"`, what to divide by instead, such as the token count of a batch that is gone through in
         parts. It carries no gradient.
       return_metrics: also return `DistillationMetrics`.

@@ -15,9 +15,8 @@ from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
 from jliger.ops.linear_head.arguments import (
     HeadOptions,
     column_validity,
-    counted_tokens,
     head_arguments,
-    label_columns,
+    with_tokens,
 )
 from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands
 from jliger.ops.logits import StatsWanted
@@ -56,6 +55,7 @@ def linear_logprobs(
     kernel_layout: KernelLayout = "hv",
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    temperature: Float[Array, "*B"] | Float[Array, ""] | float = 1.0,
     logits_dtype: jax.typing.DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
     chunk_size: int | None = None,
@@ -77,10 +77,6 @@ def linear_logprobs(
     computed for arguments that are not differentiated, for tokens that don't count, or in the backward pass for an
     entropy that is not used.
 
-    For a head without a scale and a softcap, `logit_scale=1 / T` is a temperature $T$. A head with a scale $s$ needs
-    `logit_scale=s / T`, as the argument replaces its scale. With a softcap there is no such number: a temperature
-    divides the logits after the softcap, and `logit_scale` multiplies them before it.
-
     Logits are computed again in the backward pass, over blocks of the vocabulary: four products, and the memory of
     `fused_linear_cross_entropy` with `reduction="none"`. With `keep_logits` they are kept, in `logits_dtype`: three
     products, and `tokens · V` of memory. Under `jax.vmap` each
@@ -97,6 +93,9 @@ def linear_logprobs(
       kernel_layout: `"hv"` or `"vh"`.
       logit_scale: multiplies the logits, before the softcap, a Python number.
       logit_softcap: `c` in `c · tanh(z / c)`, a Python number, or None for no cap.
+      temperature: divides logits after scale and softcap, as the sampler that drew the labels did: a Python number
+        above 0, a scalar array, or one number for each token, `[*B]`. It carries no gradient. In an array a number that
+        is not above 0 makes its tokens' results and gradients NaN.
       logits_dtype: what logits are rounded to before anything reads them, in both passes; None for hidden's dtype.
       precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.
       chunk_size: tokens a chunk, or None for the rule that `fused_linear_cross_entropy` names.
@@ -140,6 +139,7 @@ def linear_logprobs(
         kernel_layout=kernel_layout,
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
+        temperature=temperature,
         logits_dtype=logits_dtype,
         precision=precision,
         chunk_size=chunk_size,
@@ -169,17 +169,19 @@ def _linear_logprobs(
     where: Bool[Array, "*B"] | None,
 ) -> LinearLogprobs:
     operands = with_adapter(config, operands, adapter)
-    counted = counted_tokens(labels, where, ignore_index)
-    columns = label_columns(labels, counted, sharding.vocab_size(config, operands.kernel))
-    stats = gradients.token_stats(config, operands._replace(labels=columns, counted=counted))
+    vocab_size = sharding.vocab_size(config, operands.kernel)
+    operands = with_tokens(operands, labels, where, ignore_index=ignore_index, vocab_size=vocab_size)
+    stats = gradients.token_stats(config, operands)
     # The label's logit and the maximum may be large and close: their difference comes first.
     logprobs = (stats.label_logit - stats.max) - stats.log_sum
     assert stats.mean_logit is not None
     result = LinearLogprobs(
-        logprobs=logprobs * column_validity(columns, logprobs.dtype),
+        logprobs=logprobs * column_validity(operands.labels, logprobs.dtype),
         logsumexp=stats.max + stats.log_sum,
         entropy=stats.log_sum - stats.mean_logit,
         predictions=stats.prediction,
     )
     # Of several devices' columns even an empty row has a log-sum.
-    return LinearLogprobs(*(jnp.where(counted, field, none) for field, none in zip(result, (0, 0, 0, -1), strict=True)))
+    return LinearLogprobs(
+        *(jnp.where(operands.counted, field, none) for field, none in zip(result, (0, 0, 0, -1), strict=True))
+    )

@@ -22,6 +22,7 @@ PAIRS = every_pair(
         "keep_logits": [False, True],
         "logit_softcap": [None, 2.0],
         "logit_scale": [1.0, 0.6],
+        "temperature": [1.0, 0.7, "of tokens"],
         "batch": [(5,), (3, 7)],
         "vocab": [11, 40],
         "used": [OUTPUTS, ("logprobs",), ("entropy",), ("logprobs", "entropy")],
@@ -89,6 +90,9 @@ def check(problem, implementation, what=""):
         # One number that many terms cancel in: a rounding of each.
         terms = np.abs(np.asarray(problem.inputs["a"], np.float64) * oracle["d a"] / 0.7)
         more["d scale"] = 4 * np.finfo(np.float32).eps * terms.sum()
+        # By itself the reference's error is luck: that of its terms, if they are independent, is what to go by.
+        errors = np.asarray(theirs["d a"], np.float64) - oracle["d a"]
+        more["d scale"] += 2 * np.linalg.norm(np.asarray(problem.inputs["a"], np.float64) * errors / 0.7)
     assert_rule_of_two(
         {name: value for name, value in ours.items() if name != "predictions"},
         theirs,
@@ -314,3 +318,44 @@ def test_entropy_gradients_of_masked_columns(dtype, keep_logits, size, implement
     eps = float(jnp.finfo(dtype).eps)
     for ours, exact in zip(result, expected, strict=True):
         np.testing.assert_allclose(np.asarray(ours, np.float64) / size, exact / size, atol=4 * eps)
+
+
+# ---- a temperature -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_a_temperature_that_is_not_above_zero_poisons_its_token_alone(keep_logits, implementation):
+    problem = make_problem(5, batch=(4,), ignored=0.0)
+    labels = problem.labels.at[3].set(-100)
+    temperature = jnp.asarray([0.7, 0.0, -1.0, 0.0])
+
+    @jax.jit
+    def run(hidden, temperature):
+        options = {"keep_logits": keep_logits, "implementation": implementation}
+
+        def total(hidden, temperature):
+            kernel = problem.inputs["kernel"]
+            result = jliger.linear_logprobs(hidden, kernel, labels, temperature=temperature, **options)
+            return result.logprobs.sum() + result.entropy.sum(), result
+
+        return jax.grad(total, (0, 1), has_aux=True)(hidden, temperature)
+
+    (hidden_grad, temperature_grad), result = run(problem.inputs["hidden"], temperature)
+    for field in (result.logprobs, result.logsumexp, result.entropy):
+        np.testing.assert_array_equal(np.isnan(field), [False, True, True, False])
+    np.testing.assert_array_equal(np.isnan(hidden_grad).all(1), [False, True, True, False])
+    assert not np.any(hidden_grad[3])
+    assert not np.any(temperature_grad)
+
+
+def test_a_temperature_that_cannot_be_is_refused():
+    hidden, kernel, labels = jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.zeros(2, jnp.int32)
+    for temperature, error, message in [
+        (0, ValueError, "temperature got 0; pass a finite number above 0"),
+        (-0.5, ValueError, "temperature got -0.5"),
+        (float("inf"), ValueError, "temperature got inf"),
+        (jnp.ones(3), ValueError, r"temperature got shape \(3,\); pass one number, or one for each token, \(2,\)"),
+        (jnp.ones(2, bool), TypeError, "temperature got dtype bool; pass real numbers"),
+    ]:
+        with pytest.raises(error, match=message):
+            jliger.linear_logprobs(hidden, kernel, labels, temperature=temperature)

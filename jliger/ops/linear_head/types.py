@@ -109,6 +109,7 @@ class Operands(NamedTuple):
       labels: each token's column; negative if it is out of range.
       counted: which tokens count.
       class_weights: weights of the columns in label smoothing.
+      inverse_temperature: `1 / T`, which multiplies a token's logits after all else; None for 1.
       teacher_hidden, teacher_kernel, teacher_bias: a second head to compare with, for distillation.
       logits: the products, where an earlier pass kept them.
     """
@@ -121,6 +122,7 @@ class Operands(NamedTuple):
     labels: Any = None
     counted: Any = None
     class_weights: Float[Array, " V"] | None = None
+    inverse_temperature: Float[Array, "*B"] | None = None
     teacher_hidden: Float[Array, "*B G"] | None = None
     teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"] | None = None
     teacher_bias: Float[Array, " V"] | None = None
@@ -168,6 +170,7 @@ DIMS: Mapping[str, str] = {
     "labels": "t",
     "counted": "t",
     "class_weights": "v",
+    "inverse_temperature": "t",
     "teacher_hidden": "tg",
     "teacher_kernel": "gv",
     "teacher_bias": "v",

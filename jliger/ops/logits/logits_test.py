@@ -29,6 +29,9 @@ def in_float64(product, block, logit_map, coefficients):
         if logit_map.softcap is not None:
             tanh = np.tanh(logits / logit_map.softcap)
             logits, slope = logit_map.softcap * tanh, logit_map.scale * (1 - tanh**2)
+        if block.inverse_temperature is not None:
+            by_row = np.asarray(block.inverse_temperature, np.float64)[:, None]
+            logits, slope = logits * by_row, slope * by_row
     u = np.ones(product.shape[1]) if u is None else u
     weighted_sum = np.where(inside, logits * u, 0).sum(1)
     is_label = (columns == labels[:, None]) & inside
@@ -116,19 +119,22 @@ BRANCHES = {
     "vectors": [False, True],
     "with_lse_and_smoothing": [False, True],
     "softcap": [None, 3.0],
+    "temperature": [False, True],
 }
 
 
 def every_branch():
     """All combinations; those not needed to cover every pair of values are marked exhaustive."""
-    often = [tuple(row.values()) for row in every_pair(BRANCHES)]
+    often = [tuple(row[name] for name in BRANCHES) for row in every_pair(BRANCHES)]
     for branch in itertools.product(*BRANCHES.values()):
         yield pytest.param(*branch, marks=[] if branch in often else [pytest.mark.exhaustive])
 
 
 @pytest.mark.parametrize(list(BRANCHES), [*every_branch()])
-def test_every_branch(by_logit, vectors, with_lse_and_smoothing, softcap, implementation):
+def test_every_branch(by_logit, vectors, with_lse_and_smoothing, softcap, temperature, implementation):
     product, block = make_block(37, padding=3, bias=vectors, class_weights=vectors)
+    if temperature:
+        block = block._replace(inverse_temperature=jnp.linspace(0.3, 2, ROWS, dtype=jnp.float32))
     coefficients = make_coefficients(by_lse=with_lse_and_smoothing, smoothing=with_lse_and_smoothing, by_logit=by_logit)
     wanted = StatsWanted(with_lse_and_smoothing, by_logit)
     check_rows(implementation, product, block, LogitMap(0.7, softcap, 37), coefficients, wanted=wanted)

@@ -22,7 +22,7 @@ def row_stats(
 ) -> RowStats:
     outputs = call_kernel(
         kernels.row_stats_kernel,
-        [product, *_block_operands(block)],
+        [product, *block],
         _stats_types(product, wanted),
         name="jliger_row_stats",
         flops=5 * product.size,
@@ -46,7 +46,7 @@ def row_grads(
 ) -> Float[Array, "T V"]:
     (grads,) = call_kernel(
         kernels.row_grads_kernel,
-        [product, *_block_operands(block), row_max, log_sum, *coefficients],
+        [product, *block, row_max, log_sum, *coefficients],
         [jax.ShapeDtypeStruct(product.shape, dtype)],
         name="jliger_row_grads",
         flops=5 * product.size,
@@ -69,7 +69,7 @@ def row_stats_and_grads(
 ) -> tuple[RowStats, Float[Array, "T V"]]:
     *stats, grads = call_kernel(
         kernels.row_stats_and_grads_kernel,
-        [product, *_block_operands(block), *coefficients],
+        [product, *block, *coefficients],
         [*_stats_types(product, wanted), jax.ShapeDtypeStruct(product.shape, dtype)],
         name="jliger_row_stats_and_grads",
         flops=10 * product.size,
@@ -95,10 +95,6 @@ def _launch(product: Float[Array, "T V"], logit_map: LogitMap, *, passes: int) -
         "SHAPE": Shape(stride, logit_map.width, logit_map.scale, logit_map.softcap),
         "TILE": tile,
     }
-
-
-def _block_operands(block: Block) -> list[Array | None]:
-    return [block.bias, block.class_weights, block.labels]
 
 
 def _stats_types(product: Float[Array, "T V"], wanted: StatsWanted) -> list[jax.ShapeDtypeStruct | None]:

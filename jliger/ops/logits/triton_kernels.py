@@ -155,6 +155,7 @@ def row_stats_kernel(
     bias_ptr,  # [V] or None
     class_weights_ptr,  # [V] or None
     labels_ptr,  # [T]
+    inverse_temperature_ptr,  # [T] or None
     max_ptr,  # [T], written
     log_sum_ptr,  # [T], written
     label_logit_ptr,  # [T], written
@@ -166,7 +167,8 @@ def row_stats_kernel(
 ):
     # 64 bits: index · stride exceeds 32 bits for more than 2³¹ logits.
     index = tl.program_id(0).to(tl.int64)
-    row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr)
+    inverse_temperature = load_or_none(inverse_temperature_ptr, index)
+    row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr, inverse_temperature)
     stats = _Stats(max_ptr, log_sum_ptr, label_logit_ptr, prediction_ptr, weighted_sum_ptr, mean_logit_ptr)
     _store_stats_of_row(stats, index, row, tl.load(labels_ptr + index), SHAPE, TILE)
 
@@ -177,6 +179,7 @@ def row_grads_kernel(
     bias_ptr,  # [V] or None
     class_weights_ptr,  # [V] or None
     labels_ptr,  # [T]
+    inverse_temperature_ptr,  # [T] or None
     max_ptr,  # [T]
     log_sum_ptr,  # [T]
     probability_ptr,  # [T]
@@ -189,7 +192,8 @@ def row_grads_kernel(
     TILE: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr)
+    inverse_temperature = load_or_none(inverse_temperature_ptr, index)
+    row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr, inverse_temperature)
     coefficients = _Coefficients(
         probability_ptr, label_coefficient_ptr, probability_lse_ptr, smoothing_ptr, probability_logit_ptr
     )
@@ -205,6 +209,7 @@ def row_stats_and_grads_kernel(
     bias_ptr,  # [V] or None
     class_weights_ptr,  # [V] or None
     labels_ptr,  # [T]
+    inverse_temperature_ptr,  # [T] or None
     probability_ptr,  # [T]
     label_coefficient_ptr,  # [T]
     probability_lse_ptr,  # [T] or None
@@ -221,7 +226,8 @@ def row_stats_and_grads_kernel(
     TILE: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr)
+    inverse_temperature = load_or_none(inverse_temperature_ptr, index)
+    row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr, inverse_temperature)
     label = tl.load(labels_ptr + index)
     # Loaded before the first pass, so that the second pass does not wait for them.
     coefficients = _Coefficients(

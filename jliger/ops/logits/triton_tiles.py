@@ -60,11 +60,12 @@ class Shape(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Pointers to the arrays of one row, `[V]` each; None for an array that the call does not have."""
+    """Pointers to one row's arrays, `[V]` each, and its inverse temperature; None for what the call does not have."""
 
     product: Any
     bias: Any
     class_weights: Any
+    inverse_temperature: Any = None
 
 
 class Softmax(NamedTuple):
@@ -191,6 +192,9 @@ def load_logits(row, columns, inside, SHAPE: tl.constexpr, EVICTION: tl.constexp
         tanh = _tanh(logits / SHAPE.softcap)
         logits = SHAPE.softcap * tanh
         dlogit_dproduct = SHAPE.scale * (1 - tanh * tanh)
+    if row.inverse_temperature is not None:
+        logits *= row.inverse_temperature
+        dlogit_dproduct *= row.inverse_temperature
     return logits, dlogit_dproduct
 
 

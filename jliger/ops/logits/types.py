@@ -56,11 +56,13 @@ class Block(NamedTuple):
       bias: added to the logits, or None.
       class_weights: `u`, or None for 1.
       labels: each label's column in this block. A value outside `[0, V)` means that the label is not in this block.
+      inverse_temperature: multiplies each row's logits after scale and softcap, `[T]`; None for 1.
     """
 
     bias: Float[Array, " V"] | None
     class_weights: Float[Array, " V"] | None
     labels: Int[Array, " T"]
+    inverse_temperature: Float[Array, " T"] | None = None
 
 
 class LogitMap(NamedTuple):

@@ -85,6 +85,9 @@ def _logits(
     if logit_map.softcap is not None:
         tanh = jnp.tanh(logits / logit_map.softcap)
         logits, dlogit_dproduct = logit_map.softcap * tanh, dlogit_dproduct * (1 - tanh * tanh)
+    if block.inverse_temperature is not None:
+        by_row = block.inverse_temperature[:, None]
+        logits, dlogit_dproduct = logits * by_row, dlogit_dproduct * by_row
     columns = jax.lax.broadcasted_iota(jnp.int32, product.shape, 1)
     inside = columns < logit_map.width
     return jnp.where(inside, logits, -jnp.inf), dlogit_dproduct, inside

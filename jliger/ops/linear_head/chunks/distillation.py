@@ -70,8 +70,8 @@ def distillation_pass(
         result, grads = carry
         start = index * packed.chunk
         chunk = Chunk.make(packed.slots(start, size), operands, rows.alignment)
-        columns, block = blocks.block(blocks.full_span, chunk.labels)
-        teacher_columns, teacher_block = teacher_blocks.block(teacher_blocks.full_span, chunk.labels)
+        columns, block = blocks.block(blocks.full_span, chunk)
+        teacher_columns, teacher_block = teacher_blocks.block(teacher_blocks.full_span, chunk)
         assert chunk.teacher is not None
         products = Products(
             logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter),

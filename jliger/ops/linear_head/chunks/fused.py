@@ -45,7 +45,7 @@ def fused_pass(
         stats, grads = carry
         start = index * packed.chunk
         chunk = Chunk.make(packed.slots(start, size), operands, rows.alignment)
-        columns, block = blocks.block(blocks.full_span, chunk.labels)
+        columns, block = blocks.block(blocks.full_span, chunk)
         product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
         parts = (product, block, config.logit_map(vocab))
         arguments = chunk.take(per_token)

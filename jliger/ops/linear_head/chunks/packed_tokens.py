@@ -110,6 +110,7 @@ class Chunk(NamedTuple):
     labels: Int[Array, " C"]
     adapted: Float[Array, "C R"] | None
     teacher: Float[Array, "C G"] | None
+    inverse_temperature: Float[Array, " C"] | None = None
 
     @classmethod
     def make(cls, slots: Int[Array, " C"], operands: Operands, alignment: int) -> "Chunk":
@@ -121,7 +122,15 @@ class Chunk(NamedTuple):
         adapted, teacher = (
             None if array is None else rows(array) for array in (operands.adapted, operands.teacher_hidden)
         )
-        return cls(slots, rows(operands.hidden), _take(operands.labels, slots, -1), adapted, teacher)
+        inverse_temperature = operands.inverse_temperature
+        return cls(
+            slots=slots,
+            hidden=rows(operands.hidden),
+            labels=_take(operands.labels, slots, -1),
+            adapted=adapted,
+            teacher=teacher,
+            inverse_temperature=None if inverse_temperature is None else _take(inverse_temperature, slots, 0),
+        )
 
     def take(self, tree: Any) -> Any:
         """The chunk's rows of per-token arrays."""

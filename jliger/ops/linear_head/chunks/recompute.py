@@ -47,7 +47,7 @@ def recompute_pass(
         of_chunk = chunk.take((row_max, log_sum, coefficients))
 
         def block_step(span: Span, carry: Gradients) -> Gradients:
-            columns, block = blocks.block(span, chunk.labels)
+            columns, block = blocks.block(span, chunk)
             product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
             logit_grads = rows.row_grads(product, block, config.logit_map(span.width), *of_chunk, dtype=dtype)
             if wanted.hidden is not None:

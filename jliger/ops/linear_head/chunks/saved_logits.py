@@ -23,7 +23,7 @@ def stats_and_logits_pass(config: HeadConfig, operands: Operands) -> tuple[RowSt
     blocks = Blocks.make(config, operands.head, operands.hidden.dtype, rows.alignment)
     counted = _where_counted(operands)
     chunk = Chunk.make(jnp.arange(operands.labels.shape[0]), counted, rows.alignment)
-    columns, block = blocks.block(blocks.full_span, counted.labels)
+    columns, block = blocks.block(blocks.full_span, chunk)
     product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
     stats = rows.row_stats(product, block, config.logit_map(vocab), config.stats_wanted)
     empty = jax.tree.map(jnp.zeros_like, stats)._replace(prediction=jnp.full_like(stats.prediction, -1))
@@ -57,7 +57,7 @@ def saved_logits_pass(
     def step(size: int, index: Int[Array, ""] | int, grads: Gradients) -> Gradients:
         start = index * packed.chunk
         chunk = Chunk.make(packed.slots(start, size), counted, rows.alignment)
-        columns, block = blocks.block(blocks.full_span, chunk.labels)
+        columns, block = blocks.block(blocks.full_span, chunk)
         part = jax.lax.dynamic_slice_in_dim(product, start, size)
         logit_grads = rows.row_grads(part, block, config.logit_map(vocab), *chunk.take(per_token), dtype=dtype)
         return add_chunk(config, wanted, grads, chunk, columns, logit_grads)

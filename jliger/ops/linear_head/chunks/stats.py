@@ -39,7 +39,7 @@ def stats_pass(config: HeadConfig, operands: Operands, *, low_memory: bool) -> R
         chunk = Chunk.make(packed.slots(index * packed.chunk, size), operands, rows.alignment)
 
         def block_step(span: Span, merged: RowStats | None) -> RowStats:
-            columns, block = blocks.block(span, chunk.labels)
+            columns, block = blocks.block(span, chunk)
             product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
             result = rows.row_stats(product, block, config.logit_map(span.width), config.stats_wanted)
             result = result._replace(prediction=result.prediction + span.start)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 
 from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head.chunks.arrays import materialize, pad, write_block
+from jliger.ops.linear_head.chunks.packed_tokens import Chunk
 from jliger.ops.linear_head.types import Head, HeadConfig
 from jliger.ops.logits import Block
 
@@ -79,7 +80,7 @@ class Blocks:
 
         return jax.lax.fori_loop(1, self.num_blocks, whole_step, carry)
 
-    def block(self, span: Span, labels: Int[Array, " C"]) -> tuple[Head, Block]:
+    def block(self, span: Span, chunk: Chunk) -> tuple[Head, Block]:
         """The head's columns in `span`, and the `Block` for the row functions, with labels relative to the span."""
         head = self.head
         if self.num_blocks > 1:
@@ -90,7 +91,7 @@ class Blocks:
             kernel = part(head.kernel, self.config.vocab_dim)
             parts = Head(kernel, part(head.bias, 0), part(head.class_weights, 0), part(head.adapter, 1))
             head = _prepared(parts, self.dtype, self.alignment)
-        return head, Block(head.bias, head.class_weights, labels - span.start)
+        return head, Block(head.bias, head.class_weights, chunk.labels - span.start, chunk.inverse_temperature)
 
     def write(self, full: Array, part: Array, span: Span, vocab_dim: int, *, add: bool) -> Array:
         """`full` with a block's `part` written or added at `span`, without the part's padding."""

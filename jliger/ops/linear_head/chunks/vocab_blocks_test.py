@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jliger.ops.linear_head.chunks.packed_tokens import Chunk
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
 from jliger.ops.linear_head.types import Head, HeadConfig
 from jliger.ops.logits import StatsWanted
@@ -18,9 +19,10 @@ def test_each_column_is_in_one_block(vocab):
     columns = jnp.arange(vocab, dtype=jnp.float32)
     blocks = Blocks.make(config, Head(columns[:, None], columns, None), jnp.float32, 8, min(vocab, 128))
     labels = jnp.asarray([vocab - 1])
+    chunk = Chunk(slots=jnp.zeros(1, jnp.int32), hidden=jnp.zeros((1, 8)), labels=labels, adapted=None, teacher=None)
 
     def step(span, carry):
-        head, block = blocks.block(span, labels)
+        head, block = blocks.block(span, chunk)
         # After padding, widths are multiples of 64. The label is a column of the last block only.
         assert head.kernel.shape[0] == block.bias.size == span.width + (-span.width % 64 if span.width % 8 else 0)
         count, kernel, bias, label_column = carry
