@@ -33,10 +33,11 @@ def head(result: Record) -> list[str]:
     times = ", ".join(f"{name} {other['milliseconds']:.0f}" for name, other in others.items())
     return [
         f"**Memory.** Loss and gradients of 131,072 tokens need {own['extra_mib'] / 1024:.1f} GiB beside arguments and "
-        f"results; with full logits in bfloat16, {plain['extra_mib'] / 1024:.1f} GiB (H = 4096, V = 128256).",
+        f"results; with full logits in bfloat16, {plain['extra_mib'] / 1024:.1f} GiB by the compiler's account "
+        "(H = 4096, V = 128256).",
         f"**Speed.** 8,192 tokens take {fused['milliseconds']:.0f} ms on an H100 at the same sizes, "
-        f"{100 * fused['of_floor']:.0f} % of the speed of the matrix products alone. With their defaults {times} ms; "
-        f"PyTorch Liger at its best {fastest_liger(main)['milliseconds']:.0f} ms.",
+        f"{100 * fused['of_floor']:.0f} % of the speed of the matrix products alone. With default settings {times} ms; "
+        f"PyTorch Liger with its best chunk budget {fastest_liger(main)['milliseconds']:.0f} ms.",
     ]
 
 
@@ -64,8 +65,9 @@ def long_context(section: Record) -> str:
     full, fused = at["full"], at["jliger"]
     return (
         f"**Long context.** A training step of Llama 3.2 1B on one sequence of {longest:,} tokens peaks at "
-        f"{fused['peak_bytes'] / 1e9:.0f} GB instead of {full['peak_bytes'] / 1e9:.0f} GB, at "
-        f"{fused['tokens_per_second']:,.0f} tokens/s instead of {full['tokens_per_second']:,.0f} (one H200)."
+        f"{fused['peak_bytes'] / 2**30:.0f} GiB instead of {full['peak_bytes'] / 2**30:.0f} GiB, at "
+        f"{fused['tokens_per_second']:,.0f} tokens/s instead of {full['tokens_per_second']:,.0f} "
+        "(bfloat16 parameters and moments, one H200)."
     )
 
 
@@ -78,7 +80,8 @@ def post_training(result: Record) -> str:
     return (
         f"**Reinforcement learning.** A GRPO step of Llama 3.2 1B on {fused['sequences'] * fused['length']:,} tokens "
         f"peaks at {fused['peak_bytes'] / 2**30:.0f} GiB instead of {full['peak_bytes'] / 2**30:.0f} GiB, "
-        f"{100 * saved:.0f} % less, at {100 * speed:.0f} % of the speed (one H200)."
+        f"{100 * saved:.0f} % less, at {100 * speed:.0f} % of the speed "
+        f"(one H200, `{result['environment']['xla_flags']}`)."
     )
 
 
@@ -90,8 +93,8 @@ def mesh(result: Record) -> str:
     speeds = [f"{smallest[head]['tokens_per_second']:,.0f}" for head in ("jliger", "full")]
     return (
         f"**Several GPUs.** Llama 3 8B on four H200s trains with batches of up to {largest['jliger']:,} sequences "
-        f"instead of {largest['full']:,}, and as fast: {speeds[0]} and {speeds[1]} tokens/s at "
-        f"{smallest['full']['batch']} sequences."
+        f"instead of {largest['full']:,}. At {smallest['full']['batch']} sequences it processes {speeds[0]} tokens/s, "
+        f"with full logits {speeds[1]}."
     )
 
 

@@ -339,8 +339,12 @@ def _aux(total: Array | None, weighted: Array | None, rows: Array | None, weight
 def _checked(result: Any) -> tuple[Float[Array, ""], Float[Array, ""], Tree]:
     """Checks the result of `loss_fn`; returns the sum and the weight in the accumulator dtype, and aux."""
     if type(result) is not tuple or len(result) not in (2, 3):
-        microbatch_result = f"{len(result)} results" if type(result) is tuple else type(result).__name__
-        raise TypeError(f"loss_fn returned {microbatch_result}; return (sum, weight) or (sum, weight, aux).")
+        returned = type(result).__name__
+        if type(result) is tuple:
+            returned = f"{len(result)} results"
+        elif isinstance(result, jax.Array):
+            returned = "a single array"
+        raise TypeError(f"loss_fn returned {returned}; return (sum, weight) or (sum, weight, aux).")
     scalars = []
     for name, value in zip(("sum of losses", "weight"), result, strict=False):
         if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float):

@@ -33,6 +33,8 @@ def as_array(name: str, value: Any) -> jax.Array:
         instead = "pass one array of numbers, for example the result of jnp.asarray or jnp.stack."
     elif isinstance(value, Mapping):
         instead = "pass one of its arrays; the functions of jliger.linen take the variables of a layer."
+    elif isinstance(value, str):
+        instead = "pass an array."
     elif hasattr(value, "unbox"):
         instead = "pass the array in this box: flax.linen.meta.unbox removes all boxes."
     else:

@@ -18,7 +18,7 @@ def real_arrays(what: str, **arrays: Any) -> tuple[Array, ...]:
     """
     for name, array in arrays.items():
         _check_no_tuple(name, array)
-    result = {name: jnp.asarray(array) for name, array in arrays.items()}
+    result = {name: checks.as_array(name, array) for name, array in arrays.items()}
     first, shape = next((name, array.shape) for name, array in result.items())
     for name, array in result.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -45,7 +45,7 @@ def mask(name: str, value: Any, like: Array, what: str) -> Bool[Array, "..."]:
     """A bool array of the shape of `like`; all True if `value` is None."""
     if value is None:
         return jnp.ones_like(like, dtype=bool)
-    array = jnp.asarray(value)
+    array = checks.as_array(name, value)
     if array.dtype != np.dtype("bool"):
         raise TypeError(f"{name} got dtype {array.dtype}; pass bools (`{name} != 0`).")
     checks.check_shape(name, array, like.shape, what)

@@ -100,9 +100,9 @@ def kto(
     beta = coefficient("beta", beta, dtype, least=0)
     desirable_weight = coefficient("desirable_weight", desirable_weight, dtype, least=0)
     undesirable_weight = coefficient("undesirable_weight", undesirable_weight, dtype, least=0)
-    desirable = mask("desirable", jnp.asarray(desirable), logprobs, _BOOL_PER_SEQUENCE)
+    desirable = mask("desirable", checks.as_array("desirable", desirable), logprobs, _BOOL_PER_SEQUENCE)
     counted = mask("where", where, logprobs, _BOOL_PER_SEQUENCE)
-    kl = jnp.asarray(kl, dtype)
+    kl = checks.as_array("kl", kl).astype(dtype)
     if kl.ndim:
         checks.check_shape("kl", kl, logprobs.shape, "one number, or one per sequence")
     kl = sharded_like(logprobs, jnp.broadcast_to(kl, logprobs.shape))
