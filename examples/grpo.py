@@ -114,8 +114,8 @@ class Policy:
     def logprobs(self, model: LanguageModel, tokens: jax.Array) -> tuple[LinearLogprobs, jax.Array]:
         """Those `[B, T]` of the tokens after the first of `[B, T+1]`, and which of them are a completion's."""
         where = jnp.broadcast_to(jnp.arange(1, tokens.shape[1]) >= self.prompt_length, tokens[:, 1:].shape)
-        scale = 1 / self.config.temperature
-        return self.head.of_model(model, tokens[:, :-1], tokens[:, 1:], where, logit_scale=scale), where
+        temperature = self.config.temperature
+        return self.head.of_model(model, tokens[:, :-1], tokens[:, 1:], where, temperature=temperature), where
 
     def __call__(self, model: LanguageModel, batch: Tree) -> tuple[jax.Array, losses.PolicyMetrics]:
         """Loss and metrics."""

@@ -16,7 +16,7 @@ def operations(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> None:
     loss, metrics = jliger.fused_linear_cross_entropy(hidden, kernel, labels, label_smoothing=0.1, return_metrics=True)
     assert_type(loss, jax.Array)
     assert_type(metrics, jliger.CrossEntropyMetrics)
-    result = jliger.linear_logprobs(hidden, kernel, labels, where=labels != 0, chunk_size=128)
+    result = jliger.linear_logprobs(hidden, kernel, labels, where=labels != 0, temperature=0.7)
     assert_type(result.logprobs, jax.Array)
     jax.value_and_grad(jliger.fused_linear_cross_entropy, (0, 1))(hidden, kernel, labels)
 

@@ -434,6 +434,7 @@ ONES = {
         ({"labels": jnp.ones(3)}, TypeError, "labels got dtype float32"),
         ({"weights": jnp.ones(4)}, ValueError, r"weights got shape \(4,\)"),
         ({"chunk_size": 0}, ValueError, "chunk_size got 0"),
+        ({"teacher_adapter": None}, TypeError, "teacher_adapter is no option here; pass one of temperature, labels"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

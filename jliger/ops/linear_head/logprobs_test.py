@@ -359,3 +359,13 @@ def test_a_temperature_that_cannot_be_is_refused():
     ]:
         with pytest.raises(error, match=message):
             jliger.linear_logprobs(hidden, kernel, labels, temperature=temperature)
+
+
+def test_a_temperature_of_one_costs_nothing():
+    arguments = jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.zeros(2, jnp.int32)
+
+    def program(**options):
+        return list(equations(jax.make_jaxpr(lambda *arrays: jliger.linear_logprobs(*arrays, **options))(*arguments)))
+
+    without, one, other = program(), program(temperature=1.0), program(temperature=2.0)
+    assert len(one) == len(without) < len(other)
