@@ -42,7 +42,7 @@ def compute_capability(capability: int) -> contextlib.AbstractContextManager[Non
             exported = jax.export.export(
                 jax.jit(loss),
                 platforms=["cuda"],
-                disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call")],
+                disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(jax_triton.CUSTOM_CALL_TARGET_NAME)],
             )(*shapes)
     """
     if not isinstance(capability, int) or not 80 <= capability < 1000:

@@ -284,3 +284,25 @@ def test_export_for_several_devices(kind, reduction):
         exported = jax.export.export(function)(sharded)
         assert exported.nr_devices == jax.device_count()
         assert_same(jax.jit(exported.call)(sharded), function(sharded))
+
+
+def test_second_derivatives_in_forward_mode():
+    """Of arrays on one device in a process that has several, and over Auto axes."""
+    hidden, kernel = jnp.cos(jnp.arange(32.0)).reshape(8, 4), jnp.sin(jnp.arange(24.0)).reshape(4, 6)
+    labels, tangent = jnp.arange(8) % 6, jnp.ones((8, 4))
+
+    def loss(hidden):
+        return jliger.fused_linear_cross_entropy(hidden, kernel, labels, implementation="xla", precision="highest")
+
+    def expected(hidden):
+        return -jnp.mean(jax.nn.log_softmax(jnp.dot(hidden, kernel, precision="highest"))[jnp.arange(8), labels])
+
+    def second(loss):
+        return jax.jit(lambda hidden, tangent: jax.jvp(jax.grad(loss), (hidden,), (tangent,))[1])
+
+    wanted = second(expected)(hidden, tangent)
+    np.testing.assert_allclose(second(loss)(hidden, tangent), wanted, rtol=1e-4, atol=1e-6)
+    mesh = PLACES["dp"].mesh("auto")
+    with jax.set_mesh(mesh):
+        arrays = jax.device_put((hidden, tangent), NamedSharding(mesh, P("data")))
+        np.testing.assert_allclose(second(loss)(*arrays), wanted, rtol=1e-4, atol=1e-6)

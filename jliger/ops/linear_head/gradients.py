@@ -127,15 +127,15 @@ token_stats.defvjp(_token_stats_fwd, _token_stats_bwd, symbolic_zeros=True)
 
 
 def _run(loss_pass: LossPass, operands: Operands, *per_token: Any) -> Result:
-    def run(config: HeadConfig, examples: Any, operands: Operands, per_token: Any) -> Result:
-        return sharding.run(dataclasses.replace(loss_pass, config=config, examples=examples), operands, per_token)
+    def run(examples: Any, operands: Operands, per_token: Any) -> Result:
+        return sharding.run(dataclasses.replace(loss_pass, examples=examples), operands, per_token)
 
-    config = loss_pass.config
-    # Triton's kernels cannot be differentiated. Where lowering chooses, tangents are XLA's on every platform.
-    in_xla = dataclasses.replace(config, implementation="xla")
-    once = once_differentiable(
-        functools.partial(run, in_xla, ()), vmappable(functools.partial(run, config)), config.implementation
-    )
+    def run_differentiably(operands: Operands, per_token: Any) -> Result:
+        # Neither Triton's kernels nor custom_partitioning have derivatives: tangents are XLA's on every platform.
+        in_xla = dataclasses.replace(loss_pass.config, implementation="xla")
+        return sharding.run(dataclasses.replace(loss_pass, config=in_xla), operands, per_token, partition=False)
+
+    once = once_differentiable(run_differentiably, vmappable(run), loss_pass.config.implementation)
     return once(operands, per_token)
 
 

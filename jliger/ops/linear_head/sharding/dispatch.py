@@ -16,14 +16,18 @@ from jliger.ops.linear_head.sharding.shard import run_on_shard
 from jliger.ops.linear_head.types import Differentiable, Gradients, HeadConfig, Operands
 
 
-def run(loss_pass: LossPass, operands: Operands, per_token: Any) -> Result:
-    """Runs the pass on tokens with any leading dimensions and operands of any sharding."""
+def run(loss_pass: LossPass, operands: Operands, per_token: Any, *, partition: bool = True) -> Result:
+    """Runs the pass on tokens with any leading dimensions and operands of any sharding.
+
+    `custom_partitioning` has no derivative. Without `partition`, XLA partitions the loops over Auto axes itself. That has
+    derivatives, but may gather operands.
+    """
     mesh = mesh_of(operands.hidden, operands.kernel, operands.labels)
     if mesh.manual_axes:
         return _run_manual(loss_pass, mesh, operands, per_token)
     if is_explicit(mesh):
         return _run_explicit(loss_pass, mesh, operands, per_token)
-    if jax.device_count() > 1 and operands.labels.ndim:
+    if partition and jax.device_count() > 1 and operands.labels.ndim:
         from jliger.ops.linear_head.sharding.auto import run_partitioned
 
         return run_partitioned(loss_pass, operands, per_token)
