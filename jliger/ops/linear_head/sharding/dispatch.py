@@ -19,8 +19,8 @@ from jliger.ops.linear_head.types import Differentiable, Gradients, HeadConfig, 
 def run(loss_pass: LossPass, operands: Operands, per_token: Any, *, partition: bool = True) -> Result:
     """Runs the pass on tokens with any leading dimensions and operands of any sharding.
 
-    `custom_partitioning` has no derivative. Without `partition`, XLA partitions the loops over Auto axes itself. That has
-    derivatives, but may gather operands.
+    `custom_partitioning` has no derivative. Without `partition`, XLA partitions the loops over Auto axes itself. That
+    has derivatives, but may gather operands.
     """
     mesh = mesh_of(operands.hidden, operands.kernel, operands.labels)
     if mesh.manual_axes:
