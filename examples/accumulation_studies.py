@@ -228,7 +228,7 @@ class Way:
 
 
 def ways_of_training(microbatches: int) -> list[Way]:
-    """The first is what the others are held against."""
+    """The others are compared with the first."""
     return [
         Way("full"),
         Way("full", microbatches),

@@ -36,7 +36,7 @@ GIB = 2**30
 
 
 class Run(NamedTuple):
-    """One process of `long-context`: a head, what memory is limited to, and the lengths to measure in turn."""
+    """One process of `long-context`: a head, what memory is limited to, and the lengths to measure."""
 
     head: str
     limit_gb: float | None

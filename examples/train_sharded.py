@@ -91,7 +91,7 @@ def jliger_loss(
 def loss_and_gradients(
     loss_of: Callable[..., jax.Array], params: Tree, tokens: jax.Array, end_of_text: int, parts: int, specs: Tree
 ) -> tuple[jax.Array, Tree]:
-    """Mean loss and its gradients over `[B, T+1]` tokens, gone through in `parts` and summed in float32.
+    """Mean loss and its gradients over `[B, T+1]` tokens, computed in `parts` microbatches and summed in float32.
 
     Each part divides by the token count of the whole batch: means of parts whose counts differ would not average to
     the batch's mean.
@@ -103,7 +103,7 @@ def loss_and_gradients(
         return of_part(params, batch)
 
     def split(array: jax.Array) -> jax.Array:
-        # Every parts-th sequence, so that each device's own are spread over the parts and none moves.
+        # A microbatch is every parts-th sequence: each device keeps its own, and none moves.
         return with_sharding_constraint(array.reshape(-1, parts, array.shape[1]).swapaxes(0, 1), P(None, BATCH, None))
 
     def add(sums: Any, part: Any) -> tuple[Any, None]:
@@ -359,7 +359,7 @@ def measure(
 
 
 def benchmark(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus: Corpus) -> None:
-    """Measures each batch size in turn, ascending, and writes the records after each.
+    """Measures the batch sizes in ascending order, and writes the records after each.
 
     A device's peak memory can't be reset, but a larger batch's is larger: in this order each peak is its own batch's.
     """
@@ -479,7 +479,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=count, default=30, metavar="N", help="optimizer steps (%(default)s)")
     add("--batch", type=count, nargs="+", metavar="N", help=f"sequences per step, over all devices ({batches})")
     add("--length", type=count, metavar="N", help=f"tokens per sequence ({lengths})")
-    add("--accumulate", type=count, default=1, metavar="K", help="parts that a batch is gone through in (%(default)s)")
+    add("--accumulate", type=count, default=1, metavar="K", help="microbatches per step (%(default)s)")
     add("--learning-rate", type=number, metavar="X", help=f"the highest, after warmup ({learning_rates})")
     add("--warmup-steps", type=count_or_zero, metavar="N", help="steps up to it (a third of the steps, at most 10)")
     add("--weight-decay", type=number_or_zero, default=0.1, metavar="X", help="of AdamW (%(default)s)")

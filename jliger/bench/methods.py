@@ -74,7 +74,7 @@ def bound(shape: Shape) -> Bound:
 
 
 def recomputed_bound(shape: Shape, kernel_dtype: str) -> Bound:
-    """The bound of the recompute form: logits are computed and read twice, and a float32 kernel is cast twice."""
+    """The bound of the recompute pass: logits are computed and read twice, and a float32 kernel is cast twice."""
     casts = 2 if kernel_dtype == "float32" else 0
     return Bound((THREE, ONE), 3 * shape.logit_bytes + casts * shape.cast_bytes)
 

@@ -20,8 +20,8 @@ class MedusaHeads(nn.Module):
 
     The model's head predicts the next token, $t + 1$. Head $i = 1 \ldots K$ here predicts token $t + i + 1$ from the
     same hidden state: through residual blocks $x + \mathrm{silu}(x W + b)$, which begin as the identity, and a head of
-    its own. Heads are gone through one after the other, each one's gradients taken along with its loss. So memory
-    beside parameters and their gradients does not grow with $K$ (float16 excepted).
+    its own. The loss is computed head by head, each with its gradients, so memory beside parameters and their
+    gradients does not grow with $K$ (except in float16).
 
     Stage 1 of Medusa freezes the model: with hidden states that are not differentiated, or behind
     `jax.lax.stop_gradient`, no gradient of them is computed, and heads and blocks still learn. Stage 2 adds this loss,

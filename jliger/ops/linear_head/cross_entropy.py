@@ -178,8 +178,8 @@ def fused_linear_cross_entropy(
       reduction: `"mean"` divides the weighted sum by the weights of the tokens that count (with `class_weights`, its
         cross-entropy part by the sum of weight times `w_y`, as PyTorch does), and gives 0 where that is 0; `"sum"`
         doesn't divide; `"none"` gives each token's weighted loss.
-      normalizer: with `"mean"`, what to divide by instead, such as the token count of a batch that is gone through in
-        parts. It carries no gradient.
+      normalizer: with `"mean"`, the divisor to use instead, such as the global token count when accumulating
+        microbatches. It carries no gradient.
       return_metrics: also return `CrossEntropyMetrics`.
       logits_dtype: what logits are rounded to before the loss reads them, in both passes; None for hidden's dtype.
       precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.

@@ -155,8 +155,8 @@ def fused_linear_kl(
       student_adapter: a `jliger.LinearAdapter` of `student_kernel`.
       reduction: `"mean"`, the default, divides the weighted sum by the weights of the tokens that count, and gives 0
         where that is 0; `"sum"` doesn't divide.
-      normalizer: with `"mean"`, what to divide by instead, such as the token count of a batch that is gone through in
-        parts. It carries no gradient.
+      normalizer: with `"mean"`, the divisor to use instead, such as the global token count when accumulating
+        microbatches. It carries no gradient.
       return_metrics: also return `DistillationMetrics`.
       logits_dtype: what both models' logits are rounded to before they are compared; None for the dtypes of their
         hidden states.

@@ -179,7 +179,7 @@ def test_frozen_arguments(names, reduction, implementation):
     assert_rule_of_two(result, unfused(problem), {name: exact(problem)[name] for name in names})
 
 
-# Products of one chunk: logits, twice in the recompute form, and one for each gradient but the bias's.
+# Products of one chunk: logits, twice in the recompute pass, and one for each gradient but the bias's.
 @pytest.mark.parametrize(("reduction", "logits"), [("mean", 1), ("none", 2)])
 @pytest.mark.parametrize("names", SUBSETS, ids="-".join)
 def test_nothing_is_computed_for_a_frozen_argument(names, reduction, logits, implementation):

@@ -17,13 +17,13 @@ Kernel = Float[Array, "H V"] | Float[Array, "V H"]
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig:
-    """A teacher's head, and by what the head's distribution is held against the teacher's.
+    """The teacher's head, and how the student is compared with it.
 
     Attributes:
-      head: how the teacher's logits come about.
+      head: how the teacher's logits are computed.
       beta: as in `jliger.ops.logits.distillation_types.DistillationMap`.
       temperature: divides the logits of both.
-      with_labels: whether labels have a say too.
+      with_labels: whether the loss has a cross entropy with labels, too.
     """
 
     head: "HeadConfig"

@@ -72,7 +72,7 @@ def test_the_loss_and_its_coefficients(z_loss, smoothing, with_class_weights):
 
 
 def test_coefficients_need_nothing_but_weights_and_labels():
-    # Coefficients are known before the logits: the forward form passes them to the launch that computes the statistics.
+    # Coefficients are known before the logits: the fused pass passes them to the launch that computes the statistics.
     _, labels, u, weights = make(True)
     loss = CrossEntropy(0.1, 0.1, VOCAB)
     result = jax.jit(loss.coefficients)(labels_of(labels, u), weights)

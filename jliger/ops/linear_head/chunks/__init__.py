@@ -2,12 +2,12 @@
 
 XLA computes the matrix products; a backend (Triton or XLA) computes the row functions on each chunk's logits.
 
-Gradients are computed in one of two forms. The *forward form* loops over chunks of tokens with all columns. It computes
+Gradients are computed by one of two passes. The *fused pass* loops over chunks of tokens with all columns. It computes
 the gradients together with the loss, whose coefficients must be known beforehand: three matrix products. The *recompute
-form* loops over larger chunks of tokens and, inside, over blocks of columns. It needs the statistics of an earlier pass
+pass* loops over larger chunks of tokens and, inside, over blocks of columns. It needs the statistics of an earlier pass
 (`stats_pass`): four products in total, and the least memory.
 
-In distillation, the forward form computes both models' logits in each chunk, and the student's gradients: four
+In distillation, the fused pass computes both models' logits in each chunk, and the student's gradients: four
 products.
 
 Uncounted tokens are not computed. Each chunk gathers counted tokens, and the number of iterations depends on how many

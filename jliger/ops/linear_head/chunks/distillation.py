@@ -1,4 +1,4 @@
-"""The forward form for distillation: both models' logits in each chunk, and gradients of the student only."""
+"""The fused pass for distillation: both models' logits in each chunk, and gradients of the student only."""
 
 from collections.abc import Callable
 from typing import NamedTuple

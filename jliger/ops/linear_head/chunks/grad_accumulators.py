@@ -1,4 +1,4 @@
-"""Gradient accumulators of the forward form: token gradients are written per chunk, the head's summed over chunks."""
+"""Gradient accumulators of the fused pass: token gradients are written per chunk, the head's summed over chunks."""
 
 import numpy as np
 from jaxtyping import Array, Float

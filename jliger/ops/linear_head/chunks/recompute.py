@@ -1,4 +1,4 @@
-"""The recompute form: gradients for any cotangents, given the statistics; three more products, and the least memory."""
+"""The recompute pass: gradients for any cotangents, given the statistics; three more products, and the least memory."""
 
 from jaxtyping import Array, Float, Int
 

@@ -8,7 +8,7 @@ from jliger.ops.linear_head.types import HeadConfig
 
 
 def forward_chunk(config: HeadConfig, num_tokens: int, vocab: int) -> int:
-    """Tokens per chunk in the forward form, which computes all columns.
+    """Tokens per chunk in the fused pass, which computes all columns.
 
     Each chunk reads and writes the float32 sum of kernel gradients. On an H200, the kernel-gradient product takes
     longer than that from about 735 tokens on. The minimum of 2048 is well above; the size grows up to 8192 while logits
@@ -20,14 +20,14 @@ def forward_chunk(config: HeadConfig, num_tokens: int, vocab: int) -> int:
 
 
 def stats_chunk(config: HeadConfig, num_tokens: int, vocab: int) -> int:
-    """Tokens per chunk for statistics within the recompute form's memory: all columns, 0.5 GiB of logits."""
+    """Tokens per chunk for statistics within the recompute pass's memory: all columns, 0.5 GiB of logits."""
     return even_chunk(
         num_tokens, config.chunk_size or _within(config, vocab, gpu=(28, 128, 8192), other=(23, 128, 1024))
     )
 
 
 def recompute_tile(config: HeadConfig, num_tokens: int, vocab: int) -> tuple[int, int]:
-    """Tokens per chunk and columns per block in the recompute form.
+    """Tokens per chunk and columns per block in the recompute pass.
 
     Each chunk adds to the gradient of the whole kernel, so chunks are large, to have few of them. Blocks have as many
     columns as then fit in about 0.5 GiB, together with the chunk's hidden states and their gradient.

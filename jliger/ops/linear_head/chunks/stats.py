@@ -1,4 +1,4 @@
-"""Statistics of every token, with one product: for a loss without gradients, and before the recompute form."""
+"""Statistics of every token, with one product: for a loss without gradients, and before the recompute pass."""
 
 from typing import NamedTuple
 
