@@ -109,7 +109,7 @@ def all_pair_kernels(branch):
         stats = rows.distillation_stats(products, block, distillation_map)
         divergence = rows.distillation_divergence(products, block, distillation_map, stats)
         grads = rows.distillation_grads(
-            products, block, distillation_map, stats, divergence.slope, coefficients, dtype=dtype
+            products, block, distillation_map, stats, divergence.q_sum, coefficients, dtype=dtype
         )
         at_once = rows.distillation_stats_and_grads(products, block, distillation_map, coefficients, dtype=dtype)
         return stats, divergence, grads, at_once
