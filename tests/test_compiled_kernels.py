@@ -166,7 +166,7 @@ def test_every_branch_of_every_kernel_of_pairs(branch, tmp_path):
     call, shapes = all_pair_kernels(branch)
     found = launches(lowered(call, *shapes, capability=branch["capability"]))
     kinds = ("stats", "divergence", "grads", "stats_and_grads")
-    assert [launch.name for launch in found] == [f"pair_{kind}_kernel" for kind in kinds]
+    assert [launch.name for launch in found] == [f"distillation_{kind}_kernel" for kind in kinds]
     for launch in found:
         assemble(launch.ptx, branch["capability"], tmp_path)
         assert_writes_its_results_alone(launch)
