@@ -102,7 +102,7 @@ def test_inside_a_model_with_other_losses(reduction, implementation):
     def model(loss_fn, mix, inputs):
         hidden = jnp.tanh(inputs["hidden"] @ mix)
         losses = loss_fn(hidden, inputs["kernel"], problem.labels, bias=inputs["bias"], **problem.options)
-        # The kernel is tied: it has another use, so that its gradient is a sum. The loss goes through a function.
+        # The kernel is tied: its second use makes its gradient a sum. The sine makes cotangents differ.
         return jnp.sum(jnp.sin(losses) * problem.cotangent) + 1e-2 * jnp.sum(hidden @ inputs["kernel"])
 
     ours = functools.partial(jliger.fused_linear_cross_entropy, implementation=implementation)
@@ -164,7 +164,7 @@ def test_second_derivatives_in_forward_mode(name, implementation):
 @pytest.mark.parametrize(
     ("names", "reduction"),
     [
-        # All three in either form; of the others, forms in turn.
+        # All three with both passes; the others alternate between the passes.
         pytest.param(names, reduction, marks=[] if (i + j) % 2 or len(names) == 3 else [pytest.mark.exhaustive])
         for i, names in enumerate(SUBSETS)
         for j, reduction in enumerate(REDUCTIONS)
