@@ -45,7 +45,8 @@ def fused_linear_cross_entropy(
     lse = jax.nn.logsumexp(logits, axis=-1)
     w = jnp.ones((vocab_size,), dtype) if class_weights is None else jax.lax.stop_gradient(class_weights).astype(dtype)
     nll = -jnp.take_along_axis(log_probs, safe[..., None], axis=-1)[..., 0]
-    cross_entropy = (1 - label_smoothing) * w[safe] * nll - label_smoothing * jnp.mean(w * log_probs, axis=-1)
+    weighted = jnp.broadcast_to(w, log_probs.shape) * log_probs
+    cross_entropy = (1 - label_smoothing) * w[safe] * nll - label_smoothing * jnp.mean(weighted, axis=-1)
     cross_entropy = jnp.where(inside, cross_entropy, jnp.nan)
     token_weights = 1.0 if weights is None else jax.lax.stop_gradient(weights).astype(dtype)
     token_weights = jnp.where(counted, token_weights, 0)
@@ -63,7 +64,7 @@ def fused_linear_cross_entropy(
         z_losses = jnp.where(by_weight == 0, 0, z_losses.sum() / jnp.where(by_weight == 0, 1, by_weight))
     loss = cross_entropy + z_losses
     predictions = jnp.where(counted, jnp.argmax(logits, axis=-1).astype(jnp.int32), -1)
-    correct = (token_weights * (predictions == labels)).sum()
+    correct = jnp.sum(token_weights, where=predictions == labels)
     accuracy = jnp.where(weight == 0, 0, correct / jnp.where(weight == 0, 1, weight))
     metrics = CrossEntropyMetrics(weight, cross_entropy, z_losses, accuracy, predictions)
     return (loss, jax.lax.stop_gradient(metrics)) if return_metrics else loss
@@ -140,7 +141,7 @@ def fused_linear_jsd(
         return jnp.where(denominator == 0, 0, total / jnp.where(denominator == 0, 1, denominator))
 
     def share_of_weight(true: Bool[Array, "*B"]) -> Float[Array, ""]:
-        return jnp.where(weight == 0, 0, (token_weights * true).sum() / jnp.where(weight == 0, 1, weight))
+        return jnp.where(weight == 0, 0, jnp.sum(token_weights, where=true) / jnp.where(weight == 0, 1, weight))
 
     divergence, cross_entropy = reduced(_divergence(beta, log_p, log_r)), reduced(cross_entropy)
     with_labels = not isinstance(hard_weight, int | float) or hard_weight != 0

@@ -13,6 +13,7 @@ from flax import linen, nnx
 
 import jliger
 from jliger.testing.oracle import EXAMPLES
+from jliger.testing.promotion import promoting, with_promotion
 
 ROWS, LENGTH, SIZE, VOCAB = 24, 5, 6, 17
 
@@ -85,6 +86,7 @@ def whole(sums, params, batch):
 
 @functools.cache
 def _whole(sums):
+    @with_promotion
     def mean(params, batch):
         loss, weight = sums(params, batch)
         return loss / jnp.maximum(weight, 1e-30)
@@ -260,7 +262,7 @@ def test_the_loop_is_one_and_the_loss_is_traced_twice():
 
 
 def test_donated_buffers_are_taken_over():
-    optimizer = optax.adam(1e-2)
+    optimizer = promoting(optax.adam(1e-2))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, batch):
@@ -313,7 +315,7 @@ def test_each_way_to_reduce_aux():
             "nothing": None,
             "means": {"mean": jnp.mean(rows), "of nothing": jnp.where(rows.sum() < 10, jnp.nan, 1.0)},
         }
-        return jnp.sum(x * rows), jnp.where(rows.sum() < 10, 0, rows.size), aux
+        return jnp.sum(x * rows.astype(x.dtype)), jnp.where(rows.sum() < 10, 0, rows.size), aux
 
     rows = jnp.arange(8, dtype=jnp.int8)
     kinds = {"rows": "concatenate", "bools": "sum", "nothing": "sum", "means": "mean"}
@@ -360,11 +362,12 @@ def test_several_arguments_of_each_kind():
     def sums(scale, tokens, params, labels, *, power, name):
         assert name == "a name"
         loss, weight = optax_sums(params, {"tokens": tokens, "labels": labels})
-        return loss * scale**power, weight
+        return loss * scale ** jnp.float32(power), weight
 
     params, batch = make_params(), make_batch(LENGTHS["unequal"])
     args = jnp.float32(1.5), batch["tokens"], params, batch["labels"]
 
+    @with_promotion
     def mean(scale, tokens, params, labels):
         loss, weight = sums(scale, tokens, params, labels, power=2, name="a name")
         return loss / weight

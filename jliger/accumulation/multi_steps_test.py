@@ -11,6 +11,7 @@ from flax import linen, nnx
 from flax.training.train_state import TrainState
 
 import jliger
+from jliger.testing.promotion import promoting, with_promotion
 
 SIZE = 5
 # The numbers of rows in the calls of 4 updates.
@@ -23,10 +24,17 @@ def rows_of_calls(seed=0):
     return [[jnp.asarray(rng.normal(size=(count, SIZE + 1))) for count in counts] for counts in CALLS]
 
 
+adam, adamw, sgd = (
+    lambda *args, make=make, **options: promoting(make(*args, **options))
+    for make in (optax.adam, optax.adamw, optax.sgd)
+)
+
+
 def random_like(tree, seed):
     return jax.tree.map(lambda leaf: jax.random.normal(jax.random.key(seed), leaf.shape, leaf.dtype), tree)
 
 
+@with_promotion
 def loss(params, rows):
     return jnp.mean(jnp.square(jnp.tanh(rows[:, :-1] @ params["kernel"]) + params["bias"] - rows[:, -1]))
 
@@ -59,9 +67,9 @@ def schedule():
 
 
 OPTIMIZERS = {
-    "sgd": lambda: optax.sgd(schedule()),
-    "clipped adamw": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(schedule(), weight_decay=0.1)),
-    "momentum": lambda: optax.apply_if_finite(optax.sgd(schedule(), momentum=0.9), 3),
+    "sgd": lambda: sgd(schedule()),
+    "clipped adamw": lambda: optax.chain(optax.clip_by_global_norm(0.1), adamw(schedule(), weight_decay=0.1)),
+    "momentum": lambda: optax.apply_if_finite(sgd(schedule(), momentum=0.9), 3),
 }
 
 
@@ -78,14 +86,16 @@ def test_unweighted_means_are_not():
     with jax.enable_x64(True):
         updates = rows_of_calls()
         expected = by_whole_batches(OPTIMIZERS["sgd"](), updates)
-        result = by_calls(optax.MultiSteps(OPTIMIZERS["sgd"](), 3), updates, weighted=False)
+        result = by_calls(
+            promoting(optax.MultiSteps(OPTIMIZERS["sgd"](), 3).gradient_transformation()), updates, weighted=False
+        )
         assert np.linalg.norm(result["kernel"] - expected["kernel"]) > 0.01
 
 
 def test_one_call_an_update_is_the_optimizer_itself():
     params = {"a": jnp.linspace(0.1, 0.7, 7), "b": jnp.ones((2, 3), jnp.bfloat16)}
     # Powers of two, whose products are exact whatever the compiler does.
-    inner = optax.sgd(0.25, momentum=0.5)
+    inner = sgd(0.25, momentum=0.5)
     optimizer = jliger.weighted_multi_steps(inner, 1)
     state, inner_state = optimizer.init(params), inner.init(params)
     of_call = jax.jit(optimizer.update)
@@ -100,11 +110,11 @@ def test_one_call_an_update_is_the_optimizer_itself():
 @pytest.mark.parametrize(
     "optimizer",
     [
-        optax.adamw(1e-2),
-        optax.sgd(0.1, momentum=0.9),
-        optax.lion(1e-2),
-        optax.contrib.muon(1e-2),
-        optax.add_noise(0.1, 0.5, key=0),
+        adamw(1e-2),
+        sgd(0.1, momentum=0.9),
+        promoting(optax.lion(1e-2)),
+        promoting(optax.contrib.muon(1e-2)),
+        promoting(optax.add_noise(0.1, 0.5, key=0)),
     ],
     ids=["adamw", "momentum", "lion", "muon", "noise"],
 )
@@ -112,7 +122,7 @@ def test_float32_gradients_of_bfloat16_parameters(optimizer):
     params = {"a": jnp.ones((2, 3), jnp.bfloat16)}
     ours, theirs = jliger.weighted_multi_steps(optimizer, 2), optax.MultiSteps(optimizer, 2)
     state, their_state = ours.init(params), theirs.init(params)
-    of_call, of_their_call = jax.jit(ours.update), jax.jit(theirs.update)
+    of_call, of_their_call = jax.jit(ours.update), jax.jit(with_promotion(theirs.update))
     # Two updates: the second starts from the state that the first leaves.
     for seed in range(4):
         grads = random_like(jax.tree.map(jnp.float32, params), seed)
@@ -125,7 +135,7 @@ def test_float32_gradients_of_bfloat16_parameters(optimizer):
 
 
 def test_how_many_calls_may_change():
-    optimizer = jliger.weighted_multi_steps(optax.sgd(1.0), lambda updates: updates + 1)
+    optimizer = jliger.weighted_multi_steps(sgd(1.0), lambda updates: updates + 1)
     state, of_call = optimizer.init(0.0), jax.jit(optimizer.update)
     assert not state.has_updated
     seen = []
@@ -149,7 +159,7 @@ def test_schedules_count_updates():
 
 def test_clipping_sees_the_mean():
     # The gradients of both calls have a large norm, their mean a small one.
-    optimizer = jliger.weighted_multi_steps(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)), 2)
+    optimizer = jliger.weighted_multi_steps(optax.chain(optax.clip_by_global_norm(1.0), sgd(1.0)), 2)
     state = optimizer.init(jnp.zeros(2))
     for sign in (1, -1):
         update, state = optimizer.update(sign * jnp.array([3.0, 0.0]) + 0.25, state, weight=4)
@@ -171,17 +181,17 @@ def run(optimizer, gradients_and_weights):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_call_that_is_not_finite_spoils_its_update_and_none_after(bad):
-    optimizer = jliger.weighted_multi_steps(optax.apply_if_finite(optax.sgd(1.0), 5), 2)
+    optimizer = jliger.weighted_multi_steps(optax.apply_if_finite(sgd(1.0), 5), 2)
     assert run(optimizer, [(1, 1), (bad, 1), (bad, 1), (1, 1), (1, 1), (4, 2)]) == [0, 0, 0, 0, 0, -3]
 
 
 def test_a_call_that_is_not_finite_is_left_out_alone():
-    optimizer = optax.apply_if_finite(jliger.weighted_multi_steps(optax.sgd(1.0), 2), 5)
+    optimizer = optax.apply_if_finite(jliger.weighted_multi_steps(sgd(1.0), 2), 5)
     assert run(optimizer, [(1, 1), (np.nan, 1), (4, 2), (5, 1), (np.nan, 9), (5, 1)]) == [0, 0, -3, 0, 0, -5]
 
 
 def test_calls_without_weight_do_not_count():
-    optimizer = jliger.weighted_multi_steps(optax.sgd(1.0), 3)
+    optimizer = jliger.weighted_multi_steps(sgd(1.0), 3)
     assert run(optimizer, [(np.nan, 0), (1, 3), (5, 1), (1, 0), (np.nan, 0), (7, 0)]) == [0, 0, -2, 0, 0, 0]
 
 
@@ -190,7 +200,7 @@ def test_calls_without_weight_do_not_count():
 
 def test_means_are_float32():
     # In bfloat16 the means would stop changing.
-    optimizer = jliger.weighted_multi_steps(optax.sgd(1.0), 1024)
+    optimizer = jliger.weighted_multi_steps(sgd(1.0), 1024)
     update = jax.jit(optimizer.update)
     state = optimizer.init(jnp.zeros((), jnp.bfloat16))
     assert state.mean_gradients.dtype == jnp.float32
@@ -202,7 +212,7 @@ def test_means_are_float32():
 
 def test_a_checkpoint_in_the_middle_of_an_update(tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
-    optimizer = jliger.weighted_multi_steps(optax.adamw(0.1), 3)
+    optimizer = jliger.weighted_multi_steps(adamw(0.1), 3)
     params = initial()
     gradients = [random_like(params, seed) for seed in range(6)]
 
@@ -226,7 +236,7 @@ def test_a_checkpoint_in_the_middle_of_an_update(tmp_path):
 
 
 def test_donated_state_is_taken_over():
-    optimizer = jliger.weighted_multi_steps(optax.adam(0.1), 2)
+    optimizer = jliger.weighted_multi_steps(adam(0.1), 2)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, gradients):
@@ -243,7 +253,7 @@ def test_donated_state_is_taken_over():
 
 
 def test_specs_of_parameters_find_their_way_into_the_state():
-    optimizer = jliger.weighted_multi_steps(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)), 2)
+    optimizer = jliger.weighted_multi_steps(optax.chain(optax.clip_by_global_norm(1.0), adam(1e-3)), 2)
     params = initial()
     state = optax.tree_map_params(
         optimizer,
@@ -257,7 +267,7 @@ def test_specs_of_parameters_find_their_way_into_the_state():
 
 
 def test_the_optimizer_is_only_run_for_updates():
-    optimizer = jliger.weighted_multi_steps(optax.adam(1e-3), 2)
+    optimizer = jliger.weighted_multi_steps(adam(1e-3), 2)
     params = jnp.ones(3)
     jaxpr = jax.make_jaxpr(lambda state: optimizer.update(params, state, params, weight=1))(optimizer.init(params))
     (choice,) = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "cond"]
@@ -269,8 +279,8 @@ def test_the_optimizer_is_only_run_for_updates():
 
 
 def test_extra_arguments_are_the_optimizers():
-    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
-    optimizer = jliger.weighted_multi_steps(optax.chain(optax.sgd(1.0), plateau), 2)
+    plateau = promoting(optax.contrib.reduce_on_plateau(factor=0.5, patience=1))
+    optimizer = jliger.weighted_multi_steps(optax.chain(sgd(1.0), plateau), 2)
     state, of_call = optimizer.init(0.0), jax.jit(optimizer.update)
     for value in (9.0, 1.0, 9.0, 2.0, 9.0, 3.0, 9.0, 4.0):
         update, state = of_call(jnp.float32(1), state, 0.0, weight=1, value=value)
@@ -286,8 +296,8 @@ def test_microbatches_within_calls():
     with jax.enable_x64(True):
         rng = np.random.default_rng(1)
         calls = [jnp.asarray(rng.normal(size=(count, SIZE + 1))) for count in (4, 12, 8)]
-        expected = by_whole_batches(optax.adam(0.1), [calls])
-        optimizer, params = jliger.weighted_multi_steps(optax.adam(0.1), 3), initial()
+        expected = by_whole_batches(adam(0.1), [calls])
+        optimizer, params = jliger.weighted_multi_steps(adam(0.1), 3), initial()
         state = optimizer.init(params)
         for rows in calls:
             result, gradients = jliger.accumulate_gradients(sums, 4)(params, rows)
@@ -307,12 +317,12 @@ def test_nnx_optimizer():
 
     calls = rows_of_calls()[0]
     model, whole = (nnx.Linear(SIZE, 1, rngs=nnx.Rngs(0)) for _ in range(2))
-    optimizer = nnx.Optimizer(model, jliger.weighted_multi_steps(optax.adam(0.1), 3), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, jliger.weighted_multi_steps(adam(0.1), 3), wrt=nnx.Param)
     for rows in calls:
         step(model, optimizer, rows)
     step(
         whole,
-        nnx.Optimizer(whole, jliger.weighted_multi_steps(optax.adam(0.1), 1), wrt=nnx.Param),
+        nnx.Optimizer(whole, jliger.weighted_multi_steps(adam(0.1), 1), wrt=nnx.Param),
         jnp.concatenate(calls),
     )
     np.testing.assert_allclose(model.kernel[...], whole.kernel[...], rtol=1e-5)
@@ -334,11 +344,11 @@ def test_train_state():
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
 
     params = decoder.init(jax.random.key(0), calls[0][:, :-1])
-    optimizer = jliger.weighted_multi_steps(optax.adam(0.1), 3)
+    optimizer = jliger.weighted_multi_steps(adam(0.1), 3)
     state = TrainState.create(apply_fn=decoder.apply, params=params, tx=optimizer)
     for rows in calls:
         state = jax.jit(step)(state, rows)
-    whole = TrainState.create(apply_fn=decoder.apply, params=params, tx=jliger.weighted_multi_steps(optax.adam(0.1), 1))
+    whole = TrainState.create(apply_fn=decoder.apply, params=params, tx=jliger.weighted_multi_steps(adam(0.1), 1))
     whole = step(whole, jnp.concatenate(calls))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), state.params, whole.params)
 
@@ -356,7 +366,7 @@ def test_train_state():
 )
 def test_numbers_of_calls_that_make_no_sense(count, error, message):
     with pytest.raises(error, match=message):
-        jliger.weighted_multi_steps(optax.sgd(1.0), count)
+        jliger.weighted_multi_steps(sgd(1.0), count)
 
 
 @pytest.mark.parametrize(
@@ -367,6 +377,6 @@ def test_numbers_of_calls_that_make_no_sense(count, error, message):
     ],
 )
 def test_weights_that_make_no_sense(weights, error, message):
-    optimizer = jliger.weighted_multi_steps(optax.sgd(1.0), 2)
+    optimizer = jliger.weighted_multi_steps(sgd(1.0), 2)
     with pytest.raises(error, match=message):
         optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)), **weights)

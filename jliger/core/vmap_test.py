@@ -40,7 +40,7 @@ def make_loss(reduction, implementation):
 def grad_of(loss):
     def total(hidden, kernel, bias, labels, where):
         value, metrics = loss(hidden, kernel, bias, labels, where)
-        return jnp.sum(value * jnp.arange(1, 1 + value.size).reshape(value.shape)), metrics
+        return jnp.sum(value * jnp.arange(1, 1 + value.size, dtype=value.dtype).reshape(value.shape)), metrics
 
     return jax.value_and_grad(total, (0, 1, 2), has_aux=True)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jliger.core import checks
+from jliger.core.dtypes import promoted_dtype
 from jliger.ops.linear_head.adapter import LinearAdapter
 from jliger.ops.linear_head.cross_entropy import (
     CrossEntropyMetrics,
@@ -142,7 +143,7 @@ class LinearHead(HeadMethods):
     def product_dtype(self, hidden: Array) -> Any:
         """The dtype that hidden states and parameters are cast to, by flax's rule."""
         arrays = [array for array in (hidden, self.kernel, self.bias) if array is not None]
-        return jnp.result_type(*arrays) if self.dtype is None else jnp.dtype(self.dtype)
+        return promoted_dtype(*arrays) if self.dtype is None else jnp.dtype(self.dtype)
 
     def _promoted(self, hidden: Array) -> tuple[Array, Array, Array | None]:
         """Hidden states in the products' dtype, and parameters in a dtype that the operation accepts with it."""

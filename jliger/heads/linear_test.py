@@ -12,6 +12,7 @@ from flax import linen, nnx
 import jliger
 from jliger.heads import linear as heads
 from jliger.testing.heads import BATCH, HIDDEN_SIZE, VOCAB, loss_of_logits, make_hidden, make_labels, randomized
+from jliger.testing.promotion import with_promotion
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +75,7 @@ def test_one_head_several_tokens_ahead(implementation):
         per_token = jnp.broadcast_to(weights[:, None, None], labels.shape)
         return head.loss(hidden, labels, weights=per_token, reduction="sum", implementation=implementation)
 
+    @with_promotion
     def unfused_loss(hidden, kernel):
         counts = jnp.sum(labels != -100, (1, 2))
         return sum(

@@ -20,6 +20,7 @@ from jliger.testing.heads import (
     randomized,
 )
 from jliger.testing.oracle import assert_rule_of_two
+from jliger.testing.promotion import with_promotion
 
 KEY = jax.random.key(0)
 
@@ -102,11 +103,11 @@ def test_parameters_and_logits_are_those_of_dense(param_dtype, dtype):
     options = {"dtype": dtype, "param_dtype": param_dtype, "bias_init": nn.initializers.normal()}
     head, layer = jliger.linen.LMHead(VOCAB, **options), nn.Dense(VOCAB, **options)
     hidden = make_hidden()
-    variables, expected = head.init(KEY, hidden), layer.init(KEY, hidden)
+    variables, expected = head.init(KEY, hidden), with_promotion(layer.init)(KEY, hidden)
     for one, other in zip(jax.tree.leaves(variables), jax.tree.leaves(expected), strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
-    result, expected = head.apply(variables, hidden), layer.apply(variables, hidden)
+    result, expected = head.apply(variables, hidden), with_promotion(layer.apply)(variables, hidden)
     assert (
         result.dtype
         == expected.dtype
@@ -218,6 +219,7 @@ def test_medusa_heads(implementation):
     def loss(variables, hidden):
         return heads.apply(variables, hidden, labels, method="loss", implementation=implementation)
 
+    @with_promotion
     def unfused_loss(variables, hidden):
         blocks, kernels = variables["params"]["blocks_0"], variables["params"]["heads"]["kernel"]
         features = [hidden + nn.silu(hidden @ blocks["kernel"][i] + blocks["bias"][i]) for i in range(3)]

@@ -164,7 +164,7 @@ def test_the_likelihood_term_over_all_tokens_of_the_batch():
     where[..., 0] = True
     chosen, rejected = (losses.sequence_logprobs(*both) for both in zip(tokens, where, strict=True))
     preference, _ = losses.cpo(chosen.logprobs, rejected.logprobs, nll_weight=0.0)
-    result = preference - chosen.logprobs.sum() / chosen.counts.sum()
+    result = preference - (chosen.logprobs.sum() / float(chosen.counts.sum()))
     sums = [np.where(mask, array, 0).sum(axis=-1, dtype=np.float64) for array, mask in zip(tokens, where, strict=True)]
     np.testing.assert_allclose(
         result, np.mean(-log_sigmoid(0.1 * (sums[0] - sums[1]))) - tokens[0][where[0]].mean(), rtol=1e-5

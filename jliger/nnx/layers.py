@@ -4,11 +4,11 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float
 
+from jliger.core.dtypes import promoted_dtype
 from jliger.heads import linear as heads
 from jliger.heads.linear import LinearHead, Promote
 from jliger.ops.linear_head.adapter import LinearAdapter
@@ -55,7 +55,7 @@ def _(module: nnx.LoRALinear, hidden: Array) -> LinearHead:
     heads.check_own_method(module, nnx.LoRALinear, "__call__")
     base, adapter = of_linear(module), _adapter(module.lora)
     # What the adapter adds may be of more precision than the base's logits; then so is the sum.
-    dtype = jnp.result_type(base.logits_dtype or base.product_dtype(hidden), _lora_dtype(module.lora, hidden, adapter))
+    dtype = promoted_dtype(base.logits_dtype or base.product_dtype(hidden), _lora_dtype(module.lora, hidden, adapter))
     return dataclasses.replace(base, adapter=adapter, logits_dtype=dtype)
 
 
@@ -81,7 +81,7 @@ def _adapter(lora: nnx.LoRA) -> LinearAdapter:
 
 
 def _lora_dtype(lora: nnx.LoRA, hidden: Array, adapter: LinearAdapter) -> Any:
-    return jnp.result_type(hidden, adapter.a, adapter.b) if lora.dtype is None else lora.dtype
+    return promoted_dtype(hidden, adapter.a, adapter.b) if lora.dtype is None else lora.dtype
 
 
 def of_linear(module: nnx.Linear, **changes: Any) -> LinearHead:

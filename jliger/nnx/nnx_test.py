@@ -19,6 +19,7 @@ from jliger.testing.heads import (
     randomized,
 )
 from jliger.testing.oracle import INTERPRETED, Problem, assert_rule_of_two, equations, exact, exact_and_rounding
+from jliger.testing.promotion import with_promotion
 
 SIZES = (HIDDEN_SIZE, VOCAB)
 
@@ -194,7 +195,7 @@ def test_parameters_are_those_of_linear(options):
     # A checkpoint of one is one of the other.
     nnx.update(head, randomized(expected))
     nnx.update(layer, nnx.state(head))
-    np.testing.assert_array_equal(head(make_hidden()), layer(make_hidden()))
+    np.testing.assert_array_equal(head(make_hidden()), with_promotion(layer)(make_hidden()))
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
@@ -293,8 +294,9 @@ def test_a_lora_of_low_precision(implementation):
     dtypes = {name.removesuffix("/value"): value.dtype for name, value in found.items()}
     low, high = jnp.bfloat16, jnp.float32
     assert dtypes == {"loss": high, "1": low, "0/kernel": low, "0/lora/lora_a": high, "0/lora/lora_b": high}
-    assert jliger.nnx.layers.linear_head(module, hidden).logits_dtype == module(hidden).dtype == high
+    assert jliger.nnx.layers.linear_head(module, hidden).logits_dtype == with_promotion(module)(hidden).dtype == high
 
+    @with_promotion
     def unfused_loss(module, hidden):
         log_softmax, counted = jax.nn.log_softmax(module(hidden)), labels != -100
         picked = jnp.take_along_axis(log_softmax, jnp.where(counted, labels, 0)[..., None], -1)[..., 0]
@@ -329,6 +331,7 @@ def test_medusa_heads(implementation):
     def loss(heads, hidden):
         return heads.loss(hidden, labels, head_weights=[1.0, 0.3, 0.5], implementation=implementation)
 
+    @with_promotion
     def unfused_loss(heads, hidden):
         kernels, block = heads.heads.kernel[...], heads.blocks[0]
         features = [hidden + nnx.silu(hidden @ block.kernel[i] + block.bias[i]) for i in range(3)]

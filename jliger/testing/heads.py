@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jliger.testing.promotion import with_promotion
+
 HIDDEN_SIZE, VOCAB, BATCH = 6, 11, (3, 5)
 
 
@@ -36,6 +38,7 @@ def as_float64(tree: Any) -> Any:
     return jax.tree.map(cast, tree)
 
 
+@with_promotion
 def loss_of_logits(logits: jax.Array, labels: jax.Array, scale: float = 1.0, softcap: float | None = None) -> jax.Array:
     """The mean cross entropy of counted tokens, as in a model that does not use jliger."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) * scale
@@ -43,7 +46,7 @@ def loss_of_logits(logits: jax.Array, labels: jax.Array, scale: float = 1.0, sof
         logits = softcap * jnp.tanh(logits / softcap)
     counted = labels != -100
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(counted, labels, 0)[..., None], -1)[..., 0]
-    return -jnp.sum(picked * counted) / counted.sum()
+    return -jnp.mean(picked, where=counted)
 
 
 def by_name(tree: Any) -> dict[str, Any]:

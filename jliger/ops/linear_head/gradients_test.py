@@ -10,6 +10,7 @@ import pytest
 
 import jliger
 from jliger.testing.oracle import ON_GPU, assert_rule_of_two, check, equations, exact, fused, make_problem, unfused
+from jliger.testing.promotion import with_promotion
 
 REDUCTIONS = ["mean", "none"]  # the two forms of the operation
 NAMES = ("hidden", "kernel", "bias")
@@ -351,7 +352,7 @@ def test_gradients_accumulated_over_microbatches(reduction, implementation):
 
         zeros = jax.tree.map(jnp.zeros_like, (inputs["kernel"], inputs["bias"]))
         sums, _ = jax.lax.scan(step, zeros, (inputs["hidden"], labels))
-        return jax.tree.map(lambda grad: grad / count, sums)
+        return jax.tree.map(with_promotion(lambda grad: grad / count), sums)
 
     whole = unfused(problem.replace(reduction="mean"))
     assert_close(accumulated(problem.inputs, problem.labels), (whole["kernel"], whole["bias"]))

@@ -305,7 +305,8 @@ def test_entropy_gradients_of_masked_columns(dtype, keep_logits, size, implement
         options = {"bias": bias, "keep_logits": keep_logits, "implementation": implementation}
         return (size * jliger.linear_logprobs(hidden, kernel, jnp.zeros(2, jnp.int32), **options).entropy).sum()
 
-    result = jax.jit(jax.grad(entropy, argnums=(0, 1, 2)))(hidden, kernel, bias)
+    with jax.default_matmul_precision("highest"):  # on a GPU, float32 products are else rounded to TF32
+        result = jax.jit(jax.grad(entropy, argnums=(0, 1, 2)))(hidden, kernel, bias)
     with jax.disable_jit(), jax.debug_nans(True):
         entropy(hidden, kernel, bias)
     with jax.enable_x64(True):

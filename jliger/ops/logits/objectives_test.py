@@ -7,6 +7,7 @@ import pytest
 
 from jliger.ops.logits import RowStats
 from jliger.ops.logits.objectives import CrossEntropy, LabelTerms, LossWeights
+from jliger.testing.promotion import with_promotion
 
 ROWS, VOCAB = 7, 5
 
@@ -25,6 +26,7 @@ def make(with_class_weights, seed=0):
     return logits, labels, jnp.asarray(random.uniform(0.1, 2, VOCAB)) if with_class_weights else None, weights
 
 
+@with_promotion
 def stats_of(logits, labels, u):
     row_max = logits.max(1)
     return RowStats(
@@ -41,6 +43,7 @@ def labels_of(labels, u):
     return LabelTerms(validity, None if u is None else u.at[labels].get(mode="clip"), VOCAB if u is None else u.sum())
 
 
+@with_promotion
 def formula(logits, labels, u, weights, smoothing, z_loss):
     u = jnp.ones(VOCAB) if u is None else u
     lse = jax.nn.logsumexp(logits, axis=1)
@@ -67,7 +70,7 @@ def test_the_loss_and_its_coefficients(z_loss, smoothing, with_class_weights):
     factor = result.probability[:, None] + (0 if z_loss == 0 else result.probability_lse[:, None] * lse)
     grads = jnp.exp(logits - lse) * factor - result.label[:, None] * jax.nn.one_hot(labels, VOCAB)
     if smoothing:
-        grads -= result.smoothing[:, None] * (1 if u is None else u)
+        grads -= result.smoothing[:, None] * (1 if u is None else u[None])
     np.testing.assert_allclose(grads, by_logits, rtol=1e-10, atol=1e-12)
 
 
