@@ -72,6 +72,7 @@ def call_kernel(
     compute_capability: int | None,
     flops: int,
     bytes_accessed: int,
+    most_registers: int | None = None,
     **constexprs: Any,
 ) -> tuple[Any, ...]:
     """Runs `kernel` over `grid` and returns its outputs, which are the only memory that it writes.
@@ -91,6 +92,8 @@ def call_kernel(
       compute_capability: the GPU to compile for, or None for the one present.
       flops: arithmetic operations, for profilers.
       bytes_accessed: bytes moved, for profilers.
+      most_registers: the most registers per thread that the compiler may use, or None for its own choice. It decides
+        how many programs run on a multiprocessor at once.
       **constexprs: the kernel's compile-time parameters, which are hashable; NamedTuples are allowed.
     """
     if isinstance(kernel, InterpretedFunction):
@@ -110,8 +113,8 @@ def call_kernel(
             num_warps=num_warps,
             num_stages=num_stages,
             compute_capability=compute_capability,
-            # Explicit, because Triton's default differs between releases.
-            backend_options={"enable_fp_fusion": True},
+            # `enable_fp_fusion` is explicit, because Triton's default differs between releases.
+            backend_options={"enable_fp_fusion": True, "maxnreg": most_registers},
             cost_estimate={"flops": flops, "bytes_accessed": bytes_accessed},
             **given,
             **constexprs,

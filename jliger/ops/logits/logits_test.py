@@ -145,7 +145,7 @@ def test_every_branch(by_logit, vectors, with_lse_and_smoothing, softcap, temper
     [
         # XLA has no tiles.
         pytest.param(width, marks=[] if HAS_TILES or width in (1, 257, 33000) else [pytest.mark.exhaustive])
-        for width in (1, 2, 7, 8, 9, 255, 256, 257, 2047, 2048, 2049, 8192, 8193, 33000)
+        for width in (1, 2, 7, 8, 9, 255, 256, 257, 2047, 2048, 2049, 8192, 8193, 33000, 70001)
     ],
 )
 def test_widths_about_those_of_tiles(width, implementation):
@@ -153,6 +153,18 @@ def test_widths_about_those_of_tiles(width, implementation):
         pytest.skip("minutes, interpreted")
     product, block = make_block(width, padding=-width % 8, bias=True)
     check_rows(implementation, product, block, LogitMap(1.0, None, width), make_coefficients())
+
+
+@pytest.mark.parametrize("width", [15, 16, 17, 1200])
+def test_wide_rows_have_tiles_of_longer_vectors(width, monkeypatch):
+    from jliger.ops.logits import triton
+
+    if not HAS_TILES:
+        pytest.skip("runs Triton kernels, which need a GPU or the interpreter")
+    monkeypatch.setattr(triton, "_WIDE", 0)
+    product, block = make_block(width, padding=-width % 8, bias=True)
+    assert triton._launch(product, LogitMap(1.0, None, width), passes=2)["TILE"].vector == 16
+    check_rows("triton", product, block, LogitMap(1.0, None, width), make_coefficients())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

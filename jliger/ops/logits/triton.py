@@ -12,6 +12,10 @@ from jliger.ops.logits.triton_tiles import Shape, Tile
 from jliger.ops.logits.types import Block, Coefficients, LogitMap, RowStats, StatsWanted
 
 
+# Columns from which on two rows for each multiprocessor do not fit in the L2 cache of 50 MB.
+_WIDE = 2**16
+
+
 def row_stats(
     product: Float[Array, "T V"],
     block: Block,
@@ -81,17 +85,26 @@ def row_stats_and_grads(
 
 
 def _launch(product: Float[Array, "T V"], logit_map: LogitMap, *, passes: int) -> dict[str, Any]:
-    """The launch: one program per row, with the number of warps that was fastest on an H200 (docs/tuning.md).
+    """The launch: one program per row, with the tiles and registers that were fastest on an H100 (docs/tuning.md).
 
-    Two passes are fastest with few large programs: fewer rows are then in flight, and more of each row is still in the
-    L2 cache for the second pass.
+    With two passes, programs are large: fewer rows are then in flight, and more of each row is still in the L2 cache
+    for the second pass. Of wide rows, two on each multiprocessor are more than the cache holds, so vectors are longer,
+    and use the registers that a second program would need. A softcap takes so much arithmetic that two programs, one
+    of which waits for memory while the other computes, are faster in spite of the cache.
     """
     rows, stride = product.shape
-    tile = Tile.make(logit_map.width, most_warps=4 if passes == 1 else 32, unroll=4)
+    if passes == 1:
+        tile = Tile.make(logit_map.width, most_warps=4, unroll=4)
+    elif logit_map.width <= _WIDE or logit_map.softcap is not None:
+        tile = Tile.make(logit_map.width, most_warps=32, unroll=4)
+    else:
+        tile = Tile.make(logit_map.width, most_warps=32, unroll=2, vector=16)
     return {
         "grid": (rows,),
         "num_warps": tile.lanes // 32,
         "num_stages": 1,
+        # With 64 registers, a multiprocessor holds 1024 threads; with 32, twice as many.
+        "most_registers": 64 if tile.vector == 16 else 32,
         "SHAPE": Shape(stride, logit_map.width, logit_map.scale, logit_map.softcap),
         "TILE": tile,
     }

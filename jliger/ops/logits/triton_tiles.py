@@ -16,7 +16,7 @@ import triton.language as tl
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32
 
-_VECTOR = 8  # logits that a thread loads at once: one 128-bit load of bfloat16
+_VECTOR = 8  # logits that a thread takes at once by default: one 128-bit load of bfloat16
 
 
 class Tile(NamedTuple):
@@ -37,11 +37,11 @@ class Tile(NamedTuple):
     unroll: int
 
     @classmethod
-    def make(cls, width: int, most_warps: int, unroll: int) -> "Tile":
+    def make(cls, width: int, most_warps: int, unroll: int, vector: int = _VECTOR) -> "Tile":
         """The tile for rows of `width` columns. A short row gets fewer warps."""
-        lanes = max(32, min(32 * most_warps, triton.next_power_of_2(width) // _VECTOR))
-        size = lanes * _VECTOR
-        return cls(lanes, _VECTOR, size, width // size * size, unroll)
+        lanes = max(32, min(32 * most_warps, triton.next_power_of_2(width) // vector))
+        size = lanes * vector
+        return cls(lanes, vector, size, width // size * size, unroll)
 
 
 class Shape(NamedTuple):
