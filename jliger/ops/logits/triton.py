@@ -11,7 +11,6 @@ from jliger.ops.logits import triton_kernels as kernels
 from jliger.ops.logits.triton_tiles import Shape, Tile
 from jliger.ops.logits.types import Block, Coefficients, LogitMap, RowStats, StatsWanted
 
-
 # Columns from which on two rows for each multiprocessor do not fit in the L2 cache of 50 MB.
 _WIDE = 2**16
 
