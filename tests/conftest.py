@@ -15,6 +15,27 @@ from jax.experimental.compilation_cache import compilation_cache
 collect_ignore_glob = [] if jax.device_count() > 1 else ["sharding/*", "accumulation/*"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def implicit_promotion(request) -> Iterator[None]:
+    """Allows implicit promotion in whole runs, even in a process that forbids it: optax, flax and models rely on it.
+
+    The library does not, so its own tests, on a mesh too, run as the process says.
+    """
+    if request.path.parent != Path(__file__).parent:
+        yield
+        return
+    allowed = {"JAX_NUMPY_DTYPE_PROMOTION": "standard", "JAX_NUMPY_RANK_PROMOTION": "allow"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in allowed.items():
+            patch.setenv(name, value)
+        before = {name.lower(): jax.config.values[name.lower()] for name in allowed}
+        for name, value in allowed.items():
+            jax.config.update(name.lower(), value)
+        yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
 @pytest.fixture(scope="session")
 def import_example() -> Callable[[str], ModuleType]:
     """Imports an example as a module; its helpers lie beside it."""
