@@ -150,6 +150,32 @@ def chunks_table(path: Path, page: Path) -> str:
     return markdown(("N, H, V", "chunks", "ms", "of the floor", "extra MiB"), rows, left=2)
 
 
+def mesh_table(path: Path, page: Path) -> str:
+    """Several devices, beside one device's work, the collectives alone, and XLA's partitioning of full logits."""
+    del page
+    records = _read(path)["records"]
+    rows = [
+        [
+            f"{r['devices']}",
+            r["name"],
+            _ms(r),
+            *(
+                f"{r[name]:.1f}" if r.get(name) is not None else NOTHING
+                for name in ("local_milliseconds", "collective_milliseconds")
+            ),
+            percent(r["of_sum"]),
+            f"{r['tokens_per_second'] / 1e3:.0f}",
+            mib(r["extra_mib"]),
+            f"{r['full_milliseconds']:.1f}",
+            mib(r["full_extra_mib"]),
+        ]
+        for r in records
+    ]
+    headings = ("devices", "arrangement", "ms", "one device's work, ms", "collectives, ms", "their sum, of the time")
+    more = ("thousand tokens/s", "extra MiB a device", "plain JAX, ms", "its MiB")
+    return markdown((*headings, *more), rows, left=2) + "\n\n" + environment(_read(path), records)
+
+
 def _read(path: Path) -> Record:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -284,6 +310,7 @@ KINDS: dict[str, Callable[[Path, Path], str]] = {
     "first_calls": first_calls_table,
     "flags": flags_table,
     "chunks": chunks_table,
+    "mesh": mesh_table,
     "plot": plot,
     "memory_plot": memory_plot,
     "train": train_table,
