@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jliger
+from jliger.testing.promotion import promoting, with_promotion
 
 ROWS, LENGTH, SIZE, VOCAB, COUNT = 32, 3, 16, 64, 4
 MODES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
@@ -38,6 +39,7 @@ def problem():
     return params, {"x": jnp.asarray(rng.normal(size=(ROWS, LENGTH, SIZE)), jnp.float32), "labels": jnp.asarray(labels)}
 
 
+@with_promotion
 def hidden_states(params, batch):
     return jnp.tanh(batch["x"] @ params["body"]) * params["norm"]
 
@@ -50,6 +52,7 @@ def fused_sums(params, batch):
     return loss, metrics.weight, aux
 
 
+@with_promotion
 def optax_sums(params, batch):
     logits = hidden_states(params, batch) @ params["head"]
     counted = batch["labels"] >= 0
@@ -76,6 +79,7 @@ def expected(loss):
     """Of the whole batch, on one device, by `jax.value_and_grad`."""
     params, batch = problem()
 
+    @with_promotion
     def mean(params):
         total, weight, aux = LOSSES[loss](params, batch)
         return total / weight, (weight, aux)
@@ -232,7 +236,7 @@ def test_sums_over_devices_are_float32():
     ones = jax.device_put(jnp.ones((ROWS * 32, 1), jnp.bfloat16), NamedSharding(mesh, P("data")))
 
     def sums(param, rows):
-        return jnp.sum(param * rows.astype(jnp.float32)), rows.size
+        return jnp.sum(param.astype(jnp.float32) * rows.astype(jnp.float32)), rows.size
 
     step = jliger.accumulate_gradients(sums, 128, batch_axes="data")
     with jax.set_mesh(mesh):
@@ -369,7 +373,7 @@ def test_within_a_shard_map_sums_that_are_whole_already():
 def test_updates_from_several_calls():
     mesh = make_mesh("auto")
     params, _, axes, specs = put(mesh, "FSDP")
-    optimizer = jliger.weighted_multi_steps(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)), 2)
+    optimizer = jliger.weighted_multi_steps(promoting(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1))), 2)
     accumulate = jliger.accumulate_gradients(fused_sums, 2, aux_reduction=KINDS, batch_axes=axes, specs=specs)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -379,7 +383,7 @@ def test_updates_from_several_calls():
         return optax.apply_updates(params, updates), state
 
     _, grads = expected("fused")
-    plain = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1))
+    plain = promoting(optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)))
     updates, _ = plain.update(grads, plain.init(problem()[0]), problem()[0])
     whole = optax.apply_updates(problem()[0], updates)
     with jax.set_mesh(mesh):

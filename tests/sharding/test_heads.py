@@ -14,6 +14,7 @@ import jliger
 from jliger.heads import medusa
 from jliger.heads.linear import LinearHead
 from jliger.testing.oracle import INTERPRETED
+from jliger.testing.promotion import with_promotion
 
 pytestmark = [
     pytest.mark.skipif(jax.device_count() < 4, reason="made for 4 devices or more"),
@@ -45,6 +46,7 @@ def total(heads, hidden, labels, **options):
     return medusa.loss(heads, hidden, labels, normalizer=32.0, chunk_size=4, implementation=IMPLEMENTATION, **options)
 
 
+@with_promotion
 def unfused(heads, hidden):
     log_softmax = jax.nn.log_softmax(heads.logits(hidden))
     picked = jnp.take_along_axis(log_softmax, jnp.maximum(LABELS, 0)[..., None], -1)[..., 0]

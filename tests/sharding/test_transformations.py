@@ -112,7 +112,7 @@ def test_gradients_accumulated_in_a_scan(mode, place, reduction):
 
         def loss(kernel, part):
             if reduction == "none":
-                return total(operation, {**part, "kernel": kernel}, "none") / count
+                return total(operation, {**part, "kernel": kernel}, "none") / count.astype(part["hidden"].dtype)
             return operation(part["hidden"], kernel, part["labels"], normalizer=count)
 
         def step(carry, part):
@@ -144,7 +144,7 @@ def test_vmap_over_hidden_states(mode, place, reduction):
 
         def loss(arrays):
             each = jax.vmap(functools.partial(total, operation, reduction=reduction), in_axes=(axes,))(arrays)
-            return jnp.sum(each * jnp.arange(1, 3))
+            return jnp.sum(each * jnp.arange(1, 3, dtype=each.dtype))
 
         return value_and_grads(loss, arrays)
 
@@ -191,7 +191,7 @@ def test_vmap_over_examples_that_devices_share(mode, kind, vmap):
         def loss(arrays):
             one = functools.partial(of_an_example, operations, options, kind, arrays["kernel"])
             each = jax.vmap(one, **vmap)(arrays["hidden"], arrays["labels"], arrays["cotangent"])
-            return jnp.sum(each * jnp.arange(1, 3))
+            return jnp.sum(each * jnp.arange(1, 3, dtype=each.dtype))
 
         return value_and_grads(loss, arrays)
 
@@ -220,7 +220,7 @@ class Model(nnx.Module):
         self.kernel = nnx.Param(kernel)
 
     def __call__(self, hidden):
-        return hidden * self.scale[...]
+        return hidden * jnp.broadcast_to(self.scale[...], hidden.shape)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_nnx_jit(mode, place, reduction):
         jax.block_until_ready(found)
 
     def loss(kernel, scale):
-        hidden = arrays["hidden"] * scale
+        hidden = arrays["hidden"] * jnp.broadcast_to(scale, arrays["hidden"].shape)
         return total(
             jliger.reference.fused_linear_cross_entropy, {**arrays, "hidden": hidden, "kernel": kernel}, reduction
         )
