@@ -1,0 +1,154 @@
+"""logprob_loss: `fused_linear_loss`, any loss of log-probabilities at the cost of the cross entropy."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, Unpack
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jliger.core import checks, jaxprs
+from jliger.core.dtypes import accumulator_dtype
+from jliger.core.meshes import varying_axes
+from jliger.ops.linear_head import gradients, sharding
+from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
+from jliger.ops.linear_head.arguments import Arguments, HeadOptions, column_validity, head_arguments, with_tokens
+from jliger.ops.linear_head.types import HeadConfig, Operands
+from jliger.ops.logits import StatsWanted
+from jliger.ops.logits.objectives import LossArrays
+from jliger.ops.logits.unit_loss import LinearLogprobs, UnitLoss
+
+Units = Literal["tokens", "rows"]
+LossFn = Callable[..., Any]
+
+_ENTROPY = LinearLogprobs._fields.index("entropy")
+
+
+def fused_linear_loss(
+    loss_fn: LossFn,
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    labels: Int[Array, "*B"],
+    args: tuple[Any, ...] = (),
+    *,
+    units: Units,
+    has_aux: bool = False,
+    **options: Unpack[HeadOptions],
+) -> Any:
+    return summed_losses(loss_fn, hidden, kernel, labels, args, units=units, has_aux=has_aux, **options)
+
+
+def summed_losses(
+    loss_fn: LossFn,
+    hidden: Any,
+    kernel: Any,
+    labels: Any,
+    args: tuple[Any, ...],
+    shared: tuple[Any, ...] = (),
+    *,
+    units: Units,
+    has_aux: bool,
+    **options: Unpack[HeadOptions],
+) -> Any:
+    """`fused_linear_loss`, with arrays `shared` that `loss_fn` gets after those of the unit, the same for all units."""
+    checks.check_choice("units", units, ("tokens", "rows"))
+    arguments = head_arguments(hidden, kernel, labels, stats_wanted=StatsWanted(), **options)
+    if units == "rows" and not arguments.labels.ndim:
+        raise ValueError("labels got a scalar with units='rows'; pass an array whose first axis is that of the rows.")
+    unit_ndim = 1 if units == "rows" else arguments.labels.ndim
+    args, shared = _as_arrays(args, arguments.labels.shape[:unit_ndim]), jax.tree.map(jnp.asarray, shared)
+    call, consts = _traced_call(loss_fn, arguments, args, shared, unit_ndim, has_aux)
+    total, aux = _summed_losses(
+        call,
+        arguments.operands,
+        arguments.adapter,
+        arguments.labels,
+        arguments.where,
+        tuple(jax.tree.leaves(args)),
+        (*consts, *jax.tree.leaves(shared)),
+    )
+    return (total, jax.tree.unflatten(call.aux_tree, aux)) if has_aux else total
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Everything about a call that is not an array."""
+
+    config: HeadConfig
+    loss: UnitLoss
+    aux_tree: Any
+    ignore_index: int
+
+
+def _as_arrays(args: Any, units: tuple[int, ...]) -> tuple[Any, ...]:
+    """Trees of arrays with one element per unit."""
+    if not isinstance(args, tuple):
+        raise TypeError(f"args got a {type(args).__name__}; pass a tuple, with one tree of arrays per argument.")
+
+    def as_array(path: Any, leaf: Any) -> Array:
+        name = f"args{jax.tree_util.keystr(path)}"
+        array = checks.as_array(name, leaf)
+        if array.shape[: len(units)] != units:
+            raise ValueError(
+                f"{name} got shape {array.shape}; pass one element per unit: the first dimensions must be {units}. "
+                "Arrays that all units share can be closed over by loss_fn."
+            )
+        return array
+
+    return jax.tree_util.tree_map_with_path(as_array, args)
+
+
+def _traced_call(
+    loss_fn: LossFn, arguments: Arguments, args: Any, shared: Any, unit_ndim: int, has_aux: bool
+) -> tuple[_Call, list[Any]]:
+    """The call with the program of `loss_fn`, and the arrays that this closes over."""
+    config, operands, row_shape = arguments.config, arguments.operands, arguments.labels.shape[unit_ndim:]
+    dtype = accumulator_dtype(operands.hidden.dtype)
+    number, column = (jax.ShapeDtypeStruct(row_shape, kind) for kind in (dtype, jnp.int32))
+    unit = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[unit_ndim:], leaf.dtype), args)
+    for_all = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shared)
+    arrays = (operands, arguments.labels, arguments.where, arguments.adapter, args, shared)
+    varying = frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)))
+    types = (LinearLogprobs(number, number, number, column), *unit, *for_all)
+    program, consts, out = jaxprs.trace(loss_fn, types, varying)
+    _check_results(out, has_aux)
+    of_loss = [index == 0 for index in range(len(program.outvars))]
+    in_loss, in_any = (jaxprs.inputs_read(program, outputs)[_ENTROPY] for outputs in (of_loss, [True] * len(of_loss)))
+    differentiated = tuple(range(_ENTROPY + in_loss))
+    loss = UnitLoss(program, jaxprs.gradient(program, differentiated), row_shape, in_loss)
+    config = dataclasses.replace(config, stats_wanted=StatsWanted(mean_logit=in_any))
+    return _Call(config, loss, jax.tree.structure(out[1] if has_aux else None), arguments.ignore_index), consts
+
+
+def _check_results(out: Any, has_aux: bool) -> None:
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(f"loss_fn returned a {type(out).__name__} with has_aux=True; return a tuple (loss, aux).")
+    loss = out[0] if has_aux else out
+    if not isinstance(loss, jax.ShapeDtypeStruct):
+        raise TypeError(f"loss_fn returned a {type(loss).__name__}; return one number, or pass has_aux=True.")
+    if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise TypeError(
+            f"loss_fn returned shape {loss.shape} and dtype {loss.dtype}; return the loss of one unit, a "
+            "floating-point scalar."
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _summed_losses(
+    call: _Call,
+    operands: Operands,
+    adapter: LinearAdapter | None,
+    labels: Int[Array, "*B"],
+    where: Bool[Array, "*B"] | None,
+    args: tuple[Array, ...],
+    shared: tuple[Array, ...],
+) -> tuple[Float[Array, ""], list[Array]]:
+    dtype = accumulator_dtype(operands.hidden.dtype)
+    operands = with_adapter(call.config, operands, adapter)
+    vocab_size = sharding.vocab_size(call.config, operands.kernel)
+    operands = with_tokens(operands, labels, where, ignore_index=call.ignore_index, vocab_size=vocab_size)
+    per_token = (column_validity(operands.labels, dtype), operands.counted)
+    total, aux = gradients.unit_loss(call.config, call.loss, operands, LossArrays(per_token, args, shared))
+    return total.astype(dtype), jax.lax.stop_gradient(aux)
