@@ -37,6 +37,84 @@ def fused_linear_loss(
     has_aux: bool = False,
     **options: Unpack[HeadOptions],
 ) -> Any:
+    r"""The sum of any loss of log-probabilities under a linear head, without the logits `[tokens, V]`.
+
+    $$\sum_i \mathrm{loss\_fn}(\mathrm{result}_i,\ \mathrm{args}_i)$$
+
+    A unit $i$ is a token, or a row of tokens such as a sequence or a pair of sequences. `loss_fn` is the loss of one
+    unit, as a function of the unit's log-probabilities, log-sum-exps and entropies. It is differentiated where the
+    unit's logits are, so gradients are computed together with the loss, with three matrix products.
+    `jliger.linear_logprobs` with a loss on top computes the same with four, but gives the log-probabilities of all
+    tokens before any loss.
+
+    Gradients flow to `hidden`, `kernel`, the bias and the adapter, and nowhere else. Nothing is computed for arguments
+    that are not differentiated, for tokens that do not count, or for an entropy that `loss_fn` does not read.
+
+    `loss_fn` is traced once, and becomes part of the compiled program: define it once, not in every call. Arrays that
+    it closes over are passed to all devices.
+
+    With rows, a chunk has as many whole rows as fit into the tokens of a chunk (`chunk_size`), and at least one: the
+    memory for the logits of a row that is longer grows with it. Only tokens that count take a place in a chunk, and the
+    places computed are one, two, three or four quarters of a chunk.
+
+    On a mesh, all tokens of a unit must be on one device. Explicit axes that shard a row raise. On Auto axes, XLA
+    gathers each row. Inside a `jax.shard_map`, rows must be whole, which is not checked, and the result is the sum over
+    this device's units. Under `jax.vmap` each example has a kernel gradient of its own.
+
+    Args:
+      loss_fn: a function `loss_fn(result, *args)` of one unit's `jliger.LinearLogprobs` and arguments. With
+        `units="tokens"` the fields of `result` are scalars. With `units="rows"` they have the shape of `labels` without
+        its first axis; tokens that do not count have log-probability 0 and prediction −1, so that
+        `result.predictions >= 0` is their mask. Returns the loss, a floating-point scalar; with `has_aux`, a tuple of
+        the loss and a tree of arrays.
+      hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only).
+      kernel: the head's weights, `[H, V]`, or `[V, H]` with `kernel_layout="vh"`: hidden's dtype or float32.
+      labels: the tokens whose log-probabilities are asked for, `[*B]`, integers. They are not shifted here.
+      args: a tuple of trees of arrays, one tree for each further argument of `loss_fn`. Arrays have the dimensions of
+        `labels` first (tokens), or its first dimension (rows), and `loss_fn` gets them without these. No gradient.
+      units: `"tokens"`, or `"rows"` of the first axis of `labels`.
+      has_aux: whether `loss_fn` returns auxiliary arrays. They carry no gradient.
+      **options: those of `jliger.linear_logprobs` without `keep_logits`. `chunk_size` is that of
+        `jliger.fused_linear_cross_entropy`.
+
+    Returns:
+      The sum over the units that have a token that counts, `[]`, float32 (float64 for float64 hidden states); 0 if
+      there are none. It is not divided by anything. With `has_aux`, that and the auxiliary arrays stacked over the
+      units, with zeros for units without a token that counts.
+
+    Raises:
+      ValueError: a shape does not match, an option is out of its range, or `"triton"` without a GPU.
+      TypeError: `loss_fn` does not return a floating-point scalar; something is no array, or of an unsupported dtype.
+      NotImplementedError: `args` or arrays that `loss_fn` closes over are differentiated, or Explicit axes shard a row.
+
+    Examples:
+      A policy gradient, one token at a time:
+
+      >>> import jax, jax.numpy as jnp, jliger
+      >>> hidden = jax.random.normal(jax.random.key(0), (2, 5, 8))
+      >>> kernel = jax.random.normal(jax.random.key(1), (8, 32))
+      >>> labels = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, -100, -100]])
+      >>> advantages = jnp.broadcast_to(jnp.array([[1.0], [-0.5]]), labels.shape)
+      >>> def token_loss(result, advantage):
+      ...     return -advantage * result.logprobs - 0.01 * result.entropy
+      >>> def loss(hidden, kernel):
+      ...     return jliger.fused_linear_loss(token_loss, hidden, kernel, labels, (advantages,), units="tokens") / 8
+      >>> value, grads = jax.value_and_grad(loss, (0, 1))(hidden, kernel)
+      >>> result = jliger.linear_logprobs(hidden, kernel, labels)
+      >>> print(bool(jnp.allclose(value, (-advantages * result.logprobs - 0.01 * result.entropy).sum() / 8)))
+      True
+
+      Pairs of sequences, `[pairs, 2, length]`, chosen before rejected:
+
+      >>> def pair_loss(result):
+      ...     logprobs = result.logprobs.sum(-1)
+      ...     return jax.nn.softplus(logprobs[1] - logprobs[0]), logprobs
+      >>> total, logprobs = jliger.fused_linear_loss(
+      ...     pair_loss, hidden[None], kernel, labels[None], units="rows", has_aux=True
+      ... )
+      >>> print(total.shape, logprobs.shape)
+      () (1, 2)
+    """
     return summed_losses(loss_fn, hidden, kernel, labels, args, units=units, has_aux=has_aux, **options)
 
 

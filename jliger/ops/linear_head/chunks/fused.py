@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jliger.core.meshes import as_varying, varying_axes
 from jliger.ops.linear_head.chunks.grad_accumulators import add_chunk, after_chunks, before_chunks
 from jliger.ops.linear_head.chunks.matmuls import logits_product
 from jliger.ops.linear_head.chunks.packed_rows import PackedRows
@@ -71,7 +72,11 @@ def fused_pass(
         else:
             # Gradients need the statistics of all columns, so the merge comes between two launches.
             stats = rows.row_stats(*parts, config.stats_wanted)
-            stats = stats if merge is None else merge(stats)
+            if merge is not None:
+                # Merged statistics are the same on several devices. Their types must not say so: the derivative of a
+                # rule would otherwise be summed over these devices.
+                vary = functools.partial(as_varying, axes=varying_axes(chunk.hidden))
+                stats = jax.tree.map(vary, merge(stats))
             coefficients = rule(stats, of_chunk, part.in_units)
             if in_own_scale:
                 coefficients, scales = _in_own_scale(coefficients)

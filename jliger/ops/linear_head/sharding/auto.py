@@ -68,13 +68,13 @@ def _partitioned(loss_pass: LossPass, tree: Any, dims: tuple[str, ...], token_nd
 
     rule = ", ".join(map(factors, dims, examples)) + " -> "
     rule += ", ".join(factors(its_dims, [True] * len(loss_pass.examples)) for its_dims in result_dims)
-    # Contracted dimensions are replicated: every device computes whole dot products. Columns, if no result has them,
-    # are a reduction, which `run_on_shard` does itself.
-    inner = [dim for dim in "hrg" if any(dim in its_dims for its_dims in dims)]
-    # So are the tokens of a row, and what only a unit knows.
-    inner += tokens[token_ndim - loss_pass.row_ndim :]
-    inner += [name for dim in sorted({*"".join((*dims, *result_dims))} - {*_DIMS}) for name in _factors_of(dim, (), 0)]
-    special: dict[str, Any] = {"need_replication_factors": tuple(inner)}
+    # Contracted dimensions are replicated: every device computes whole dot products. So are the tokens of a row, and
+    # dimensions that only the arrays of a loss have. Columns, if no result has them, are a reduction, which
+    # `run_on_shard` does itself.
+    whole_tokens = tokens[token_ndim - loss_pass.row_ndim :]
+    names = dict.fromkeys(rule.replace(",", " ").replace("->", " ").split())  # in the order that Shardy wants
+    inner = tuple(name for name in names if name in {*"hrg", *whole_tokens} or name.startswith("x"))
+    special: dict[str, Any] = {"need_replication_factors": inner}
     if not any("v" in its_dims for its_dims in result_dims):
         special["reduction_factors"] = ("v",)
     whole.def_partition(partition=partition, sharding_rule=lambda *_: (rule, special))
