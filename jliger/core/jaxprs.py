@@ -15,7 +15,7 @@ from jax.interpreters import partial_eval
 from jax.sharding import AbstractMesh, NamedSharding, get_abstract_mesh, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
-from jliger.core.meshes import as_varying, varying_axes
+from jliger.core.meshes import varying_axes
 
 
 class Traced(NamedTuple):
@@ -26,18 +26,20 @@ class Traced(NamedTuple):
         part of the key of a compiled program.
       consts: the arrays that it closes over, of any dtype.
       out: the shapes and dtypes of its results, as the tree that it returns.
+      varying: in a `shard_map`, the axes over which the arguments must vary.
     """
 
     jaxpr: Jaxpr
     consts: list[Any]
     out: Any
+    varying: frozenset[str] = frozenset()
 
 
 def trace(function: Callable[..., Any], arguments: Any, varying: frozenset[str]) -> Traced:
     """Traces a function for arguments of these shapes and dtypes.
 
-    In a `shard_map`, the arguments vary over the axes of `varying`. Elsewhere the mesh is left out of the types: the
-    function is evaluated on one device's arrays.
+    In a `shard_map`, the arguments vary over the axes of `varying`, and over those of what the function closes over.
+    Elsewhere the mesh is left out of the types: the function is evaluated on one device's arrays.
     """
     mesh = get_abstract_mesh()
     if not mesh.manual_axes:
@@ -52,7 +54,7 @@ def trace(function: Callable[..., Any], arguments: Any, varying: frozenset[str])
         traced = _traced(function, jax.tree.map(functools.partial(in_shard_map, varying), arguments))
         of_consts = frozenset().union(*map(varying_axes, traced.consts))
         if of_consts <= varying:
-            return traced
+            return traced._replace(varying=varying)
         # The results vary over the axes of what the function closes over, too.
         varying |= of_consts
 
@@ -112,9 +114,6 @@ def evaluate(jaxpr: Jaxpr, consts: Sequence[Any], *arguments: Any) -> list[Any]:
             results = evaluate(inner.jaxpr, inner.consts, *operands)
         elif primitive.name == "reshard":
             results = operands
-        elif primitive.name == "pvary":
-            # An operand may vary already, if it was cast together with others.
-            results = [as_varying(operand, frozenset(parameters["axes"])) for operand in operands]
         else:
             results = primitive.bind(*operands, **primitive.get_bind_params(parameters))
             results = results if primitive.multiple_results else [results]

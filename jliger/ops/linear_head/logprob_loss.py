@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core import checks, jaxprs
 from jliger.core.dtypes import accumulator_dtype
-from jliger.core.meshes import varying_axes
+from jliger.core.meshes import as_varying, varying_axes
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
 from jliger.ops.linear_head.arguments import Arguments, HeadOptions, column_validity, head_arguments, with_tokens
@@ -137,7 +137,7 @@ def summed_losses(
         raise ValueError("labels got a scalar with units='rows'; pass an array whose first axis is that of the rows.")
     unit_ndim = 1 if units == "rows" else arguments.labels.ndim
     args, shared = _as_arrays(args, arguments.labels.shape[:unit_ndim]), jax.tree.map(jnp.asarray, shared)
-    call, consts = _traced_call(loss_fn, arguments, args, shared, unit_ndim, has_aux)
+    call, shared = _traced_call(loss_fn, arguments, args, shared, unit_ndim, has_aux)
     total, aux = _summed_losses(
         call,
         arguments.operands,
@@ -145,7 +145,7 @@ def summed_losses(
         arguments.labels,
         arguments.where,
         tuple(jax.tree.leaves(args)),
-        (*consts, *jax.tree.leaves(shared)),
+        shared,
     )
     return (total, jax.tree.unflatten(call.aux_tree, aux)) if has_aux else total
 
@@ -180,8 +180,8 @@ def _as_arrays(args: Any, units: tuple[int, ...]) -> tuple[Any, ...]:
 
 def _traced_call(
     loss_fn: LossFn, arguments: Arguments, args: Any, shared: Any, unit_ndim: int, has_aux: bool
-) -> tuple[_Call, list[Any]]:
-    """The call with the program of `loss_fn`, and the arrays that this closes over."""
+) -> tuple[_Call, tuple[Any, ...]]:
+    """The call with the program of `loss_fn`; and the arrays that all units share, those closed over first."""
     config, operands, row_shape = arguments.config, arguments.operands, arguments.labels.shape[unit_ndim:]
     dtype = accumulator_dtype(operands.hidden.dtype)
     number, column = (jax.ShapeDtypeStruct(row_shape, kind) for kind in (dtype, jnp.int32))
@@ -190,14 +190,17 @@ def _traced_call(
     arrays = (operands, arguments.labels, arguments.where, arguments.adapter, args, shared)
     varying = frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)))
     types = (LinearLogprobs(number, number, number, column), *unit, *for_all)
-    program, consts, out = jaxprs.trace(loss_fn, types, varying)
+    program, consts, out, varying = jaxprs.trace(loss_fn, types, varying)
     _check_results(out, has_aux)
     of_loss = [index == 0 for index in range(len(program.outvars))]
     in_loss, in_any = (jaxprs.inputs_read(program, outputs)[_ENTROPY] for outputs in (of_loss, [True] * len(of_loss)))
     differentiated = tuple(range(_ENTROPY + in_loss))
     loss = UnitLoss(program, jaxprs.gradient(program, differentiated), row_shape, in_loss)
     config = dataclasses.replace(config, stats_wanted=StatsWanted(mean_logit=in_any))
-    return _Call(config, loss, jax.tree.structure(out[1] if has_aux else None), arguments.ignore_index), consts
+    return _Call(config, loss, jax.tree.structure(out[1] if has_aux else None), arguments.ignore_index), (
+        *consts,
+        *(as_varying(leaf, varying) for leaf in jax.tree.leaves(shared)),
+    )
 
 
 def _check_results(out: Any, has_aux: bool) -> None:

@@ -85,7 +85,10 @@ def _run_manual(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, arr
     # operands are cast to vary over every axis that any of them varies over.
     leaves = jax.tree.leaves((operands, arrays))
     axes = frozenset().union(*map(varying_axes, leaves))
-    operands, arrays = jax.tree.map(lambda leaf: as_varying(leaf, axes), (operands, arrays))
+    # Arrays that a loss closes over are no carry, and its program has operations on them alone.
+    own = (operands, arrays._replace(shared=()))
+    operands, cast = jax.tree.map(lambda leaf: as_varying(leaf, axes), own)
+    arrays = cast._replace(shared=arrays.shared)
     vocab_axes = loss_pass.config.vocab_axes
     if any(map(_is_spread, leaves)):
         _check_vocab_axes(loss_pass.config, *leaves)
