@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Required, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,14 @@ from jliger.ops.logits.unit_loss import LinearLogprobs, UnitLoss
 
 Units = Literal["tokens", "rows"]
 LossFn = Callable[..., Any]
+
+
+class LossOptions(HeadOptions, total=False):
+    """The options of `fused_linear_loss`."""
+
+    units: Required[Units]
+    has_aux: bool
+
 
 _ENTROPY = LinearLogprobs._fields.index("entropy")
 
