@@ -18,6 +18,10 @@ from jax.sharding import PartitionSpec as P
 from jliger.core.meshes import varying_axes
 
 
+# The primitives that are inlined, and their parameter with the inner program.
+_INLINED = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+
+
 class Traced(NamedTuple):
     """A traced function.
 
@@ -109,8 +113,8 @@ def evaluate(jaxpr: Jaxpr, consts: Sequence[Any], *arguments: Any) -> list[Any]:
     for equation in jaxpr.eqns:
         operands = [*map(read, equation.invars)]
         primitive, parameters = equation.primitive, equation.params
-        inner = parameters.get({"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}.get(primitive.name))
-        if inner is not None:
+        if primitive.name in _INLINED:
+            inner = parameters[_INLINED[primitive.name]]
             results = evaluate(inner.jaxpr, inner.consts, *operands)
         elif primitive.name == "reshard":
             results = operands

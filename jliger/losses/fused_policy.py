@@ -84,19 +84,26 @@ def fused_linear_grpo(
     if not head.tokens.ndim:
         raise ValueError("tokens got a scalar; pass an array [*B, T].")
     advantages = checks.as_array("advantages", advantages)
-    of_tokens = _given(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
-    coefficients = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "beta": beta}
-    given = {"loss_type": loss_type, "delta": delta, "max_completion_length": max_completion_length, **coefficients}
-    given |= {"importance_sampling_level": importance_sampling_level, "entropy_coef": entropy_coef}
+    of_tokens: Any = _given(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+    given: dict[str, Any] = {
+        "loss_type": loss_type,
+        "importance_sampling_level": importance_sampling_level,
+        "epsilon_low": epsilon_low,
+        "epsilon_high": epsilon_high,
+        "delta": delta,
+        "beta": beta,
+        "entropy_coef": entropy_coef,
+        "max_completion_length": max_completion_length,
+    }
     with_entropy = entropy_metric or not _is_zero(entropy_coef)
 
     def flat(logprobs: Array, entropy: Array) -> tuple[Array, PolicyMetrics]:
-        entropy = entropy if with_entropy else None
-        arguments = {**of_tokens, **given, "where": head.counted, "entropy": entropy, "normalizer": normalizer}
+        arguments: Any = {**of_tokens, **given, "where": head.counted, "normalizer": normalizer}
+        arguments["entropy"] = entropy if with_entropy else None
         return grpo(logprobs, advantages, **arguments)
 
     check_arguments(flat, head.hidden, head.tokens.shape, head.tokens.shape)
-    arrays = {"advantages": advantages, **of_tokens}
+    arrays: dict[str, Any] = {"advantages": advantages, **of_tokens}
     counts = head.counted.sum(axis=-1)
     if importance_sampling_level == "sequence":
         # Of one sequence, the first axis is that of rows too.
@@ -167,16 +174,21 @@ def fused_linear_ppo_clip(
       -1.00 0.00
     """
     head = HeadTokens.make(hidden, kernel, tokens, options)
-    given = {"epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "delta": delta, "entropy_coef": entropy_coef}
+    given: dict[str, Any] = {
+        "epsilon_low": epsilon_low,
+        "epsilon_high": epsilon_high,
+        "delta": delta,
+        "entropy_coef": entropy_coef,
+    }
     with_entropy = entropy_metric or not _is_zero(entropy_coef)
-    arrays = {
+    arrays: dict[str, Any] = {
         "old_logprobs": checks.as_array("old_logprobs", old_logprobs),
         "advantages": checks.as_array("advantages", advantages),
     }
 
     def flat(logprobs: Array, entropy: Array) -> tuple[Array, PolicyMetrics]:
-        entropy = entropy if with_entropy else None
-        arguments = {**arrays, **given, "where": head.counted, "entropy": entropy, "normalizer": normalizer}
+        arguments: Any = {**arrays, **given, "where": head.counted, "normalizer": normalizer}
+        arguments["entropy"] = entropy if with_entropy else None
         return ppo_clip(logprobs, **arguments)
 
     check_arguments(flat, head.hidden, head.tokens.shape, head.tokens.shape)
@@ -193,7 +205,7 @@ def _grpo_of_token(
     # A sequence of one token. What weights of tokens depend on is known beforehand.
     others = {name: array[None] for name, array in arrays.items() if name not in ("advantages", "weights")}
     entropy = None if _is_zero(given["entropy_coef"]) else result.entropy[None]
-    arguments = {**others, **given, "entropy": entropy, "normalizer": 1.0}
+    arguments: Any = {**others, **given, "entropy": entropy, "normalizer": 1.0}
     loss, _ = grpo(result.logprobs[None], arrays["advantages"][None], **arguments)
     return loss * arrays.get("weights", 1), _of_metrics(result, with_entropy)
 
@@ -202,7 +214,7 @@ def _grpo_of_row(
     result: LinearLogprobs, arrays: Mapping[str, Array], *, with_entropy: bool, **given: Any
 ) -> tuple[Array, tuple[Array, Array | None]]:
     entropy = None if _is_zero(given["entropy_coef"]) else result.entropy
-    arguments = {**arrays, **given, "entropy": entropy, "normalizer": 1.0}
+    arguments: Any = {**arrays, **given, "entropy": entropy, "normalizer": 1.0}
     loss, _ = grpo(result.logprobs, where=result.predictions >= 0, **arguments)
     return loss, _of_metrics(result, with_entropy)
 
@@ -211,7 +223,8 @@ def _ppo_clip_of_token(
     result: LinearLogprobs, arrays: Mapping[str, Array], *, with_entropy: bool, **given: Any
 ) -> tuple[Array, tuple[Array, Array | None]]:
     entropy = None if _is_zero(given["entropy_coef"]) else result.entropy
-    loss, _ = ppo_clip(result.logprobs, **arrays, **given, entropy=entropy, normalizer=1.0)
+    arguments: Any = {**arrays, **given, "entropy": entropy, "normalizer": 1.0}
+    loss, _ = ppo_clip(result.logprobs, **arguments)
     return loss, _of_metrics(result, with_entropy)
 
 
@@ -233,8 +246,10 @@ def _is_zero(coefficient: Any) -> bool:
 
 def _with_row_axis(head: HeadTokens) -> HeadTokens:
     """The head's arguments with a first axis of size 1."""
-    per_token = {name: value for name, value in head.options.items() if name in ("where", "temperature")}
-    options = {
+    per_token: dict[str, Any] = {
+        name: value for name, value in head.options.items() if name in ("where", "temperature")
+    }
+    options: Any = {
         **head.options,
         **{name: jnp.asarray(value)[None] for name, value in per_token.items() if jnp.ndim(value)},
     }

@@ -192,7 +192,8 @@ def _traced_call(
     """The call with the program of `loss_fn`; and the arrays that all units share, those closed over first."""
     config, operands, row_shape = arguments.config, arguments.operands, arguments.labels.shape[unit_ndim:]
     dtype = accumulator_dtype(operands.hidden.dtype)
-    number, column = (jax.ShapeDtypeStruct(row_shape, kind) for kind in (dtype, jnp.int32))
+    number: Any = jax.ShapeDtypeStruct(row_shape, dtype)
+    column: Any = jax.ShapeDtypeStruct(row_shape, jnp.int32)
     unit = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[unit_ndim:], leaf.dtype), args)
     for_all = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shared)
     arrays = (operands, arguments.labels, arguments.where, arguments.adapter, args, shared)

@@ -39,12 +39,13 @@ def add_chunk(
         grads = grads._replace(adapted=chunk.put(grads.adapted, part))
     # Sums over tokens are in units of the chunk's largest scale: a token that is too small beside it to be held adds
     # nothing that the sum could hold.
-    largest = None if scales is None else scales.max()
+    largest = relative = None
+    if scales is not None:
+        largest = scales.max()
+        relative = (scales / jnp.where(largest == 0, 1, largest))[:, None]
 
     def rescaled(rows: Array) -> Array:
-        if scales is None:
-            return rows
-        return rows * (scales / jnp.where(largest == 0, 1, largest)).astype(rows.dtype)[:, None]
+        return rows if relative is None else rows * relative.astype(rows.dtype)
 
     def added(total: Array | None, part: Array) -> Array:
         return accumulate(total, part if largest is None else part * largest)
@@ -56,8 +57,8 @@ def add_chunk(
         part = kernel_grad_product(config.of_adapter, rescaled(chunk.adapted), logit_grads, sums)
         grads = grads._replace(adapter=added(grads.adapter, part))
     if wanted.bias is not None:
-        part = rescaled(logit_grads.astype(sums)).sum(axis=0) if scales is not None else logit_grads.sum(0, dtype=sums)
-        grads = grads._replace(bias=added(grads.bias, part))
+        wide = logit_grads if relative is None else logit_grads * relative
+        grads = grads._replace(bias=added(grads.bias, wide.sum(axis=0, dtype=sums)))
     return grads
 
 
