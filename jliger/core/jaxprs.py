@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 
 from jliger.core.meshes import varying_axes
 
-
 # The primitives that are inlined, and their parameter with the inner program.
 _INLINED = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
 
