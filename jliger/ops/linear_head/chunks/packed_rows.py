@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.ops.linear_head.chunks.packed_tokens import PackedTokens, Part, take
-from jliger.ops.linear_head.chunks.sizes import part_sizes, rows_of_chunk
+from jliger.ops.linear_head.chunks.sizes import is_symbolic, part_sizes, rows_of_chunk
 from jliger.ops.linear_head.types import HeadConfig
 
 
@@ -72,6 +72,8 @@ class PackedRows(NamedTuple):
         chunk = self.tokens.chunk
         sizes = part_sizes(chunk)
         carry = step(chunk, 0, initial)
+        if not is_symbolic(self.tokens.num_tokens) and self.tokens.num_tokens <= chunk:
+            return carry
 
         def next_step(first_and_carry: tuple[Any, Any]) -> tuple[Any, Any]:
             first, carry = first_and_carry
