@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
 from jax.interpreters import partial_eval
 from jax.sharding import AbstractMesh, NamedSharding, get_abstract_mesh, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jliger.core.meshes import varying_axes
 
 # The primitives that are inlined, and their parameter with the inner program.
-_INLINED = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}
+_INLINED = {"jit": "jaxpr", "remat2": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 
 class Traced(NamedTuple):
@@ -95,6 +95,15 @@ def gradient(jaxpr: Jaxpr, inputs: tuple[int, ...]) -> ClosedJaxpr:
 def inputs_read(jaxpr: Jaxpr, outputs: Sequence[bool]) -> list[bool]:
     """Which inputs the chosen outputs depend on."""
     return partial_eval.dce_jaxpr(jaxpr, list(outputs))[1]
+
+
+def has_control_flow(jaxpr: Jaxpr) -> bool:
+    """Whether a program has inner programs, such as those of `jax.lax.cond`, that are not inlined."""
+    return any(
+        equation.primitive.name not in _INLINED or has_control_flow(inner)
+        for equation in jaxpr.eqns
+        for inner in jaxprs_in_params(equation.params)
+    )
 
 
 def evaluate(jaxpr: Jaxpr, consts: Sequence[Any], *arguments: Any) -> list[Any]:

@@ -126,3 +126,17 @@ def test_an_explicit_axis_that_spreads_rows_is_refused_by_name():
             jliger.fused_linear_loss(
                 lambda result: result.logprobs.sum(), hidden, jnp.ones((HIDDEN, VOCAB)), labels, units="rows"
             )
+
+
+def test_control_flow_with_arrays_of_explicit_axes_is_refused():
+    mesh = PLACES["dp"].mesh("explicit")
+    with jax.set_mesh(mesh):
+        hidden, factor = (
+            jax.device_put(array, NamedSharding(mesh, P())) for array in (jnp.ones((*BATCH, HIDDEN)), jnp.float32(2))
+        )
+
+        def loss_fn(result):
+            return jax.lax.cond(result.logprobs > factor, jnp.sin, jnp.cos, result.logprobs)
+
+        with pytest.raises(NotImplementedError, match="loss_fn closes over arrays .* pass these arrays in args"):
+            jliger.fused_linear_loss(loss_fn, hidden, jnp.ones((HIDDEN, VOCAB)), jnp.zeros(BATCH, int), units="tokens")

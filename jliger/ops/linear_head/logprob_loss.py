@@ -7,6 +7,7 @@ from typing import Any, Literal, Required, Unpack
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core import checks, jaxprs
@@ -93,7 +94,8 @@ def fused_linear_loss(
     Raises:
       ValueError: a shape does not match, an option is out of its range, or `"triton"` without a GPU.
       TypeError: `loss_fn` does not return a floating-point scalar; something is no array, or of an unsupported dtype.
-      NotImplementedError: `args` or arrays that `loss_fn` closes over are differentiated, or Explicit axes shard a row.
+      NotImplementedError: `args` or arrays that `loss_fn` closes over are differentiated; Explicit axes shard a row; or
+        `loss_fn` closes over arrays on Explicit axes and has control flow.
 
     Examples:
       A policy gradient, one token at a time:
@@ -201,6 +203,7 @@ def _traced_call(
     types = (LinearLogprobs(number, number, number, column), *unit, *for_all)
     program, consts, out, varying = jaxprs.trace(loss_fn, types, varying)
     _check_results(out, has_aux)
+    _check_closure(program, consts)
     of_loss = [index == 0 for index in range(len(program.outvars))]
     in_loss, in_any = (jaxprs.inputs_read(program, outputs)[_ENTROPY] for outputs in (of_loss, [True] * len(of_loss)))
     differentiated = tuple(range(_ENTROPY + in_loss))
@@ -210,6 +213,15 @@ def _traced_call(
         *consts,
         *(as_varying(leaf, varying) for leaf in jax.tree.leaves(shared)),
     )
+
+
+def _check_closure(program: Jaxpr, consts: list[Any]) -> None:
+    on_explicit_axes = any(jax.typeof(array).sharding.mesh.explicit_axes for array in consts)
+    if on_explicit_axes and jaxprs.has_control_flow(program):
+        raise NotImplementedError(
+            "loss_fn closes over arrays on a mesh with Explicit axes and has control flow, such as jax.lax.cond, whose "
+            "types are those of that mesh; pass these arrays in args, or select with jnp.where."
+        )
 
 
 def _check_results(out: Any, has_aux: bool) -> None:
