@@ -39,7 +39,7 @@ def test_tokens(shape, chunk_size, options, implementation):
     ("shape", "chunk_size"),
     # Several rows per chunk; one longer than a chunk; pairs; rows of one token; a single row.
     [
-        ((7, 5), 12),
+        pytest.param((7, 5), 12, marks=pytest.mark.exhaustive),
         ((4, 5), 3),
         ((5, 2, 3), None),
         pytest.param((6,), 4, marks=pytest.mark.exhaustive),
@@ -63,7 +63,7 @@ def test_chunks_of_several_sizes(implementation):
     check(row_loss, inputs, labels, args, units="rows", implementation=implementation, **options)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.exhaustive)])
 def test_low_precision(dtype, implementation):
     if INTERPRETED and dtype == "bfloat16":
         pytest.skip("Triton's interpreter truncates where it should round to bfloat16")
