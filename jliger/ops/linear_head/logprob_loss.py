@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, Required, Unpack
+from typing import Any, Literal, Required, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,48 @@ class LossOptions(HeadOptions, total=False):
 _ENTROPY = LinearLogprobs._fields.index("entropy")
 
 
+@overload
+def fused_linear_loss(
+    loss_fn: LossFn,
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    labels: Int[Array, "*B"],
+    args: tuple[Any, ...] = (),
+    *,
+    units: Units,
+    has_aux: Literal[False] = False,
+    **options: Unpack[HeadOptions],
+) -> Float[Array, ""]: ...
+
+
+@overload
+def fused_linear_loss(
+    loss_fn: LossFn,
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    labels: Int[Array, "*B"],
+    args: tuple[Any, ...] = (),
+    *,
+    units: Units,
+    has_aux: Literal[True],
+    **options: Unpack[HeadOptions],
+) -> tuple[Float[Array, ""], Any]: ...
+
+
+@overload
+def fused_linear_loss(
+    loss_fn: LossFn,
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    labels: Int[Array, "*B"],
+    args: tuple[Any, ...] = (),
+    *,
+    units: Units,
+    has_aux: bool,
+    **options: Unpack[HeadOptions],
+) -> Float[Array, ""] | tuple[Float[Array, ""], Any]: ...
+
+
 def fused_linear_loss(
     loss_fn: LossFn,
     hidden: Float[Array, "*B H"],
@@ -54,7 +96,7 @@ def fused_linear_loss(
     unit, as a function of the unit's log-probabilities, log-sum-exps and entropies. It is differentiated where the
     unit's logits are, so gradients are computed together with the loss, with three matrix products.
     `jliger.linear_logprobs` with a loss on top computes the same with four, but gives the log-probabilities of all
-    tokens before any loss.
+    tokens before any loss. Memory is that of `jliger.fused_linear_cross_entropy`.
 
     Gradients flow to `hidden`, `kernel`, the bias and the adapter, and nowhere else. Nothing is computed for arguments
     that are not differentiated, for tokens that do not count, or for an entropy that `loss_fn` does not read.
