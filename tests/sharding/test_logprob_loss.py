@@ -138,5 +138,5 @@ def test_control_flow_with_arrays_of_explicit_axes_is_refused():
         def loss_fn(result):
             return jax.lax.cond(result.logprobs > factor, jnp.sin, jnp.cos, result.logprobs)
 
-        with pytest.raises(NotImplementedError, match="loss_fn closes over arrays .* pass these arrays in args"):
+        with pytest.raises(NotImplementedError, match=r"loss_fn closes over arrays .* pass these arrays in args"):
             jliger.fused_linear_loss(loss_fn, hidden, jnp.ones((HIDDEN, VOCAB)), jnp.zeros(BATCH, int), units="tokens")
