@@ -12,7 +12,7 @@ from jliger.core.meshes import Axes, as_replicated, as_varying, is_explicit, mes
 from jliger.ops.linear_head.sharding.passes import LossPass, Result, dims_of_operands, dims_of_results
 from jliger.ops.linear_head.sharding.plan import Plan, as_axes, first_column, local_plan
 from jliger.ops.linear_head.sharding.shard import run_on_shard
-from jliger.ops.linear_head.types import Differentiable, Gradients, HeadConfig, Operands
+from jliger.ops.linear_head.types import DIMS, Differentiable, Gradients, HeadConfig, Operands
 from jliger.ops.logits.objectives import LossArrays
 
 
@@ -110,7 +110,8 @@ def _run_explicit(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, a
     dims = jax.tree.leaves(dims_of_operands(loss_pass, operands, arrays))
     sizes = {axis: mesh.shape[axis] for axis in mesh.explicit_axes}
     plan = Plan.of_operands(loss_pass, sizes, dims, [*map(sharded, leaves)])
-    _check_whole_rows(loss_pass, plan, operands)
+    hidden_index = dims.index(DIMS["hidden"])
+    _check_whole_rows(loss_pass, plan, leaves[hidden_index], sum(loss_pass.examples_of(hidden_index)))
     in_specs = tuple(plan.spec(its_dims, loss_pass.examples_of(index)) for index, its_dims in enumerate(dims))
     out_specs = jax.tree.map(functools.partial(plan.spec, is_result=True), dims_of_results(loss_pass))
     leaves = [reshard(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, in_specs, strict=True)]
@@ -134,9 +135,9 @@ def _run_explicit(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, a
     return result if result.grads is None else result._replace(grads=_sharded_like(mesh, plan, result.grads, operands))
 
 
-def _check_whole_rows(loss_pass: LossPass, plan: Plan, operands: Operands) -> None:
-    """Raises if an axis shards the tokens of a row."""
-    spec = jax.typeof(operands.hidden).sharding.spec[len(plan.examples) :]
+def _check_whole_rows(loss_pass: LossPass, plan: Plan, hidden: Array, num_examples: int) -> None:
+    """Raises if an axis shards the tokens of a row; the first dimensions of `hidden` are those of `jax.vmap`."""
+    spec = jax.typeof(hidden).sharding.spec[num_examples:]
     of_rows = spec[len(plan.batch) - loss_pass.row_ndim : len(plan.batch)]
     axes = tuple(axis for entry in of_rows for axis in as_axes(entry) if axis not in plan.single)
     if axes:
