@@ -1,4 +1,4 @@
-"""What the losses that are fused with a head have in common: which tokens count, and the loss of one unit."""
+"""Code shared by the losses that are fused with a head: the counted tokens, and sums of a loss over units."""
 
 import functools
 from collections.abc import Callable, Mapping

@@ -14,9 +14,9 @@ from jliger.ops.logits.distillation_types import Comparison
 
 
 class LossArrays(NamedTuple):
-    """The arrays of a loss, beside the operands of the products.
+    """The arrays that a loss reads, apart from the operands of the products.
 
-    A unit is what a loss is a sum over: a token, or a row of tokens.
+    A unit is one term of the loss: a token, or a row of tokens.
 
     Attributes:
       per_token: trees of arrays with one number per token.

@@ -16,7 +16,7 @@ from jliger.ops.logits.types import Coefficients, RowStats
 
 
 class LinearLogprobs(NamedTuple):
-    """What a token's logits `z` say, with `p = softmax(z)`; 0, and prediction −1, for a token that doesn't count.
+    """Results of tokens with logits `z` and `p = softmax(z)`; 0, and prediction −1, for a token that doesn't count.
 
     Attributes:
       logprobs: `log p_label`, `[*B]`; NaN for a label out of range.

@@ -1,7 +1,8 @@
-"""Packs whole rows of tokens into chunks: for a loss of which a row of tokens is one term.
+"""Packs whole rows of tokens into chunks, for losses that are a sum over rows.
 
-Only the counted tokens of a row take a place. A chunk begins with the first row that is not yet done, and takes as many
-rows as its places hold, which depends on how many tokens of each row count.
+Only the counted tokens of a row take a place. A chunk begins with the first row that is not yet computed, and takes as
+many rows as its places can hold. How many depends on the number of counted tokens in each row, so it is only known at
+run time.
 """
 
 import functools
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jliger.ops.linear_head.chunks.packed_tokens import PackedTokens, Part, take
+from jliger.ops.linear_head.chunks.packed_tokens import PackedTokens, Part, run_with_fitting_size, take
 from jliger.ops.linear_head.chunks.sizes import is_symbolic, part_sizes, rows_of_chunk
 from jliger.ops.linear_head.types import HeadConfig
 
@@ -22,10 +23,9 @@ class PackedRows(NamedTuple):
 
     Attributes:
       tokens: the counted tokens; a chunk has `tokens.chunk` places.
-      row_of: the row index at each place of a row: first the rows that have a counted token, in order. The other places
-        have indices out of range.
-      rank: the place of each row.
-      ends: the number of counted tokens of the rows up to each place of a row.
+      row_of: the rows that have a counted token, in order. Entries after the last of them are out of range.
+      rank: the position of each row in `row_of`.
+      ends: at each position in `row_of`, the number of counted tokens in all rows up to this one.
       count: the number of rows that have a counted token.
       length: tokens per row.
       window: the most rows per chunk.
@@ -44,7 +44,7 @@ class PackedRows(NamedTuple):
         num_rows = counted.shape[0] // length
         chunk, window = rows_of_chunk(config, num_rows, length, vocab)
         by_row = counted.reshape(num_rows, length).sum(axis=1, dtype=jnp.int32)
-        # A row is a token of another list, in which a chunk may begin anywhere.
+        # Rows are packed as tokens are: first those that count.
         rows = PackedTokens.make(by_row > 0, window, at_any_place=True)
         return cls(
             tokens=PackedTokens.make(counted, chunk, at_any_place=True),
@@ -65,9 +65,10 @@ class PackedRows(NamedTuple):
         return self.tokens.restore(stats)
 
     def loop(self, step: Callable[[int, Any, Any], Any], initial: Any) -> Any:
-        """`carry = step(size, first row, carry)` for every chunk; `size` holds the chunk's tokens.
+        """`carry = step(size, first, carry)` for every chunk, which begins with the row at position `first`.
 
-        The first chunk, which is always full-sized, runs before the loop: its results initialise sums.
+        `size` is the smallest size that holds the chunk's tokens. The first chunk always has the full size and runs
+        before the loop: its results initialise sums.
         """
         chunk = self.tokens.chunk
         sizes = part_sizes(chunk)
@@ -78,20 +79,17 @@ class PackedRows(NamedTuple):
         def next_step(first_and_carry: tuple[Any, Any]) -> tuple[Any, Any]:
             first, carry = first_and_carry
             last = self._last(first)
-            # Sizes are static, so each is a branch of its own; the number of tokens chooses at run time.
-            left = self.ends[last] - self._start(first)
-            fitting = sum(((left > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
-            branches = [functools.partial(step, size, first) for size in sizes]
-            return last + 1, jax.lax.switch(fitting, branches, carry)
+            count = self.ends[last] - self._start(first)
+            return last + 1, run_with_fitting_size(sizes, count, step, first, carry)
 
         return jax.lax.while_loop(lambda state: state[0] < self.count, next_step, (self._last(0) + 1, carry))[1]
 
     def part(self, first: Int[Array, ""] | int, size: int) -> Part:
-        """The places of the chunk that begins with the row at place `first`."""
+        """The chunk that begins with the row at position `first`, in `size` places."""
         start, last = self._start(first), self._last(first)
         places = jnp.arange(size, dtype=jnp.int32)
-        # Tokens of the next chunk's rows become places out of range. All indices differ, as gathers and scatters
-        # promise XLA.
+        # Places of the next chunk's tokens get indices out of range, which differ from each other, because gathers and
+        # scatters promise XLA unique indices.
         num_tokens = self.tokens.num_tokens
         outside = num_tokens + places
         slots = self.tokens.slots(start, size)
@@ -99,18 +97,17 @@ class PackedRows(NamedTuple):
         rows = jax.lax.dynamic_slice(self.row_of, (first,), (self.window,))
         in_chunk = jnp.arange(self.window, dtype=jnp.int32) <= last - first
         rows = jnp.where(in_chunk, rows, num_tokens + jnp.arange(self.window, dtype=jnp.int32))
-        offsets = (
-            self.rank.at[slots // self.length].get(mode="fill", fill_value=0) - first
-        ) * self.length + slots % self.length
+        rank = self.rank.at[slots // self.length].get(mode="fill", fill_value=0)
+        offsets = (rank - first) * self.length + slots % self.length
         offsets = jnp.where(slots < num_tokens, offsets, self.window * self.length + places)
         return Part(start, slots, functools.partial(take, rows), functools.partial(self._in_rows, offsets))
 
     def _start(self, first: Int[Array, ""] | int) -> Int[Array, ""]:
-        """The place of the first counted token of the row at place `first`."""
+        """The place of the first counted token of the row at position `first`."""
         return jnp.where(first == 0, 0, self.ends[first - 1])
 
     def _last(self, first: Int[Array, ""] | int) -> Int[Array, ""]:
-        """The place of the last row that still fits into the chunk."""
+        """The position of the last row that fits into the chunk."""
         fits = (self.ends <= self._start(first) + self.tokens.chunk).sum(dtype=jnp.int32)
         return jnp.minimum(jnp.minimum(fits, first + self.window), jnp.maximum(self.count, 1)) - 1
 

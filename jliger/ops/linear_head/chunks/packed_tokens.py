@@ -69,10 +69,7 @@ class PackedTokens(NamedTuple):
             return self._repeat(sized_step, 1, sized_step(0, initial))
 
         def fitting_step(index: Int[Array, ""] | int, carry: Any) -> Any:
-            # Sizes are static, so each is a branch of its own; the number of remaining tokens chooses at run time.
-            left = self.count - index * self.chunk
-            fitting = sum(((left > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
-            return jax.lax.switch(fitting, [functools.partial(step, size, index) for size in sizes], carry)
+            return run_with_fitting_size(sizes, self.count - index * self.chunk, step, index, carry)
 
         if not self.has_several_chunks:
             return fitting_step(0, initial)
@@ -108,6 +105,17 @@ class PackedTokens(NamedTuple):
             return full.at[self.token_of].set(field, mode="drop", unique_indices=True)
 
         return jax.tree.map(restored, stats)
+
+
+def run_with_fitting_size(
+    sizes: tuple[int, ...], count: Int[Array, ""], step: Callable[..., Any], *operands: Any
+) -> Any:
+    """`step(size, *operands)` with the smallest size that holds `count` tokens, or with the largest.
+
+    Sizes are static, so each is a branch of its own; the count chooses at run time.
+    """
+    fitting = sum(((count > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
+    return jax.lax.switch(fitting, [functools.partial(step, size) for size in sizes], *operands)
 
 
 class Part(NamedTuple):
