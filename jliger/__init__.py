@@ -10,6 +10,7 @@ from jliger.core.backend import compute_capability
 from jliger.labels import shift_labels
 from jliger.ops.linear_head.adapter import LinearAdapter
 from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics, fused_linear_cross_entropy
+from jliger.ops.linear_head.logprob_loss import fused_linear_loss
 from jliger.ops.linear_head.logprobs import LinearLogprobs, linear_logprobs
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "accumulation",
     "compute_capability",
     "fused_linear_cross_entropy",
+    "fused_linear_loss",
     "linear_logprobs",
     "linen",
     "losses",

@@ -44,6 +44,15 @@ def of_logprobs(hidden, kernel):
     return result.logprobs.sum() + result.entropy.sum()
 
 
+def fused_losses(hidden, kernel):
+    options = {"bias": BIAS, "adapter": ADAPTER, "where": WHERE, "temperature": 0.5}
+    of_grpo, metrics = losses.fused_linear_grpo(
+        hidden, kernel, LABELS, WEIGHTS, old_logprobs=-WEIGHTS, loss_type="grpo", entropy_coef=0.1, **options
+    )
+    of_orpo, _ = losses.fused_linear_orpo(hidden[None], kernel, LABELS[None], **{**options, "where": WHERE[None]})
+    return of_grpo + of_orpo + metrics.entropy
+
+
 def distilled(hidden, kernel):
     options = {"student_bias": BIAS, "teacher_bias": BIAS, "labels": LABELS, "weights": WEIGHTS, "where": WHERE}
     of_kl = losses.fused_linear_kl(hidden, kernel, 2 * HIDDEN, KERNEL, **options, temperature=2.0)
@@ -63,6 +72,7 @@ def of_medusa(hidden, kernel):
         (cross_entropy, "float32"),
         (all_options, "bfloat16"),
         (of_logprobs, "bfloat16"),
+        (fused_losses, "bfloat16"),
         (distilled, "bfloat16"),
         (of_medusa, "float32"),
     ],

@@ -116,8 +116,8 @@ BREAKS = [
     Break(
         "a sum that is rounded after each chunk",
         f"{HEAD}/chunks/grad_accumulators.py",
-        r"kernel=accumulate\(grads\.kernel, part\)",
-        "kernel=accumulate(grads.kernel, part).astype(chunk.hidden.dtype).astype(sums)",
+        r"kernel=added\(grads\.kernel, part\)",
+        "kernel=added(grads.kernel, part).astype(chunk.hidden.dtype).astype(sums)",
         (f"{HEAD}/cross_entropy_test.py::test_sums_over_chunks_are_float32",),
     ),
     Break(

@@ -21,6 +21,21 @@ def operations(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> None:
     jax.value_and_grad(jliger.fused_linear_cross_entropy, (0, 1))(hidden, kernel, labels)
 
 
+def losses_of_logprobs(hidden: jax.Array, kernel: jax.Array, tokens: jax.Array, advantages: jax.Array) -> None:
+    def loss_fn(result: jliger.LinearLogprobs, advantage: jax.Array) -> jax.Array:
+        return -advantage * result.logprobs
+
+    loss = jliger.fused_linear_loss(loss_fn, hidden, kernel, tokens, (advantages,), units="tokens", temperature=0.7)
+    assert_type(loss, jax.Array)
+    loss, _ = jliger.fused_linear_loss(
+        lambda result: (result.logprobs.sum(), 1), hidden, kernel, tokens, units="rows", has_aux=True
+    )
+    assert_type(loss, jax.Array)
+    loss, metrics = losses.fused_linear_grpo(hidden, kernel, tokens, advantages, beta=0.1, where=tokens != 0)
+    assert_type(loss, jax.Array)
+    assert_type(metrics, losses.PolicyMetrics)
+
+
 def distillation(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> None:
     assert_type(losses.fused_linear_kl(hidden, kernel, hidden, kernel, direction="reverse"), jax.Array)
     loss, metrics = losses.fused_linear_jsd(

@@ -1,4 +1,4 @@
-"""The log-probability benchmark: `linear_logprobs` with and without gradients, and with a low-rank adapter."""
+"""The log-probability benchmark: `linear_logprobs` with and without gradients, and losses fused with the head."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 import jliger
-from jliger import reference
+from jliger import losses, reference
 from jliger.bench.head import CPU_SHAPE, MAIN, problem
-from jliger.bench.methods import DTYPES, forward_bound, recomputed_bound
+from jliger.bench.methods import DTYPES, forward_bound, loss_and_gradients, recomputed_bound
 from jliger.bench.problem import ONE, THREE, Bound, Method, Problem, Shape
 
 RANK = 16
@@ -31,6 +31,9 @@ def _methods(shape: Shape) -> list[Method]:
             Method(f"forward alone, {dtype} kernel", _forward, dtype, ONE, forward_bound(shape, dtype)),
             Method(f"forward and backward, {dtype} kernel", _and_gradients(_logprobs), dtype, bound=recomputed),
             Method(f"logits kept, {dtype} kernel", _and_gradients(_logprobs, keep_logits=True), dtype, bound=kept),
+            # Statistics and logit gradients are computed in two launches, so logits are read twice here, too.
+            Method(f"fused GRPO, {dtype} kernel", loss_and_gradients(_fused_grpo), dtype, bound=kept),
+            Method(f"fused ORPO, {dtype} kernel", loss_and_gradients(_fused_orpo), dtype, bound=kept),
         ]
     return [
         *result,
@@ -51,6 +54,21 @@ def _logprobs(hidden: Array, kernel: Array, labels: Array, **options: Any) -> An
 def _logprobs_and_entropy(hidden: Array, kernel: Array, labels: Array) -> Any:
     result = jliger.linear_logprobs(hidden, kernel, labels)
     return result.logprobs, result.entropy
+
+
+def _fused_grpo(hidden: Array, kernel: Array, labels: Array) -> Array:
+    """Sequences of at most 1024 tokens."""
+    length = min(1024, labels.size)
+    tokens, advantages = labels.reshape(-1, length), jnp.linspace(-1.0, 1.0, labels.size // length)
+    old_logprobs = jnp.full(tokens.shape, -jnp.log(kernel.shape[1]), jnp.float32)
+    hidden = hidden.reshape(*tokens.shape, -1)
+    return losses.fused_linear_grpo(hidden, kernel, tokens, advantages, old_logprobs=old_logprobs)[0]
+
+
+def _fused_orpo(hidden: Array, kernel: Array, labels: Array) -> Array:
+    """Pairs of two sequences of at most 1024 tokens."""
+    tokens = labels.reshape(-1, 2, min(1024, labels.size // 2))
+    return losses.fused_linear_orpo(hidden.reshape(*tokens.shape, -1), kernel, tokens)[0]
 
 
 def _plain(hidden: Array, kernel: Array, labels: Array) -> Any:

@@ -4,6 +4,7 @@
 here.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -38,9 +39,13 @@ def encode_absent[T: tuple](fields: T) -> T:
     Which gradients are wanted can differ between traces. If the structure of the residuals differed as well,
     `jax.checkpoint`, which reuses cached traces, would raise errors or give wrong gradients silently.
     """
-    return type(fields)(*(jnp.zeros((0,)) if field is None else field for field in fields))
+    return _of_type(fields, (jnp.zeros((0,)) if field is None else field for field in fields))
 
 
 def decode_absent[T: tuple](fields: T) -> T:
     """The inverse of `encode_absent`."""
-    return type(fields)(*(field if field.size else None for field in fields))
+    return _of_type(fields, (field if field.size else None for field in fields))
+
+
+def _of_type[T: tuple](fields: T, values: Iterable[Any]) -> T:
+    return type(fields)(*values) if hasattr(fields, "_fields") else type(fields)(values)

@@ -4,6 +4,7 @@
 """
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding, get_abstract_mesh, reshard
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -47,7 +48,11 @@ def is_explicit(mesh: AbstractMesh) -> bool:
 def as_replicated(axes: Axes, array: Array) -> Array:
     """Marks an array as replicated over `axes`; its value is, but a loop carry hides that."""
     axes = tuple(axis for axis in axes if axis in varying_axes(array))
-    return jax.lax.pmax(array, axes) if axes else array
+    if not axes:
+        return array
+    # There is no maximum of bools.
+    number = array.astype(jnp.int32) if array.dtype == jnp.bool else array
+    return jax.lax.pmax(number, axes).astype(array.dtype)
 
 
 def varying_axes(array: Array) -> frozenset[str]:

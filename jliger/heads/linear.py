@@ -22,6 +22,7 @@ from jliger.ops.linear_head.cross_entropy import (
     Loss,
     fused_linear_cross_entropy,
 )
+from jliger.ops.linear_head.logprob_loss import LossFn, LossOptions, fused_linear_loss
 from jliger.ops.linear_head.logprobs import LinearLogprobs, LogprobsOptions, linear_logprobs
 from jliger.ops.linear_head.types import KernelLayout
 
@@ -77,6 +78,18 @@ class HeadMethods:
         """Log-probabilities and entropies of `self(hidden)`, a token each, as `jliger.linear_logprobs` gives them."""
         hidden, kernel, arguments = self.linear_head(hidden).arguments(hidden, options)
         return linear_logprobs(hidden, kernel, labels, **arguments)
+
+    def logprob_loss(
+        self,
+        loss_fn: LossFn,
+        hidden: Float[Array, "*B H"],
+        labels: Int[Array, "*B"],
+        args: tuple[Any, ...] = (),
+        **options: Unpack[LossOptions],
+    ) -> Any:
+        """The sum of any loss of `self(hidden)`'s log-probabilities, as `jliger.fused_linear_loss` gives it."""
+        hidden, kernel, arguments = self.linear_head(hidden).arguments(hidden, options)
+        return fused_linear_loss(loss_fn, hidden, kernel, labels, args, **arguments)
 
 
 _ARRAYS = ("kernel", "bias", "adapter")

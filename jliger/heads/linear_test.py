@@ -99,6 +99,27 @@ def test_a_head_in_the_wrong_place(package):
             operation(layer, hidden @ kernel, labels)
 
 
+def test_a_loss_of_log_probabilities():
+    """With a head of each library, and as a method."""
+    hidden, labels, weights = make_hidden(), make_labels(), jnp.ones(BATCH) / 3
+    layer = nnx.Linear(HIDDEN_SIZE, VOCAB, rngs=nnx.Rngs(0))
+    variables = {"kernel": layer.kernel[...], "bias": layer.bias[...] + 1}
+    layer.bias[...] += 1
+    head = heads.LinearHead(**variables)
+    expected = jliger.linear_logprobs(hidden, variables["kernel"], labels, bias=variables["bias"]).logprobs.sum() / 3
+
+    def loss_fn(result, weight):
+        return weight * result.logprobs
+
+    options = {"args": (weights,), "units": "tokens"}
+    for total in (
+        head.logprob_loss(loss_fn, hidden, labels, **options),
+        jliger.nnx.fused_linear_loss(loss_fn, layer, hidden, labels, **options),
+        jliger.linen.fused_linear_loss(loss_fn, variables, hidden, labels, **options),
+    ):
+        np.testing.assert_allclose(total, expected, rtol=1e-5)
+
+
 def test_a_tied_head_of_something_else():
     with pytest.raises(TypeError, match=r"embed got a Linear; pass a flax.nnx.Embed. .*jliger.nnx.fused_linear"):
         jliger.nnx.LMHead.tied(nnx.Linear(4, 7, rngs=nnx.Rngs(0)))

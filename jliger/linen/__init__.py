@@ -1,6 +1,6 @@
 """Heads for Flax Linen: modules that give logits and losses, and losses of heads that a model already has."""
 
-from jliger.linen.functions import fused_linear_cross_entropy, linear_logprobs
+from jliger.linen.functions import fused_linear_cross_entropy, fused_linear_loss, linear_logprobs
 from jliger.linen.lm_head import LMHead, TiedLMHead
 from jliger.linen.medusa import MedusaHeads
 
@@ -9,6 +9,7 @@ __all__ = [
     "MedusaHeads",
     "TiedLMHead",
     "fused_linear_cross_entropy",
+    "fused_linear_loss",
     "linear_logprobs",
 ]
 

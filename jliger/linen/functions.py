@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from jliger.heads.linear import hidden_of
 from jliger.linen.layers import linear_head
 from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics, CrossEntropyOptions, Loss
+from jliger.ops.linear_head.logprob_loss import LossFn, LossOptions
 from jliger.ops.linear_head.logprobs import LinearLogprobs, LogprobsOptions
 
 
@@ -119,3 +120,34 @@ def linear_logprobs(
     """
     hidden = hidden_of(module, hidden)
     return linear_head(module, hidden).logprobs(hidden, labels, **options)
+
+
+def fused_linear_loss(
+    loss_fn: LossFn,
+    module: nn.Module | Mapping[str, Any],
+    hidden: Float[Array, "*B H"],
+    labels: Int[Array, "*B"],
+    args: tuple[Any, ...] = (),
+    **options: Unpack[LossOptions],
+) -> Any:
+    """The sum of any loss of the log-probabilities of `module(hidden)`, without its logits.
+
+    Args:
+      loss_fn: the loss of one token or one row, as `jliger.fused_linear_loss` takes it.
+      module: the head, as `jliger.linen.fused_linear_cross_entropy` takes it.
+      hidden: the model's last hidden states, `[*B, H]`.
+      labels: the label of each token, `[*B]`. They are not shifted here.
+      args: further arguments of `loss_fn`, as `jliger.fused_linear_loss` takes them.
+      **options: those of `jliger.fused_linear_loss`, of which `units` is required. They override what the module says.
+
+    Returns:
+      As `jliger.fused_linear_loss`.
+
+    Raises:
+      NotImplementedError: the module is not a supported head; what `jliger.fused_linear_loss` raises.
+      TypeError: an array as `module`; an option that is the module's own, such as `bias`; what
+        `jliger.fused_linear_loss` raises.
+      ValueError: what `jliger.fused_linear_loss` raises.
+    """
+    hidden = hidden_of(module, hidden)
+    return linear_head(module, hidden).logprob_loss(loss_fn, hidden, labels, args, **options)

@@ -5,11 +5,22 @@ returns, and do not depend on a model. They return `(loss, metrics)`. A log-prob
 a masked token: values and gradients are then their limits, if the limits are finite. The difference of two equal
 infinities is 0.
 
+The losses that are called `fused_linear_...` are the same, fused with a linear head: three matrix products instead of
+four.
+
 Distillation losses compare whole distributions. They are fused with the heads of both models, as
 `jliger.fused_linear_cross_entropy` is fused with one head.
 """
 
 from jliger.losses.dpo_variants import DPOLossType, dpo
+from jliger.losses.fused_policy import fused_linear_grpo, fused_linear_ppo_clip
+from jliger.losses.fused_preference import (
+    fused_linear_cpo,
+    fused_linear_dpo,
+    fused_linear_kto,
+    fused_linear_orpo,
+    fused_linear_simpo,
+)
 from jliger.losses.kto_loss import KTOMetrics, kto, kto_kl
 from jliger.losses.policy import GRPOLossType, PolicyMetrics, grpo, ppo_clip
 from jliger.losses.preference_pairs import PreferenceMetrics
@@ -27,8 +38,15 @@ __all__ = [
     "SequenceLogprobs",
     "cpo",
     "dpo",
+    "fused_linear_cpo",
+    "fused_linear_dpo",
+    "fused_linear_grpo",
     "fused_linear_jsd",
     "fused_linear_kl",
+    "fused_linear_kto",
+    "fused_linear_orpo",
+    "fused_linear_ppo_clip",
+    "fused_linear_simpo",
     "grpo",
     "kto",
     "kto_kl",

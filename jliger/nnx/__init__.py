@@ -1,6 +1,6 @@
 """Heads for Flax NNX: modules that give logits and losses, and losses of heads that a model already has."""
 
-from jliger.nnx.functions import fused_linear_cross_entropy, linear_logprobs
+from jliger.nnx.functions import fused_linear_cross_entropy, fused_linear_loss, linear_logprobs
 from jliger.nnx.lm_head import LMHead, TiedLMHead
 from jliger.nnx.medusa import MedusaHeads
 
@@ -9,6 +9,7 @@ __all__ = [
     "MedusaHeads",
     "TiedLMHead",
     "fused_linear_cross_entropy",
+    "fused_linear_loss",
     "linear_logprobs",
 ]
 

@@ -1,8 +1,9 @@
 """Gradients: which pass computes them, and for which operands. Knows nothing of devices, chunks or kernels.
 
-There are two differentiable functions. `weighted_loss` is a scalar whose gradients the fused pass computes together
-with the loss; its cotangent only scales them. `token_stats` returns statistics of each token, which take any
-cotangents; the recompute pass, or the one with saved logits, computes their gradients in the backward pass.
+There are three differentiable functions. `weighted_loss` and `unit_loss` are scalars whose gradients the fused pass
+computes together with the loss; their cotangent only scales them. `token_stats` returns statistics of
+each token, which take any cotangents; the recompute pass, or the one with saved logits, computes their gradients in the
+backward pass.
 """
 
 import dataclasses
@@ -29,7 +30,10 @@ from jliger.ops.linear_head import sharding
 from jliger.ops.linear_head.sharding import LossPass, Result
 from jliger.ops.linear_head.types import DIMS, Differentiable, GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import RowStats
-from jliger.ops.logits.objectives import coefficients_of
+from jliger.ops.logits.objectives import LossArrays, coefficients_of
+from jliger.ops.logits.unit_loss import UnitLoss
+
+_NO_ARRAYS = LossArrays()
 
 
 class WeightedLoss(Protocol):
@@ -61,13 +65,11 @@ def _weighted_loss_fwd(
 ) -> tuple[tuple[Float[Array, ""], Any], Any]:
     perturbed = perturbed_flags(operands.differentiable)
     operands, labels, weights = primal_values((operands, labels, weights))
-    # Gradients of tokens are written once; those of parameters are sums over chunks, to be scaled and rounded later.
-    dtype, sums = operands.hidden.dtype, accumulator_dtype(operands.hidden.dtype)
-    dtypes = GradientDtypes(*(dtype if "t" in DIMS[name] else sums for name in Differentiable._fields))
     coefficients, unit = _normalize_float16(loss.coefficients(labels, weights), operands.hidden)
-    stats, grads, _ = _run(LossPass("fused", config, _only(perturbed, dtypes)), operands, coefficients)
-    residuals = encode_absent(grads or Differentiable()), unit, _empty_like(operands)
-    return (loss.total(stats, labels, weights), stats), residuals
+    loss_pass = LossPass("fused", config, _only(perturbed, _unscaled_dtypes(operands)))
+    result = _run(loss_pass, operands, LossArrays((coefficients,)))
+    residuals = encode_absent(result.grads or Differentiable()), unit, _empty_like(operands)
+    return (loss.total(result.stats, labels, weights), result.stats), residuals
 
 
 def _weighted_loss_bwd(
@@ -80,6 +82,46 @@ def _weighted_loss_bwd(
 
 
 weighted_loss.defvjp(_weighted_loss_fwd, _weighted_loss_bwd, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def unit_loss(
+    config: HeadConfig, loss: UnitLoss, operands: Operands, arrays: LossArrays
+) -> tuple[Float[Array, ""], list[Array]]:
+    """The sum of a user's loss over units, and the units' auxiliary arrays, through which no gradient flows."""
+    return _sum_of_losses(_run(LossPass("stats", config, unit_loss=loss), operands, arrays))
+
+
+def _unit_loss_fwd(config: HeadConfig, loss: UnitLoss, operands: Any, arrays: Any) -> tuple[Any, Any]:
+    for name, trees in (("args", arrays.per_unit), ("loss_fn", arrays.shared)):
+        if any(perturbed_flags(trees)):
+            what = "is differentiated through arrays that it closes over" if name == "loss_fn" else "are differentiated"
+            raise NotImplementedError(
+                f"{name} {what}; fused_linear_loss has gradients in hidden, kernel, bias and adapter alone. Pass "
+                "constants there: jax.lax.stop_gradient(...)."
+            )
+    perturbed = perturbed_flags(operands.differentiable)
+    operands, arrays = primal_values((operands, arrays))
+    wanted = _only(perturbed, _unscaled_dtypes(operands))
+    result = _run(LossPass("fused", config, wanted, rule=loss, unit_loss=loss), operands, arrays)
+    residuals = encode_absent((*(result.grads or Differentiable()), result.scales))
+    return _sum_of_losses(result), (residuals, _empty_like(operands))
+
+
+def _unit_loss_bwd(config: HeadConfig, loss: UnitLoss, residuals: Any, cotangents: Any) -> tuple[Operands, None]:
+    del loss
+    (*grads, scales), like = decode_absent(residuals[0]), residuals[1]
+    factor = sharding.undo_cotangent_split(config, instantiate(cotangents[0]))
+    return _scaled(config, Differentiable(*grads), factor, like, scales), None
+
+
+unit_loss.defvjp(_unit_loss_fwd, _unit_loss_bwd, symbolic_zeros=True)
+
+
+def _sum_of_losses(result: Result) -> tuple[Float[Array, ""], list[Array]]:
+    assert result.losses is not None
+    losses, *others = result.losses
+    return losses.sum(), others
 
 
 # ---- gradients for any cotangents, computed in the backward pass -----------------------------------------------
@@ -97,7 +139,8 @@ def _token_stats_fwd(config: HeadConfig, operands: Any) -> tuple[RowStats, Any]:
     perturbed = perturbed_flags(operands.differentiable)
     operands = primal_values(operands)
     stats_pass = LossPass("save logits", config) if config.keep_logits else LossPass("stats", config, low_memory=True)
-    stats, _, logits = _run(stats_pass, operands)
+    result = _run(stats_pass, operands)
+    stats, logits = result.stats, result.logits
     assert isinstance(stats, RowStats)
     flags = Differentiable(*(jnp.ones((1,), jnp.bool) if flag else None for flag in perturbed))
     # The row functions need only max and log-sum to compute every probability again.
@@ -116,7 +159,7 @@ def _token_stats_bwd(config: HeadConfig, residuals: Any, cotangents: Any) -> tup
     dtypes = Differentiable(*(None if array is None else array.dtype for array in operands.differentiable))
     wanted = _only([flag is not None for flag in decode_absent(flags)], dtypes)
     loss_pass = LossPass("recompute" if operands.logits is None else "saved logits", config, wanted)
-    grads = _run(loss_pass, operands, row_max, log_sum, coefficients).grads
+    grads = _run(loss_pass, operands, LossArrays((row_max, log_sum, coefficients))).grads
     return (_scaled(config, grads or Differentiable(), unit, _empty_like(operands)),)
 
 
@@ -126,17 +169,26 @@ token_stats.defvjp(_token_stats_fwd, _token_stats_bwd, symbolic_zeros=True)
 # ---- what both need ------------------------------------------------------------------------------------------
 
 
-def _run(loss_pass: LossPass, operands: Operands, *per_token: Any) -> Result:
-    def run(examples: Any, operands: Operands, per_token: Any) -> Result:
-        return sharding.run(dataclasses.replace(loss_pass, examples=examples), operands, per_token)
+def _run(loss_pass: LossPass, operands: Operands, arrays: LossArrays = _NO_ARRAYS) -> Result:
+    def run(examples: Any, operands: Operands, arrays: LossArrays) -> Result:
+        return sharding.run(dataclasses.replace(loss_pass, examples=examples), operands, arrays)
 
-    def run_differentiably(operands: Operands, per_token: Any) -> Result:
+    def run_differentiably(operands: Operands, arrays: LossArrays) -> Result:
         # Neither Triton's kernels nor custom_partitioning have derivatives: tangents are XLA's on every platform.
         in_xla = dataclasses.replace(loss_pass.config, implementation="xla")
-        return sharding.run(dataclasses.replace(loss_pass, config=in_xla), operands, per_token, partition=False)
+        return sharding.run(dataclasses.replace(loss_pass, config=in_xla), operands, arrays, partition=False)
 
     once = once_differentiable(run_differentiably, vmappable(run), loss_pass.config.implementation)
-    return once(operands, per_token)
+    return once(operands, arrays)
+
+
+def _unscaled_dtypes(operands: Operands) -> GradientDtypes:
+    """The dtypes of gradients that are computed in the forward pass, and scaled in the backward pass.
+
+    Gradients of tokens are written once; those of parameters are sums over chunks, to be rounded after scaling.
+    """
+    dtype, sums = operands.hidden.dtype, accumulator_dtype(operands.hidden.dtype)
+    return GradientDtypes(*(dtype if "t" in DIMS[name] else sums for name in Differentiable._fields))
 
 
 def _normalize_float16(coefficients: Any, hidden: Array) -> tuple[Any, Float[Array, ""] | None]:
@@ -164,14 +216,25 @@ def _empty_like(operands: Operands) -> Gradients:
     )
 
 
-def _scaled(config: HeadConfig, grads: Gradients, factor: Float[Array, ""] | None, like: Gradients) -> Operands:
-    """Cotangents of the operands: gradients times `factor`, rounded once, of their operands' types."""
+def _scaled(
+    config: HeadConfig,
+    grads: Gradients,
+    factor: Float[Array, ""] | None,
+    like: Gradients,
+    scales: Float[Array, "*B"] | None = None,
+) -> Operands:
+    """Cotangents of the operands: gradients times `factor`, rounded once, of their operands' types.
+
+    Gradients of tokens are also multiplied by `scales`.
+    """
 
     def scaled(name: str, grad: Array | None, like: Array | None) -> Array | None:
         if grad is None or like is None:
             return None
         if factor is not None:
             grad = grad.astype(factor.dtype) * factor
+        if scales is not None and "t" in DIMS[name]:
+            grad = grad * scales[..., None]
         grad = sum_to_type(grad, like).astype(like.dtype)
         return sharding.pre_divide_cotangent(config, grad) if "t" in DIMS[name] else grad
 

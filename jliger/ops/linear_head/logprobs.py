@@ -2,10 +2,8 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import export
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,22 +18,8 @@ from jliger.ops.linear_head.arguments import (
 )
 from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands
 from jliger.ops.logits import StatsWanted
-
-
-class LinearLogprobs(NamedTuple):
-    """What a token's logits `z` say, with `p = softmax(z)`; 0, and prediction −1, for a token that doesn't count.
-
-    Attributes:
-      logprobs: `log p_label`, `[*B]`; NaN for a label out of range.
-      logsumexp: `log Σ_v exp(z_v)`, `[*B]`.
-      entropy: `−Σ_v p_v · log p_v`, `[*B]`, in nats.
-      predictions: int32 `[*B]`, the first column with the largest logit. It carries no gradient.
-    """
-
-    logprobs: Float[Array, "*B"]
-    logsumexp: Float[Array, "*B"]
-    entropy: Float[Array, "*B"]
-    predictions: Int[Array, "*B"]
+from jliger.ops.logits.unit_loss import LinearLogprobs as LinearLogprobs
+from jliger.ops.logits.unit_loss import logprobs_of
 
 
 class LogprobsOptions(HeadOptions, total=False):
@@ -172,16 +156,4 @@ def _linear_logprobs(
     vocab_size = sharding.vocab_size(config, operands.kernel)
     operands = with_tokens(operands, labels, where, ignore_index=ignore_index, vocab_size=vocab_size)
     stats = gradients.token_stats(config, operands)
-    # The label's logit and the maximum may be large and close: their difference comes first.
-    logprobs = (stats.label_logit - stats.max) - stats.log_sum
-    assert stats.mean_logit is not None
-    result = LinearLogprobs(
-        logprobs=logprobs * column_validity(operands.labels, logprobs.dtype),
-        logsumexp=stats.max + stats.log_sum,
-        entropy=stats.log_sum - stats.mean_logit,
-        predictions=stats.prediction,
-    )
-    # Of several devices' columns even an empty row has a log-sum.
-    return LinearLogprobs(
-        *(jnp.where(operands.counted, field, none) for field, none in zip(result, (0, 0, 0, -1), strict=True))
-    )
+    return logprobs_of(stats, column_validity(operands.labels, stats.log_sum.dtype), operands.counted)

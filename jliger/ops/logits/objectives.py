@@ -1,6 +1,7 @@
 """The losses as functions of row statistics. Their derivatives by the statistics are the kernels' coefficients."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -12,6 +13,22 @@ from jliger.ops.logits.distillation import DistillationCoefficients
 from jliger.ops.logits.distillation_types import Comparison
 
 
+class LossArrays(NamedTuple):
+    """The arrays that a loss reads, apart from the operands of the products.
+
+    A unit is one term of the loss: a token, or a row of tokens.
+
+    Attributes:
+      per_token: trees of arrays with one number per token.
+      per_unit: arrays whose first dimensions are those of the units.
+      shared: arrays that every unit reads.
+    """
+
+    per_token: Any = ()
+    per_unit: Any = ()
+    shared: Any = ()
+
+
 class CoefficientRule(Protocol):
     """How the coefficients of a token's logit gradients follow from its statistics. Hashable: part of the program."""
 
@@ -20,8 +37,11 @@ class CoefficientRule(Protocol):
         """Whether it reads the statistics; if not, it may be called before there are any."""
         ...
 
-    def __call__(self, stats: RowStats | None, *per_token: Any) -> Coefficients:
-        """The coefficients, `[T]`, from statistics over all columns and from other arrays of the same tokens."""
+    def __call__(self, stats: RowStats | None, arrays: LossArrays, in_units: Callable[[Any], Any]) -> Coefficients:
+        """The coefficients, `[T]`, from statistics over all columns and from the arrays of the same tokens and units.
+
+        `in_units` arranges a `LinearLogprobs` of the tokens in units.
+        """
         ...
 
 
@@ -33,9 +53,9 @@ class KnownCoefficients:
     def needs_stats(self) -> bool:
         return False
 
-    def __call__(self, stats: RowStats | None, *per_token: Any) -> Coefficients:
-        del stats
-        (coefficients,) = per_token
+    def __call__(self, stats: RowStats | None, arrays: LossArrays, in_units: Callable[[Any], Any]) -> Coefficients:
+        del stats, in_units
+        (coefficients,) = arrays.per_token
         return coefficients
 
 

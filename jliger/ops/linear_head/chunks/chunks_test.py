@@ -13,6 +13,7 @@ import jliger
 from jliger.ops.linear_head.chunks import fused_pass, merge_stats
 from jliger.ops.linear_head.types import GradientDtypes, HeadConfig, Operands
 from jliger.ops.logits import Coefficients, RowStats, StatsWanted
+from jliger.ops.logits.objectives import LossArrays
 from jliger.testing.oracle import INTERPRETED, ON_GPU, assert_rule_of_two, check, exact, fused, make_problem, unfused
 
 REDUCTIONS = ["mean", "none"]
@@ -160,7 +161,8 @@ class Squares:
 
     needs_stats: bool = True
 
-    def __call__(self, stats, weights):
+    def __call__(self, stats, arrays, in_units):
+        (weights,) = arrays.per_token
         logprob = stats.label_logit - stats.max - stats.log_sum
         by_logprob = 2 * weights * logprob
         return Coefficients(probability=-by_logprob, label=-by_logprob)
@@ -176,7 +178,7 @@ def test_coefficients_that_depend_on_the_statistics(implementation):
     )  # fmt: skip
     operands = Operands(hidden, kernel, labels=labels, counted=counted)
     wanted = GradientDtypes(hidden=np.dtype("float32"), kernel=np.dtype("float32"))
-    stats, grads = fused_pass(config, wanted, operands, Squares(), (weights,))
+    stats, grads, _ = fused_pass(config, wanted, operands, Squares(), LossArrays((weights,)))
 
     def loss(hidden, kernel):
         log_p = jax.nn.log_softmax(jnp.dot(hidden, kernel, precision="highest"))

@@ -1,18 +1,23 @@
 """The fused pass: gradients are computed together with the loss, with three products."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Array, Int
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
+from jliger.core.meshes import as_varying, varying_axes
 from jliger.ops.linear_head.chunks.grad_accumulators import add_chunk, after_chunks, before_chunks
 from jliger.ops.linear_head.chunks.matmuls import logits_product
+from jliger.ops.linear_head.chunks.packed_rows import PackedRows
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk, PackedTokens, write_stats
 from jliger.ops.linear_head.chunks.sizes import forward_chunk
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
 from jliger.ops.linear_head.types import GradientDtypes, Gradients, HeadConfig, Operands
-from jliger.ops.logits import RowStats, get_rows
-from jliger.ops.logits.objectives import CoefficientRule
+from jliger.ops.logits import Coefficients, RowStats, get_rows
+from jliger.ops.logits.objectives import CoefficientRule, LossArrays
 
 
 def fused_pass(
@@ -20,10 +25,14 @@ def fused_pass(
     wanted: GradientDtypes,
     operands: Operands,
     rule: CoefficientRule,
-    per_token: Any,
+    arrays: LossArrays,
     merge: Callable[[RowStats], RowStats] | None = None,
-) -> tuple[RowStats, Gradients]:
-    """Statistics, and the gradients of a loss whose coefficients follow from each token's own statistics.
+    row_length: int | None = None,
+) -> tuple[RowStats, Gradients, Float[Array, " T"] | None]:
+    """Statistics, and the gradients of a loss whose coefficients follow from the statistics of each of its units.
+
+    In float16, if the rule needs statistics, gradients of tokens are divided by the last result: each token's largest
+    coefficient, which may be smaller than float16 holds. Otherwise the last result is None.
 
     Args:
       config: how logits are computed.
@@ -31,35 +40,59 @@ def fused_pass(
       operands: of `[T]` tokens.
       rule: computes the coefficients of each token's logit gradients. If it needs no statistics, one launch computes
         statistics and gradients.
-      per_token: the arguments of `rule` beside the statistics, arrays `[T]`.
+      arrays: the arguments of `rule` beside the statistics: of `[T]` tokens and of all units.
       merge: combines this device's statistics with those of the other vocabulary shards; None if the vocabulary is not
-        sharded. The statistics that are returned are not merged.
+        sharded. The statistics that are returned are merged.
+      row_length: tokens per unit, if a unit is a row; None if it is a token.
     """
     rows = get_rows(config.implementation, config.compute_capability)
     dtype = operands.hidden.dtype
-    vocab = operands.kernel.shape[config.vocab_dim]
+    num_tokens, vocab = operands.labels.shape[0], operands.kernel.shape[config.vocab_dim]
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
-    packed = PackedTokens.make(operands.counted, forward_chunk(config, operands.labels.shape[0], vocab))
+    if row_length is None:
+        packed = PackedTokens.make(operands.counted, forward_chunk(config, num_tokens, vocab))
+        loop = functools.partial(packed.loop, sizes=(packed.chunk,))
+    else:
+        packed = PackedRows.make(config, operands.counted, vocab, row_length)
+        loop = packed.loop
+    in_own_scale = dtype == jnp.float16 and rule.needs_stats
 
-    def step(size: int, index: Int[Array, ""] | int, carry: tuple[RowStats, Gradients]) -> tuple[RowStats, Gradients]:
-        stats, grads = carry
-        start = index * packed.chunk
-        chunk = Chunk.make(packed.slots(start, size), operands, rows.alignment)
+    def step(size: int, index: Int[Array, ""] | int, carry: tuple[Any, Gradients]) -> tuple[Any, Gradients]:
+        written, grads = carry
+        part = packed.part(index, size)
+        chunk = Chunk.make(part.slots, operands, rows.alignment)
         columns, block = blocks.block(blocks.full_span, chunk)
         product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
         parts = (product, block, config.logit_map(vocab))
-        arguments = chunk.take(per_token)
+        of_chunk = LossArrays(chunk.take(arrays.per_token), part.take_units(arrays.per_unit), arrays.shared)
+        scales = None
         if merge is None and not rule.needs_stats:
-            coefficients = rule(None, *arguments)
-            result, logit_grads = rows.row_stats_and_grads(*parts, config.stats_wanted, coefficients, dtype=dtype)
+            coefficients = rule(None, of_chunk, part.in_units)
+            stats, logit_grads = rows.row_stats_and_grads(*parts, config.stats_wanted, coefficients, dtype=dtype)
         else:
             # Gradients need the statistics of all columns, so the merge comes between two launches.
-            result = rows.row_stats(*parts, config.stats_wanted)
-            merged = result if merge is None else merge(result)
-            coefficients = rule(merged, *arguments)
-            logit_grads = rows.row_grads(*parts, merged.max, merged.log_sum, coefficients, dtype=dtype)
-        return write_stats(stats, result, start), add_chunk(config, wanted, grads, chunk, columns, logit_grads)
+            stats = rows.row_stats(*parts, config.stats_wanted)
+            if merge is not None:
+                # Merged statistics are the same on several devices. Their types must not say so: the derivative of a
+                # rule would otherwise be summed over these devices.
+                vary = functools.partial(as_varying, axes=varying_axes(chunk.hidden))
+                stats = jax.tree.map(vary, merge(stats))
+            coefficients = rule(stats, of_chunk, part.in_units)
+            if in_own_scale:
+                coefficients, scales = _in_own_scale(coefficients)
+            logit_grads = rows.row_grads(*parts, stats.max, stats.log_sum, coefficients, dtype=dtype)
+        grads = add_chunk(config, wanted, grads, chunk, columns, logit_grads, scales)
+        return write_stats(written, (stats, scales), part.start), grads
 
-    initial = (packed.empty_stats(config, operands.hidden), before_chunks(wanted, operands))
-    stats, grads = packed.loop(step, initial, (packed.chunk,))
-    return packed.restore(stats), after_chunks(wanted, grads, operands.head)
+    empty = packed.empty_stats(config, operands.hidden)
+    scales = jnp.zeros_like(empty.max) if in_own_scale else None
+    written, grads = loop(step, ((empty, scales), before_chunks(wanted, operands)))
+    stats, scales = packed.restore(written)
+    return stats, after_chunks(wanted, grads, operands.head), scales
+
+
+def _in_own_scale(coefficients: Coefficients) -> tuple[Coefficients, Float[Array, " C"]]:
+    """Coefficients divided by the largest of their token, and that."""
+    scales = functools.reduce(jnp.maximum, [jnp.abs(field) for field in jax.tree.leaves(coefficients)])
+    divisors = jnp.where(scales == 0, 1, scales)
+    return jax.tree.map(lambda field: field / divisors, coefficients), scales

@@ -1,5 +1,6 @@
 """Gradient accumulators of the fused pass: token gradients are written per chunk, the head's summed over chunks."""
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -23,8 +24,12 @@ def add_chunk(
     chunk: Chunk,
     columns: Head,
     logit_grads: Float[Array, "C V"],
+    scales: Float[Array, " C"] | None = None,
 ) -> Gradients:
-    """`grads` with a chunk's gradients written (tokens) or added in float32 (head)."""
+    """`grads` with a chunk's gradients written (tokens) or added in float32 (head).
+
+    With `scales`, the logit gradients are in units of each token's own scale, and so are the gradients of tokens.
+    """
     sums = accumulator_dtype(chunk.hidden.dtype)
     if grads.hidden is not None:
         part = hidden_grad_product(config, logit_grads, columns.kernel, grads.hidden.dtype)
@@ -32,14 +37,28 @@ def add_chunk(
     if grads.adapted is not None and columns.adapter is not None:
         part = hidden_grad_product(config.of_adapter, logit_grads, columns.adapter, grads.adapted.dtype)
         grads = grads._replace(adapted=chunk.put(grads.adapted, part))
+    # Sums over tokens are in units of the chunk's largest scale: a token that is too small beside it to be held adds
+    # nothing that the sum could hold.
+    largest = relative = None
+    if scales is not None:
+        largest = scales.max()
+        relative = (scales / jnp.where(largest == 0, 1, largest))[:, None]
+
+    def rescaled(rows: Array) -> Array:
+        return rows if relative is None else rows * relative.astype(rows.dtype)
+
+    def added(total: Array | None, part: Array) -> Array:
+        return accumulate(total, part if largest is None else part * largest)
+
     if wanted.kernel is not None:
-        part = kernel_grad_product(config, chunk.hidden, logit_grads, sums)
-        grads = grads._replace(kernel=accumulate(grads.kernel, part))
+        part = kernel_grad_product(config, rescaled(chunk.hidden), logit_grads, sums)
+        grads = grads._replace(kernel=added(grads.kernel, part))
     if wanted.adapter is not None and chunk.adapted is not None:
-        part = kernel_grad_product(config.of_adapter, chunk.adapted, logit_grads, sums)
-        grads = grads._replace(adapter=accumulate(grads.adapter, part))
+        part = kernel_grad_product(config.of_adapter, rescaled(chunk.adapted), logit_grads, sums)
+        grads = grads._replace(adapter=added(grads.adapter, part))
     if wanted.bias is not None:
-        grads = grads._replace(bias=accumulate(grads.bias, logit_grads.sum(axis=0, dtype=sums)))
+        wide = logit_grads if relative is None else logit_grads * relative
+        grads = grads._replace(bias=added(grads.bias, wide.sum(axis=0, dtype=sums)))
     return grads
 
 

@@ -35,9 +35,11 @@ class PackedTokens(NamedTuple):
     chunk: int
 
     @classmethod
-    def make(cls, counted: Bool[Array, " T"], chunk: int) -> "PackedTokens":
+    def make(cls, counted: Bool[Array, " T"], chunk: int, *, at_any_place: bool = False) -> "PackedTokens":
+        """Packs the counted tokens. With `at_any_place`, a chunk may begin at any place, not only at multiples."""
         num_tokens = counted.shape[0]
-        places = jnp.arange(-(-num_tokens // chunk) * chunk, dtype=jnp.int32)
+        room = num_tokens + chunk if at_any_place else -(-num_tokens // chunk) * chunk
+        places = jnp.arange(room, dtype=jnp.int32)
         count = counted.sum(dtype=jnp.int32)
         # A stable sort by "uncounted" puts the counted tokens first and keeps their order, so that gathers and scatters
         # have sorted indices.
@@ -67,10 +69,7 @@ class PackedTokens(NamedTuple):
             return self._repeat(sized_step, 1, sized_step(0, initial))
 
         def fitting_step(index: Int[Array, ""] | int, carry: Any) -> Any:
-            # Sizes are static, so each is a branch of its own; the number of remaining tokens chooses at run time.
-            left = self.count - index * self.chunk
-            fitting = sum(((left > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
-            return jax.lax.switch(fitting, [functools.partial(step, size, index) for size in sizes], carry)
+            return run_with_fitting_size(sizes, self.count - index * self.chunk, step, index, carry)
 
         if not self.has_several_chunks:
             return fitting_step(0, initial)
@@ -84,6 +83,12 @@ class PackedTokens(NamedTuple):
     def slots(self, start: Int[Array, ""] | int, size: int) -> Int[Array, " size"]:
         """The token indices of `size` places from `start` on."""
         return jax.lax.dynamic_slice(self.token_of, (start,), (size,))
+
+    def part(self, index: Int[Array, ""] | int, size: int) -> "Part":
+        """The first `size` places of a chunk, for a loss of tokens."""
+        start = index * self.chunk
+        slots = self.slots(start, size)
+        return Part(start, slots, functools.partial(take, slots), lambda tree: tree)
 
     def empty_stats(self, config: HeadConfig, hidden: Float[Array, "T H"]) -> Any:
         """Statistics of 0 and predictions of −1 for all places, varying over the same mesh axes as `hidden`."""
@@ -100,6 +105,33 @@ class PackedTokens(NamedTuple):
             return full.at[self.token_of].set(field, mode="drop", unique_indices=True)
 
         return jax.tree.map(restored, stats)
+
+
+def run_with_fitting_size(
+    sizes: tuple[int, ...], count: Int[Array, ""], step: Callable[..., Any], *operands: Any
+) -> Any:
+    """`step(size, *operands)` with the smallest size that holds `count` tokens, or with the largest.
+
+    Sizes are static, so each is a branch of its own; the count chooses at run time.
+    """
+    fitting = sum(((count > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
+    return jax.lax.switch(fitting, [functools.partial(step, size) for size in sizes], *operands)
+
+
+class Part(NamedTuple):
+    """Which tokens a chunk has, and the units of a loss that they belong to.
+
+    Attributes:
+      start: the first place.
+      slots: the token indices.
+      take_units: the chunk's units of arrays per unit; zeros in place of units that are in other chunks.
+      in_units: arranges a `LinearLogprobs` of the chunk's tokens in these units.
+    """
+
+    start: Int[Array, ""] | int
+    slots: Int[Array, " C"]
+    take_units: Callable[[Any], Any]
+    in_units: Callable[[Any], Any]
 
 
 class Chunk(NamedTuple):
@@ -134,7 +166,7 @@ class Chunk(NamedTuple):
 
     def take(self, tree: Any) -> Any:
         """The chunk's rows of per-token arrays."""
-        return jax.tree.map(lambda array: _take(array, self.slots, 0), tree)
+        return take(self.slots, tree)
 
     def put(self, full: Float[Array, "T H"], part: Float[Array, "C H"]) -> Float[Array, "T H"]:
         """`full` with the chunk's rows written; rows and columns of padding are dropped."""
@@ -145,6 +177,11 @@ class Chunk(NamedTuple):
 def write_stats(stats: Any, part: Any, start: Int[Array, ""] | int) -> Any:
     """`stats` in packed order, with the statistics `part` of a chunk written at `start`."""
     return jax.tree.map(lambda full, new: jax.lax.dynamic_update_slice(full, new, (start,)), stats, part)
+
+
+def take(slots: Int[Array, " C"], tree: Any) -> Any:
+    """The elements of arrays at the slots; 0 for a slot out of range."""
+    return jax.tree.map(lambda array: _take(array, slots, 0), tree)
 
 
 def _take(array: Array, slots: Int[Array, " C"], fill: int) -> Array:

@@ -14,9 +14,24 @@ def forward_chunk(config: HeadConfig, num_tokens: int, vocab: int) -> int:
     longer than that from about 735 tokens on. The minimum of 2048 is well above; the size grows up to 8192 while logits
     and their gradients take less than 1 GiB.
     """
-    return even_chunk(
-        num_tokens, config.chunk_size or _within(config, vocab, gpu=(28, 2048, 8192), other=(23, 128, 1024))
-    )
+    return even_chunk(num_tokens, _most_tokens(config, vocab))
+
+
+def rows_of_chunk(config: HeadConfig, num_rows: int, length: int, vocab: int) -> tuple[int, int]:
+    """Tokens per chunk, and the most rows, for rows of `length` tokens that must not be split.
+
+    A chunk has room for as many whole rows as `forward_chunk` has tokens for, and at least one. It may have four times
+    as many rows, if few of their tokens count.
+    """
+    rows = max(1, _most_tokens(config, vocab) // length)
+    if is_symbolic(num_rows):
+        return rows * length, 4 * rows
+    rows = -(-num_rows // -(-num_rows // rows))
+    return rows * length, min(num_rows, 4 * rows)
+
+
+def _most_tokens(config: HeadConfig, vocab: int) -> int:
+    return config.chunk_size or _within(config, vocab, gpu=(28, 2048, 8192), other=(23, 128, 1024))
 
 
 def stats_chunk(config: HeadConfig, num_tokens: int, vocab: int) -> int:

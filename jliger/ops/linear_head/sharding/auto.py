@@ -12,19 +12,23 @@ from jliger.ops.linear_head.sharding.passes import LossPass, Result, dims_of_ope
 from jliger.ops.linear_head.sharding.plan import Plan, local_plan
 from jliger.ops.linear_head.sharding.shard import run_on_shard
 from jliger.ops.linear_head.types import DIMS, Operands, operand_dims
+from jliger.ops.logits.objectives import LossArrays
 
 # Otherwise the callback's address is part of the program's key in the persistent compilation cache, and no process
 # would find what another one compiled.
 jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 
 
-def run_partitioned(loss_pass: LossPass, operands: Operands, per_token: Any) -> Result:
+_DIMS = frozenset("tu").union(*DIMS.values())
+
+
+def run_partitioned(loss_pass: LossPass, operands: Operands, arrays: LossArrays) -> Result:
     """Runs `run_on_shard` on each device, with the shardings that XLA chooses."""
-    leaves, tree = jax.tree.flatten((operands, per_token))
-    dims = tuple(jax.tree.leaves(dims_of_operands(loss_pass.config, operands, per_token)))
+    leaves, tree = jax.tree.flatten((operands, arrays))
+    dims = tuple(jax.tree.leaves(dims_of_operands(loss_pass, operands, arrays)))
     token_ndim = operands.labels.ndim - sum(loss_pass.examples_of(dims.index(DIMS["labels"])))
     results = _partitioned(loss_pass, tree, dims, token_ndim)(*leaves)
-    return Result(*jax.tree.unflatten(jax.tree.structure(dims_of_results(loss_pass)), results))
+    return jax.tree.unflatten(jax.tree.structure(dims_of_results(loss_pass)), results)
 
 
 @functools.cache
@@ -55,22 +59,33 @@ def _partitioned(loss_pass: LossPass, tree: Any, dims: tuple[str, ...], token_nd
             tuple(NamedSharding(mesh, spec) for spec in map(plan.spec, dims, examples)),
         )
 
+    tokens = [f"t{dim}" for dim in range(token_ndim)]
+
     def factors(its_dims: str, has: Sequence[bool]) -> str:
         """The dimensions in a Shardy rule: e0, e1, ... for examples; t0, t1, ... for leading dimensions of tokens."""
         lead = [f"e{level}" for level, flag in enumerate(has) if flag]
-        tokens = [f"t{dim}" for dim in range(token_ndim)]
-        return " ".join([*lead, *(name for dim in its_dims for name in (tokens if dim == "t" else [dim]))])
+        return " ".join([*lead, *(name for dim in its_dims for name in _factors_of(dim, tokens, loss_pass.row_ndim))])
 
     rule = ", ".join(map(factors, dims, examples)) + " -> "
     rule += ", ".join(factors(its_dims, [True] * len(loss_pass.examples)) for its_dims in result_dims)
-    # Contracted dimensions are replicated: every device computes whole dot products. Columns, if no result has them,
-    # are a reduction, which `run_on_shard` does itself.
-    inner = tuple(dim for dim in "hrg" if any(dim in its_dims for its_dims in dims))
+    # Contracted dimensions are replicated: every device computes whole dot products. So are the tokens of a row, and
+    # dimensions that only the arrays of a loss have. Columns, if no result has them, are a reduction, which
+    # `run_on_shard` does itself.
+    whole_tokens = tokens[token_ndim - loss_pass.row_ndim :]
+    names = dict.fromkeys(rule.replace(",", " ").replace("->", " ").split())  # in the order that Shardy wants
+    inner = tuple(name for name in names if name in {*"hrg", *whole_tokens} or name.startswith("x"))
     special: dict[str, Any] = {"need_replication_factors": inner}
     if not any("v" in its_dims for its_dims in result_dims):
         special["reduction_factors"] = ("v",)
     whole.def_partition(partition=partition, sharding_rule=lambda *_: (rule, special))
     return whole
+
+
+def _factors_of(dim: str, tokens: Sequence[str], row_ndim: int) -> Sequence[str]:
+    """The names of a dimension in a Shardy rule, which are made of ASCII letters and numbers."""
+    if dim in "tu":
+        return tokens if dim == "t" else tokens[: len(tokens) - row_ndim]
+    return [dim if dim in _DIMS else f"x{ord(dim)}"]
 
 
 def _sharded(array: Any) -> tuple[tuple[int, ...], Any]:

@@ -1,7 +1,6 @@
 """Chooses how to distribute a pass, by the type of the mesh axes: Manual, Explicit or Auto."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +12,11 @@ from jliger.core.meshes import Axes, as_replicated, as_varying, is_explicit, mes
 from jliger.ops.linear_head.sharding.passes import LossPass, Result, dims_of_operands, dims_of_results
 from jliger.ops.linear_head.sharding.plan import Plan, as_axes, first_column, local_plan
 from jliger.ops.linear_head.sharding.shard import run_on_shard
-from jliger.ops.linear_head.types import Differentiable, Gradients, HeadConfig, Operands
+from jliger.ops.linear_head.types import DIMS, Differentiable, Gradients, HeadConfig, Operands
+from jliger.ops.logits.objectives import LossArrays
 
 
-def run(loss_pass: LossPass, operands: Operands, per_token: Any, *, partition: bool = True) -> Result:
+def run(loss_pass: LossPass, operands: Operands, arrays: LossArrays, *, partition: bool = True) -> Result:
     """Runs the pass on tokens with any leading dimensions and operands of any sharding.
 
     `custom_partitioning` has no derivative. Without `partition`, XLA partitions the loops over Auto axes itself. That
@@ -24,14 +24,14 @@ def run(loss_pass: LossPass, operands: Operands, per_token: Any, *, partition: b
     """
     mesh = mesh_of(operands.hidden, operands.kernel, operands.labels)
     if mesh.manual_axes:
-        return _run_manual(loss_pass, mesh, operands, per_token)
+        return _run_manual(loss_pass, mesh, operands, arrays)
     if is_explicit(mesh):
-        return _run_explicit(loss_pass, mesh, operands, per_token)
+        return _run_explicit(loss_pass, mesh, operands, arrays)
     if partition and jax.device_count() > 1 and operands.labels.ndim:
         from jliger.ops.linear_head.sharding.auto import run_partitioned
 
-        return run_partitioned(loss_pass, operands, per_token)
-    return run_on_shard(loss_pass, local_plan(()), operands, per_token)
+        return run_partitioned(loss_pass, operands, arrays)
+    return run_on_shard(loss_pass, local_plan(()), operands, arrays)
 
 
 def vocab_size(config: HeadConfig, kernel: Array) -> int:
@@ -76,38 +76,44 @@ def pre_divide_cotangent(config: HeadConfig, cotangent: Array) -> Array:
     return functools.reduce(lambda ct, axis: ct / jax.lax.axis_size(axis), _untyped_vocab_axes(config), cotangent)
 
 
-def _run_manual(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, per_token: Any) -> Result:
+def _run_manual(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, arrays: LossArrays) -> Result:
     """Runs the pass inside a user's `shard_map`.
 
     Explicit axes that the `shard_map` does not use may shard the operands further.
     """
     # With `check_vma=True`, the carry of a loop must have the same varying axes before and after each step. So all
     # operands are cast to vary over every axis that any of them varies over.
-    arrays = (operands, per_token)
-    axes = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(arrays)))
-    operands, per_token = jax.tree.map(lambda leaf: as_varying(leaf, axes), arrays)
+    leaves = jax.tree.leaves((operands, arrays))
+    axes = frozenset().union(*map(varying_axes, leaves))
+    # Arrays that a loss closes over are no carry, and its program has operations on them alone.
+    own = (operands, arrays._replace(shared=()))
+    operands, cast = jax.tree.map(lambda leaf: as_varying(leaf, axes), own)
+    arrays = cast._replace(shared=arrays.shared)
     vocab_axes = loss_pass.config.vocab_axes
-    if any(_is_spread(leaf) for leaf in jax.tree.leaves(arrays)):
-        _check_vocab_axes(loss_pass.config, *jax.tree.leaves(arrays))
-        result = _run_explicit(loss_pass, mesh, operands, per_token)
+    if any(map(_is_spread, leaves)):
+        _check_vocab_axes(loss_pass.config, *leaves)
+        result = _run_explicit(loss_pass, mesh, operands, arrays)
         return jax.tree.map(lambda leaf: as_varying(leaf, axes), result)
-    result = run_on_shard(loss_pass, local_plan(vocab_axes), operands, per_token)
+    result = run_on_shard(loss_pass, local_plan(vocab_axes), operands, arrays)
     # Statistics are merged over the vocabulary axes, but the loop carry made their types vary.
-    return result._replace(stats=jax.tree.map(functools.partial(as_replicated, vocab_axes), result.stats))
+    stats, losses = jax.tree.map(functools.partial(as_replicated, vocab_axes), (result.stats, result.losses))
+    return result._replace(stats=stats, losses=losses)
 
 
-def _run_explicit(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, per_token: Any) -> Result:
+def _run_explicit(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, arrays: LossArrays) -> Result:
     """Runs the pass in a `shard_map` whose specs follow from the shardings in the operands' types."""
 
     def sharded(array: Array) -> tuple[tuple[int, ...], P]:
         return array.shape, jax.typeof(array).sharding.spec
 
-    leaves, tree = jax.tree.flatten((operands, per_token))
-    dims = jax.tree.leaves(dims_of_operands(loss_pass.config, operands, per_token))
+    leaves, tree = jax.tree.flatten((operands, arrays))
+    dims = jax.tree.leaves(dims_of_operands(loss_pass, operands, arrays))
     sizes = {axis: mesh.shape[axis] for axis in mesh.explicit_axes}
     plan = Plan.of_operands(loss_pass, sizes, dims, [*map(sharded, leaves)])
+    hidden_index = dims.index(DIMS["hidden"])
+    _check_whole_rows(loss_pass, plan, leaves[hidden_index], sum(loss_pass.examples_of(hidden_index)))
     in_specs = tuple(plan.spec(its_dims, loss_pass.examples_of(index)) for index, its_dims in enumerate(dims))
-    out_specs = Result(*jax.tree.map(functools.partial(plan.spec, is_result=True), dims_of_results(loss_pass)))
+    out_specs = jax.tree.map(functools.partial(plan.spec, is_result=True), dims_of_results(loss_pass))
     leaves = [reshard(leaf, NamedSharding(mesh, spec)) for leaf, spec in zip(leaves, in_specs, strict=True)]
 
     def run_here(*leaves: Array) -> Result:
@@ -127,6 +133,18 @@ def _run_explicit(loss_pass: LossPass, mesh: AbstractMesh, operands: Operands, p
     )
     result = mapped(*leaves)
     return result if result.grads is None else result._replace(grads=_sharded_like(mesh, plan, result.grads, operands))
+
+
+def _check_whole_rows(loss_pass: LossPass, plan: Plan, hidden: Array, num_examples: int) -> None:
+    """Raises if an axis shards the tokens of a row; the first dimensions of `hidden` are those of `jax.vmap`."""
+    spec = jax.typeof(hidden).sharding.spec[num_examples:]
+    of_rows = spec[len(plan.batch) - loss_pass.row_ndim : len(plan.batch)]
+    axes = tuple(axis for entry in of_rows for axis in as_axes(entry) if axis not in plan.single)
+    if axes:
+        raise NotImplementedError(
+            f"units got 'rows' with hidden states whose rows are sharded over {', '.join(map(repr, axes))}; all tokens "
+            "of a row must be on one device: jax.sharding.reshard hidden, so that only its first axis is sharded."
+        )
 
 
 def _sharded_like(mesh: AbstractMesh, plan: Plan, grads: Gradients, operands: Operands) -> Gradients:

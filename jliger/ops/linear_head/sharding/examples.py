@@ -9,18 +9,19 @@ from jaxtyping import Array
 
 from jliger.ops.linear_head.sharding.passes import LossPass, Result, dims_of_operands
 from jliger.ops.linear_head.types import Operands
+from jliger.ops.logits.objectives import LossArrays
 
 
 def run_examples(
-    loss_pass: LossPass, one_example: Callable[[Operands, Any], Result], operands: Operands, per_token: Any
+    loss_pass: LossPass, one_example: Callable[[Operands, LossArrays], Result], operands: Operands, arrays: LossArrays
 ) -> Result:
     """Runs `one_example` for each example of the enclosing `jax.vmap`s. Every result has their dimensions first.
 
     A `vmap` whose examples share the head becomes a dimension of tokens, if no result is a sum over tokens. Otherwise
     it becomes a loop: each example then has its own head, or its own gradient of the head.
     """
-    leaves, tree = jax.tree.flatten((operands, per_token))
-    is_head = ["t" not in dims for dims in jax.tree.leaves(dims_of_operands(loss_pass.config, operands, per_token))]
+    leaves, tree = jax.tree.flatten((operands, arrays))
+    is_head = [{"t", "u"}.isdisjoint(dims) for dims in jax.tree.leaves(dims_of_operands(loss_pass, operands, arrays))]
     examples = loss_pass.examples
     levels = range(len(examples))
     loops = [level for level in levels if loss_pass.sums_tokens or any(_select(examples[level], is_head))]

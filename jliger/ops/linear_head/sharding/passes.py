@@ -1,14 +1,19 @@
 """The description of a loss pass for sharding: static arguments, and the dimensions of operands and results."""
 
 import dataclasses
+import functools
+import itertools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from jliger.ops.linear_head.chunks import Stats, stats_of
 from jliger.ops.linear_head.types import Differentiable, GradientDtypes, Gradients, HeadConfig, Operands, operand_dims
-from jliger.ops.logits.objectives import CoefficientRule, KnownCoefficients
+from jliger.ops.logits.objectives import CoefficientRule, KnownCoefficients, LossArrays
+from jliger.ops.logits.unit_loss import UnitLoss
 
 _NONE_WANTED = GradientDtypes()
 _KNOWN = KnownCoefficients()
@@ -27,6 +32,7 @@ class LossPass:
       wanted: the dtypes of the wanted gradients.
       low_memory: as in `chunks.stats_pass`.
       rule: as in `chunks.fused_pass`.
+      unit_loss: a loss whose value for each unit is computed from the statistics, which are then not returned.
       examples: for each enclosing `jax.vmap`, from the outermost, which operands it batches. Batch dimensions are the
         first dimensions, and every result has all of them.
     """
@@ -36,6 +42,7 @@ class LossPass:
     wanted: GradientDtypes = _NONE_WANTED
     low_memory: bool = False
     rule: CoefficientRule = _KNOWN
+    unit_loss: UnitLoss | None = None
     examples: tuple[tuple[bool, ...], ...] = ()
 
     @property
@@ -49,7 +56,22 @@ class LossPass:
 
     @property
     def has_stats(self) -> bool:
-        return self.kind in ("stats", "fused", "save logits")
+        return self.kind in ("stats", "fused", "save logits") and self.unit_loss is None
+
+    @property
+    def row_ndim(self) -> int:
+        """How many of the last dimensions of tokens make a unit, which stays on one device."""
+        return 0 if self.unit_loss is None else len(self.unit_loss.row_shape)
+
+    @property
+    def row_length(self) -> int | None:
+        """How many tokens make a unit, if it is a row; None if it is a token."""
+        return math.prod(self.unit_loss.row_shape) if self.row_ndim and self.unit_loss is not None else None
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether gradients of tokens are in units of each token's own scale."""
+        return self.unit_loss is not None and np.float16 in (self.wanted.hidden, self.wanted.adapted)
 
 
 class Result(NamedTuple):
@@ -59,29 +81,54 @@ class Result(NamedTuple):
       stats: `[*B]`, or None if the pass only computes gradients.
       grads: the wanted gradients, or None if the pass only computes statistics.
       logits: the products `[*B, V]`, if the pass saves them.
+      losses: the loss and the auxiliary arrays of each unit, if the pass has a `unit_loss`.
+      scales: `[*B]`, the units that gradients of tokens are in; None for 1.
     """
 
     stats: Stats | None
     grads: Gradients | None
     logits: Float[Array, "*B V"] | None = None
+    losses: list[Array] | None = None
+    scales: Float[Array, "*B"] | None = None
 
 
-def dims_of_operands(config: HeadConfig, operands: Operands, per_token: Any) -> Any:
-    """The dimensions of each operand, as a tree of the operands' structure."""
-    dims = operand_dims(config)
-    return (
-        Operands._make(None if array is None else dims[name] for name, array in operands._asdict().items()),
-        jax.tree.map(lambda _: "t", per_token),
+def dims_of_operands(loss_pass: LossPass, operands: Operands, arrays: LossArrays) -> Any:
+    """The dimensions of each operand, as a tree of the operands' structure.
+
+    `u` stands for the dimensions of the units. Dimensions beyond those that `types.DIMS` knows have letters of their
+    own, and are never sharded.
+    """
+    dims = operand_dims(loss_pass.config)
+    of_operands = Operands._make(None if array is None else dims[name] for name, array in operands._asdict().items())
+    names = jax.tree.leaves(of_operands)
+    index, letters = itertools.count(len(names)), map(chr, itertools.count(ord("Ā")))
+    unit_ndim = operands.labels.ndim - sum(loss_pass.examples_of(names.index(dims["labels"]))) - loss_pass.row_ndim
+
+    def of_array(first: str, ndim: int, array: Array) -> str:
+        ndim += sum(loss_pass.examples_of(next(index)))
+        return first + "".join(next(letters) for _ in range(array.ndim - ndim))
+
+    return of_operands, LossArrays(
+        jax.tree.map(lambda array: of_array("t", array.ndim, array), arrays.per_token),
+        jax.tree.map(functools.partial(of_array, "u", unit_ndim), arrays.per_unit),
+        jax.tree.map(functools.partial(of_array, "", 0), arrays.shared),
     )
 
 
 def dims_of_results(loss_pass: LossPass) -> Any:
-    """The dimensions of each result, as a tuple of `Result`'s structure."""
+    """The dimensions of each result, in a `Result`."""
     dims = operand_dims(loss_pass.config)
-    stats = stats_of(loss_pass.config, "t", "t") if loss_pass.has_stats else None
+    result: Any = Result(stats_of(loss_pass.config, "t", "t") if loss_pass.has_stats else None, None)
+    if loss_pass.unit_loss is not None:
+        letters = map(chr, itertools.count(ord("Ā")))
+        outputs = loss_pass.unit_loss.outputs
+        result = result._replace(losses=["u" + "".join(next(letters) for _ in output.shape) for output in outputs])
     if loss_pass.kind == "stats":
-        return (stats, None, None)
+        return result
     if loss_pass.kind == "save logits":
-        return (stats, None, dims["logits"])
+        return result._replace(logits=dims["logits"])
     wanted = loss_pass.wanted._asdict().items()
-    return (stats, Differentiable(*(None if dtype is None else dims[name] for name, dtype in wanted)), None)
+    return result._replace(
+        grads=Differentiable(*(None if dtype is None else dims[name] for name, dtype in wanted)),
+        scales="t" if loss_pass.has_scales else None,
+    )

@@ -26,6 +26,7 @@ class Plan(NamedTuple):
       single: axes of size 1. Specs keep them, but there is no communication over them.
       examples: for each dimension of `jax.vmap`, the axes that shard it. Nothing is summed over them, because each
         example has its own results.
+      row_ndim: how many of the last dimensions of tokens make a unit of the loss, which is whole on one device.
     """
 
     batch: tuple[Axes, ...]
@@ -33,6 +34,7 @@ class Plan(NamedTuple):
     scattered: tuple[Axes, Axes]
     single: frozenset[str] = frozenset()
     examples: tuple[Axes, ...] = ()
+    row_ndim: int = 0
 
     @classmethod
     def make(
@@ -42,6 +44,7 @@ class Plan(NamedTuple):
         kernel: tuple[tuple[int, ...], P],
         vocab_dim: int,
         examples: tuple[Axes, ...] = (),
+        row_ndim: int = 0,
     ) -> "Plan":
         """Makes a plan from the shapes and specs, without vmap dimensions, of hidden and the kernel (or its gradient).
 
@@ -50,6 +53,7 @@ class Plan(NamedTuple):
         """
         used = {axis for axes in examples for axis in axes}
         batch = tuple(_without(axes, used) for axes in _axes_of(*hidden, sizes)[:-1])
+        batch = batch[: len(batch) - row_ndim] + ((),) * row_ndim
         tokens = {axis for axes in batch for axis in axes}
         # An axis of the kernel that also shards tokens cannot keep the columns apart: its devices have different
         # tokens, which need all columns. The kernel is then gathered over the axis, as in FSDP.
@@ -57,7 +61,7 @@ class Plan(NamedTuple):
         vocab = _without(by_dim[vocab_dim], tokens)
         first, second = (tuple(axis for axis in axes if axis in tokens) for axes in by_dim)
         single = frozenset(axis for axis, size in sizes.items() if size == 1)
-        return cls(batch, vocab, (first, second), single, examples)
+        return cls(batch, vocab, (first, second), single, examples, row_ndim)
 
     @classmethod
     def of_operands(
@@ -90,7 +94,8 @@ class Plan(NamedTuple):
 
         kernel_dims = operand_dims(loss_pass.config)["kernel"]
         kernel = operand(kernel_dims) if kernel_grad is None else without_examples(*kernel_grad, len(examples))
-        return cls.make(sizes, operand(DIMS["hidden"]), kernel, loss_pass.config.vocab_dim, tuple(examples))
+        hidden, vocab_dim = operand(DIMS["hidden"]), loss_pass.config.vocab_dim
+        return cls.make(sizes, hidden, kernel, vocab_dim, tuple(examples), loss_pass.row_ndim)
 
     def spec(self, dims: str, examples: Sequence[bool] = (), *, is_result: bool = False) -> P:
         """The PartitionSpec of an operand or a result with these dimensions (`types.DIMS`).
@@ -101,8 +106,8 @@ class Plan(NamedTuple):
         entries = [_entry(axes) for axes, flag in zip(self.examples, has, strict=True) if flag]
         is_kernel_gradient = is_result and set(dims) == {"h", "v"}
         for index, dim in enumerate(dims):
-            if dim == "t":
-                entries += [_entry(axes) for axes in self.batch]
+            if dim in "tu":
+                entries += map(_entry, self.batch if dim == "t" else self.batch[: len(self.batch) - self.row_ndim])
                 continue
             # As an operand the kernel is whole but for the vocabulary axes; its gradient is also scattered.
             axes = self.vocab if dim == "v" else ()

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from jliger.core.backend import Implementation, run_by_platform
 from jliger.core.dtypes import accumulator_dtype
+from jliger.core.meshes import Axes
 from jliger.ops.linear_head import chunks
 from jliger.ops.linear_head.chunks import Stats
 from jliger.ops.linear_head.sharding.examples import run_examples
@@ -18,9 +19,10 @@ from jliger.ops.linear_head.sharding.passes import LossPass, Result
 from jliger.ops.linear_head.sharding.plan import Plan, first_column
 from jliger.ops.linear_head.types import DIMS, Differentiable, GradientDtypes, Gradients, Operands, operand_dims
 from jliger.ops.logits import RowStats
+from jliger.ops.logits.objectives import LossArrays
 
 
-def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, per_token: Any) -> Result:
+def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, arrays: LossArrays) -> Result:
     """Runs the pass on one device's operands. Results are reduced over devices, and sharded according to the plan.
 
     Leading dimensions are flattened into one dimension of tokens only here, on local arrays: the reshape of a sharded
@@ -28,7 +30,7 @@ def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, per_token:
     """
     if loss_pass.examples:
         one_example = functools.partial(run_on_shard, dataclasses.replace(loss_pass, examples=()), plan)
-        return run_examples(loss_pass, one_example, operands, per_token)
+        return run_examples(loss_pass, one_example, operands, arrays)
     # The loops over chunks need at least one token, because the first chunk is always computed.
     if not operands.labels.size:
         return _run_without_tokens(loss_pass, plan, operands)
@@ -38,29 +40,34 @@ def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, per_token:
     # Local index for labels in this shard, −1 for all others.
     labels = flat.labels - start
     flat = flat._replace(labels=jnp.where((labels < 0) | (labels >= width), -1, labels))
-    per_token = jax.tree.map(lambda array: array.reshape(-1), per_token)
+    arrays = _flatten_arrays(loss_pass, arrays, operands)
 
-    def run(implementation: Implementation, *arrays: Any) -> Result:
+    def run(implementation: Implementation, operands: Operands, arrays: LossArrays) -> Result:
         config = dataclasses.replace(loss_pass.config, implementation=implementation)
-        return _run_chunks(dataclasses.replace(loss_pass, config=config), plan, start, *arrays)
+        return _run_chunks(dataclasses.replace(loss_pass, config=config), plan, start, operands, arrays)
 
     # The innermost place where both implementations can be traced: everything around it is the same for both.
-    stats, grads, logits = run_by_platform(run, loss_pass.config.implementation, flat, per_token)
+    result = run_by_platform(run, loss_pass.config.implementation, flat, arrays)
+    shape = operands.labels.shape
+    of_units = shape[: len(shape) - loss_pass.row_ndim]
+    of_tokens = jax.tree.map(lambda array: array.reshape(shape), (result.stats, result.scales))
     return Result(
-        jax.tree.map(lambda array: array.reshape(operands.labels.shape), stats),
-        None if grads is None else _reduce(loss_pass, plan, grads, operands),
-        None if logits is None else logits.reshape(*operands.labels.shape, width),
+        stats=of_tokens[0],
+        grads=None if result.grads is None else _reduce(loss_pass, plan, result.grads, operands),
+        logits=None if result.logits is None else result.logits.reshape(*shape, width),
+        losses=jax.tree.map(lambda array: array.reshape(*of_units, *array.shape[1:]), result.losses),
+        scales=of_tokens[1],
     )
 
 
 def _run_chunks(
-    loss_pass: LossPass, plan: Plan, start: Int[Array, ""] | int, operands: Operands, per_token: Any
+    loss_pass: LossPass, plan: Plan, start: Int[Array, ""] | int, operands: Operands, arrays: LossArrays
 ) -> Result:
     """Runs the loop over chunks, and merges statistics over the devices that shard the vocabulary."""
-    config, wanted = loss_pass.config, _dtypes_of_sums(loss_pass, plan, operands)
-    merge = functools.partial(merge_over, plan.columns) if plan.columns else None
+    config, wanted, per_token = loss_pass.config, _dtypes_of_sums(loss_pass, plan, operands), arrays.per_token
+    merge = functools.partial(_merged, plan.columns, start) if plan.columns else None
     stats: Stats | None = None
-    grads = logits = None
+    grads = logits = scales = None
     if config.teacher is not None:
         coefficients = per_token[0] if per_token else None
         merge_pairs = distillation_merge(config.teacher.temperature, plan.columns, start) if plan.columns else None
@@ -72,12 +79,23 @@ def _run_chunks(
     elif loss_pass.kind == "saved logits":
         grads = chunks.saved_logits_pass(config, wanted, operands, *per_token)
     elif loss_pass.kind == "fused":
-        stats, grads = chunks.fused_pass(config, wanted, operands, loss_pass.rule, per_token, merge=merge)
+        length = loss_pass.row_length
+        stats, grads, scales = chunks.fused_pass(config, wanted, operands, loss_pass.rule, arrays, merge, length)
     else:
         grads = chunks.recompute_pass(config, wanted, operands, *per_token)
-    if isinstance(stats, RowStats) and merge is not None:
-        stats = merge(stats._replace(prediction=jnp.where(operands.counted, stats.prediction + start, -1)))
+    if isinstance(stats, RowStats):
+        if merge is not None and loss_pass.kind != "fused":
+            stats = merge(stats)
+        stats = stats._replace(prediction=jnp.where(operands.counted, stats.prediction, -1))
+        if loss_pass.unit_loss is not None:
+            losses = loss_pass.unit_loss.losses(stats, arrays)
+            return Result(None, grads, losses=losses, scales=scales if loss_pass.has_scales else None)
     return Result(stats, grads, logits)
+
+
+def _merged(columns: Axes, start: Int[Array, ""] | int, stats: RowStats) -> RowStats:
+    """Statistics of all columns, from those of this device's, which begin with column `start`."""
+    return merge_over(columns, stats._replace(prediction=stats.prediction + start))
 
 
 def _run_without_tokens(loss_pass: LossPass, plan: Plan, operands: Operands) -> Result:
@@ -85,13 +103,29 @@ def _run_without_tokens(loss_pass: LossPass, plan: Plan, operands: Operands) -> 
     hidden, shape = operands.hidden, operands.labels.shape
     rows = jnp.zeros_like(hidden, accumulator_dtype(hidden.dtype), shape=shape)
     stats = chunks.stats_of(loss_pass.config, rows, rows.astype(jnp.int32)) if loss_pass.has_stats else None
+    result = Result(stats, None)
+    if loss_pass.unit_loss is not None:
+        of_units = shape[: len(shape) - loss_pass.row_ndim]
+        outputs = loss_pass.unit_loss.outputs
+        losses = [jnp.zeros_like(hidden, output.dtype, shape=(*of_units, *output.shape)) for output in outputs]
+        result = result._replace(losses=losses, scales=rows if loss_pass.has_scales else None)
     if loss_pass.kind == "stats":
-        return Result(stats, None)
+        return result
     if loss_pass.kind == "save logits":
         width = operands.kernel.shape[loss_pass.config.vocab_dim]
-        return Result(stats, None, jnp.zeros_like(hidden, loss_pass.config.logits_dtype, shape=(*shape, width)))
+        return result._replace(logits=jnp.zeros_like(hidden, loss_pass.config.logits_dtype, shape=(*shape, width)))
     grads = chunks.zero_gradients(_dtypes_of_sums(loss_pass, plan, operands), operands)
-    return Result(stats, _reduce(loss_pass, plan, grads, operands))
+    return result._replace(grads=_reduce(loss_pass, plan, grads, operands))
+
+
+def _flatten_arrays(loss_pass: LossPass, arrays: LossArrays, operands: Operands) -> LossArrays:
+    """Arrays with one dimension of tokens or units."""
+    unit_ndim = operands.labels.ndim - loss_pass.row_ndim
+    return LossArrays(
+        jax.tree.map(lambda array: array.reshape(-1), arrays.per_token),
+        jax.tree.map(lambda array: array.reshape(-1, *array.shape[unit_ndim:]), arrays.per_unit),
+        arrays.shared,
+    )
 
 
 def _flatten(name: str, array: Array | None) -> Array | None:
