@@ -19,6 +19,14 @@ def replicated(array: Array) -> Array:
     return reshard(array, NamedSharding(mesh, P(*(None,) * array.ndim)))
 
 
+def with_features_of(rows: Array, parameter: Array) -> Array:
+    """Gives a parameter `[H]` the sharding of the rows' last dimension on an Explicit mesh, where types must fit."""
+    mesh = mesh_of(rows, parameter)
+    if not is_explicit(mesh):
+        return parameter
+    return reshard(parameter, NamedSharding(mesh, P(jax.typeof(rows).sharding.spec[-1])))
+
+
 def sum_to_type(cotangent: Array, primal: Array) -> Array:
     """A cotangent of its primal's type: summed over the manual axes that it varies over and the primal does not."""
     axes = tuple(sorted(varying_axes(cotangent) - varying_axes(primal)))
