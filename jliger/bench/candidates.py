@@ -1,0 +1,113 @@
+"""Triton kernels that are measured beside XLA and are not in the library: gated products and rotary embeddings."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jaxtyping import Array
+
+from jliger.core.backend import target_compute_capability
+from jliger.core.triton_call import call_kernel
+
+
+@triton.jit
+def _activation(gate, GELU: tl.constexpr):
+    """The activation and its derivative."""
+    if GELU:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        tanh = 2 / (1 + tl.exp(-2 * inner)) - 1
+        slope = 0.7978845608028654 * (1 + 3 * 0.044715 * gate * gate)
+        value = 0.5 * gate * (1 + tanh)
+        derivative = 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh * tanh) * slope
+    else:
+        sigmoid = 1 / (1 + tl.exp(-gate))
+        value = gate * sigmoid
+        derivative = sigmoid * (1 + gate * (1 - sigmoid))
+    return value, derivative
+
+
+@triton.jit
+def product_kernel(gate_ptr, up_ptr, out_ptr, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value, _ = _activation(tl.load(gate_ptr + index).to(tl.float32), GELU)
+    out = value * tl.load(up_ptr + index).to(tl.float32)
+    tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def product_grads_kernel(
+    gate_ptr, up_ptr, grad_ptr, gate_grad_ptr, up_grad_ptr, GELU: tl.constexpr, BLOCK: tl.constexpr
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value, derivative = _activation(tl.load(gate_ptr + index).to(tl.float32), GELU)
+    grad = tl.load(grad_ptr + index).to(tl.float32)
+    gate_grad = grad * tl.load(up_ptr + index).to(tl.float32) * derivative
+    tl.store(gate_grad_ptr + index, gate_grad.to(gate_grad_ptr.dtype.element_ty))
+    tl.store(up_grad_ptr + index, (grad * value).to(up_grad_ptr.dtype.element_ty))
+
+
+@triton.jit
+def rope_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, HEADS: tl.constexpr, PAIRS: tl.constexpr, SIGN: tl.constexpr):
+    """One program per token; whole heads, half-split, both powers of two."""
+    token = tl.program_id(0).to(tl.int64)
+    pairs = tl.arange(0, PAIRS)
+    cos = tl.load(cos_ptr + token * PAIRS + pairs)[None, :]
+    sin = SIGN * tl.load(sin_ptr + token * PAIRS + pairs)[None, :]
+    index = token * HEADS * 2 * PAIRS + tl.arange(0, HEADS)[:, None] * 2 * PAIRS + pairs[None, :]
+    first, second = tl.load(x_ptr + index).to(tl.float32), tl.load(x_ptr + index + PAIRS).to(tl.float32)
+    tl.store(out_ptr + index, (first * cos - second * sin).to(out_ptr.dtype.element_ty))
+    tl.store(out_ptr + index + PAIRS, (second * cos + first * sin).to(out_ptr.dtype.element_ty))
+
+
+def _call(kernel: Any, operands: list[Array], results: int, grid: int, **constexprs: Any) -> tuple[Array, ...]:
+    like = jax.ShapeDtypeStruct(operands[0].shape, operands[0].dtype)
+    return call_kernel(
+        kernel,
+        operands,
+        [like] * results,
+        name=f"jliger_{kernel.fn.__name__}",
+        grid=(grid,),
+        num_warps=4,
+        num_stages=1,
+        compute_capability=target_compute_capability(),
+        flops=8 * like.size,
+        bytes_accessed=(len(operands) + results) * like.size * like.dtype.itemsize,
+        **constexprs,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gated_product(gelu: bool, gate: Array, up: Array) -> Array:
+    return _call(product_kernel, [gate, up], 1, gate.size // _block(gate), GELU=gelu, BLOCK=_block(gate))[0]
+
+
+def _gated_product_bwd(gelu: bool, saved: tuple[Array, Array], grad: Array) -> tuple[Array, ...]:
+    block = _block(grad)
+    return _call(product_grads_kernel, [*saved, grad], 2, grad.size // block, GELU=gelu, BLOCK=block)
+
+
+gated_product.defvjp(lambda gelu, *arrays: (gated_product(gelu, *arrays), arrays), _gated_product_bwd)
+
+
+def _block(array: Array) -> int:
+    return min(2048, array.size & -array.size)
+
+
+@jax.custom_vjp
+def rope(x: Array, angles: Array) -> Array:
+    return _rotate(x, angles, 1)
+
+
+def _rotate(x: Array, angles: Array, sign: int) -> Array:
+    tokens, heads, width = x.shape
+    operands = [x, jnp.cos(angles), jnp.sin(angles)]
+    return _call(rope_kernel, operands, 1, tokens, HEADS=heads, PAIRS=width // 2, SIGN=sign)[0]
+
+
+rope.defvjp(
+    lambda x, angles: (rope(x, angles), angles),
+    lambda angles, grad: (_rotate(grad, angles, -1), jnp.zeros_like(angles)),
+)

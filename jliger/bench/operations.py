@@ -1,0 +1,308 @@
+"""The benchmark of norms, rotary embeddings and gated products: XLA and Triton, compared with a copy of their bytes.
+
+Each program does its work several times, on operands of their own that together are larger than the L2 cache: a
+single call of the smaller shapes takes about as long as Python needs to start it.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+import jliger
+from jliger.bench.problem import Bound, Method, Problem
+from jliger.core.backend import can_run_triton, has_triton, target_compute_capability
+from jliger.ops.norms.types import NormConfig, NormInputs, NormSaved
+
+MIB = 2**20
+ELEMENTS = 2**24
+TOTAL = 2**27  # elements of one operand in all repetitions of a program
+FORWARD, BOTH = "forward", "forward and backward"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An operation and its shape: tokens, and the dimensions of a token."""
+
+    operation: str
+    tokens: int
+    dims: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.operation} ({', '.join(map(str, (self.tokens, *self.dims)))})"
+
+    @property
+    def elements(self) -> int:
+        return self.tokens * math.prod(self.dims)
+
+    @property
+    def repeats(self) -> int:
+        return max(1, TOTAL // self.elements) if jax.default_backend() == "gpu" else 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How an operation is measured.
+
+    Attributes:
+      arrays: the number of operands `[tokens, *dims]`; the cotangents of its results come after them.
+      results: the number of results, of the same shape.
+      parameters: the number of parameters `[H]`.
+      moved: the arrays of that shape that the forward pass must read or write, and the same for the backward pass.
+      functions: by backend; each takes the arrays, then the parameters.
+    """
+
+    arrays: int
+    results: int
+    parameters: int
+    moved: tuple[int, int]
+    functions: dict[str, Callable[..., Any]]
+
+
+def problems(*, quick: bool = False) -> list[Problem]:
+    """The problems to measure: small ones on a CPU; if `quick`, one shape of each operation."""
+    return [_problem(shape, quick=quick) for shape in _shapes(quick=quick)] + _mlp_problems(quick=quick)
+
+
+def _shapes(*, quick: bool) -> list[Shape]:
+    norms = ("rms_norm", "rms_norm with residual", "layer_norm")
+    if jax.default_backend() != "gpu":
+        shapes = [Shape(name, 16, (64,)) for name in (*norms, "swiglu", "geglu")]
+        return [*shapes, Shape("apply_rope", 16, (2, 16))]
+    widths = (4096,) if quick else (1024, 2048, 4096, 8192)
+    shapes = [Shape(name, ELEMENTS // width, (width,)) for name in norms for width in widths]
+    if not quick:
+        shapes += [Shape(name, 131072, (4096,)) for name in norms]
+        shapes += [Shape("rms_norm", 8192, (5120,))]
+    shapes += [Shape(name, 8192, (14336,)) for name in ("swiglu", "geglu")]
+    shapes += [Shape("apply_rope", 4096, (32, 128))]
+    if not quick:
+        shapes += [
+            Shape("swiglu", 2048, (8192,)),
+            Shape("geglu", 2048, (8192,)),
+            Shape("apply_rope", 131072, (32, 128)),
+        ]
+    return shapes
+
+
+def _problem(shape: Shape, *, quick: bool) -> Problem:
+    case = _case(shape)
+    methods: list[Method] = []
+    for direction in (FORWARD, BOTH):
+        for backend, function in case.functions.items():
+            if backend == "plain JAX" and direction == FORWARD:
+                continue
+            methods.append(_method(shape, case, backend, function, direction))
+    if not quick and shape.operation == "rms_norm" and shape.tokens < 131072 and shape.dims != (2048,):
+        methods += _tuning(shape, case)
+    return Problem(shape, functools.partial(_operands, shape, case), [], methods)
+
+
+def _method(shape: Shape, case: Case, backend: str, function: Callable[..., Any], direction: str) -> Method:
+    moved = case.moved[0] if direction == FORWARD else sum(case.moved)
+    step = functools.partial(_forward if direction == FORWARD else _both, case, function)
+    about: dict[str, Any] = {"operation": shape.operation, "backend": backend, "direction": direction}
+    if direction == BOTH:
+        about["saved_mib"] = _saved_bytes(shape, case, function) / MIB
+    return Method(
+        f"{backend}, {direction}",
+        functools.partial(_repeated, step, shape.repeats),
+        floor=None,
+        bound=Bound((), shape.repeats * moved * 2 * shape.elements),
+        baseline=None if backend == "xla" else f"xla, {direction}",
+        repeats=shape.repeats,
+        about=about,
+    )
+
+
+def _case(shape: Shape) -> Case:
+    def rms(implementation: str, x: Array, scale: Array) -> Array:
+        return jliger.rms_norm(x, scale, implementation=implementation)
+
+    def residual(implementation: str, x: Array, residual: Array, scale: Array) -> Any:
+        return jliger.rms_norm(x, scale, residual=residual, implementation=implementation)
+
+    def layer(implementation: str, x: Array, scale: Array, offset: Array) -> Array:
+        return jliger.layer_norm(x, scale, offset, implementation=implementation)
+
+    if shape.operation == "rms_norm":
+        return Case(1, 1, 1, (2, 3), _backends(rms, _plain_rms))
+    if shape.operation == "rms_norm with residual":
+        return Case(2, 2, 1, (4, 4), _backends(residual, lambda x, y, scale: (_plain_rms(x + y, scale), x + y)))
+    if shape.operation == "layer_norm":
+        return Case(1, 1, 2, (2, 3), _backends(layer, _plain_layer))
+    if shape.operation == "apply_rope":
+        return Case(1, 1, 0, (2, 2), _rope(shape))
+    gelu = shape.operation == "geglu"
+    functions: dict[str, Callable[..., Any]] = {"xla": jliger.geglu if gelu else jliger.swiglu}
+    if _has_kernels():
+        from jliger.bench import candidates
+
+        functions["triton"] = functools.partial(candidates.gated_product, gelu)
+    return Case(2, 1, 0, (3, 5), functions)
+
+
+def _backends(function: Callable[..., Any], plain: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    names = ["xla", *(["triton"] if _has_kernels() else [])]
+    return {**{name: functools.partial(function, name) for name in names}, "plain JAX": plain}
+
+
+def _rope(shape: Shape) -> dict[str, Callable[..., Any]]:
+    positions = jnp.arange(shape.tokens)
+    functions: dict[str, Callable[..., Any]] = {"xla": lambda x: jliger.apply_rope(x, positions)}
+    if _has_kernels():
+        from jliger.bench import candidates
+
+        def triton(x: Array) -> Array:
+            frequencies = 10000.0 ** (-jnp.arange(shape.dims[-1] // 2) / (shape.dims[-1] // 2))
+            return candidates.rope(x, positions[:, None] * frequencies[None])
+
+        functions["triton"] = triton
+    return functions
+
+
+def _has_kernels() -> bool:
+    return has_triton() and can_run_triton()
+
+
+def _plain_rms(x: Array, scale: Array) -> Array:
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype) * scale
+
+
+def _plain_layer(x: Array, scale: Array, offset: Array) -> Array:
+    wide = x.astype(jnp.float32)
+    centered = wide - wide.mean(-1, keepdims=True)
+    normalized = centered * jax.lax.rsqrt((centered * centered).mean(-1, keepdims=True) + 1e-6)
+    return (normalized * scale + offset).astype(x.dtype)
+
+
+def _operands(shape: Shape, case: Case, dtype: str) -> tuple[Array, ...]:
+    """The arrays, parameters and cotangents of every repetition."""
+    del dtype
+    count = case.arrays + case.parameters + case.results
+    keys = jax.random.split(jax.random.key(0), shape.repeats * count)
+
+    def operand(index: int, key: Array) -> Array:
+        is_parameter = case.arrays <= index < case.arrays + case.parameters
+        return jax.random.normal(key, shape.dims if is_parameter else (shape.tokens, *shape.dims), jnp.bfloat16)
+
+    return tuple(operand(index % count, key) for index, key in enumerate(keys))
+
+
+def _repeated(step: Callable[..., Any], repeats: int, *operands: Array) -> Any:
+    """Runs `step` on each of several equal groups of operands, one after the other."""
+    count = len(operands) // repeats
+    results: list[Any] = []
+    for index in range(repeats):
+        own = operands[index * count : (index + 1) * count]
+        if results:
+            # XLA must not fuse repetitions with each other.
+            own, results[-1] = jax.lax.optimization_barrier((own, results[-1]))
+        results.append(step(*own))
+    return results
+
+
+def _forward(case: Case, function: Callable[..., Any], *operands: Array) -> Any:
+    return function(*operands[: case.arrays + case.parameters])
+
+
+def _both(case: Case, function: Callable[..., Any], *operands: Array) -> Any:
+    inputs, cotangents = operands[: case.arrays + case.parameters], operands[case.arrays + case.parameters :]
+    results, pull_back = jax.vjp(function, *inputs)
+    # In a model there is much between the two passes: XLA must not fuse them.
+    results, cotangents = jax.lax.optimization_barrier((results, cotangents))
+    return results, pull_back(cotangents if case.results > 1 else cotangents[0])
+
+
+def _saved_bytes(shape: Shape, case: Case, function: Callable[..., Any]) -> int:
+    """The bytes that are kept from the forward pass for the backward pass, inputs among them."""
+    operands = jax.eval_shape(functools.partial(_operands, shape, case, ""))[: case.arrays + case.parameters]
+    saved = jax.eval_shape(lambda *inputs: jax.vjp(function, *inputs)[1], *operands)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved))
+
+
+def _tuning(shape: Shape, case: Case) -> list[Method]:
+    """Launches of the norm's kernels."""
+    if jax.default_backend() != "gpu" or not _has_kernels():
+        return []
+    from jliger.ops.norms import triton
+
+    config = NormConfig(1e-6, 0.0, False, True, False, jnp.dtype("bfloat16"), "triton", target_compute_capability())
+    width = shape.dims[0]
+
+    def forward(launch: Any, x: Array, scale: Array, grad: Array) -> Any:
+        del grad
+        return triton.norm(config, NormInputs(x, None, scale, None), launch=launch).output
+
+    def backward(launch: Any, x: Array, scale: Array, grad: Array) -> Any:
+        inverse = jnp.ones(x.shape[0])
+        return triton.norm_grads(config, NormSaved(x, scale, None, inverse, grad, None), launch=launch)
+
+    def method(name: str, function: Callable[..., Any], launch: Any, moved: int) -> Method:
+        about = {"operation": shape.operation, "backend": "triton", "direction": f"tuning {name}"}
+        return Method(
+            f"tuning {name}, {launch.warps} warps, {launch.programs} programs, {launch.stages} stages",
+            functools.partial(_repeated, functools.partial(function, launch), shape.repeats),
+            floor=None,
+            bound=Bound((), shape.repeats * moved * 2 * shape.elements),
+            repeats=shape.repeats,
+            about={**about, "launch": launch._asdict()},
+        )
+
+    def warps(columns: Sequence[int]) -> list[int]:
+        padded = 1 << (width - 1).bit_length()
+        return sorted({max(1, min(16, padded // (32 * each))) for each in columns})
+
+    methods = [method("forward", forward, triton.Launch(count), 2) for count in warps((64, 32, 16))]
+    for count in warps((32, 16)):
+        for programs, most in ((132, 3), (264, 3), (528, 1)):
+            for stages in range(1, most + 1):
+                methods.append(method("backward", backward, triton.Launch(count, programs, stages), 3))
+    return methods
+
+
+def _mlp_problems(*, quick: bool) -> list[Problem]:
+    """The gated feed-forward block, all tokens at once and in chunks: its time and its memory."""
+    sizes = [(8192, 4096, 14336)] if quick else [(8192, 4096, 14336), (65536, 4096, 14336)]
+    if jax.default_backend() != "gpu":
+        sizes = [(64, 8, 16)]
+
+    def whole(x: Array, gate: Array, up: Array, down: Array) -> Array:
+        return jliger.swiglu(x @ gate, x @ up) @ down
+
+    def step(function: Callable[..., Any], x: Array, gate: Array, up: Array, down: Array, grad: Array) -> Any:
+        result, pull_back = jax.vjp(function, x, gate, up, down)
+        return result, pull_back(grad)
+
+    def operands(size: tuple[int, int, int], dtype: str) -> tuple[Array, ...]:
+        del dtype
+        tokens, width, inner = size
+        shapes = [(tokens, width), (width, inner), (width, inner), (inner, width), (tokens, width)]
+        keys = jax.random.split(jax.random.key(0), len(shapes))
+        return tuple(
+            jax.random.normal(key, shape, jnp.bfloat16) * width**-0.5 for key, shape in zip(keys, shapes, strict=True)
+        )
+
+    def method(name: str, function: Callable[..., Any], baseline: str | None) -> Method:
+        about = {"operation": "gated_mlp", "backend": "xla", "direction": BOTH}
+        return Method(name, functools.partial(step, function), floor=None, baseline=baseline, about=about)
+
+    names = {"all tokens at once": whole, "in chunks": jliger.gated_mlp}
+    return [
+        Problem(
+            f"gated_mlp {size}",
+            functools.partial(operands, size),
+            [],
+            [
+                method(name, function, None if function is whole else "all tokens at once")
+                for name, function in names.items()
+            ],
+        )
+        for size in sizes
+    ]
