@@ -27,6 +27,14 @@ def with_features_of(rows: Array, parameter: Array) -> Array:
     return reshard(parameter, NamedSharding(mesh, P(jax.typeof(rows).sharding.spec[-1])))
 
 
+def sharded_like(array: Array, other: Array) -> Array:
+    """Gives an array the sharding of another on an Explicit mesh, where a cotangent must have its primal's type."""
+    sharding = jax.typeof(other).sharding
+    if not sharding.mesh.explicit_axes or jax.typeof(array).sharding == sharding:
+        return array
+    return reshard(array, sharding)
+
+
 def sum_to_type(cotangent: Array, primal: Array) -> Array:
     """A cotangent of its primal's type: summed over the manual axes that it varies over and the primal does not."""
     axes = tuple(sorted(varying_axes(cotangent) - varying_axes(primal)))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jliger.core import checks, partitioned
 from jliger.core.dtypes import accumulator_dtype
-from jliger.core.meshes import sum_to_type
+from jliger.core.meshes import sharded_like, sum_to_type
 from jliger.core.partitioned import Operation
 from jliger.core.second_derivatives import once_differentiable
 from jliger.ops.gated_mlp.products import ACTIVATIONS, Activation, activated, product_grads
@@ -124,7 +124,7 @@ def _mlp_bwd(config: _Config, residuals: Any, grad: Array) -> tuple[Array, _Kern
     x_grad, *kernel_grads = _run(operation, x, *cast, grad)
 
     def like(grad: Array, primal: Array) -> Array:
-        return sum_to_type(grad, primal).astype(primal.dtype)
+        return sharded_like(sum_to_type(grad, primal).astype(primal.dtype), primal)
 
     return like(x_grad, x), _Kernels(*map(like, kernel_grads, kernels))
 

@@ -18,7 +18,9 @@ def norm(config: NormConfig, inputs: NormInputs) -> NormResult:
     inverse = jax.lax.rsqrt((centered * centered).mean(axis=-1) + config.epsilon)
     normalized = centered * inverse[..., None]
     if config.round_first:
-        normalized = normalized.astype(x.dtype).astype(wide.dtype)
+        # Not two casts, which XLA may remove.
+        info = jnp.finfo(x.dtype)
+        normalized = jax.lax.reduce_precision(normalized, info.nexp, info.nmant)
     output = normalized * _factor(config, scale, wide)
     if offset is not None:
         output = output + _like_rows(offset, wide)
