@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 import jliger
 from jliger.bench.problem import Bound, Method, Problem
-from jliger.core.backend import can_run_triton, has_triton, target_compute_capability
+from jliger.core.backend import Implementation, can_run_triton, has_triton, target_compute_capability
 from jliger.ops.norms.types import NormConfig, NormInputs, NormSaved
 
 MIB = 2**20
@@ -121,13 +121,13 @@ def _method(shape: Shape, case: Case, backend: str, function: Callable[..., Any]
 
 
 def _case(shape: Shape) -> Case:
-    def rms(implementation: str, x: Array, scale: Array) -> Array:
+    def rms(implementation: Implementation, x: Array, scale: Array) -> Array:
         return jliger.rms_norm(x, scale, implementation=implementation)
 
-    def residual(implementation: str, x: Array, residual: Array, scale: Array) -> Any:
+    def residual(implementation: Implementation, x: Array, residual: Array, scale: Array) -> Any:
         return jliger.rms_norm(x, scale, residual=residual, implementation=implementation)
 
-    def layer(implementation: str, x: Array, scale: Array, offset: Array) -> Array:
+    def layer(implementation: Implementation, x: Array, scale: Array, offset: Array) -> Array:
         return jliger.layer_norm(x, scale, offset, implementation=implementation)
 
     if shape.operation == "rms_norm":

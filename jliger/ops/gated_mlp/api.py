@@ -12,7 +12,7 @@ from jliger.core.dtypes import accumulator_dtype
 from jliger.core.meshes import sharded_like, sum_to_type
 from jliger.core.partitioned import Operation
 from jliger.core.second_derivatives import once_differentiable
-from jliger.ops.gated_mlp.products import ACTIVATIONS, Activation, activated, product_grads
+from jliger.ops.gated_mlp.products import ACTIVATIONS, Activation, gated_product, product, product_grads
 
 _CHUNK_VALUES = 2**26  # of the intermediate array of a chunk, [tokens, F]
 
@@ -98,6 +98,20 @@ def gated_mlp(
     return _mlp(_Config(activation, int(chunk_size)), x, kernels)
 
 
+def feed_forward(
+    x: Array, *kernels: Array, activation: Activation, chunked: bool, chunk_size: int | None, dtype: Any
+) -> Array:
+    """The block as a Flax module computes it, in chunks or not. `dtype` None is what x and the kernels promote to."""
+    x = checks.as_array("x", x)
+    dtype = jnp.dtype(dtype or jnp.result_type(x, *kernels))
+    # Float32 kernels are cast inside, so that their gradients are not rounded.
+    gate, up, down = (kernel if kernel.dtype == jnp.float32 else kernel.astype(dtype) for kernel in kernels)
+    if chunked:
+        return gated_mlp(x.astype(dtype), gate, up, down, activation=activation, chunk_size=chunk_size)
+    gate, up, down, x = (array.astype(dtype) for array in (gate, up, down, x))
+    return gated_product(activation, x @ gate, x @ up) @ down
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _mlp(config: _Config, x: Array, kernels: _Kernels) -> Array:
     return _forward(config, x, kernels)
@@ -144,7 +158,7 @@ def _forward_here(config: _Config, dtypes: Any, x: Array, *kernels: Array) -> tu
     gate, up, down = kernels
 
     def of_chunk(x: Array) -> Array:
-        hidden = activated(config.activation, x @ gate, x @ up)
+        hidden = product(config.activation, x @ gate, x @ up)
         return jnp.dot(hidden, down, preferred_element_type=dtypes[0])
 
     rows = x.reshape(-1, x.shape[-1])
@@ -161,7 +175,7 @@ def _grads_here(config: _Config, dtypes: Any, x: Array, *others: Array) -> tuple
     def of_chunk(sums: _Kernels, chunk: tuple[Array, Array]) -> tuple[_Kernels, Array]:
         x, grad = chunk
         gated, upped = x @ gate, x @ up
-        hidden = activated(config.activation, gated, upped)
+        hidden = product(config.activation, gated, upped)
         gated_grad, upped_grad = (
             one.astype(x.dtype) for one in product_grads(config.activation, gated, upped, _dot(grad, down, 1, 1))
         )

@@ -3,6 +3,7 @@
 from typing import Any, overload
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -162,6 +163,14 @@ def layer_norm(
         offset = checks.as_array("offset", offset)
     inputs = NormInputs(x, None, scale, offset)
     return normalize(inputs, epsilon=epsilon, centered=True, implementation=implementation)
+
+
+def normalize_as(
+    dtype: Any, x: Array, scale: Array | None, offset: Array | None, *, epsilon: float, centered: bool
+) -> Array:
+    """The norm in another dtype than x's, rounded once, with or without a scale: what Flax's modules need."""
+    scale = jnp.ones(x.shape[-1:], x.dtype) if scale is None else scale
+    return normalize(NormInputs(x, None, scale, offset), epsilon=epsilon, centered=centered, dtype=dtype)
 
 
 def normalize(

@@ -135,6 +135,10 @@ def _angles(positions: Array, frequencies: Array, dtype: Any, *, has_sections: b
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _rotate(rotation: _Rotation, x: Array, angles: Float[Array, "*B R/2"]) -> Array:
+    return _rotated(rotation, x, angles)
+
+
+def _rotated(rotation: _Rotation, x: Array, angles: Float[Array, "*B R/2"]) -> Array:
     cos, sin = (rotation.scale * function(angles)[..., None, :] for function in (jnp.cos, jnp.sin))
     sin = rotation.sign * sin
     pairs = angles.shape[-1]
@@ -149,12 +153,12 @@ def _rotate(rotation: _Rotation, x: Array, angles: Float[Array, "*B R/2"]) -> Ar
 
 
 def _rotate_fwd(rotation: _Rotation, x: Array, angles: Array) -> tuple[Array, Any]:
-    return _rotate(rotation, x, angles), (angles, jnp.zeros_like(x, shape=(0,)))
+    return _rotated(rotation, x, angles), (angles, jnp.zeros_like(x, shape=(0,)))
 
 
 def _rotate_bwd(rotation: _Rotation, residuals: Any, cotangent: Array) -> tuple[Array, Array]:
     angles, like = residuals
-    return sum_to_type(_rotate(rotation._replace(sign=-1), cotangent, angles), like), jnp.zeros_like(angles)
+    return sum_to_type(_rotated(rotation._replace(sign=-1), cotangent, angles), like), jnp.zeros_like(angles)
 
 
 _rotate.defvjp(_rotate_fwd, _rotate_bwd)
