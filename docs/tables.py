@@ -20,6 +20,7 @@ from typing import Any
 from accumulation_tables import ACCUMULATION_KINDS
 from cells import NOTHING, markdown, mib, percent
 from facts import OWN, at_shape, facts, fastest_liger, plain_jax
+from operations_tables import OPERATIONS_KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table: (\S+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -291,6 +292,7 @@ KINDS: dict[str, Callable[[Path, Path], str]] = {
     "post_training": post_training_table,
     "text": text,
     **ACCUMULATION_KINDS,
+    **OPERATIONS_KINDS,
 }
 
 # ---- pages -----------------------------------------------------------------------------------------------------
