@@ -13,6 +13,7 @@ from jliger.ops.gated_mlp.products import geglu, swiglu
 from jliger.ops.linear_head.adapter import LinearAdapter
 from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics, fused_linear_cross_entropy
 from jliger.ops.linear_head.logprobs import LinearLogprobs, linear_logprobs
+from jliger.ops.logits.cross_entropy import softmax_cross_entropy
 from jliger.ops.norms.api import layer_norm, rms_norm
 from jliger.ops.rope.api import apply_rope
 
@@ -39,6 +40,7 @@ __all__ = [
     "reference",
     "rms_norm",
     "shift_labels",
+    "softmax_cross_entropy",
     "swiglu",
     "weighted_multi_steps",
 ]

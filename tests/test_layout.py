@@ -19,7 +19,7 @@ FLOORS = [
     ["jliger.ops.linear_head.types"],
     ["jliger.ops.linear_head.chunks"],
     ["jliger.ops.linear_head.sharding"],
-    ["jliger.ops.linear_head"],
+    ["jliger.ops.linear_head", "jliger.ops.logits.cross_entropy"],
     ["jliger.heads", "jliger.losses", "jliger.accumulation", "jliger.labels", "jliger.reference"],
     ["jliger.nnx", "jliger.linen"],
     ["jliger"],

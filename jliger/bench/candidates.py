@@ -1,6 +1,5 @@
-"""Triton kernels that are measured beside XLA and are not in the library: gated products and rotary embeddings."""
+"""Triton kernels that are measured beside XLA and are not in the library: GEGLU and rotary embeddings."""
 
-import functools
 from typing import Any
 
 import jax
@@ -14,35 +13,25 @@ from jliger.core.triton_call import call_kernel
 
 
 @triton.jit
-def _activation(gate, GELU: tl.constexpr):
+def _activation(gate):
     """The activation and its derivative."""
-    if GELU:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        tanh = 2 / (1 + tl.exp(-2 * inner)) - 1
-        slope = 0.7978845608028654 * (1 + 3 * 0.044715 * gate * gate)
-        value = 0.5 * gate * (1 + tanh)
-        derivative = 0.5 * (1 + tanh) + 0.5 * gate * (1 - tanh * tanh) * slope
-    else:
-        sigmoid = 1 / (1 + tl.exp(-gate))
-        value = gate * sigmoid
-        derivative = sigmoid * (1 + gate * (1 - sigmoid))
-    return value, derivative
+    sigmoid = 1 / (1 + tl.exp(-2 * 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)))
+    slope = 2 * 0.7978845608028654 * (1 + 3 * 0.044715 * gate * gate)
+    return gate * sigmoid, sigmoid * (1 + gate * (1 - sigmoid) * slope)
 
 
 @triton.jit
-def product_kernel(gate_ptr, up_ptr, out_ptr, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def product_kernel(gate_ptr, up_ptr, out_ptr, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value, _ = _activation(tl.load(gate_ptr + index).to(tl.float32), GELU)
+    value, _ = _activation(tl.load(gate_ptr + index).to(tl.float32))
     out = value * tl.load(up_ptr + index).to(tl.float32)
     tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
-def product_grads_kernel(
-    gate_ptr, up_ptr, grad_ptr, gate_grad_ptr, up_grad_ptr, GELU: tl.constexpr, BLOCK: tl.constexpr
-):
+def product_grads_kernel(gate_ptr, up_ptr, grad_ptr, gate_grad_ptr, up_grad_ptr, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value, derivative = _activation(tl.load(gate_ptr + index).to(tl.float32), GELU)
+    value, derivative = _activation(tl.load(gate_ptr + index).to(tl.float32))
     grad = tl.load(grad_ptr + index).to(tl.float32)
     gate_grad = grad * tl.load(up_ptr + index).to(tl.float32) * derivative
     tl.store(gate_grad_ptr + index, gate_grad.to(gate_grad_ptr.dtype.element_ty))
@@ -79,17 +68,17 @@ def _call(kernel: Any, operands: list[Array], results: int, grid: int, **constex
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def gated_product(gelu: bool, gate: Array, up: Array) -> Array:
-    return _call(product_kernel, [gate, up], 1, gate.size // _block(gate), GELU=gelu, BLOCK=_block(gate))[0]
+@jax.custom_vjp
+def geglu(gate: Array, up: Array) -> Array:
+    return _call(product_kernel, [gate, up], 1, gate.size // _block(gate), BLOCK=_block(gate))[0]
 
 
-def _gated_product_bwd(gelu: bool, saved: tuple[Array, Array], grad: Array) -> tuple[Array, ...]:
+def _geglu_bwd(saved: tuple[Array, Array], grad: Array) -> tuple[Array, ...]:
     block = _block(grad)
-    return _call(product_grads_kernel, [*saved, grad], 2, grad.size // block, GELU=gelu, BLOCK=block)
+    return _call(product_grads_kernel, [*saved, grad], 2, grad.size // block, BLOCK=block)
 
 
-gated_product.defvjp(lambda gelu, *arrays: (gated_product(gelu, *arrays), arrays), _gated_product_bwd)
+geglu.defvjp(lambda *arrays: (geglu(*arrays), arrays), _geglu_bwd)
 
 
 def _block(array: Array) -> int:

@@ -7,7 +7,7 @@ single call of the smaller shapes takes about as long as Python needs to start i
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Array
 import jliger
 from jliger.bench.problem import Bound, Method, Problem
 from jliger.core.backend import Implementation, can_run_triton, has_triton, target_compute_capability
-from jliger.ops.norms.types import NormConfig, NormInputs, NormSaved
+from jliger.ops.norms.types import NormConfig, NormSaved
 
 MIB = 2**20
 ELEMENTS = 2**24
@@ -55,6 +55,7 @@ class Case:
       parameters: the number of parameters `[H]`.
       moved: the arrays of that shape that the forward pass must read or write, and the same for the backward pass.
       functions: by backend; each takes the arrays, then the parameters.
+      left_out: the gradients that are not returned: a residual's is that of `x`, and to return both takes a copy.
     """
 
     arrays: int
@@ -62,11 +63,13 @@ class Case:
     parameters: int
     moved: tuple[int, int]
     functions: dict[str, Callable[..., Any]]
+    left_out: tuple[int, ...] = ()
 
 
 def problems(*, quick: bool = False) -> list[Problem]:
     """The problems to measure: small ones on a CPU; if `quick`, one shape of each operation."""
-    return [_problem(shape, quick=quick) for shape in _shapes(quick=quick)] + _mlp_problems(quick=quick)
+    of_rows = [_problem(shape, quick=quick) for shape in _shapes(quick=quick)]
+    return [*of_rows, *_loss_problems(quick=quick), *_mlp_problems(quick=quick)]
 
 
 def _shapes(*, quick: bool) -> list[Shape]:
@@ -95,9 +98,8 @@ def _problem(shape: Shape, *, quick: bool) -> Problem:
     methods: list[Method] = []
     for direction in (FORWARD, BOTH):
         for backend, function in case.functions.items():
-            if backend == "plain JAX" and direction == FORWARD:
-                continue
             methods.append(_method(shape, case, backend, function, direction))
+    methods.append(_method(shape, dataclasses.replace(case, moved=(2, 0)), "copy", lambda x, *_: -x, FORWARD))
     if not quick and shape.operation == "rms_norm" and shape.tokens < 131072 and shape.dims != (2048,):
         methods += _tuning(shape, case)
     return Problem(shape, functools.partial(_operands, shape, case), [], methods)
@@ -114,7 +116,7 @@ def _method(shape: Shape, case: Case, backend: str, function: Callable[..., Any]
         functools.partial(_repeated, step, shape.repeats),
         floor=None,
         bound=Bound((), shape.repeats * moved * 2 * shape.elements),
-        baseline=None if backend == "xla" else f"xla, {direction}",
+        baseline=None if backend in ("xla", "copy") else f"xla, {direction}",
         repeats=shape.repeats,
         about=about,
     )
@@ -133,18 +135,27 @@ def _case(shape: Shape) -> Case:
     if shape.operation == "rms_norm":
         return Case(1, 1, 1, (2, 3), _backends(rms, _plain_rms))
     if shape.operation == "rms_norm with residual":
-        return Case(2, 2, 1, (4, 4), _backends(residual, lambda x, y, scale: (_plain_rms(x + y, scale), x + y)))
+        plain = lambda x, y, scale: (_plain_rms(x + y, scale), x + y)  # noqa: E731
+        return Case(2, 2, 1, (4, 4), _backends(residual, plain), left_out=(1,))
     if shape.operation == "layer_norm":
         return Case(1, 1, 2, (2, 3), _backends(layer, _plain_layer))
     if shape.operation == "apply_rope":
         return Case(1, 1, 0, (2, 2), _rope(shape))
-    gelu = shape.operation == "geglu"
-    functions: dict[str, Callable[..., Any]] = {"xla": jliger.geglu if gelu else jliger.swiglu}
+    return Case(2, 1, 0, (3, 5), _products(shape.operation))
+
+
+def _products(operation: str) -> dict[str, Callable[..., Any]]:
+    if operation == "swiglu":
+        return {"xla": jliger.swiglu, "plain JAX": lambda gate, up: jax.nn.silu(gate) * up}
+    functions: dict[str, Callable[..., Any]] = {
+        "xla": jliger.geglu,
+        "plain JAX": lambda gate, up: jax.nn.gelu(gate) * up,
+    }
     if _has_kernels():
         from jliger.bench import candidates
 
-        functions["triton"] = functools.partial(candidates.gated_product, gelu)
-    return Case(2, 1, 0, (3, 5), functions)
+        functions["triton"] = candidates.geglu
+    return functions
 
 
 def _backends(function: Callable[..., Any], plain: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -153,16 +164,21 @@ def _backends(function: Callable[..., Any], plain: Callable[..., Any]) -> dict[s
 
 
 def _rope(shape: Shape) -> dict[str, Callable[..., Any]]:
-    positions = jnp.arange(shape.tokens)
-    functions: dict[str, Callable[..., Any]] = {"xla": lambda x: jliger.apply_rope(x, positions)}
+    positions, pairs = jnp.arange(shape.tokens), shape.dims[-1] // 2
+
+    def angles() -> Array:
+        return positions[:, None] * 10000.0 ** (-jnp.arange(pairs) / pairs)[None]
+
+    def plain(x: Array) -> Array:
+        cos, sin = jnp.cos(angles())[:, None], jnp.sin(angles())[:, None]
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+    functions: dict[str, Callable[..., Any]] = {"xla": lambda x: jliger.apply_rope(x, positions), "plain JAX": plain}
     if _has_kernels():
         from jliger.bench import candidates
 
-        def triton(x: Array) -> Array:
-            frequencies = 10000.0 ** (-jnp.arange(shape.dims[-1] // 2) / (shape.dims[-1] // 2))
-            return candidates.rope(x, positions[:, None] * frequencies[None])
-
-        functions["triton"] = triton
+        functions["triton"] = lambda x: candidates.rope(x, angles())
     return functions
 
 
@@ -217,7 +233,8 @@ def _both(case: Case, function: Callable[..., Any], *operands: Array) -> Any:
     results, pull_back = jax.vjp(function, *inputs)
     # In a model there is much between the two passes: XLA must not fuse them.
     results, cotangents = jax.lax.optimization_barrier((results, cotangents))
-    return results, pull_back(cotangents if case.results > 1 else cotangents[0])
+    grads = pull_back(cotangents if case.results > 1 else cotangents[0])
+    return results, [grad for index, grad in enumerate(grads) if index not in case.left_out]
 
 
 def _saved_bytes(shape: Shape, case: Case, function: Callable[..., Any]) -> int:
@@ -228,43 +245,83 @@ def _saved_bytes(shape: Shape, case: Case, function: Callable[..., Any]) -> int:
 
 
 def _tuning(shape: Shape, case: Case) -> list[Method]:
-    """Launches of the norm's kernels."""
+    """Launches of the norm's backward pass, and the sum of its programs' parts alone."""
     if jax.default_backend() != "gpu" or not _has_kernels():
         return []
     from jliger.ops.norms import triton
 
-    config = NormConfig(1e-6, 0.0, False, True, False, jnp.dtype("bfloat16"), "triton", target_compute_capability())
     width = shape.dims[0]
-
-    def forward(launch: Any, x: Array, scale: Array, grad: Array) -> Any:
-        del grad
-        return triton.norm(config, NormInputs(x, None, scale, None), launch=launch).output
+    config = NormConfig(1e-6, 0.0, False, True, False, jnp.dtype("bfloat16"), "triton", target_compute_capability())
 
     def backward(launch: Any, x: Array, scale: Array, grad: Array) -> Any:
-        inverse = jnp.ones(x.shape[0])
-        return triton.norm_grads(config, NormSaved(x, scale, None, inverse, grad, None), launch=launch)
+        saved = NormSaved(x, scale, None, jnp.ones(x.shape[0]), grad, None)
+        return triton.norm_grads(config, saved, launch=launch)
 
-    def method(name: str, function: Callable[..., Any], launch: Any, moved: int) -> Method:
+    def add_parts(launch: Any, x: Array, scale: Array, grad: Array) -> Any:
+        del scale, grad
+        return jax.lax.bitcast_convert_type(x.reshape(-1, width, 2), jnp.float32)[: launch.programs].sum(axis=0)
+
+    def method(name: str, function: Callable[..., Any], launch: Any) -> Method:
         about = {"operation": shape.operation, "backend": "triton", "direction": f"tuning {name}"}
         return Method(
             f"tuning {name}, {launch.warps} warps, {launch.programs} programs, {launch.stages} stages",
             functools.partial(_repeated, functools.partial(function, launch), shape.repeats),
             floor=None,
-            bound=Bound((), shape.repeats * moved * 2 * shape.elements),
+            bound=Bound((), shape.repeats * 3 * 2 * shape.elements),
             repeats=shape.repeats,
             about={**about, "launch": launch._asdict()},
         )
 
-    def warps(columns: Sequence[int]) -> list[int]:
-        padded = 1 << (width - 1).bit_length()
-        return sorted({max(1, min(16, padded // (32 * each))) for each in columns})
-
-    methods = [method("forward", forward, triton.Launch(count), 2) for count in warps((64, 32, 16))]
-    for count in warps((32, 16)):
-        for programs, most in ((132, 3), (264, 3), (528, 1)):
-            for stages in range(1, most + 1):
-                methods.append(method("backward", backward, triton.Launch(count, programs, stages), 3))
+    default = triton.backward_launch(shape.tokens, width, 4 * width)
+    methods = [method("sum of parts", add_parts, default)]
+    for programs in sorted({max(132, default.programs // 2), default.programs, 2 * default.programs}):
+        for stages in (3, 4):
+            methods.append(method("backward", backward, default._replace(programs=programs, stages=stages)))
     return methods
+
+
+def _loss_problems(*, quick: bool) -> list[Problem]:
+    """The loss of given logits."""
+    sizes = [(8192, 128256)] if quick else [(8192, 128256), (16384, 32000)]
+    if jax.default_backend() != "gpu":
+        sizes = [(16, 64)]
+
+    def plain(implementation: None, logits: Array, labels: Array) -> Array:
+        del implementation
+        logits = logits.astype(jnp.float32)
+        label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        return (jax.nn.logsumexp(logits, axis=-1) - label_logits).mean()
+
+    def ours(implementation: Implementation, logits: Array, labels: Array) -> Array:
+        return jliger.softmax_cross_entropy(logits, labels, implementation=implementation)
+
+    def operands(size: tuple[int, int], dtype: str) -> tuple[Array, ...]:
+        del dtype
+        keys = jax.random.split(jax.random.key(0))
+        return jax.random.normal(keys[0], size, jnp.bfloat16), jax.random.randint(keys[1], size[:1], 0, size[1])
+
+    def method(size: tuple[int, int], backend: str, direction: str) -> Method:
+        loss = functools.partial(plain if backend == "plain JAX" else ours, None if backend == "plain JAX" else backend)
+        moved = 1 if direction == FORWARD else 3
+        return Method(
+            f"{backend}, {direction}",
+            loss if direction == FORWARD else jax.value_and_grad(loss),
+            floor=None,
+            bound=Bound((), moved * 2 * math.prod(size)),
+            baseline=None if backend == "xla" else f"xla, {direction}",
+            about={"operation": "softmax_cross_entropy", "backend": backend, "direction": direction},
+        )
+
+    backends = ["xla", *(["triton"] if _has_kernels() else []), "plain JAX"]
+    return [
+        Problem(
+            f"softmax_cross_entropy {size}",
+            functools.partial(operands, size),
+            [],
+            [method(size, backend, direction) for direction in (FORWARD, BOTH) for backend in backends],
+        )
+        for size in sizes
+    ]
 
 
 def _mlp_problems(*, quick: bool) -> list[Problem]:
@@ -294,6 +351,8 @@ def _mlp_problems(*, quick: bool) -> list[Problem]:
         return Method(name, functools.partial(step, function), floor=None, baseline=baseline, about=about)
 
     names = {"all tokens at once": whole, "in chunks": jliger.gated_mlp}
+    if not quick:
+        names["in chunks of 16384"] = functools.partial(jliger.gated_mlp, chunk_size=16384)
     return [
         Problem(
             f"gated_mlp {size}",

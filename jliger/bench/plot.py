@@ -67,7 +67,7 @@ def operations_plot(path: Path) -> Path:
     """Draws the time of each operation, as a share of that of a copy of the same bytes, into the folder of `path`."""
     result = report.read_json(path)
     records = [record for record in result["records"] if record.get("direction", "").startswith("forward")]
-    records = [record for record in records if "of_bound" in record]
+    records = [record for record in records if "of_bound" in record and record["backend"] != "copy"]
     rows = list(dict.fromkeys((record["shape"], record["direction"]) for record in records))
     backends = list(dict.fromkeys(record["backend"] for record in records))
     figure, axis = plt.subplots(figsize=(9, 0.3 * len(rows) + 1.2), layout="constrained")

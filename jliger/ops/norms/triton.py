@@ -10,6 +10,9 @@ from jliger.core.triton_call import call_kernel
 from jliger.ops.norms import triton_kernels as kernels
 from jliger.ops.norms.types import NormConfig, NormGrads, NormInputs, NormResult, NormSaved
 
+_MULTIPROCESSORS = 132  # of an H100
+_SHARED_MEMORY = 2**17  # bytes per program; an A100 has 163 KiB per multiprocessor
+
 
 class Launch(NamedTuple):
     """How a kernel is launched.
@@ -17,7 +20,7 @@ class Launch(NamedTuple):
     Attributes:
       warps: warps per program.
       programs: programs of the backward pass; each writes one row of partial sums.
-      stages: how many rows the backward pass loads ahead.
+      stages: the depth of the backward pass's software pipeline, which is one more than the rows that it loads ahead.
     """
 
     warps: int
@@ -54,7 +57,8 @@ def norm(config: NormConfig, inputs: NormInputs, *, launch: Launch | None = None
 def norm_grads(config: NormConfig, saved: NormSaved, *, launch: Launch | None = None) -> NormGrads:
     total, grad, total_grad = saved.total, saved.grad, saved.total_grad
     rows, width = total.shape
-    launch = launch or backward_launch(rows, width)
+    loaded = [total, grad, *([] if total_grad is None else [total_grad])]
+    launch = launch or backward_launch(rows, width, sum(array.dtype.itemsize for array in loaded) * width)
     parts = jax.ShapeDtypeStruct((launch.programs, width), jnp.float32)
     # The number of rows is an array, so that one compiled kernel serves all numbers of rows.
     x_grad, scale_grad, offset_grad = call_kernel(
@@ -76,17 +80,30 @@ def norm_grads(config: NormConfig, saved: NormSaved, *, launch: Launch | None = 
 
 
 def forward_launch(width: int) -> Launch:
-    """32 columns a thread: four loads of 16 bytes in flight, of bfloat16."""
-    return Launch(_warps(width, 32))
+    return Launch(_warps(width))
 
 
-def backward_launch(rows: int, width: int) -> Launch:
-    """Two programs for each multiprocessor of an H100. A multiple of them would write more partial sums."""
-    return Launch(_warps(width, 16), min(rows, 264))
+def backward_launch(rows: int, width: int, row_bytes: int) -> Launch:
+    """The launch that was fastest on an H100 (docs/other_kernels.md).
+
+    Programs are a multiple of an H100's 132 multiprocessors. There are fewer for wide rows: each program writes partial
+    sums as wide as a row. Loads of the next rows keep enough bytes in flight, if shared memory holds them.
+
+    Args:
+      rows: the number of rows.
+      width: the number of columns.
+      row_bytes: the bytes of one row in all arrays that are loaded.
+    """
+    padded = triton.next_power_of_2(width)
+    ahead = 2
+    fits = ahead * row_bytes * padded // width <= _SHARED_MEMORY
+    return Launch(_warps(width), min(rows, _MULTIPROCESSORS * max(1, 8192 // padded)), 1 + ahead if fits else 1)
 
 
-def _warps(width: int, columns_per_thread: int) -> int:
-    return max(1, min(32, triton.next_power_of_2(width) // (32 * columns_per_thread)))
+def _warps(width: int) -> int:
+    """Threads with two loads of 8 columns each, or four where part of the padded row is masked."""
+    padded = triton.next_power_of_2(width)
+    return max(1, min(32, padded // (32 * (16 if padded == width else 32))))
 
 
 def _constexprs(config: NormConfig, width: int) -> dict[str, Any]:

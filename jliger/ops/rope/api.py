@@ -139,16 +139,17 @@ def _rotate(rotation: _Rotation, x: Array, angles: Float[Array, "*B R/2"]) -> Ar
 
 
 def _rotated(rotation: _Rotation, x: Array, angles: Float[Array, "*B R/2"]) -> Array:
-    cos, sin = (rotation.scale * function(angles)[..., None, :] for function in (jnp.cos, jnp.sin))
-    sin = rotation.sign * sin
+    cos, sin = (rotation.scale * function(angles) for function in (jnp.cos, jnp.sin))
     pairs = angles.shape[-1]
     rotated, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
-    wide = rotated.astype(cos.dtype)
-    shape = (*x.shape[:-1], pairs, 2) if rotation.interleaved else (*x.shape[:-1], 2, pairs)
-    axis = -1 if rotation.interleaved else -2
-    first, second = (jax.lax.index_in_dim(wide.reshape(shape), side, axis % len(shape), False) for side in (0, 1))
-    result = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis).reshape(rotated.shape)
-    result = result.astype(x.dtype)
+    shape, axis = ((pairs, 2), -1) if rotation.interleaved else ((2, pairs), -2)
+    wide = rotated.astype(cos.dtype).reshape(*x.shape[:-1], *shape)
+    # (−sin, sin) times the swapped pair. A reversal is cheaper in XLA than two halves and their concatenation.
+    signs = jnp.expand_dims(jnp.asarray([-rotation.sign, rotation.sign], cos.dtype), 1 if axis == -2 else 0)
+    signs = jnp.expand_dims(signs, tuple(range(x.ndim - 1)))
+    cos, sin = (jnp.expand_dims(one, (x.ndim - 2, axis)) for one in (cos, sin))
+    result = wide * cos + jax.lax.rev(wide, [wide.ndim + axis]) * (sin * signs)
+    result = result.astype(x.dtype).reshape(rotated.shape)
     return jnp.concatenate([result, rest], axis=-1) if rest.size else result
 
 
