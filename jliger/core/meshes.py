@@ -27,6 +27,14 @@ def with_features_of(rows: Array, parameter: Array) -> Array:
     return reshard(parameter, NamedSharding(mesh, P(jax.typeof(rows).sharding.spec[-1])))
 
 
+def with_tokens_of(rows: Array, per_token: Array) -> Array:
+    """Gives an array `[*B]` the sharding of the rows' leading dimensions on an Explicit mesh."""
+    mesh = mesh_of(rows, per_token)
+    if not is_explicit(mesh):
+        return per_token
+    return reshard(per_token, NamedSharding(mesh, P(*jax.typeof(rows).sharding.spec[:-1])))
+
+
 def sharded_like(array: Array, other: Array) -> Array:
     """Gives an array the sharding of another on an Explicit mesh, where a cotangent must have its primal's type."""
     sharding = jax.typeof(other).sharding

@@ -37,16 +37,25 @@ gated_mlp = functools.partial(jliger.gated_mlp, chunk_size=2)
 KERNELS = {name: random(seed, H, F) for seed, name in enumerate(("gate_kernel", "up_kernel"), 10)}
 KERNELS["down_kernel"] = random(12, F, H)
 X = random(0, B, L, H)
-NORMS = {
+LABELS = np.where(np.arange(B * L).reshape(B, L) % 5 == 0, -100, np.arange(B * L).reshape(B, L) % H)
+
+
+def cross_entropy(logits):
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "class_weights": 1 + np.arange(H) / H, "reduction": "none"}
+    return jliger.softmax_cross_entropy(logits, LABELS, **options, implementation=IMPLEMENTATION)[..., None]
+
+
+WITH_KERNELS = {
     "rms_norm": (rms_norm, {"x": X, "scale": random(1, H), "residual": random(2, B, L, H)}),
     "layer_norm": (layer_norm, {"x": X, "scale": random(1, H), "offset": random(2, H)}),
+    "softmax_cross_entropy": (cross_entropy, {"logits": X}),
 }
-# Only norms have kernels to interpret.
+# Others have no kernels to interpret.
 OPERATIONS = (
-    NORMS
+    WITH_KERNELS
     if INTERPRETED
     else {
-        **NORMS,
+        **WITH_KERNELS,
         "swiglu": (jliger.swiglu, {"gate": X, "up": random(1, B, L, H)}),
         "apply_rope": (rope, {"x": X}),
         "gated_mlp": (gated_mlp, {"x": X, **KERNELS}),
@@ -91,10 +100,12 @@ def test_equal_to_those_of_one_device(name, mode):
 
 @pytest.mark.skipif(INTERPRETED, reason="the kernels take whole rows")
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
-def test_features_are_sharded(mode):
-    function, inputs = NORMS["layer_norm"]
-    compiled = check(mode, function, inputs, specs_of(inputs, P("data", None, "model"), scale=P("model")))
-    assert not [one for one in collectives(compiled.as_text()) if one.kind == "all-gather" and len(one.shape) > 1]
+@pytest.mark.parametrize("name", ["layer_norm", "softmax_cross_entropy"])
+def test_features_are_sharded(name, mode):
+    function, inputs = WITH_KERNELS[name]
+    specs = specs_of(inputs, P("data", None, "model"), scale=P("model"))
+    compiled = check(mode, function, inputs, specs, results=P("data") if "logits" in inputs else None)
+    assert not [one for one in collectives(compiled.as_text()) if one.kind == "all-gather" and len(one.shape) > 2]
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -20,7 +20,7 @@ from jliger.core.backend import (
     target_compute_capability,
 )
 from jliger.core.dtypes import accumulator_dtype
-from jliger.core.meshes import is_explicit, mesh_of, replicated, sum_to_type
+from jliger.core.meshes import is_explicit, mesh_of, replicated, sum_to_type, with_tokens_of
 from jliger.core.partitioned import Operation
 from jliger.core.reduction import Reduction, check_reduction, divided, weight_divisor
 from jliger.ops.linear_head.arguments import (
@@ -211,6 +211,8 @@ def _softmax_cross_entropy(
     normalizer: Float[Array, ""] | None,
 ) -> tuple[Loss, CrossEntropyMetrics]:
     dtype, objective = accumulator_dtype(logits.dtype), call.objective
+    per_token = (labels, inverse_temperature, where, weights)
+    labels, inverse_temperature, where, weights = jax.tree.map(functools.partial(with_tokens_of, logits), per_token)
     weights, class_weights, normalizer = jax.lax.stop_gradient((weights, class_weights, normalizer))
     counted = counted_tokens(labels, where, call.ignore_index)
     columns = label_columns(labels, counted, objective.vocab_size)
