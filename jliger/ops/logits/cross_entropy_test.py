@@ -42,11 +42,15 @@ def logits_of(dtype="float32"):
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        ("float32", {}),
         ("float32", {"reduction": "none", **EVERYTHING}),
         ("bfloat16", EVERYTHING),
         ("float16", {"reduction": "sum", "label_smoothing": 0.2, "class_weights": CLASS_WEIGHTS}),
-        ("float32", {"normalizer": np.float32(7), "z_loss": 0.1, "class_weights": CLASS_WEIGHTS}),
+        pytest.param("float32", {}, marks=pytest.mark.exhaustive),
+        pytest.param(
+            "float32",
+            {"normalizer": np.float32(7), "z_loss": 0.1, "class_weights": CLASS_WEIGHTS},
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_as_exact_as_plain_jax(dtype, options, implementation):

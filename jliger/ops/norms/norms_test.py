@@ -42,11 +42,11 @@ def norm_inputs(dtype="float32", scale_dtype="float32", shape=(3, 4, 12), **more
     ("dtypes", "scale_offset", "residual"),
     [
         (("float32", "float32"), 0.0, True),
-        (("float32", "float32"), 1.0, False),
+        pytest.param(("float32", "float32"), 1.0, False, marks=pytest.mark.exhaustive),
         (("bfloat16", "bfloat16"), 0.0, False),
         (("bfloat16", "float32"), 1.0, True),
         (("float16", "float16"), 0.0, True),
-        (("float16", "float32"), 0.0, False),
+        pytest.param(("float16", "float32"), 0.0, False, marks=pytest.mark.exhaustive),
     ],
 )
 def test_rms_norm_is_as_exact_as_plain_jax(dtypes, scale_offset, residual, implementation):
@@ -57,7 +57,11 @@ def test_rms_norm_is_as_exact_as_plain_jax(dtypes, scale_offset, residual, imple
 
 @pytest.mark.parametrize(
     ("dtypes", "offset"),
-    [(("float32", "float32"), False), (("bfloat16", "float32"), True), (("float16", "float16"), True)],
+    [
+        (("bfloat16", "float32"), True),
+        (("float16", "float16"), True),
+        pytest.param(("float32", "float32"), False, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_layer_norm_is_as_exact_as_plain_jax(dtypes, offset, implementation):
     ours = functools.partial(jliger.layer_norm, implementation=implementation)
@@ -65,7 +69,9 @@ def test_layer_norm_is_as_exact_as_plain_jax(dtypes, offset, implementation):
 
 
 # With more rows than programs, each program of the backward pass adds up several rows.
-@pytest.mark.parametrize("shape", [(1, 37), (270, 3), (7,), pytest.param((1, 1), marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "shape", [(1, 37), (270, 3), *(pytest.param(one, marks=pytest.mark.exhaustive) for one in [(7,), (1, 1)])]
+)
 def test_ragged_sizes_and_one_row(shape, implementation):
     ours = functools.partial(jliger.layer_norm, implementation=implementation)
     check_operation(ours, plain_layer, norm_inputs(shape=shape, offset=True))
@@ -110,7 +116,9 @@ def test_only_inputs_and_two_numbers_per_row_are_saved(implementation):
 
 
 # In a vmap, the scale is shared or not; examples that share it still have gradients of their own.
-@pytest.mark.parametrize("in_axes", [(0, None, None), (0, 0, None), (None, 0, 0)])
+@pytest.mark.parametrize(
+    "in_axes", [(0, None, None), (None, 0, 0), pytest.param((0, 0, None), marks=pytest.mark.exhaustive)]
+)
 def test_a_batch_is_a_loop(in_axes, implementation):
     x, scale, offset = random(0, 3, 4, 6), random(1, 3, 6), random(2, 3, 6)
     args = [array if axis == 0 else array[0] for array, axis in zip((x, scale, offset), in_axes, strict=True)]

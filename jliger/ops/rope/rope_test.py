@@ -36,8 +36,8 @@ def plain(x, *, positions=POSITIONS, frequencies=None, interleaved=False, scale=
     ("dtype", "options"),
     [
         ("float32", {}),
-        ("bfloat16", {"interleaved": True}),
-        ("float16", {"rotated": 4, "scale": 1.2}),
+        pytest.param("bfloat16", {"interleaved": True}, marks=pytest.mark.exhaustive),
+        pytest.param("float16", {"rotated": 4, "scale": 1.2}, marks=pytest.mark.exhaustive),
         ("bfloat16", {"rotated": 4, "interleaved": True, "frequencies": np.array([1.0, 0.3])}),
     ],
 )
