@@ -181,6 +181,11 @@ def memory_plot(path: Path, page: Path) -> str:
     return _picture(path.with_name(f"{path.stem}_memory.png"), page, "extra memory against tokens")
 
 
+def operations_plot(path: Path, page: Path) -> str:
+    """The plot of operations beside a result file."""
+    return _picture(path.with_suffix(".png"), page, "speed of each operation, compared with a copy")
+
+
 def _picture(picture: Path, page: Path, title: str) -> str:
     if not picture.exists():
         return not_measured(picture)
@@ -293,6 +298,7 @@ KINDS: dict[str, Callable[[Path, Path], str]] = {
     "text": text,
     **ACCUMULATION_KINDS,
     **OPERATIONS_KINDS,
+    "operations_plot": operations_plot,
 }
 
 # ---- pages -----------------------------------------------------------------------------------------------------

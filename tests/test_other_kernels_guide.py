@@ -24,12 +24,13 @@ def names():
     params = {name: random(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
     known = {
         "jax": jax, "jnp": jnp, "np": np, "jliger": jliger, "rngs": nnx.Rngs(0), "hidden_size": hidden,
-        "hidden": random(20, 2, 5, hidden), "queries": random(21, 2, 5, heads, 8),
+        "hidden": random(20, 2, 5, hidden), "model": lambda hidden: hidden, "labels": np.zeros((2, 5), np.int32),
+        "queries": random(21, 2, 5, heads, 8),
         "positions": jnp.broadcast_to(jnp.arange(5), (2, 5)), "params": params,
         **{name: params[name] for name in ("gate", "up", "down")},
     }  # fmt: skip
     blocks = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     before = jax.sharding.get_mesh()
     # A mesh stays set: its block is the last one.
     for block in sorted(blocks, key=lambda block: "set_mesh" in block):
