@@ -1,9 +1,8 @@
-"""Triton kernels that are measured beside XLA and are not in the library: GEGLU and rotary embeddings."""
+"""Triton kernels that are measured beside XLA and are not in the library: GEGLU."""
 
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import triton
 import triton.language as tl
 from jaxtyping import Array
@@ -38,19 +37,6 @@ def product_grads_kernel(gate_ptr, up_ptr, grad_ptr, gate_grad_ptr, up_grad_ptr,
     tl.store(up_grad_ptr + index, (grad * value).to(up_grad_ptr.dtype.element_ty))
 
 
-@triton.jit
-def rope_kernel(x_ptr, cos_ptr, sin_ptr, out_ptr, HEADS: tl.constexpr, PAIRS: tl.constexpr, SIGN: tl.constexpr):
-    """One program per token; whole heads, half-split, both powers of two."""
-    token = tl.program_id(0).to(tl.int64)
-    pairs = tl.arange(0, PAIRS)
-    cos = tl.load(cos_ptr + token * PAIRS + pairs)[None, :]
-    sin = SIGN * tl.load(sin_ptr + token * PAIRS + pairs)[None, :]
-    index = token * HEADS * 2 * PAIRS + tl.arange(0, HEADS)[:, None] * 2 * PAIRS + pairs[None, :]
-    first, second = tl.load(x_ptr + index).to(tl.float32), tl.load(x_ptr + index + PAIRS).to(tl.float32)
-    tl.store(out_ptr + index, (first * cos - second * sin).to(out_ptr.dtype.element_ty))
-    tl.store(out_ptr + index + PAIRS, (second * cos + first * sin).to(out_ptr.dtype.element_ty))
-
-
 def _call(kernel: Any, operands: list[Array], results: int, grid: int, **constexprs: Any) -> tuple[Array, ...]:
     like = jax.ShapeDtypeStruct(operands[0].shape, operands[0].dtype)
     return call_kernel(
@@ -83,20 +69,3 @@ geglu.defvjp(lambda *arrays: (geglu(*arrays), arrays), _geglu_bwd)
 
 def _block(array: Array) -> int:
     return min(2048, array.size & -array.size)
-
-
-@jax.custom_vjp
-def rope(x: Array, angles: Array) -> Array:
-    return _rotate(x, angles, 1)
-
-
-def _rotate(x: Array, angles: Array, sign: int) -> Array:
-    tokens, heads, width = x.shape
-    operands = [x, jnp.cos(angles), jnp.sin(angles)]
-    return _call(rope_kernel, operands, 1, tokens, HEADS=heads, PAIRS=width // 2, SIGN=sign)[0]
-
-
-rope.defvjp(
-    lambda x, angles: (rope(x, angles), angles),
-    lambda angles, grad: (_rotate(grad, angles, -1), jnp.zeros_like(angles)),
-)

@@ -83,7 +83,7 @@ def _shapes(*, quick: bool) -> list[Shape]:
         shapes += [Shape(name, 131072, (4096,)) for name in norms]
         shapes += [Shape("rms_norm", 8192, (5120,))]
     shapes += [Shape(name, 8192, (14336,)) for name in ("swiglu", "geglu")]
-    shapes += [Shape("apply_rope", 4096, (32, 128))]
+    shapes += [Shape("apply_rope", 4096, (32, 128)), Shape("apply_rope, interleaved", 4096, (32, 128))]
     if not quick:
         shapes += [
             Shape("swiglu", 2048, (8192,)),
@@ -139,7 +139,7 @@ def _case(shape: Shape) -> Case:
         return Case(2, 2, 1, (4, 4), _backends(residual, plain), left_out=(1,))
     if shape.operation == "layer_norm":
         return Case(1, 1, 2, (2, 3), _backends(layer, _plain_layer))
-    if shape.operation == "apply_rope":
+    if shape.operation.startswith("apply_rope"):
         return Case(1, 1, 0, (2, 2), _rope(shape))
     return Case(2, 1, 0, (3, 5), _products(shape.operation))
 
@@ -165,21 +165,23 @@ def _backends(function: Callable[..., Any], plain: Callable[..., Any]) -> dict[s
 
 def _rope(shape: Shape) -> dict[str, Callable[..., Any]]:
     positions, pairs = jnp.arange(shape.tokens), shape.dims[-1] // 2
+    interleaved = shape.operation.endswith("interleaved")
 
     def angles() -> Array:
         return positions[:, None] * 10000.0 ** (-jnp.arange(pairs) / pairs)[None]
 
     def plain(x: Array) -> Array:
         cos, sin = jnp.cos(angles())[:, None], jnp.sin(angles())[:, None]
-        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+        x32 = x.astype(jnp.float32)
+        first, second = (x32[..., ::2], x32[..., 1::2]) if interleaved else jnp.split(x32, 2, axis=-1)
+        rotated = first * cos - second * sin, second * cos + first * sin
+        result = jnp.stack(rotated, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(rotated, axis=-1)
+        return result.astype(x.dtype)
 
-    functions: dict[str, Callable[..., Any]] = {"xla": lambda x: jliger.apply_rope(x, positions), "plain JAX": plain}
-    if _has_kernels():
-        from jliger.bench import candidates
+    def rope(implementation: Implementation, x: Array) -> Array:
+        return jliger.apply_rope(x, positions, interleaved=interleaved, implementation=implementation)
 
-        functions["triton"] = lambda x: candidates.rope(x, angles())
-    return functions
+    return _backends(rope, plain)
 
 
 def _has_kernels() -> bool:

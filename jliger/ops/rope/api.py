@@ -1,7 +1,6 @@
-"""`apply_rope`: rotary position embeddings, in plain JAX."""
+"""`apply_rope`: its checks and defaults."""
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +8,19 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jliger.core import checks
-from jliger.core.backend import Implementation
+from jliger.core.backend import (
+    Choice,
+    Implementation,
+    check_implementation,
+    fitting_implementation,
+    target_compute_capability,
+)
 from jliger.core.dtypes import accumulator_dtype
-from jliger.core.meshes import replicated, sum_to_type
+from jliger.core.meshes import is_explicit, mesh_of, replicated
+from jliger.ops.rope.rotation import Rotation, rotate
 
-
-class _Rotation(NamedTuple):
-    """The options of a rotation.
-
-    Attributes:
-      interleaved: whether pairs are neighbours, or `R / 2` features apart.
-      scale: multiplies the rotated features.
-      sign: 1, or −1 for the rotation back.
-    """
-
-    interleaved: bool
-    scale: float
-    sign: int = 1
+_TRITON_DTYPES = ("float32", "bfloat16", "float16")
+_MOST_FEATURES = 2**15  # of all heads of a token, which are held in registers
 
 
 def apply_rope(
@@ -65,14 +60,17 @@ def apply_rope(
         as `[sections, R/2]`: the angle is the sum over sections of position times frequency, so that a pair that
         belongs to one section has frequency 0 in the others.
       scale: `s`, a Python number: YaRN's attention factor.
-      implementation: `"xla"` or None. There is no Triton kernel, because XLA was measured to be as fast.
+      implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None chooses the one that was
+        measured to be faster.
 
     Returns:
       `[*B, heads, head_dim]`, in x's dtype.
 
     Raises:
-      ValueError: a shape that does not fit, an option out of its range, or `"triton"`.
+      ValueError: a shape that does not fit, an option out of its range, or `"triton"` where there is no GPU.
       TypeError: something that is no array, a dtype that is not supported, or an option that is not a Python number.
+
+      NotImplementedError: `"triton"` with features of a head that are sharded over Explicit axes.
 
     Examples:
       >>> import jax.numpy as jnp, jliger
@@ -85,7 +83,6 @@ def apply_rope(
     x, positions = checks.as_array("x", x), checks.as_array("positions", positions)
     checks.check_floating("x", x)
     checks.check_number("scale", scale)
-    checks.check_choice("implementation", implementation, ("xla", None))
     if x.ndim < 2 or not x.shape[-1]:
         raise ValueError(f"x got shape {x.shape}; pass [*B, heads, head_dim].")
     if not (jnp.issubdtype(positions.dtype, jnp.integer) or jnp.issubdtype(positions.dtype, jnp.floating)):
@@ -112,7 +109,27 @@ def apply_rope(
     checks.check_shape("frequencies", frequencies, expected, "one frequency per pair, and per section if there are any")
     checks.check_floating("frequencies", frequencies)
     angles = _angles(positions, replicated(frequencies), accumulator_dtype(x.dtype), has_sections=has_sections)
-    return _rotate(_Rotation(bool(interleaved), float(scale)), x, jax.lax.stop_gradient(angles))
+    choice = _choice(implementation, x, positions)
+    rotation = Rotation(bool(interleaved), float(scale), choice, target_compute_capability())
+    return rotate(rotation, x, jax.lax.stop_gradient(angles))
+
+
+def _choice(implementation: Implementation | None, x: Array, positions: Array) -> Choice:
+    check_implementation(implementation)
+    mesh_axes = jax.typeof(x).sharding.spec[-1] if is_explicit(mesh_of(x)) else None
+    takes = str(x.dtype) in _TRITON_DTYPES and x.shape[-2] * x.shape[-1] <= _MOST_FEATURES
+    if implementation is None:
+        return fitting_implementation(x, positions) if takes and mesh_axes is None else "xla"
+    if implementation == "triton" and mesh_axes is not None:
+        raise NotImplementedError(
+            f"implementation got 'triton' for an x whose head_dim is sharded over {mesh_axes}; pass 'xla'."
+        )
+    if implementation == "triton" and not takes:
+        raise ValueError(
+            f"implementation got 'triton' for {x.shape[-2]} heads of {x.shape[-1]} features in {x.dtype}; pass 'xla'. "
+            f"The kernel takes at most {_MOST_FEATURES} features per token, in float32, bfloat16 or float16."
+        )
+    return implementation
 
 
 def _pairs(head_dim: int, rotary_fraction: float) -> int:
@@ -131,35 +148,3 @@ def _angles(positions: Array, frequencies: Array, dtype: Any, *, has_sections: b
     token_ndim = positions.ndim - 1 - has_sections
     own = jnp.expand_dims(frequencies, tuple(range(has_sections, has_sections + token_ndim)))
     return (positions * own).sum(axis=0) if has_sections else positions * own
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rotate(rotation: _Rotation, x: Array, angles: Float[Array, "*B R/2"]) -> Array:
-    return _rotated(rotation, x, angles)
-
-
-def _rotated(rotation: _Rotation, x: Array, angles: Float[Array, "*B R/2"]) -> Array:
-    cos, sin = (rotation.scale * function(angles) for function in (jnp.cos, jnp.sin))
-    pairs = angles.shape[-1]
-    rotated, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
-    shape, axis = ((pairs, 2), -1) if rotation.interleaved else ((2, pairs), -2)
-    wide = rotated.astype(cos.dtype).reshape(*x.shape[:-1], *shape)
-    # (−sin, sin) times the swapped pair. A reversal is cheaper in XLA than two halves and their concatenation.
-    signs = jnp.expand_dims(jnp.asarray([-rotation.sign, rotation.sign], cos.dtype), 1 if axis == -2 else 0)
-    signs = jnp.expand_dims(signs, tuple(range(x.ndim - 1)))
-    cos, sin = (jnp.expand_dims(one, (x.ndim - 2, axis)) for one in (cos, sin))
-    result = wide * cos + jax.lax.rev(wide, [wide.ndim + axis]) * (sin * signs)
-    result = result.astype(x.dtype).reshape(rotated.shape)
-    return jnp.concatenate([result, rest], axis=-1) if rest.size else result
-
-
-def _rotate_fwd(rotation: _Rotation, x: Array, angles: Array) -> tuple[Array, Any]:
-    return _rotated(rotation, x, angles), (angles, jnp.zeros_like(x, shape=(0,)))
-
-
-def _rotate_bwd(rotation: _Rotation, residuals: Any, cotangent: Array) -> tuple[Array, Array]:
-    angles, like = residuals
-    return sum_to_type(_rotated(rotation._replace(sign=-1), cotangent, angles), like), jnp.zeros_like(angles)
-
-
-_rotate.defvjp(_rotate_fwd, _rotate_bwd)
