@@ -48,6 +48,8 @@ def gated_mlp(
     computes each chunk's intermediate values again (as the tiled MLP of Arctic Long Sequence Training, 2025,
     arXiv:2506.13996). The additional memory does not grow with the number of tokens; the price is two more matrix
     products, 11 instead of 9. Products are in x's dtype; activation, and sums over chunks and devices, in float32.
+    With `C` tokens per chunk and `b` bytes per value of `x`, the backward pass needs about `5·b·C·F` bytes for a chunk,
+    and `12·H·F` for float32 sums of the kernels' gradients.
 
     On a mesh, tokens may be sharded over any axes, and `F` over others (tensor parallelism): the devices then add their
     parts of the result. Kernels that are sharded over the tokens' axes (FSDP) are gathered.
