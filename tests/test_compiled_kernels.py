@@ -226,36 +226,6 @@ def test_every_branch_of_every_kernel_of_norms(branch, tmp_path):
             assert re.search(r"ld\.global\S*\.v4\.b32", launch.ptx)
 
 
-ROPE_BRANCHES = {
-    "capability": CAPABILITIES,
-    "dtype": ["float32", "bfloat16", "float16"],
-    "interleaved": [False, True],
-    "heads": [1, 6, 32],
-    "pairs": [(128, 64), (128, 48), (80, 40)],
-}
-
-
-@pytest.mark.parametrize("branch", every_pair(ROPE_BRANCHES), ids=itertools.count())
-def test_every_branch_of_the_kernel_of_rotary_embeddings(branch, tmp_path):
-    from jliger.ops.rope import triton
-
-    width, pairs = branch["pairs"]
-
-    def call(x, cos, sin):
-        options = {"interleaved": branch["interleaved"], "compute_capability": branch["capability"]}
-        return triton.rotate(x, cos, sin, **options)
-
-    x = jax.ShapeDtypeStruct((4, branch["heads"], width), branch["dtype"])
-    table = jax.ShapeDtypeStruct((4, pairs), "float32")
-    (launch,) = launches(lowered(call, x, table, table, capability=branch["capability"]))
-    assemble(launch.ptx, branch["capability"], tmp_path)
-    assert_writes_its_results_alone(launch)
-    assert not narrow_row_offsets(launch.ptx)
-    if (branch["heads"], pairs) == (32, 64):
-        assert re.search(r"ld\.global\S*\.v4\.b32", launch.ptx)
-        assert re.search(r"st\.global\S*\.v4\.b32", launch.ptx)
-
-
 def test_a_distillation_step_is_exported():
     tokens, vocab = 16400, 50257
 

@@ -16,8 +16,7 @@ from jaxtyping import Array
 
 import jliger
 from jliger.bench.problem import Bound, Method, Problem
-from jliger.core.backend import Implementation, can_run_triton, has_triton, target_compute_capability
-from jliger.ops.norms.types import NormConfig, NormSaved
+from jliger.core.backend import Implementation, can_run_triton, has_triton
 
 MIB = 2**20
 ELEMENTS = 2**24
@@ -68,7 +67,7 @@ class Case:
 
 def problems(*, quick: bool = False) -> list[Problem]:
     """The problems to measure: small ones on a CPU; if `quick`, one shape of each operation."""
-    of_rows = [_problem(shape, quick=quick) for shape in _shapes(quick=quick)]
+    of_rows = [_problem(shape) for shape in _shapes(quick=quick)]
     return [*of_rows, *_loss_problems(quick=quick), *_mlp_problems(quick=quick)]
 
 
@@ -93,15 +92,13 @@ def _shapes(*, quick: bool) -> list[Shape]:
     return shapes
 
 
-def _problem(shape: Shape, *, quick: bool) -> Problem:
+def _problem(shape: Shape) -> Problem:
     case = _case(shape)
     methods: list[Method] = []
     for direction in (FORWARD, BOTH):
         for backend, function in case.functions.items():
             methods.append(_method(shape, case, backend, function, direction))
     methods.append(_method(shape, dataclasses.replace(case, moved=(2, 0)), "copy", lambda x, *_: -x, FORWARD))
-    if not quick and shape.operation == "rms_norm" and shape.tokens < 131072 and shape.dims != (2048,):
-        methods += _tuning(shape, case)
     return Problem(shape, functools.partial(_operands, shape, case), [], methods)
 
 
@@ -147,15 +144,7 @@ def _case(shape: Shape) -> Case:
 def _products(operation: str) -> dict[str, Callable[..., Any]]:
     if operation == "swiglu":
         return {"xla": jliger.swiglu, "plain JAX": lambda gate, up: jax.nn.silu(gate) * up}
-    functions: dict[str, Callable[..., Any]] = {
-        "xla": jliger.geglu,
-        "plain JAX": lambda gate, up: jax.nn.gelu(gate) * up,
-    }
-    if _has_kernels():
-        from jliger.bench import candidates
-
-        functions["triton"] = candidates.geglu
-    return functions
+    return {"xla": jliger.geglu, "plain JAX": lambda gate, up: jax.nn.gelu(gate) * up}
 
 
 def _backends(function: Callable[..., Any], plain: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
@@ -178,10 +167,7 @@ def _rope(shape: Shape) -> dict[str, Callable[..., Any]]:
         result = jnp.stack(rotated, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(rotated, axis=-1)
         return result.astype(x.dtype)
 
-    def rope(implementation: Implementation, x: Array) -> Array:
-        return jliger.apply_rope(x, positions, interleaved=interleaved, implementation=implementation)
-
-    return _backends(rope, plain)
+    return {"xla": lambda x: jliger.apply_rope(x, positions, interleaved=interleaved), "plain JAX": plain}
 
 
 def _has_kernels() -> bool:
@@ -244,42 +230,6 @@ def _saved_bytes(shape: Shape, case: Case, function: Callable[..., Any]) -> int:
     operands = jax.eval_shape(functools.partial(_operands, shape, case, ""))[: case.arrays + case.parameters]
     saved = jax.eval_shape(lambda *inputs: jax.vjp(function, *inputs)[1], *operands)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved))
-
-
-def _tuning(shape: Shape, case: Case) -> list[Method]:
-    """Launches of the norm's backward pass, and the sum of its programs' parts alone."""
-    if jax.default_backend() != "gpu" or not _has_kernels():
-        return []
-    from jliger.ops.norms import triton
-
-    width = shape.dims[0]
-    config = NormConfig(1e-6, 0.0, False, True, False, jnp.dtype("bfloat16"), "triton", target_compute_capability())
-
-    def backward(launch: Any, x: Array, scale: Array, grad: Array) -> Any:
-        saved = NormSaved(x, scale, None, jnp.ones(x.shape[0]), grad, None)
-        return triton.norm_grads(config, saved, launch=launch)
-
-    def add_parts(launch: Any, x: Array, scale: Array, grad: Array) -> Any:
-        del scale, grad
-        return jax.lax.bitcast_convert_type(x.reshape(-1, width, 2), jnp.float32)[: launch.programs].sum(axis=0)
-
-    def method(name: str, function: Callable[..., Any], launch: Any) -> Method:
-        about = {"operation": shape.operation, "backend": "triton", "direction": f"tuning {name}"}
-        return Method(
-            f"tuning {name}, {launch.warps} warps, {launch.programs} programs, {launch.stages} stages",
-            functools.partial(_repeated, functools.partial(function, launch), shape.repeats),
-            floor=None,
-            bound=Bound((), shape.repeats * 3 * 2 * shape.elements),
-            repeats=shape.repeats,
-            about={**about, "launch": launch._asdict()},
-        )
-
-    default = triton.backward_launch(shape.tokens, width, 4 * width)
-    methods = [method("sum of parts", add_parts, default)]
-    for programs in sorted({max(132, default.programs // 2), default.programs, 2 * default.programs}):
-        for stages in (3, 4):
-            methods.append(method("backward", backward, default._replace(programs=programs, stages=stages)))
-    return methods
 
 
 def _loss_problems(*, quick: bool) -> list[Problem]:

@@ -26,6 +26,13 @@ DTYPES = [
 X = 2 * random(0, 3, 4, WIDTH) + 0.5
 
 
+@pytest.fixture(autouse=True)
+def float32_products():
+    """On GPUs too, where TensorFloat-32 would be further off than what is allowed here."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def in_nnx(library, name, options, x):
     """The result, and gradients by input and parameters."""
     module = getattr(library, name)(WIDTH, rngs=nnx.Rngs(0), **options)

@@ -8,19 +8,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jliger.core import checks
-from jliger.core.backend import (
-    Choice,
-    Implementation,
-    check_implementation,
-    fitting_implementation,
-    target_compute_capability,
-)
+from jliger.core.backend import Implementation
 from jliger.core.dtypes import accumulator_dtype
-from jliger.core.meshes import is_explicit, mesh_of, replicated
+from jliger.core.meshes import replicated
 from jliger.ops.rope.rotation import Rotation, rotate
-
-_TRITON_DTYPES = ("float32", "bfloat16", "float16")
-_MOST_FEATURES = 2**15  # of all heads of a token, which are held in registers
 
 
 def apply_rope(
@@ -60,17 +51,15 @@ def apply_rope(
         as `[sections, R/2]`: the angle is the sum over sections of position times frequency, so that a pair that
         belongs to one section has frequency 0 in the others.
       scale: `s`, a Python number: YaRN's attention factor.
-      implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None chooses the one that was
-        measured to be faster.
+      implementation: `"xla"` or None. There is no Triton kernel, because one was measured to be no faster.
 
     Returns:
       `[*B, heads, head_dim]`, in x's dtype.
 
     Raises:
-      ValueError: a shape that does not fit, an option out of its range, or `"triton"` where there is no GPU.
+      ValueError: a shape that does not fit, an option out of its range, or `"triton"`.
       TypeError: something that is no array, a dtype that is not supported, or an option that is not a Python number.
 
-      NotImplementedError: `"triton"` with features of a head that are sharded over Explicit axes.
 
     Examples:
       >>> import jax.numpy as jnp, jliger
@@ -83,6 +72,7 @@ def apply_rope(
     x, positions = checks.as_array("x", x), checks.as_array("positions", positions)
     checks.check_floating("x", x)
     checks.check_number("scale", scale)
+    checks.check_choice("implementation", implementation, ("xla", None))
     if x.ndim < 2 or not x.shape[-1]:
         raise ValueError(f"x got shape {x.shape}; pass [*B, heads, head_dim].")
     if not (jnp.issubdtype(positions.dtype, jnp.integer) or jnp.issubdtype(positions.dtype, jnp.floating)):
@@ -109,27 +99,7 @@ def apply_rope(
     checks.check_shape("frequencies", frequencies, expected, "one frequency per pair, and per section if there are any")
     checks.check_floating("frequencies", frequencies)
     angles = _angles(positions, replicated(frequencies), accumulator_dtype(x.dtype), has_sections=has_sections)
-    choice = _choice(implementation, x, positions)
-    rotation = Rotation(bool(interleaved), float(scale), choice, target_compute_capability())
-    return rotate(rotation, x, jax.lax.stop_gradient(angles))
-
-
-def _choice(implementation: Implementation | None, x: Array, positions: Array) -> Choice:
-    check_implementation(implementation)
-    mesh_axes = jax.typeof(x).sharding.spec[-1] if is_explicit(mesh_of(x)) else None
-    takes = str(x.dtype) in _TRITON_DTYPES and x.shape[-2] * x.shape[-1] <= _MOST_FEATURES
-    if implementation is None:
-        return fitting_implementation(x, positions) if takes and mesh_axes is None else "xla"
-    if implementation == "triton" and mesh_axes is not None:
-        raise NotImplementedError(
-            f"implementation got 'triton' for an x whose head_dim is sharded over {mesh_axes}; pass 'xla'."
-        )
-    if implementation == "triton" and not takes:
-        raise ValueError(
-            f"implementation got 'triton' for {x.shape[-2]} heads of {x.shape[-1]} features in {x.dtype}; pass 'xla'. "
-            f"The kernel takes at most {_MOST_FEATURES} features per token, in float32, bfloat16 or float16."
-        )
-    return implementation
+    return rotate(Rotation(bool(interleaved), float(scale)), x, jax.lax.stop_gradient(angles))
 
 
 def _pairs(head_dim: int, rotary_fraction: float) -> int:
