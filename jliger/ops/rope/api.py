@@ -51,7 +51,7 @@ def apply_rope(
         as `[sections, R/2]`: the angle is the sum over sections of position times frequency, so that a pair that
         belongs to one section has frequency 0 in the others.
       scale: `s`, a Python number: YaRN's attention factor.
-      implementation: `"xla"` or None. There is no Triton kernel, because one was measured to be no faster.
+      implementation: `"xla"` or None. There is no Triton kernel: one was measured, and was not 5 % faster than XLA.
 
     Returns:
       `[*B, heads, head_dim]`, in x's dtype.
