@@ -72,11 +72,12 @@ def test_norms_are_those_of_flax(run, ours, flax, name, more, dtypes):
     result, grads, names = run(ours, name, options, x)
     expected, expected_grads, expected_names = run(flax, name, options, x)
     assert (result.dtype, names) == (expected.dtype, expected_names)
-    rounding = 4 * float(jnp.finfo(result.dtype).eps)
+    # Flax's variance, E[x²] − E[x]², loses some bits.
+    rounding = 8 * float(jnp.finfo(result.dtype).eps)
     for one, other in zip([result, *grads], [expected, *expected_grads], strict=True):
         assert one.dtype == other.dtype
         # Gradients may also be rounded where Flax rounds values in between.
-        least = rounding if one is result else max(rounding, 4 * float(jnp.finfo(other.dtype).eps))
+        least = rounding if one is result else max(rounding, 8 * float(jnp.finfo(other.dtype).eps))
         one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
         assert np.linalg.norm(one - other) <= least * np.linalg.norm(other)
 
