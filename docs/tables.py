@@ -20,6 +20,7 @@ from typing import Any
 from accumulation_tables import ACCUMULATION_KINDS
 from cells import NOTHING, markdown, mib, percent
 from facts import OWN, at_shape, facts, fastest_liger, plain_jax
+from operations_tables import OPERATIONS_KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table: (\S+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -206,6 +207,11 @@ def memory_plot(path: Path, page: Path) -> str:
     return _picture(path.with_name(f"{path.stem}_memory.png"), page, "extra memory against tokens")
 
 
+def operations_plot(path: Path, page: Path) -> str:
+    """The plot of operations beside a result file."""
+    return _picture(path.with_suffix(".png"), page, "speed of each operation, compared with a copy")
+
+
 def _picture(picture: Path, page: Path, title: str) -> str:
     if not picture.exists():
         return not_measured(picture)
@@ -318,6 +324,8 @@ KINDS: dict[str, Callable[[Path, Path], str]] = {
     "post_training": post_training_table,
     "text": text,
     **ACCUMULATION_KINDS,
+    **OPERATIONS_KINDS,
+    "operations_plot": operations_plot,
 }
 
 # ---- pages -----------------------------------------------------------------------------------------------------

@@ -65,6 +65,14 @@ def of_medusa(hidden, kernel):
     return heads.loss(hidden, np.stack([LABELS, LABELS]), weights=WEIGHTS, normalizer=np.array([2, 3]))
 
 
+def around_a_head(hidden, kernel):
+    normed, total = jliger.rms_norm(hidden, 1 + CLASS_WEIGHTS[:4], residual=hidden)
+    normed = jliger.layer_norm(normed, BIAS[:4], BIAS[:4]) + total
+    rotated = jliger.apply_rope(normed[..., None, :], np.arange(6).reshape(2, 3), rotary_fraction=0.5)[..., 0, :]
+    normed = jliger.swiglu(rotated, jliger.geglu(normed, total))
+    return jliger.gated_mlp(normed, kernel, kernel, kernel.T).astype(jnp.float32).sum()
+
+
 # Flax promotes hidden states and parameters of two dtypes by JAX's rule, which is forbidden here.
 @pytest.mark.parametrize(
     ("operation", "dtype"),
@@ -75,6 +83,7 @@ def of_medusa(hidden, kernel):
         (fused_losses, "bfloat16"),
         (distilled, "bfloat16"),
         (of_medusa, "float32"),
+        (around_a_head, "bfloat16"),
     ],
 )
 def test_operations(operation, dtype):

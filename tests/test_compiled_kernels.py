@@ -18,6 +18,7 @@ from jliger.ops.logits.distillation import (
     Products,
     get_distillation_rows,
 )
+from jliger.ops.norms.types import NormConfig, NormInputs, NormSaved
 from jliger.testing.launches import HAS_PLUGIN, launches, lowered, narrow_row_offsets, pointers, written_parameters
 from jliger.testing.oracle import every_pair
 
@@ -171,6 +172,58 @@ def test_every_branch_of_every_kernel_of_pairs(branch, tmp_path):
         assemble(launch.ptx, branch["capability"], tmp_path)
         assert_writes_its_results_alone(launch)
         assert not narrow_row_offsets(launch.ptx)
+
+
+NORM_BRANCHES = {
+    "capability": CAPABILITIES,
+    "centered": [False, True],
+    "residual": [False, True],
+    "offset": [False, True],
+    "scale_offset": [0.0, 1.0],
+    "round_first": [False, True],
+    "dtypes": [("float32", "float32"), ("bfloat16", "float32"), ("float16", "bfloat16")],
+    "width": [301, 1024, 8192],
+}
+
+
+def both_norm_kernels(branch):
+    """A function that calls both kernels of norms in one form, and its arguments' shapes."""
+    from jliger.ops.norms import triton
+
+    rows, width, dtypes = 4, branch["width"], branch["dtypes"]
+    config = NormConfig(
+        1e-6,
+        branch["scale_offset"],
+        branch["centered"],
+        branch["round_first"],
+        branch["offset"],
+        jnp.dtype(dtypes[1]),
+        "triton",
+        branch["capability"],
+    )
+    row, parameter = (jax.ShapeDtypeStruct(*of) for of in (((rows, width), dtypes[0]), ((width,), dtypes[1])))
+    output = jax.ShapeDtypeStruct(row.shape, dtypes[1])
+    residual, offset = row if branch["residual"] else None, parameter if branch["offset"] else None
+
+    def call(inputs, grad):
+        result = triton.norm(config, inputs)
+        saved = NormSaved(inputs.x, inputs.scale, result.mean, result.inverse, grad, result.total)
+        return result, triton.norm_grads(config, saved)
+
+    return call, (NormInputs(row, residual, parameter, offset), output)
+
+
+@pytest.mark.parametrize("branch", every_pair(NORM_BRANCHES), ids=itertools.count())
+def test_every_branch_of_every_kernel_of_norms(branch, tmp_path):
+    call, shapes = both_norm_kernels(branch)
+    found = launches(lowered(call, *shapes, capability=branch["capability"]))
+    assert [launch.name for launch in found] == ["norm_kernel", "norm_grads_kernel"]
+    for launch in found:
+        assemble(launch.ptx, branch["capability"], tmp_path)
+        assert_writes_its_results_alone(launch)
+        assert not narrow_row_offsets(launch.ptx)
+        if branch["width"] == 8192:
+            assert re.search(r"ld\.global\S*\.v4\.b32", launch.ptx)
 
 
 def test_a_distillation_step_is_exported():

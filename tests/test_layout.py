@@ -15,11 +15,11 @@ ROOT = Path(jliger.__file__).parent
 # A module imports from its own floor and from those before it. Names that begin alike: the longest counts.
 FLOORS = [
     ["jliger.core"],
-    ["jliger.ops.logits"],
+    ["jliger.ops.logits", "jliger.ops.norms", "jliger.ops.rope", "jliger.ops.gated_mlp"],
     ["jliger.ops.linear_head.types"],
     ["jliger.ops.linear_head.chunks"],
     ["jliger.ops.linear_head.sharding"],
-    ["jliger.ops.linear_head"],
+    ["jliger.ops.linear_head", "jliger.ops.logits.cross_entropy"],
     ["jliger.heads", "jliger.losses", "jliger.accumulation", "jliger.labels", "jliger.reference"],
     ["jliger.nnx", "jliger.linen"],
     ["jliger"],

@@ -9,7 +9,7 @@ import pytest
 from tqdm import tqdm
 
 from jliger import reference
-from jliger.bench import head, measure, methods, problem, report
+from jliger.bench import head, measure, methods, operations, problem, report
 from jliger.bench.problem import ONE, THREE, Bound, Floor, Method, Problem, Shape
 from jliger.bench.timing import Effort, Timed, time_in_turn
 
@@ -131,6 +131,23 @@ def test_plain_jax_computes_what_the_operation_does():
 
     expected, result = losses()
     np.testing.assert_allclose(result, [expected] * 2, rtol=1e-5)
+
+
+def test_times_are_those_of_one_repetition():
+    record = {"milliseconds": 8.0, "bound_milliseconds": 4.0, "bursts": [8.0, 12.0]}
+    assert measure._of_one(record, 4) == {"milliseconds": 2.0, "bound_milliseconds": 1.0, "bursts": [2.0, 3.0]}
+
+
+def test_backends_of_an_operation_have_the_same_results():
+    for each in operations.problems():
+        shapes = jax.eval_shape(functools.partial(each.operands, ""))
+        results = {}
+        for method in each.methods:
+            if method.about["backend"] != "copy":
+                found = jax.tree.leaves(jax.eval_shape(method.function, *shapes))
+                results.setdefault(method.about["direction"], []).append(found)
+        assert results
+        assert all(found == others[0] for others in results.values() for found in others), each.shape
 
 
 def test_a_cpu_measures_one_small_shape():

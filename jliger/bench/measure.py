@@ -122,7 +122,7 @@ def measure_methods(
             if method.name in records:
                 continue
             progress.update()
-            record: Record = {"name": method.name, "extra_mib": calls.extra_mib(method)}
+            record: Record = {"name": method.name, "extra_mib": calls.extra_mib(method), **method.about}
             if method.flags:
                 record["flags"] = _shown(method.flags)
             if stages := programs.first_calls.get((str(problem.shape), method.name)):
@@ -132,6 +132,8 @@ def measure_methods(
                 if method.baseline in times:
                     baseline, own = (timing.median(times[name]) for name in (method.baseline, method.name))
                     record |= {"baseline": method.baseline, "of_baseline": baseline / own}
+                if method.repeats > 1:
+                    record |= _of_one(record, method.repeats)
             records[method.name] = record
     return list(records.values())
 
@@ -177,6 +179,12 @@ def speed(
         least = bound.seconds(medians, bandwidth)
         record |= {"bound_milliseconds": 1e3 * least, "of_bound": least / own}
     return record
+
+
+def _of_one(record: Record, repeats: int) -> Record:
+    """The times in a record, of one repetition."""
+    times = {name: record[name] / repeats for name in ("milliseconds", "bound_milliseconds") if name in record}
+    return {**times, "bursts": [burst / repeats for burst in record["bursts"]]}
 
 
 class _Calls:

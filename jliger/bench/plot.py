@@ -16,6 +16,8 @@ def draw(what: str, path: Path) -> list[Path]:
     """Draws the plots of a result file into its folder; returns their paths."""
     if what == "mesh":
         return [mesh_plot(path)]
+    if what == "operations":
+        return [operations_plot(path)]
     return [speed_plot(path), *([memory_plot(path)] if what == "head" else [])]
 
 
@@ -57,6 +59,27 @@ def speed_plot(path: Path) -> Path:
         axis.set_title(title, fontsize=8, loc="left")
     axes[-1, 0].set_xlim(0, 110)
     axes[-1, 0].set_xlabel(f"speed, % of the {floor} alone", fontsize=8)
+    figure.suptitle(_where(result), fontsize=9)
+    return _saved(figure, path.with_suffix(".png"))
+
+
+def operations_plot(path: Path) -> Path:
+    """Draws the time of each operation, as a share of that of a copy of the same bytes, into the folder of `path`."""
+    result = report.read_json(path)
+    records = [record for record in result["records"] if record.get("direction", "").startswith("forward")]
+    records = [record for record in records if "of_bound" in record and record["backend"] != "copy"]
+    rows = list(dict.fromkeys((record["shape"], record["direction"]) for record in records))
+    backends = list(dict.fromkeys(record["backend"] for record in records))
+    figure, axis = plt.subplots(figsize=(9, 0.3 * len(rows) + 1.2), layout="constrained")
+    for offset, backend in enumerate(backends):
+        at = {(r["shape"], r["direction"]): 100 * r["of_bound"] for r in records if r["backend"] == backend}
+        places = [index + 0.8 * (offset + 0.5) / len(backends) - 0.4 for index, row in enumerate(rows) if row in at]
+        axis.barh(places, [at[row] for row in rows if row in at], height=0.8 / len(backends), label=backend)
+    axis.set_yticks(range(len(rows)), [f"{shape}, {direction}" for shape, direction in rows], fontsize=7)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.axvline(100, color="black", linewidth=0.8)
+    axis.set_xlabel("speed, % of a copy of the same bytes", fontsize=8)
+    axis.legend(fontsize=7)
     figure.suptitle(_where(result), fontsize=9)
     return _saved(figure, path.with_suffix(".png"))
 

@@ -75,6 +75,8 @@ class Method:
       flags: XLA flags, in addition to those of the process.
       first_call: whether its first call is timed.
       memory_only: whether it is only compiled and not run, because it does not fit in memory.
+      repeats: how many times `function` does its work; its time is divided by it, and so is that of its bound.
+      about: more fields of its record.
     """
 
     name: str
@@ -86,6 +88,8 @@ class Method:
     flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     first_call: bool = False
     memory_only: bool = False
+    repeats: int = 1
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from jliger.bench import distillation, head, logprobs, measure, mesh, report
+from jliger.bench import distillation, head, logprobs, measure, mesh, operations, report
 from jliger.bench.measure import Record
 from jliger.bench.problem import Problem
 from jliger.bench.timing import Effort
@@ -30,7 +30,9 @@ def run(arguments: argparse.Namespace) -> None:
         with tqdm(total=sum(len(p.methods) + len(p.peers) for _, p in problems), unit="method") as progress:
             for what, problem in problems:
                 progress.set_description(f"{what} {problem.shape}")
-                keep(what, problem.shape, measure.measure_methods(problem, programs, bandwidth, effort, progress))
+                # Each call of these does its work several times.
+                own = Effort(seconds=0.05) if what == "operations" else effort
+                keep(what, problem.shape, measure.measure_methods(problem, programs, bandwidth, own, progress))
             for what, problem in problems:
                 progress.set_description(f"{what} {problem.shape}, PyTorch")
                 keep(what, problem.shape, measure.measure_peers(problem, programs, effort, progress))
@@ -49,6 +51,8 @@ def _problems(arguments: argparse.Namespace) -> list[tuple[str, Problem]]:
             result += [(what, problem) for problem in head.problems(**options)]
         elif what == "logprobs":
             result += [(what, problem) for problem in logprobs.problems()]
+        elif what == "operations":
+            result += [(what, problem) for problem in operations.problems(quick=arguments.quick)]
         elif what == "distillation":
             result += [(what, problem) for problem in distillation.problems()]
     return result

@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import jax
 
+from jliger.core.checks import check_choice
+
 Implementation = Literal["triton", "xla"]
 
 Choice = Literal["triton", "xla", "by platform"]
@@ -91,6 +93,21 @@ def run_by_platform(function: Callable[..., Any], choice: Choice, *operands: Any
     return jax.lax.platform_dependent(
         *operands, cuda=functools.partial(function, "triton"), default=functools.partial(function, "xla")
     )
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises unless it is None or a backend that runs here."""
+    check_choice("implementation", implementation, ("triton", "xla", None))
+    if implementation == "triton" and not has_triton():
+        raise ValueError(
+            "implementation got 'triton', but triton and jax-triton are not installed; pass 'xla', or install them: "
+            "pip install 'jliger[cuda13]', or 'jliger[cuda12]' for CUDA 12."
+        )
+    if implementation == "triton" and not can_run_triton():
+        raise ValueError(
+            f"implementation got 'triton', but JAX has no GPU here (its default backend is {jax.default_backend()}); "
+            "pass 'xla' or None. To compile for a GPU of another machine, use jliger.compute_capability."
+        )
 
 
 def can_run_triton() -> bool:

@@ -20,6 +20,30 @@ def replicated(array: Array) -> Array:
     return reshard(array, NamedSharding(mesh, P(*(None,) * array.ndim)))
 
 
+def with_features_of(rows: Array, parameter: Array) -> Array:
+    """Gives a parameter `[H]` the sharding of the rows' last dimension on an Explicit mesh, where types must fit."""
+    mesh = mesh_of(rows, parameter)
+    if not is_explicit(mesh):
+        return parameter
+    return reshard(parameter, NamedSharding(mesh, P(jax.typeof(rows).sharding.spec[-1])))
+
+
+def with_tokens_of(rows: Array, per_token: Array) -> Array:
+    """Gives an array `[*B]` the sharding of the rows' leading dimensions on an Explicit mesh."""
+    mesh = mesh_of(rows, per_token)
+    if not is_explicit(mesh):
+        return per_token
+    return reshard(per_token, NamedSharding(mesh, P(*jax.typeof(rows).sharding.spec[:-1])))
+
+
+def sharded_like(array: Array, other: Array) -> Array:
+    """Gives an array the sharding of another on an Explicit mesh, where a cotangent must have its primal's type."""
+    sharding = jax.typeof(other).sharding
+    if not sharding.mesh.explicit_axes or jax.typeof(array).sharding == sharding:
+        return array
+    return reshard(array, sharding)
+
+
 def sum_to_type(cotangent: Array, primal: Array) -> Array:
     """A cotangent of its primal's type: summed over the manual axes that it varies over and the primal does not."""
     axes = tuple(sorted(varying_axes(cotangent) - varying_axes(primal)))

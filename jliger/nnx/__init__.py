@@ -1,12 +1,17 @@
-"""Heads for Flax NNX: modules that give logits and losses, and losses of heads that a model already has."""
+"""Layers for Flax NNX: heads that give logits and losses, losses of heads that a model already has, norms, blocks."""
 
 from jliger.nnx.functions import fused_linear_cross_entropy, fused_linear_loss, linear_logprobs
+from jliger.nnx.gated_mlp import GatedMLP
 from jliger.nnx.lm_head import LMHead, TiedLMHead
 from jliger.nnx.medusa import MedusaHeads
+from jliger.nnx.norms import LayerNorm, RMSNorm
 
 __all__ = [
+    "GatedMLP",
     "LMHead",
+    "LayerNorm",
     "MedusaHeads",
+    "RMSNorm",
     "TiedLMHead",
     "fused_linear_cross_entropy",
     "fused_linear_loss",

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from jliger.core.backend import can_run_triton, has_triton
+from jliger.core.backend import check_implementation
 from jliger.core.checks import check_choice, check_floating, check_integer, check_number, check_shape
 from jliger.ops.linear_head.types import KernelLayout
 
@@ -39,17 +38,7 @@ def check_logit_options(
             raise ValueError(
                 f"chunk_size got {chunk_size}; pass a number of tokens of at least 1, or None for the rule."
             )
-    check_choice("implementation", implementation, ("triton", "xla", None))
-    if implementation == "triton" and not has_triton():
-        raise ValueError(
-            "implementation got 'triton', but triton and jax-triton are not installed; pass 'xla', or install them: "
-            "pip install 'jliger[cuda13]', or 'jliger[cuda12]' for CUDA 12."
-        )
-    if implementation == "triton" and not can_run_triton():
-        raise ValueError(
-            f"implementation got 'triton', but JAX has no GPU here (its default backend is {jax.default_backend()}); "
-            "pass 'xla' or None. To compile for a GPU of another machine, use jliger.compute_capability."
-        )
+    check_implementation(implementation)
 
 
 def check_operands(

@@ -8,6 +8,7 @@ from flax import linen, nnx
 
 import jliger
 from jliger import losses
+from jliger.core import backend
 from jliger.ops.linear_head import checks as head_checks
 from jliger.testing.oracle import INTERPRETED, ON_GPU
 
@@ -156,7 +157,7 @@ def test_what_triton_does_not_take():
 
 
 def test_triton_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(head_checks, "has_triton", lambda: False)
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
     with pytest.raises(ValueError, match=r"implementation got 'triton'.*not installed.*'xla'"):
         call(implementation="triton")
 

@@ -1,0 +1,1 @@
+"""Gated products, and the feed-forward block that they are part of."""
