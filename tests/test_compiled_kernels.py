@@ -1,4 +1,4 @@
-"""Every kernel, in every form it takes, compiles for A100, H100 and B200, on a machine that has none of them."""
+"""Every kernel, in every form it takes, compiles for every supported GPU, on a machine that has none of them."""
 
 import itertools
 import re
@@ -23,7 +23,8 @@ from jliger.testing.oracle import every_pair
 
 pytestmark = pytest.mark.skipif(not HAS_PLUGIN, reason="lowering for a GPU needs jax-cuda13-plugin")
 
-CAPABILITIES = [80, 90, 100]
+CAPABILITIES = [80, 90, 100]  # A100, H100, B200
+OTHER_CAPABILITIES = [89, 120]  # RTX 40 and L40S; RTX 50 and RTX PRO
 
 # Constexprs and what else a kernel is compiled for, the GPU among them, so that every pair meets in one.
 BRANCHES = {
@@ -40,6 +41,7 @@ BRANCHES = {
     "mean_logit": [False, True],
     "dtype": ["float32", "bfloat16", "float16"],
     "width": [301, 512, 262144],
+    "run_time_width": [False],
 }
 
 
@@ -57,7 +59,8 @@ def all_kernels(branch):
 
     per_token = shape(tokens)
     temperature = per_token if branch["temperature"] else None
-    block = Block(vector("bias"), vector("class_weights"), shape(tokens, dtype="int32"), temperature)
+    run_time_width = shape(dtype="int32") if branch["run_time_width"] else None
+    block = Block(vector("bias"), vector("class_weights"), shape(tokens, dtype="int32"), temperature, run_time_width)
     coefficients = Coefficients(
         per_token, per_token, *(per_token if branch[name] else None for name in ("by_lse", "smoothing", "by_logit"))
     )
@@ -82,7 +85,14 @@ PAIR_BRANCHES = {
     "softcaps": [(None, None), (30.0, None), (None, 30.0)],
     "dtypes": [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "bfloat16")],
     "width": [301, 512, 262144],
+    "run_time_width": [False],
 }
+
+
+def and_exhaustive(branches):
+    """Every pair of branches; with widths of run time, and for GPUs that are like others here, marked exhaustive."""
+    more = every_pair({**branches, "capability": [90, *OTHER_CAPABILITIES], "run_time_width": [False, True]})
+    return [*every_pair(branches), *(pytest.param(branch, marks=pytest.mark.exhaustive) for branch in more)]
 
 
 def all_pair_kernels(branch):
@@ -94,8 +104,10 @@ def all_pair_kernels(branch):
     def shape(*dims, dtype="float32"):
         return jax.ShapeDtypeStruct(dims, dtype)
 
-    labels = shape(tokens, dtype="int32")
-    block = DistillationBlock(*(Block(shape(stride) if bias else None, None, labels) for bias in branch["biases"]))
+    labels, run_time_width = shape(tokens, dtype="int32"), shape(dtype="int32") if branch["run_time_width"] else None
+    block = DistillationBlock(
+        *(Block(shape(stride) if bias else None, None, labels, width=run_time_width) for bias in branch["biases"])
+    )
     of_labels = (shape(tokens) if branch["labels"] else None,) * 2
     distillation_map = DistillationMap(
         *(LogitMap(0.5, softcap, width) for softcap in branch["softcaps"]),
@@ -150,7 +162,7 @@ def assert_writes_its_results_alone(launch):
     assert "red.global" not in launch.ptx
 
 
-@pytest.mark.parametrize("branch", every_pair(BRANCHES), ids=itertools.count())
+@pytest.mark.parametrize("branch", and_exhaustive(BRANCHES), ids=itertools.count())
 def test_every_branch_of_every_kernel(branch, tmp_path):
     call, shapes = all_kernels(branch)
     found = launches(lowered(call, *shapes, capability=branch["capability"]))
@@ -161,7 +173,7 @@ def test_every_branch_of_every_kernel(branch, tmp_path):
         assert not narrow_row_offsets(launch.ptx)
 
 
-@pytest.mark.parametrize("branch", every_pair(PAIR_BRANCHES), ids=itertools.count())
+@pytest.mark.parametrize("branch", and_exhaustive(PAIR_BRANCHES), ids=itertools.count())
 def test_every_branch_of_every_kernel_of_pairs(branch, tmp_path):
     call, shapes = all_pair_kernels(branch)
     found = launches(lowered(call, *shapes, capability=branch["capability"]))
