@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from jliger.ops.logits.triton_tiles import (
-    Row,
     Shape,
     Softmax,
     columns_inside,
@@ -21,7 +20,7 @@ from jliger.ops.logits.triton_tiles import (
     load_label_logit,
     load_logits,
     load_or_none,
-    row_width,
+    row_at,
     softmax_of_row,
     store_if_wanted,
     store_label_grad,
@@ -265,9 +264,8 @@ def distillation_stats_kernel(
 ):
     # 64 bits: index · stride exceeds 32 bits for more than 2³¹ logits.
     index = tl.program_id(0).to(tl.int64)
-    width = row_width(width_ptr, SHAPE.student)
-    student = Row(width, student_ptr + index * SHAPE.student.stride, student_bias_ptr, None)
-    teacher = Row(width, teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None)
+    student = row_at(index, student_ptr, student_bias_ptr, None, None, width_ptr, SHAPE.student)
+    teacher = row_at(index, teacher_ptr, teacher_bias_ptr, None, None, width_ptr, SHAPE.teacher)
     stats = _Stats(
         student_max_ptr,
         student_log_sum_ptr,
@@ -298,10 +296,9 @@ def distillation_divergence_kernel(
     TILE: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    width = row_width(width_ptr, SHAPE.student)
     pair = _Pair(
-        Row(width, student_ptr + index * SHAPE.student.stride, student_bias_ptr, None),
-        Row(width, teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None),
+        row_at(index, student_ptr, student_bias_ptr, None, None, width_ptr, SHAPE.student),
+        row_at(index, teacher_ptr, teacher_bias_ptr, None, None, width_ptr, SHAPE.teacher),
         _load_softmax(index, student_max_ptr, student_log_sum_ptr, None),
         _load_softmax(index, teacher_max_ptr, teacher_log_sum_ptr, None),
     )
@@ -332,10 +329,9 @@ def distillation_grads_kernel(
     TILE: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    width = row_width(width_ptr, SHAPE.student)
     pair = _Pair(
-        Row(width, student_ptr + index * SHAPE.student.stride, student_bias_ptr, None),
-        Row(width, teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None),
+        row_at(index, student_ptr, student_bias_ptr, None, None, width_ptr, SHAPE.student),
+        row_at(index, teacher_ptr, teacher_bias_ptr, None, None, width_ptr, SHAPE.teacher),
         _load_softmax(index, student_max_ptr, student_log_sum_ptr, hard_log_sum_ptr),
         _load_softmax(index, teacher_max_ptr, teacher_log_sum_ptr, None),
     )
@@ -373,9 +369,8 @@ def distillation_stats_and_grads_kernel(
     TILE: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    width = row_width(width_ptr, SHAPE.student)
-    student = Row(width, student_ptr + index * SHAPE.student.stride, student_bias_ptr, None)
-    teacher = Row(width, teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None)
+    student = row_at(index, student_ptr, student_bias_ptr, None, None, width_ptr, SHAPE.student)
+    teacher = row_at(index, teacher_ptr, teacher_bias_ptr, None, None, width_ptr, SHAPE.teacher)
     # Loaded before the first pass, so that the last pass does not wait for them.
     label = load_or_none(labels_ptr, index)
     coefficients = _Coefficients(

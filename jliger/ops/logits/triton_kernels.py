@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from jliger.ops.logits.triton_tiles import (
-    Row,
     columns_inside,
     finite,
     is_column,
@@ -21,7 +20,7 @@ from jliger.ops.logits.triton_tiles import (
     load_label_logit,
     load_logits,
     load_or_none,
-    row_width,
+    row_at,
     softmax_of_row,
     store_if_wanted,
     store_label_grad,
@@ -173,9 +172,7 @@ def row_stats_kernel(
 ):
     # 64 bits: index · stride exceeds 32 bits for more than 2³¹ logits.
     index = tl.program_id(0).to(tl.int64)
-    inverse_temperature = load_or_none(inverse_temperature_ptr, index)
-    width = row_width(width_ptr, SHAPE)
-    row = Row(width, product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr, inverse_temperature)
+    row = row_at(index, product_ptr, bias_ptr, class_weights_ptr, inverse_temperature_ptr, width_ptr, SHAPE)
     stats = _Stats(max_ptr, log_sum_ptr, label_logit_ptr, prediction_ptr, weighted_sum_ptr, mean_logit_ptr)
     _store_stats_of_row(stats, index, row, tl.load(labels_ptr + index), SHAPE, TILE)
 
@@ -200,9 +197,7 @@ def row_grads_kernel(
     TILE: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    inverse_temperature = load_or_none(inverse_temperature_ptr, index)
-    width = row_width(width_ptr, SHAPE)
-    row = Row(width, product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr, inverse_temperature)
+    row = row_at(index, product_ptr, bias_ptr, class_weights_ptr, inverse_temperature_ptr, width_ptr, SHAPE)
     coefficients = _Coefficients(
         probability_ptr, label_coefficient_ptr, probability_lse_ptr, smoothing_ptr, probability_logit_ptr
     )
@@ -236,9 +231,7 @@ def row_stats_and_grads_kernel(
     TILE: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    inverse_temperature = load_or_none(inverse_temperature_ptr, index)
-    width = row_width(width_ptr, SHAPE)
-    row = Row(width, product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr, inverse_temperature)
+    row = row_at(index, product_ptr, bias_ptr, class_weights_ptr, inverse_temperature_ptr, width_ptr, SHAPE)
     label = tl.load(labels_ptr + index)
     # Loaded before the first pass, so that the second pass does not wait for them.
     coefficients = _Coefficients(

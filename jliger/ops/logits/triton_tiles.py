@@ -129,13 +129,14 @@ def store_if_wanted(pointer, index, value):
 
 
 @triton.jit
-def row_width(pointer, SHAPE: tl.constexpr):
-    """The number of columns of each row: what the pointer points to; `SHAPE.width` if the pointer is None."""
-    if pointer is not None:
-        width = tl.load(pointer)
+def row_at(index, product_ptr, bias_ptr, class_weights_ptr, inverse_temperature_ptr, width_ptr, SHAPE: tl.constexpr):
+    """The row with this index, from the pointers to the arrays of all rows."""
+    if width_ptr is not None:
+        width = tl.load(width_ptr)
     else:
         width = SHAPE.width
-    return width
+    inverse_temperature = load_or_none(inverse_temperature_ptr, index)
+    return Row(width, product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr, inverse_temperature)
 
 
 @triton.jit
