@@ -44,6 +44,7 @@ def fused_linear_cross_entropy(
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     lse = jax.nn.logsumexp(logits, axis=-1)
     w = jnp.ones((vocab_size,), dtype) if class_weights is None else jax.lax.stop_gradient(class_weights).astype(dtype)
+    w = w[:vocab_size]
     nll = -jnp.take_along_axis(log_probs, safe[..., None], axis=-1)[..., 0]
     cross_entropy = (1 - label_smoothing) * w[safe] * nll - label_smoothing * jnp.mean(w * log_probs, axis=-1)
     cross_entropy = jnp.where(inside, cross_entropy, jnp.nan)
@@ -193,6 +194,7 @@ def _logits(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     temperature: Any = 1.0,
+    vocab_size: int | None = None,
     logits_dtype: jax.typing.DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
     **unused: Any,
@@ -221,7 +223,8 @@ def _logits(
         logits = logit_softcap * jnp.tanh(logits / logit_softcap)
     temperature = jax.lax.stop_gradient(jnp.asarray(temperature, dtype))
     temperature = jnp.where(temperature > 0, temperature, jnp.nan)
-    return logits / (temperature if temperature.ndim == 0 else temperature[..., None])
+    logits = logits / (temperature if temperature.ndim == 0 else temperature[..., None])
+    return logits[..., :vocab_size]
 
 
 def _labels(

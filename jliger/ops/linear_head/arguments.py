@@ -26,6 +26,7 @@ class HeadOptions(TypedDict, total=False):
     logit_scale: float
     logit_softcap: float | None
     temperature: Float[Array, "*B"] | Float[Array, ""] | float
+    vocab_size: int | None
     logits_dtype: jax.typing.DTypeLike | None
     precision: jax.lax.PrecisionLike
     chunk_size: int | None
@@ -42,6 +43,7 @@ HEAD_DEFAULTS = HeadOptions(
     logit_scale=1.0,
     logit_softcap=None,
     temperature=1.0,
+    vocab_size=None,
     logits_dtype=None,
     precision=None,
     chunk_size=None,
@@ -131,7 +133,18 @@ def _config(options: HeadOptions, arrays: tuple[Any, ...], stats_wanted: StatsWa
         compute_capability=target_compute_capability(),
         stats_wanted=stats_wanted,
         vocab_axes=checks.check_axes("vocab_axis_name", options["vocab_axis_name"]),
+        vocab_size=_vocab_size(options["vocab_size"]),
     )
+
+
+def _vocab_size(vocab_size: Any) -> int | None:
+    """A number of columns; `sharding.vocab_size`, which knows the size of the whole kernel, checks that it has them."""
+    if vocab_size is None:
+        return None
+    checks.check_integer("vocab_size", vocab_size)
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size got {vocab_size}; pass at least 1, or None for all of the kernel's columns.")
+    return int(vocab_size)
 
 
 def _adapter(adapter: Any, hidden: Any, kernel: Any, vocab_dim: int, whose: str) -> LinearAdapter | None:

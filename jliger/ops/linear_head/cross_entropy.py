@@ -106,6 +106,7 @@ def fused_linear_cross_entropy(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     temperature: Float[Array, "*B"] | Float[Array, ""] | float = 1.0,
+    vocab_size: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     class_weights: Float[Array, " V"] | None = None,
@@ -172,6 +173,10 @@ def fused_linear_cross_entropy(
       temperature: `T`, which divides logits after scale and softcap, before anything else: a Python number above 0, a
         scalar array, or one number for each token, `[*B]`. It carries no gradient. In an array a number that is not
         above 0 makes its tokens' losses and gradients NaN.
+      vocab_size: $V'$, a Python integer, if the kernel is padded: its columns from $V'$ on do not exist. They have no
+        probability and no share in the smoothing ($\alpha / V'$), are never predicted, and their gradients are 0; a
+        label among them is out of range. `bias` and `class_weights` stay `[V]`. Products are still taken of all
+        columns, so what the padding holds must be finite. None for all columns.
       label_smoothing: `α` in [0, 1].
       z_loss: `λ`, at least 0.
       class_weights: `w`, `[V]`. It carries no gradient.
@@ -238,6 +243,7 @@ def fused_linear_cross_entropy(
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         temperature=temperature,
+        vocab_size=vocab_size,
         logits_dtype=logits_dtype,
         precision=precision,
         chunk_size=chunk_size,

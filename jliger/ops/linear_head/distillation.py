@@ -158,6 +158,9 @@ def fused_linear_kl(
       normalizer: with `"mean"`, the divisor to use instead, such as the global token count when accumulating
         microbatches. It carries no gradient.
       return_metrics: also return `DistillationMetrics`.
+      vocab_size: how many columns exist, a Python integer, if both kernels are padded; None, the default, for all of
+        them. The others have no probability under either model, and their gradients are 0. Biases stay `[V]`. What the
+        padding holds must be finite.
       logits_dtype: what both models' logits are rounded to before they are compared; None for the dtypes of their
         hidden states.
       precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.

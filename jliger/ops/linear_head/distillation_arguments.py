@@ -43,6 +43,7 @@ class DistillationOptions(TypedDict, total=False):
     teacher_logit_softcap: float | None
     where: Bool[Array, "*B"] | None
     ignore_index: int
+    vocab_size: int | None
     logits_dtype: jax.typing.DTypeLike | None
     precision: jax.lax.PrecisionLike
     chunk_size: int | None

@@ -56,6 +56,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     temperature: Float[Array, "*B"] | Float[Array, ""] | float = 1.0,
+    vocab_size: int | None = None,
     logits_dtype: jax.typing.DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
     chunk_size: int | None = None,
@@ -96,6 +97,9 @@ def linear_logprobs(
       temperature: divides logits after scale and softcap, as the sampler that drew the labels did: a Python number
         above 0, a scalar array, or one number for each token, `[*B]`. It carries no gradient. In an array a number that
         is not above 0 makes its tokens' results and gradients NaN.
+      vocab_size: how many columns exist, a Python integer, if the kernel is padded; None for all of them. The others
+        have no probability and are never predicted, their gradients are 0, and a label among them is out of range.
+        `bias` stays `[V]`. What the padding holds must be finite.
       logits_dtype: what logits are rounded to before anything reads them, in both passes; None for hidden's dtype.
       precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.
       chunk_size: tokens a chunk, or None for the rule that `fused_linear_cross_entropy` names.
@@ -140,6 +144,7 @@ def linear_logprobs(
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         temperature=temperature,
+        vocab_size=vocab_size,
         logits_dtype=logits_dtype,
         precision=precision,
         chunk_size=chunk_size,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jliger.core.dtypes import accumulator_dtype
@@ -30,7 +31,7 @@ class Blocks:
       head: the head; already cast to the products' dtype and padded if there is only one block.
       dtype: the dtype of the products' operands.
       alignment: the dimensions of products are padded to multiples of this.
-      vocab: number of columns.
+      vocab: number of columns that exist. At run time there may be fewer: `head.num_columns`.
       width: columns per block; a multiple of 128 if there are several blocks.
     """
 
@@ -46,8 +47,8 @@ class Blocks:
         cls, config: HeadConfig, head: Head, dtype: jax.typing.DTypeLike, alignment: int, width: int | None = None
     ) -> "Blocks":
         """Splits a head into blocks of `width` columns; a width of None means a single block."""
-        vocab = head.kernel.shape[config.vocab_dim]
-        if width is None or width == vocab:
+        vocab = config.most_columns(head.kernel.shape[config.vocab_dim])
+        if width is None or width >= vocab:
             # Casts and pads once, outside the loop. Several blocks are cast one at a time instead (`block`), so that
             # the whole kernel is never held in a second dtype.
             return cls(config, _prepared(head, dtype, alignment), dtype, alignment, vocab, vocab)
@@ -78,11 +79,17 @@ class Blocks:
         def whole_step(done: Int[Array, ""], carry: Any) -> Any:
             return step(Span(last - done * self.width, self.width), carry)
 
-        return jax.lax.fori_loop(1, self.num_blocks, whole_step, carry)
+        first = 1
+        if self.head.num_columns is not None:
+            # Skips blocks of which no column exists.
+            first = jnp.maximum(self.num_blocks - (self.head.num_columns + self.width - 1) // self.width, 1)
+        return jax.lax.fori_loop(first, self.num_blocks, whole_step, carry)
 
     def block(self, span: Span, chunk: Chunk) -> tuple[Head, Block]:
         """The head's columns in `span`, and the `Block` for the row functions, with labels relative to the span."""
-        head = self.head
+        head, width = self.head, self.head.num_columns
+        if width is not None:
+            width = jnp.clip(width - span.start, 0, span.width)
         if self.num_blocks > 1:
 
             def part(array: Array | None, dim: int) -> Any:
@@ -91,7 +98,7 @@ class Blocks:
             kernel = part(head.kernel, self.config.vocab_dim)
             parts = Head(kernel, part(head.bias, 0), part(head.class_weights, 0), part(head.adapter, 1))
             head = _prepared(parts, self.dtype, self.alignment)
-        return head, Block(head.bias, head.class_weights, chunk.labels - span.start, chunk.inverse_temperature)
+        return head, Block(head.bias, head.class_weights, chunk.labels - span.start, chunk.inverse_temperature, width)
 
     def write(self, full: Array, part: Array, span: Span, vocab_dim: int, *, add: bool) -> Array:
         """`full` with a block's `part` written or added at `span`, without the part's padding."""
@@ -110,4 +117,4 @@ def _prepared(head: Head, dtype: jax.typing.DTypeLike, alignment: int) -> Head:
         return materialize(pad(array.astype(dtype), (0, 1), alignment))
 
     adapter = None if head.adapter is None else matrix(head.adapter)
-    return Head(matrix(head.kernel), vector(head.bias), vector(head.class_weights), adapter)
+    return Head(matrix(head.kernel), vector(head.bias), vector(head.class_weights), adapter, head.num_columns)

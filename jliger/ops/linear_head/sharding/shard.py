@@ -38,6 +38,10 @@ def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, per_token:
     # Local index for labels in this shard, −1 for all others.
     labels = flat.labels - start
     flat = flat._replace(labels=jnp.where((labels < 0) | (labels >= width), -1, labels))
+    vocab_size = loss_pass.config.vocab_size
+    if vocab_size is not None and plan.columns:
+        # The program is the same on every device, so how many columns each has is known at run time only.
+        flat = flat._replace(num_columns=jnp.clip(vocab_size - start, 0, width))
     per_token = jax.tree.map(lambda array: array.reshape(-1), per_token)
 
     def run(implementation: Implementation, *arrays: Any) -> Result:
