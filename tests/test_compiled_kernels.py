@@ -253,10 +253,13 @@ def test_a_training_step_is_exported(capability, dtypes, reduction):
 
 
 # The README's shapes. The last block of columns is narrower than the others, and all columns are in no whole tiles.
-@pytest.mark.parametrize(("vocab", "temperature"), [(128256, 1.0), (151936, 0.7), (50304, 1.0)])
-def test_tiles_are_loaded_and_stored_as_vectors(vocab, temperature):
+@pytest.mark.parametrize(
+    ("vocab", "temperature", "vocab_size"), [(128256, 1.0, None), (151936, 0.7, None), (50304, 1.0, 50264)]
+)
+def test_tiles_are_loaded_and_stored_as_vectors(vocab, temperature, vocab_size):
     def loss(hidden, kernel, bias, labels, reduction):
-        options = dict(bias=bias, reduction=reduction, temperature=temperature, implementation="triton")
+        options = dict(bias=bias, reduction=reduction, temperature=temperature, vocab_size=vocab_size)
+        options["implementation"] = "triton"
         return jliger.fused_linear_cross_entropy(hidden, kernel, labels, **options).sum()
 
     def every_kernel(hidden, kernel, bias, labels):
@@ -288,3 +291,26 @@ def test_another_backend_is_not_exported_for():
 
     shapes = jax.ShapeDtypeStruct((4, 8), "float32"), jax.ShapeDtypeStruct((8, 16), "float32")
     assert not launches(lowered(jax.grad(loss, (0, 1)), *shapes, capability=90))
+
+
+def test_tiles_of_a_width_that_is_known_at_run_time():
+    # A device's share of a padded vocabulary: whole tiles are loaded as vectors, as many as there are.
+    rows, width = get_rows("triton", 90), 16384
+
+    def shape(*dims, dtype="float32"):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    block = Block(None, None, shape(4, dtype="int32"), width=shape(dtype="int32"))
+
+    def call(product, block, coefficients):
+        logit_map = LogitMap(1.0, None, width)
+        stats = rows.row_stats(product, block, logit_map, StatsWanted())
+        args = (stats.max, stats.log_sum, coefficients)
+        return rows.row_grads(product, block, logit_map, *args, dtype=product.dtype)
+
+    arguments = shape(4, width, dtype="bfloat16"), block, Coefficients(shape(4), shape(4))
+    for launch in launches(lowered(call, *arguments, capability=90)):
+        assert len(re.findall(r"ld\.global\S*\.v4\.b32", launch.ptx)) >= 4  # the unrolled loop's
+        # By themselves are loaded the columns of the last tile, and the label's.
+        assert len(re.findall(r"ld\.global\S*\.b16", launch.ptx)) <= 10
+        assert_writes_its_results_alone(launch)

@@ -100,7 +100,7 @@ def make_problem(
     }
     if bias is not None:
         inputs["bias"] = jnp.asarray(random.normal(size=vocab), bias)
-    labels = random.integers(0, vocab, batch)
+    labels = random.integers(0, options.get("vocab_size") or vocab, batch)
     if ignored:
         labels = np.where(random.random(batch) < ignored, options.get("ignore_index", -100), labels)
     if where is not None:

@@ -36,14 +36,7 @@ VOCAB_SIZE = 41
 COLUMNS = Place(P(), P(None, AXES), AXES)
 
 
-def padded(problem):
-    """The problem with labels among the real columns; those that don't count are negative."""
-    return problem.replace(vocab_size=VOCAB_SIZE, labels=jnp.where(problem.labels < 0, -100, problem.labels % VOCAB_SIZE))
-
-
-@functools.cache
-def padded_problem(reduction, kernel_layout="hv", **options):
-    return padded(problem_of(reduction, kernel_layout, chunk_size=4, **options))
+padded_problem = functools.partial(problem_of, chunk_size=4, vocab_size=VOCAB_SIZE)
 
 
 def padding(grads, kernel_layout):
@@ -130,8 +123,6 @@ def test_distillation(mode, beta):
         batch=BATCH, hidden_sizes=(HIDDEN, 24), vocab=VOCAB, beta=beta, temperature=2.0, biases=(True, True),
         labels=True, ignored=0.1, hard_weight=0.5, chunk_size=4, precision="highest", vocab_size=VOCAB_SIZE,
     )  # fmt: skip
-    labels = problem.options["labels"]
-    problem = problem.replace(labels=jnp.where(labels < 0, labels, labels % VOCAB_SIZE))
     mesh = COLUMNS.mesh(mode)
 
     def put(name, array):

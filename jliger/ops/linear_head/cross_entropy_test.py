@@ -40,6 +40,7 @@ OPTIONS = {
     "logit_scale": [1.0, 0.7],
     "logit_softcap": [None, 2.0],
     "temperature": [1.0, 0.6, "of tokens"],
+    "vocab_size": [None, 9],
     "label_smoothing": [0.0, 0.2],
     "z_loss": [0.0, 0.05],
     "class_weights": [False, True],

@@ -36,6 +36,7 @@ OPTIONS = {
     "logit_scales": [(1.0, 1.0), (0.5, -2.0)],
     "logit_softcaps": [(None, None), (2.0, None), (2.0, 5.0)],
     "chunk_size": [None, 8],
+    "vocab_size": [None, 9],
 }
 
 

@@ -23,6 +23,7 @@ PAIRS = every_pair(
         "logit_softcap": [None, 2.0],
         "logit_scale": [1.0, 0.6],
         "temperature": [1.0, 0.7, "of tokens"],
+        "vocab_size": [None, 9],
         "batch": [(5,), (3, 7)],
         "vocab": [11, 40],
         "used": [OUTPUTS, ("logprobs",), ("entropy",), ("logprobs", "entropy")],
