@@ -227,11 +227,7 @@ def fused_linear_cross_entropy(
       >>> print(bool(jnp.allclose(loss, means.mean())))
       True
     """
-    checks.check_number("label_smoothing", label_smoothing, least=0, most=1)
-    checks.check_number("z_loss", z_loss, least=0)
-    checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
+    _check_loss_options(label_smoothing, z_loss, reduction, normalizer)
     arguments = head_arguments(
         hidden,
         kernel,
@@ -262,6 +258,14 @@ def fused_linear_cross_entropy(
         *_weights(arguments, weights, class_weights, normalizer),
     )
     return (loss, metrics) if return_metrics else loss
+
+
+def _check_loss_options(label_smoothing: Any, z_loss: Any, reduction: Any, normalizer: Any) -> None:
+    checks.check_number("label_smoothing", label_smoothing, least=0, most=1)
+    checks.check_number("z_loss", z_loss, least=0)
+    checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
 
 
 def _weights(

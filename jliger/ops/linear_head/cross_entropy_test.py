@@ -40,13 +40,13 @@ OPTIONS = {
     "logit_scale": [1.0, 0.7],
     "logit_softcap": [None, 2.0],
     "temperature": [1.0, 0.6, "of tokens"],
-    "vocab_size": [None, 9],
     "label_smoothing": [0.0, 0.2],
     "z_loss": [0.0, 0.05],
     "class_weights": [False, True],
     "return_metrics": [False, True],
     "logits_dtype": [None, "float32", "bfloat16"],
     "chunk_size": [None, 4],
+    "vocab_size": [None, 9],
 }
 DEFAULTS = {name: values[0] for name, values in OPTIONS.items()}
 
