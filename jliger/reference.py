@@ -23,7 +23,7 @@ def fused_linear_cross_entropy(
     *,
     where: Bool[Array, "*B"] | None = None,
     weights: Float[Array, "*B"] | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     class_weights: Float[Array, " V"] | None = None,
@@ -76,7 +76,7 @@ def linear_logprobs(
     labels: Int[Array, "*B"],
     *,
     where: Bool[Array, "*B"] | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     **head: Any,
 ) -> LinearLogprobs:
     """`jliger.linear_logprobs` on full logits, with the same arguments and results."""
@@ -112,7 +112,7 @@ def fused_linear_jsd(
     soft_weight: Any = 1.0,
     where: Bool[Array, "*B"] | None = None,
     weights: Float[Array, "*B"] | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
     normalizer: Float[Array, ""] | float | None = None,
     return_metrics: bool = False,
@@ -228,10 +228,10 @@ def _logits(
 
 
 def _labels(
-    labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int, vocab_size: int
+    labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int | None, vocab_size: int
 ) -> tuple[Bool[Array, "*B"], Bool[Array, "*B"], Int[Array, "*B"]]:
     """Which tokens count, which labels are in range, and labels with 0 for those that are not."""
-    counted = labels != ignore_index
+    counted = jnp.ones_like(labels, bool) if ignore_index is None else labels != ignore_index
     if where is not None:
         counted &= where
     inside = (labels >= 0) & (labels < vocab_size)

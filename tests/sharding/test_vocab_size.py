@@ -92,8 +92,8 @@ def test_inside_a_shard_map(check_vma, reduction):
 
 
 @pytest.mark.parametrize("mode", pick(MODES[-1:], on_gpus=MODES[-1:], interpreted=[]))
-def test_saved_logits(mode):
-    problem = padded_problem("none", bias="float32", ignored=0.1)
+def test_saved_logits_of_tokens_that_all_count(mode):
+    problem = padded_problem("none", bias="float32")
     mesh = COLUMNS.mesh(mode)
 
     def logprob_sum(function, inputs, labels, **options):
@@ -102,7 +102,8 @@ def test_saved_logits(mode):
 
     def run(function, arrays, **options):
         both = jax.value_and_grad(functools.partial(logprob_sum, function), has_aux=True)
-        (_, found), grads = both(arrays.inputs, arrays.labels, vocab_size=VOCAB_SIZE, **options)
+        options |= {"vocab_size": VOCAB_SIZE, "ignore_index": None}
+        (_, found), grads = both(arrays.inputs, arrays.labels, **options)
         return {**found._asdict(), **grads}
 
     with jax.set_mesh(mesh):

@@ -19,6 +19,7 @@ from jliger.ops.linear_head.arguments import (
     HeadOptions,
     column_validity,
     head_arguments,
+    if_counted,
     with_tokens,
 )
 from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands
@@ -101,7 +102,7 @@ def fused_linear_cross_entropy(
     bias: Float[Array, " V"] | None = None,
     where: Bool[Array, "*B"] | None = None,
     weights: Float[Array, "*B"] | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     kernel_layout: KernelLayout = "hv",
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
@@ -166,7 +167,9 @@ def fused_linear_cross_entropy(
         a 0 there. A softcap makes `−c` of −∞, so that the column is not masked.
       where: bools `[*B]`, the tokens that count.
       weights: a weight for each token, `[*B]`. It carries no gradient.
-      ignore_index: a label equal to it doesn't count.
+      ignore_index: a label equal to it doesn't count. None, without `where`, says that all tokens count: none are
+        looked for and left out, and the number of chunks is known when the program is compiled. Every label out of
+        range then makes the loss NaN.
       kernel_layout: `"hv"` or `"vh"`.
       logit_scale: `s`, a Python number.
       logit_softcap: `c`, a Python number, or None for no cap.
@@ -293,7 +296,7 @@ class _Call:
     label_smoothing: float
     z_loss: float
     reduction: Reduction
-    ignore_index: int
+    ignore_index: int | None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -313,7 +316,8 @@ def _fused_linear_cross_entropy(
     loss_function = CrossEntropy(call.label_smoothing, call.z_loss, sharding.vocab_size(call.config, operands.kernel))
     operands = with_tokens(operands, labels, where, ignore_index=call.ignore_index, vocab_size=loss_function.vocab_size)
     columns, counted = operands.labels, operands.counted
-    token_weights = jnp.where(counted, 1 if weights is None else weights, 0).astype(dtype)
+    weights = jnp.ones_like(columns, dtype) if weights is None else weights.astype(dtype)
+    token_weights = if_counted(counted, weights, 0)
     weight = token_weights.sum()
     label_terms = LabelTerms(column_validity(columns, dtype), None, float(loss_function.vocab_size))
     if class_weights is not None:

@@ -47,6 +47,15 @@ def test_every_pair_of_options(options, implementation):
     check(make_problem(precision="highest", **options), implementation, str(options))
 
 
+def test_all_tokens_count(implementation):
+    problem = make_problem(
+        20, beta=0.5, labels=True, hard_weight=0.3, ignore_index=None, weights=True, chunk_size=8, precision="highest"
+    )
+    check(problem, implementation)
+    labels = problem.options["labels"].at[0, 0].set(-100)
+    assert np.isnan(fused(problem.replace(labels=labels), implementation)["loss"])
+
+
 @pytest.mark.parametrize("kernel_layout", ["hv", "vh"])
 def test_an_adapter_of_the_student(kernel_layout, implementation):
     problem = make_problem(

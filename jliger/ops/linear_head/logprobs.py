@@ -5,7 +5,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import export
 from jaxtyping import Array, Bool, Float, Int
 
@@ -16,6 +15,7 @@ from jliger.ops.linear_head.arguments import (
     HeadOptions,
     column_validity,
     head_arguments,
+    if_counted,
     with_tokens,
 )
 from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands
@@ -51,7 +51,7 @@ def linear_logprobs(
     *,
     bias: Float[Array, " V"] | None = None,
     where: Bool[Array, "*B"] | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     kernel_layout: KernelLayout = "hv",
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
@@ -90,7 +90,8 @@ def linear_logprobs(
       bias: `[V]`, added to the logits in float32. A column with −∞ has probability 0, unless there is a softcap, which
         makes `−c` of it.
       where: bools `[*B]`, the tokens that count.
-      ignore_index: a label equal to it doesn't count.
+      ignore_index: a label equal to it doesn't count. None, without `where`, says that all tokens count, which saves
+        looking for those that do.
       kernel_layout: `"hv"` or `"vh"`.
       logit_scale: multiplies the logits, before the softcap, a Python number.
       logit_softcap: `c` in `c · tanh(z / c)`, a Python number, or None for no cap.
@@ -167,7 +168,7 @@ def linear_logprobs(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _linear_logprobs(
     config: HeadConfig,
-    ignore_index: int,
+    ignore_index: int | None,
     operands: Operands,
     adapter: LinearAdapter | None,
     labels: Int[Array, "*B"],
@@ -188,5 +189,5 @@ def _linear_logprobs(
     )
     # Of several devices' columns even an empty row has a log-sum.
     return LinearLogprobs(
-        *(jnp.where(operands.counted, field, none) for field, none in zip(result, (0, 0, 0, -1), strict=True))
+        *(if_counted(operands.counted, field, none) for field, none in zip(result, (0, 0, 0, -1), strict=True))
     )

@@ -113,6 +113,12 @@ def test_every_pair_of_options(row, implementation):
     np.testing.assert_array_equal(ours["predictions"] == -1, oracle["predictions"] == -1)
 
 
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_all_tokens_count(keep_logits, implementation):
+    options = {"bias": "float32", "temperature": "of tokens", "chunk_size": 8, "keep_logits": keep_logits}
+    check(make(5, batch=(3, 7), ignore_index=None, **options), implementation)
+
+
 @pytest.mark.parametrize(
     ("scale", "dtypes"),
     [

@@ -115,7 +115,7 @@ class Operands(NamedTuple):
       adapted: hidden states multiplied by the first matrix of an adapter of rank R.
       adapter: the second matrix of that adapter.
       labels: each token's column; negative if it is out of range.
-      counted: which tokens count.
+      counted: which tokens count; None if it is known beforehand that all do.
       class_weights: weights of the columns in label smoothing.
       inverse_temperature: `1 / T`, which multiplies a token's logits after all else; None for 1.
       teacher_hidden, teacher_kernel, teacher_bias: a second head to compare with, for distillation.

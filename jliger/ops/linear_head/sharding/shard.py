@@ -80,7 +80,10 @@ def _run_chunks(
     else:
         grads = chunks.recompute_pass(config, wanted, operands, *per_token)
     if isinstance(stats, RowStats) and merge is not None:
-        stats = merge(stats._replace(prediction=jnp.where(operands.counted, stats.prediction + start, -1)))
+        prediction = stats.prediction + start
+        if operands.counted is not None:
+            prediction = jnp.where(operands.counted, prediction, -1)
+        stats = merge(stats._replace(prediction=prediction))
     return Result(stats, grads, logits)
 
 
