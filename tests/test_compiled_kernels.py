@@ -314,3 +314,16 @@ def test_tiles_of_a_width_that_is_known_at_run_time():
         # By themselves are loaded the columns of the last tile, and the label's.
         assert len(re.findall(r"ld\.global\S*\.b16", launch.ptx)) <= 10
         assert_writes_its_results_alone(launch)
+
+
+def test_a_vocab_size_of_all_columns_changes_no_kernel():
+    def kernels(vocab_size):
+        def loss(hidden, kernel, labels):
+            options = {"vocab_size": vocab_size, "reduction": "none", "implementation": "triton"}
+            return jliger.fused_linear_cross_entropy(hidden, kernel, labels, **options).sum()
+
+        shapes = ((16, 8), "float32"), ((8, 301), "float32"), ((16,), "int32")
+        module = lowered(jax.grad(loss, (0, 1)), *(jax.ShapeDtypeStruct(*shape) for shape in shapes), capability=90)
+        return [launch.ptx for launch in launches(module)]
+
+    assert kernels(None) == kernels(301) != kernels(300)

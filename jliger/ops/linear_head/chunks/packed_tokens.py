@@ -62,6 +62,7 @@ class PackedTokens(NamedTuple):
 
     @property
     def all_count(self) -> bool:
+        """Whether all tokens are known to count when the program is traced."""
         return isinstance(self.count, int)
 
     def loop(self, step: Callable[[int, Any, Any], Any], initial: Any, sizes: tuple[int, ...]) -> Any:
