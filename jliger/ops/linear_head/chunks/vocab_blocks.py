@@ -28,11 +28,11 @@ class Blocks:
 
     Attributes:
       config: the layout of the kernel.
-      head: the head; already cast to the products' dtype and padded if there is only one block.
+      head: the head; already cast to the products' dtype and padded if it is one block, with all columns.
       dtype: the dtype of the products' operands.
       alignment: the dimensions of products are padded to multiples of this.
       vocab: number of columns that exist. At run time there may be fewer: `head.num_columns`.
-      width: columns per block; a multiple of 128 if there are several blocks.
+      width: columns per block: all, or a multiple of 128.
     """
 
     config: HeadConfig
@@ -46,12 +46,13 @@ class Blocks:
     def make(
         cls, config: HeadConfig, head: Head, dtype: jax.typing.DTypeLike, alignment: int, width: int | None = None
     ) -> "Blocks":
-        """Splits a head into blocks of `width` columns; a width of None means a single block."""
-        vocab = config.most_columns(head.kernel.shape[config.vocab_dim])
-        if width is None or width >= vocab:
+        """Splits a head into blocks of `width` columns; a width of None means one block with all columns."""
+        size = head.kernel.shape[config.vocab_dim]
+        vocab = config.most_columns(size)
+        if width is None or width >= size:
             # Casts and pads once, outside the loop. Several blocks are cast one at a time instead (`block`), so that
             # the whole kernel is never held in a second dtype.
-            return cls(config, _prepared(head, dtype, alignment), dtype, alignment, vocab, vocab)
+            return cls(config, _prepared(head, dtype, alignment), dtype, alignment, vocab, size)
         # XLA may pass kernels a pointer into the whole bias or class weights, instead of a copy of the block. Triton
         # kernels are compiled for pointers aligned to 16 bytes; 128 float32 columns are 512 bytes.
         assert width % 128 == 0
@@ -90,7 +91,7 @@ class Blocks:
         head, width = self.head, self.head.num_columns
         if width is not None:
             width = jnp.clip(width - span.start, 0, span.width)
-        if self.num_blocks > 1:
+        if self.width < head.kernel.shape[self.config.vocab_dim]:
 
             def part(array: Array | None, dim: int) -> Any:
                 return None if array is None else jax.lax.dynamic_slice_in_dim(array, *span, axis=dim)
