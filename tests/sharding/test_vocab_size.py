@@ -49,7 +49,7 @@ def padding(grads, kernel_layout):
     ("mode", "reduction", "layout"),
     crossed(MODES, pick([("mean", "hv"), ("none", "vh")], on_gpus=[("mean", "hv")], interpreted=[("none", "hv")])),
 )
-def test_every_argument_sharded_with_padding(mode, reduction, layout):
+def test_a_padded_vocabulary(mode, reduction, layout):
     problem = padded_problem(reduction, layout, **EVERYTHING)
     mesh = COLUMNS.mesh(mode)
     arrays = put(problem, COLUMNS, mesh)

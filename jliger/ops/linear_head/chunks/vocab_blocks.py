@@ -32,7 +32,7 @@ class Blocks:
       dtype: the dtype of the products' operands.
       alignment: the dimensions of products are padded to multiples of this.
       vocab: number of columns that exist. At run time there may be fewer: `head.num_columns`.
-      width: columns per block: all, or a multiple of 128.
+      width: columns per block: all, with their padding, or a multiple of 128.
     """
 
     config: HeadConfig
@@ -52,7 +52,8 @@ class Blocks:
         if width is None or width >= size:
             # Casts and pads once, outside the loop. Several blocks are cast one at a time instead (`block`), so that
             # the whole kernel is never held in a second dtype.
-            return cls(config, _prepared(head, dtype, alignment), dtype, alignment, vocab, size)
+            whole = _prepared(head, dtype, alignment)
+            return cls(config, whole, dtype, alignment, vocab, whole.kernel.shape[config.vocab_dim])
         # XLA may pass kernels a pointer into the whole bias or class weights, instead of a copy of the block. Triton
         # kernels are compiled for pointers aligned to 16 bytes; 128 float32 columns are 512 bytes.
         assert width % 128 == 0
