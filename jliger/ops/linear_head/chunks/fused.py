@@ -39,7 +39,7 @@ def fused_pass(
     dtype = operands.hidden.dtype
     vocab = operands.kernel.shape[config.vocab_dim]
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
-    packed = PackedTokens.make(operands, forward_chunk(config, operands.labels.shape[0], vocab))
+    packed = PackedTokens.of(operands, forward_chunk(config, operands.labels.shape[0], vocab))
 
     def step(size: int, index: Int[Array, ""] | int, carry: tuple[RowStats, Gradients]) -> tuple[RowStats, Gradients]:
         stats, grads = carry

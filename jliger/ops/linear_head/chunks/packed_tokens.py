@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head.chunks.arrays import materialize, pad
@@ -36,12 +36,18 @@ class PackedTokens(NamedTuple):
     chunk: int
 
     @classmethod
-    def make(cls, operands: Operands, chunk: int) -> "PackedTokens":
-        """Packs the tokens of `operands` that count."""
-        counted, num_tokens = operands.counted, operands.labels.shape[0]
+    def of(cls, operands: Operands, chunk: int) -> "PackedTokens":
+        """Packs the tokens of `operands` that count; if all are known to, each is at its own place."""
+        if operands.counted is not None:
+            return cls.make(operands.counted, chunk)
+        num_tokens = operands.labels.shape[0]
         places = jnp.arange(-(-num_tokens // chunk) * chunk, dtype=jnp.int32)
-        if counted is None:
-            return cls(places, jnp.asarray(num_tokens) if is_symbolic(num_tokens) else num_tokens, num_tokens, chunk)
+        return cls(places, jnp.asarray(num_tokens) if is_symbolic(num_tokens) else num_tokens, num_tokens, chunk)
+
+    @classmethod
+    def make(cls, counted: Bool[Array, " T"], chunk: int) -> "PackedTokens":
+        num_tokens = counted.shape[0]
+        places = jnp.arange(-(-num_tokens // chunk) * chunk, dtype=jnp.int32)
         count = counted.sum(dtype=jnp.int32)
         # A stable sort by "uncounted" puts the counted tokens first and keeps their order, so that gathers and scatters
         # have sorted indices.

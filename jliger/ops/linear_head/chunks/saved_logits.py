@@ -48,7 +48,7 @@ def saved_logits_pass(
     num_tokens, vocab = operands.logits.shape
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
     # All tokens are packed, counted or not, because the saved logits are in the order of the tokens.
-    packed = PackedTokens.make(operands._replace(counted=None), forward_chunk(config, num_tokens, vocab))
+    packed = PackedTokens.of(operands._replace(counted=None), forward_chunk(config, num_tokens, vocab))
     counted = _where_counted(operands)
     per_token = row_max, log_sum, coefficients
     if operands.counted is not None:
