@@ -23,7 +23,7 @@ def fused_linear_cross_entropy(
     *,
     where: Bool[Array, "*B"] | None = None,
     weights: Float[Array, "*B"] | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     class_weights: Float[Array, " V"] | None = None,
@@ -44,6 +44,7 @@ def fused_linear_cross_entropy(
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     lse = jax.nn.logsumexp(logits, axis=-1)
     w = jnp.ones((vocab_size,), dtype) if class_weights is None else jax.lax.stop_gradient(class_weights).astype(dtype)
+    w = w[:vocab_size]
     nll = -jnp.take_along_axis(log_probs, safe[..., None], axis=-1)[..., 0]
     weighted = jnp.broadcast_to(w, log_probs.shape) * log_probs
     cross_entropy = (1 - label_smoothing) * w[safe] * nll - label_smoothing * jnp.mean(weighted, axis=-1)
@@ -76,7 +77,7 @@ def linear_logprobs(
     labels: Int[Array, "*B"],
     *,
     where: Bool[Array, "*B"] | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     **head: Any,
 ) -> LinearLogprobs:
     """`jliger.linear_logprobs` on full logits, with the same arguments and results."""
@@ -112,7 +113,7 @@ def fused_linear_jsd(
     soft_weight: Any = 1.0,
     where: Bool[Array, "*B"] | None = None,
     weights: Float[Array, "*B"] | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
     normalizer: Float[Array, ""] | float | None = None,
     return_metrics: bool = False,
@@ -194,6 +195,7 @@ def _logits(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     temperature: Any = 1.0,
+    vocab_size: int | None = None,
     logits_dtype: jax.typing.DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
     **unused: Any,
@@ -222,14 +224,15 @@ def _logits(
         logits = logit_softcap * jnp.tanh(logits / logit_softcap)
     temperature = jax.lax.stop_gradient(jnp.asarray(temperature, dtype))
     temperature = jnp.where(temperature > 0, temperature, jnp.nan)
-    return logits / (temperature if temperature.ndim == 0 else temperature[..., None])
+    logits = logits / (temperature if temperature.ndim == 0 else temperature[..., None])
+    return logits[..., :vocab_size]
 
 
 def _labels(
-    labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int, vocab_size: int
+    labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int | None, vocab_size: int
 ) -> tuple[Bool[Array, "*B"], Bool[Array, "*B"], Int[Array, "*B"]]:
     """Which tokens count, which labels are in range, and labels with 0 for those that are not."""
-    counted = labels != ignore_index
+    counted = jnp.ones_like(labels, bool) if ignore_index is None else labels != ignore_index
     if where is not None:
         counted &= where
     inside = (labels >= 0) & (labels < vocab_size)

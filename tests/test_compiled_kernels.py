@@ -1,4 +1,4 @@
-"""Every kernel, in every form it takes, compiles for A100, H100 and B200, on a machine that has none of them."""
+"""Every kernel, in every form it takes, compiles for every supported GPU, on a machine that has none of them."""
 
 import itertools
 import re
@@ -24,7 +24,8 @@ from jliger.testing.oracle import every_pair
 
 pytestmark = pytest.mark.skipif(not HAS_PLUGIN, reason="lowering for a GPU needs jax-cuda13-plugin")
 
-CAPABILITIES = [80, 90, 100]
+CAPABILITIES = [80, 90, 100]  # A100, H100, B200
+OTHER_CAPABILITIES = [89, 120]  # RTX 40 and L40S; RTX 50 and RTX PRO
 
 # Constexprs and what else a kernel is compiled for, the GPU among them, so that every pair meets in one.
 BRANCHES = {
@@ -41,6 +42,7 @@ BRANCHES = {
     "mean_logit": [False, True],
     "dtype": ["float32", "bfloat16", "float16"],
     "width": [301, 512, 262144],
+    "run_time_width": [False],
 }
 
 
@@ -58,7 +60,8 @@ def all_kernels(branch):
 
     per_token = shape(tokens)
     temperature = per_token if branch["temperature"] else None
-    block = Block(vector("bias"), vector("class_weights"), shape(tokens, dtype="int32"), temperature)
+    run_time_width = shape(dtype="int32") if branch["run_time_width"] else None
+    block = Block(vector("bias"), vector("class_weights"), shape(tokens, dtype="int32"), temperature, run_time_width)
     coefficients = Coefficients(
         per_token, per_token, *(per_token if branch[name] else None for name in ("by_lse", "smoothing", "by_logit"))
     )
@@ -83,7 +86,14 @@ PAIR_BRANCHES = {
     "softcaps": [(None, None), (30.0, None), (None, 30.0)],
     "dtypes": [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "bfloat16")],
     "width": [301, 512, 262144],
+    "run_time_width": [False],
 }
+
+
+def and_exhaustive(branches):
+    """Every pair of branches; with widths of run time, and for GPUs that are like others here, marked exhaustive."""
+    more = every_pair({**branches, "capability": [90, *OTHER_CAPABILITIES], "run_time_width": [False, True]})
+    return [*every_pair(branches), *(pytest.param(branch, marks=pytest.mark.exhaustive) for branch in more)]
 
 
 def all_pair_kernels(branch):
@@ -95,8 +105,10 @@ def all_pair_kernels(branch):
     def shape(*dims, dtype="float32"):
         return jax.ShapeDtypeStruct(dims, dtype)
 
-    labels = shape(tokens, dtype="int32")
-    block = DistillationBlock(*(Block(shape(stride) if bias else None, None, labels) for bias in branch["biases"]))
+    labels, run_time_width = shape(tokens, dtype="int32"), shape(dtype="int32") if branch["run_time_width"] else None
+    block = DistillationBlock(
+        *(Block(shape(stride) if bias else None, None, labels, width=run_time_width) for bias in branch["biases"])
+    )
     of_labels = (shape(tokens) if branch["labels"] else None,) * 2
     distillation_map = DistillationMap(
         *(LogitMap(0.5, softcap, width) for softcap in branch["softcaps"]),
@@ -151,7 +163,7 @@ def assert_writes_its_results_alone(launch):
     assert "red.global" not in launch.ptx
 
 
-@pytest.mark.parametrize("branch", every_pair(BRANCHES), ids=itertools.count())
+@pytest.mark.parametrize("branch", and_exhaustive(BRANCHES), ids=itertools.count())
 def test_every_branch_of_every_kernel(branch, tmp_path):
     call, shapes = all_kernels(branch)
     found = launches(lowered(call, *shapes, capability=branch["capability"]))
@@ -162,7 +174,7 @@ def test_every_branch_of_every_kernel(branch, tmp_path):
         assert not narrow_row_offsets(launch.ptx)
 
 
-@pytest.mark.parametrize("branch", every_pair(PAIR_BRANCHES), ids=itertools.count())
+@pytest.mark.parametrize("branch", and_exhaustive(PAIR_BRANCHES), ids=itertools.count())
 def test_every_branch_of_every_kernel_of_pairs(branch, tmp_path):
     call, shapes = all_pair_kernels(branch)
     found = launches(lowered(call, *shapes, capability=branch["capability"]))
@@ -294,10 +306,13 @@ def test_a_training_step_is_exported(capability, dtypes, reduction):
 
 
 # The README's shapes. The last block of columns is narrower than the others, and all columns are in no whole tiles.
-@pytest.mark.parametrize(("vocab", "temperature"), [(128256, 1.0), (151936, 0.7), (50304, 1.0)])
-def test_tiles_are_loaded_and_stored_as_vectors(vocab, temperature):
+@pytest.mark.parametrize(
+    ("vocab", "temperature", "vocab_size"), [(128256, 1.0, None), (151936, 0.7, None), (50304, 1.0, 50264)]
+)
+def test_tiles_are_loaded_and_stored_as_vectors(vocab, temperature, vocab_size):
     def loss(hidden, kernel, bias, labels, reduction):
-        options = dict(bias=bias, reduction=reduction, temperature=temperature, implementation="triton")
+        options = dict(bias=bias, reduction=reduction, temperature=temperature, vocab_size=vocab_size)
+        options["implementation"] = "triton"
         return jliger.fused_linear_cross_entropy(hidden, kernel, labels, **options).sum()
 
     def every_kernel(hidden, kernel, bias, labels):
@@ -329,3 +344,39 @@ def test_another_backend_is_not_exported_for():
 
     shapes = jax.ShapeDtypeStruct((4, 8), "float32"), jax.ShapeDtypeStruct((8, 16), "float32")
     assert not launches(lowered(jax.grad(loss, (0, 1)), *shapes, capability=90))
+
+
+def test_tiles_of_a_width_that_is_known_at_run_time():
+    # A device's share of a padded vocabulary: whole tiles are loaded as vectors, as many as there are.
+    rows, width = get_rows("triton", 90), 16384
+
+    def shape(*dims, dtype="float32"):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    block = Block(None, None, shape(4, dtype="int32"), width=shape(dtype="int32"))
+
+    def call(product, block, coefficients):
+        logit_map = LogitMap(1.0, None, width)
+        stats = rows.row_stats(product, block, logit_map, StatsWanted())
+        args = (stats.max, stats.log_sum, coefficients)
+        return rows.row_grads(product, block, logit_map, *args, dtype=product.dtype)
+
+    arguments = shape(4, width, dtype="bfloat16"), block, Coefficients(shape(4), shape(4))
+    for launch in launches(lowered(call, *arguments, capability=90)):
+        assert len(re.findall(r"ld\.global\S*\.v4\.b32", launch.ptx)) >= 4  # the unrolled loop's
+        # By themselves are loaded the columns of the last tile, and the label's.
+        assert len(re.findall(r"ld\.global\S*\.b16", launch.ptx)) <= 10
+        assert_writes_its_results_alone(launch)
+
+
+def test_a_vocab_size_of_all_columns_changes_no_kernel():
+    def kernels(vocab_size):
+        def loss(hidden, kernel, labels):
+            options = {"vocab_size": vocab_size, "reduction": "none", "implementation": "triton"}
+            return jliger.fused_linear_cross_entropy(hidden, kernel, labels, **options).sum()
+
+        shapes = ((16, 8), "float32"), ((8, 301), "float32"), ((16,), "int32")
+        module = lowered(jax.grad(loss, (0, 1)), *(jax.ShapeDtypeStruct(*shape) for shape in shapes), capability=90)
+        return [launch.ptx for launch in launches(module)]
+
+    assert kernels(None) == kernels(301) != kernels(300)

@@ -93,7 +93,16 @@ class HeadMethods:
 
 
 _ARRAYS = ("kernel", "bias", "adapter")
-_STATIC = ("kernel_layout", "logit_scale", "logit_softcap", "dtype", "promote", "logits_dtype", "precision")
+_STATIC = (
+    "kernel_layout",
+    "logit_scale",
+    "logit_softcap",
+    "vocab_size",
+    "dtype",
+    "promote",
+    "logits_dtype",
+    "precision",
+)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=_STATIC)
@@ -108,6 +117,7 @@ class LinearHead(HeadMethods):
       kernel_layout: `"hv"` or `"vh"`.
       logit_scale: multiplies the logits.
       logit_softcap: `c` in `c · tanh(z / c)`, or None.
+      vocab_size: how many columns exist, if the kernel is padded; None for all.
       dtype: the dtype of the products' operands; None for the promoted dtype of hidden states and parameters, as in
         flax.
       promote: a function that casts hidden states, kernel and bias, instead of `dtype`.
@@ -122,13 +132,17 @@ class LinearHead(HeadMethods):
     kernel_layout: KernelLayout = "hv"
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    vocab_size: int | None = None
     dtype: Any = None
     promote: Promote | None = None
     logits_dtype: Any = None
     precision: jax.lax.PrecisionLike = None
 
     def logits(self, hidden: Float[Array, "*B H"], out_sharding: Any = None) -> Float[Array, "*B V"]:
-        """All logits, computed as in the layer that this head was made from, then scaled and capped."""
+        """All logits, computed as in the layer that this head was made from, then scaled and capped.
+
+        They are −∞ in columns from `vocab_size` on, so that these are not sampled.
+        """
         hidden, kernel, bias = self._promoted(hidden)
         logits = jax.lax.dot_general(
             hidden,
@@ -146,7 +160,12 @@ class LinearHead(HeadMethods):
             logits += jnp.expand_dims(bias.astype(logits.dtype), range(logits.ndim - 1))
         if self.logit_scale != 1:
             logits *= self.logit_scale
-        return logits if self.logit_softcap is None else self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
+        if self.logit_softcap is not None:
+            logits = self.logit_softcap * jnp.tanh(logits / self.logit_softcap)
+        if self.vocab_size is not None:
+            padding = jnp.where(jnp.arange(logits.shape[-1]) < self.vocab_size, 0, -jnp.inf).astype(logits.dtype)
+            logits += jnp.expand_dims(padding, range(logits.ndim - 1))
+        return logits
 
     def linear_head(self, hidden: Any) -> "LinearHead":
         """Itself."""
@@ -175,7 +194,8 @@ class LinearHead(HeadMethods):
         for name in ("kernel", *own):
             if name in options:
                 raise TypeError(f"{name} comes with the head; leave it out.")
-        how = {name: getattr(self, name) for name in ("logit_scale", "logit_softcap", "logits_dtype", "precision")}
+        of_logits = ("logit_scale", "logit_softcap", "vocab_size", "logits_dtype", "precision")
+        how = {name: getattr(self, name) for name in of_logits}
         return hidden, kernel, {**own, **how, **options}
 
 

@@ -133,3 +133,30 @@ def test_flax_is_imported_on_first_use():
     assert done.stdout.count("LMHead") == 2, done.stderr
     with pytest.raises(AttributeError, match="no attribute 'torch'"):
         _ = jliger.torch
+
+
+def test_a_padded_vocabulary():
+    smaller, hidden, labels = VOCAB - 3, make_hidden(), make_labels()
+    head = jliger.nnx.LMHead(HIDDEN_SIZE, VOCAB, vocab_size=smaller, logit_softcap=2.0, rngs=nnx.Rngs(0))
+    logits = head(hidden)
+    np.testing.assert_array_equal(logits[..., smaller:], -jnp.inf)
+    labels = jnp.where(labels < 0, labels, labels % smaller)
+    expected = loss_of_logits(logits[..., :smaller], labels)
+    np.testing.assert_allclose(head.loss(hidden, labels, implementation="xla"), expected, rtol=1e-6)
+
+
+def test_every_module_hands_on_its_vocab_size():
+    hidden, key = make_hidden(), jax.random.key(0)
+
+    def of_linen(module, method):
+        return jax.eval_shape(lambda: module.init_with_output(key, hidden, method=method)[0])
+
+    embed = nnx.Embed(VOCAB, HIDDEN_SIZE, rngs=nnx.Rngs(0))
+    for head in (
+        jliger.nnx.LMHead.tied(embed, vocab_size=8).linear_head(),
+        jliger.nnx.MedusaHeads(2, HIDDEN_SIZE, VOCAB, vocab_size=8, rngs=nnx.Rngs(0)).medusa_heads(hidden).heads,
+        of_linen(jliger.linen.LMHead(VOCAB, vocab_size=8), "linear_head"),
+        of_linen(jliger.linen.LMHead.tied(linen.Embed(VOCAB, HIDDEN_SIZE), vocab_size=8), "linear_head"),
+        of_linen(jliger.linen.MedusaHeads(2, VOCAB, vocab_size=8), "medusa_heads").heads,
+    ):
+        assert head.vocab_size == 8

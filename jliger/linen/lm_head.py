@@ -27,6 +27,8 @@ class LMHead(HeadMethods, nn.Dense):
       promote_dtype: casts hidden states, kernel and bias in place of flax's function.
       logit_scale: `s`, a Python number.
       logit_softcap: `c` in `c · tanh(z / c)`, a Python number, or None.
+      vocab_size: how many columns exist, if the kernel is padded; None for all. The others have logits of −∞, no
+        probability, and gradients of 0.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jliger
@@ -39,12 +41,15 @@ class LMHead(HeadMethods, nn.Dense):
 
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    vocab_size: int | None = None
 
     @staticmethod
-    def tied(embed: nn.Embed, *, logit_scale: float = 1.0, logit_softcap: float | None = None) -> "TiedLMHead":
+    def tied(
+        embed: nn.Embed, *, logit_scale: float = 1.0, logit_softcap: float | None = None, vocab_size: int | None = None
+    ) -> "TiedLMHead":
         """The head whose kernel is `embed`'s embedding `[V, H]`."""
         heads.check_embed(embed, nn.Embed, "linen")
-        return TiedLMHead(embed, logit_scale=logit_scale, logit_softcap=logit_softcap)
+        return TiedLMHead(embed, logit_scale=logit_scale, logit_softcap=logit_softcap, vocab_size=vocab_size)
 
     def __call__(self, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
         """All logits, for sampling."""
@@ -58,7 +63,9 @@ class LMHead(HeadMethods, nn.Dense):
         params = {"kernel": self.param("kernel", self.kernel_init, (hidden.shape[-1], self.features), self.param_dtype)}
         if self.use_bias:
             params["bias"] = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        return layers.of_params(self, params, logit_scale=self.logit_scale, logit_softcap=self.logit_softcap)
+        return layers.of_params(
+            self, params, logit_scale=self.logit_scale, logit_softcap=self.logit_softcap, vocab_size=self.vocab_size
+        )
 
 
 class TiedLMHead(HeadMethods, nn.Module):
@@ -68,11 +75,13 @@ class TiedLMHead(HeadMethods, nn.Module):
       embed: the embedding.
       logit_scale: multiplies the logits.
       logit_softcap: `c` in `c · tanh(z / c)`, or None.
+      vocab_size: how many columns exist, or None for all.
     """
 
     embed: nn.Embed
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    vocab_size: int | None = None
 
     def __call__(self, hidden: Float[Array, "*B H"]) -> Float[Array, "*B V"]:
         """All logits, for sampling."""
@@ -80,7 +89,13 @@ class TiedLMHead(HeadMethods, nn.Module):
 
     def linear_head(self, hidden: Float[Array, "*B H"]) -> LinearHead:
         """Parameters, and how they make logits."""
-        return layers.of_embed(self.embed, hidden, logit_scale=self.logit_scale, logit_softcap=self.logit_softcap)
+        return layers.of_embed(
+            self.embed,
+            hidden,
+            logit_scale=self.logit_scale,
+            logit_softcap=self.logit_softcap,
+            vocab_size=self.vocab_size,
+        )
 
 
 @layers.linear_head.register(LMHead)

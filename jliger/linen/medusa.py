@@ -36,6 +36,7 @@ class MedusaHeads(nn.Module):
       num_blocks: residual blocks of each head.
       logit_scale: of the heads, as in `LMHead`.
       logit_softcap: of the heads, as in `LMHead`.
+      vocab_size: of the heads, as in `LMHead`.
       use_bias: whether the heads have a bias; the blocks do.
       dtype: of the products; None for what hidden states and parameters promote to.
       param_dtype: of the parameters.
@@ -59,6 +60,7 @@ class MedusaHeads(nn.Module):
     num_blocks: int = 1
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    vocab_size: int | None = None
     use_bias: bool = False
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
@@ -162,6 +164,7 @@ class MedusaHeads(nn.Module):
             self.features,
             logit_scale=self.logit_scale,
             logit_softcap=self.logit_softcap,
+            vocab_size=self.vocab_size,
             use_bias=self.use_bias,
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,

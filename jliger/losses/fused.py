@@ -36,8 +36,10 @@ class HeadTokens(NamedTuple):
             where = checks.as_array("where", where)
             checks.check_where(where, tokens)
         ignore_index = options.get("ignore_index", HEAD_DEFAULTS["ignore_index"])
-        checks.check_integer("ignore_index", ignore_index)
-        return cls(hidden, kernel, tokens, counted_tokens(tokens, where, ignore_index), options)
+        if ignore_index is not None:
+            checks.check_integer("ignore_index", ignore_index)
+        counted = counted_tokens(tokens, where, ignore_index)
+        return cls(hidden, kernel, tokens, jnp.ones_like(tokens, bool) if counted is None else counted, options)
 
     def summed(
         self, loss: Callable[..., Any], given: Mapping[str, Any], arrays: Mapping[str, Any], units: Units

@@ -27,6 +27,8 @@ class LMHead(HeadMethods, nnx.Linear):
       out_features: `V`.
       logit_scale: `s`, a Python number.
       logit_softcap: `c` in `c · tanh(z / c)`, a Python number, or None.
+      vocab_size: how many columns exist, if the kernel is padded; None for all. The others have logits of −∞, no
+        probability, and gradients of 0.
       use_bias: whether there is a bias; as in `flax.nnx.Linear` there is.
       dtype: of the products; None for what hidden states and parameters promote to.
       param_dtype: of the parameters.
@@ -59,6 +61,7 @@ class LMHead(HeadMethods, nnx.Linear):
         *,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
+        vocab_size: int | None = None,
         use_bias: bool = True,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -88,11 +91,14 @@ class LMHead(HeadMethods, nnx.Linear):
         )
         self.logit_scale = logit_scale
         self.logit_softcap = logit_softcap
+        self.vocab_size = vocab_size
 
     @staticmethod
-    def tied(embed: nnx.Embed, *, logit_scale: float = 1.0, logit_softcap: float | None = None) -> "TiedLMHead":
+    def tied(
+        embed: nnx.Embed, *, logit_scale: float = 1.0, logit_softcap: float | None = None, vocab_size: int | None = None
+    ) -> "TiedLMHead":
         """The head whose kernel is `embed`'s embedding `[V, H]`."""
-        return TiedLMHead(embed, logit_scale=logit_scale, logit_softcap=logit_softcap)
+        return TiedLMHead(embed, logit_scale=logit_scale, logit_softcap=logit_softcap, vocab_size=vocab_size)
 
     def __call__(self, inputs: Float[Array, "*B H"], out_sharding: Any = None) -> Float[Array, "*B V"]:
         """All logits, for sampling."""
@@ -101,7 +107,9 @@ class LMHead(HeadMethods, nnx.Linear):
     def linear_head(self, hidden: Any = None) -> LinearHead:
         """Parameters, and how they make logits; of hidden states it wants to know nothing."""
         del hidden
-        return layers.of_linear(self, logit_scale=self.logit_scale, logit_softcap=self.logit_softcap)
+        return layers.of_linear(
+            self, logit_scale=self.logit_scale, logit_softcap=self.logit_softcap, vocab_size=self.vocab_size
+        )
 
 
 class TiedLMHead(HeadMethods, nnx.Module):
@@ -115,13 +123,22 @@ class TiedLMHead(HeadMethods, nnx.Module):
       embed: the embedding.
       logit_scale: multiplies the logits.
       logit_softcap: `c` in `c · tanh(z / c)`, or None.
+      vocab_size: how many columns exist, or None for all.
     """
 
-    def __init__(self, embed: nnx.Embed, *, logit_scale: float = 1.0, logit_softcap: float | None = None):
+    def __init__(
+        self,
+        embed: nnx.Embed,
+        *,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        vocab_size: int | None = None,
+    ):
         heads.check_embed(embed, nnx.Embed, "nnx")
         self.embed = embed
         self.logit_scale = logit_scale
         self.logit_softcap = logit_softcap
+        self.vocab_size = vocab_size
 
     def __call__(self, inputs: Float[Array, "*B H"], out_sharding: Any = None) -> Float[Array, "*B V"]:
         """All logits, for sampling."""
@@ -130,7 +147,9 @@ class TiedLMHead(HeadMethods, nnx.Module):
     def linear_head(self, hidden: Any = None) -> LinearHead:
         """Parameters, and how they make logits; of hidden states it wants to know nothing."""
         del hidden
-        return layers.of_embed(self.embed, logit_scale=self.logit_scale, logit_softcap=self.logit_softcap)
+        return layers.of_embed(
+            self.embed, logit_scale=self.logit_scale, logit_softcap=self.logit_softcap, vocab_size=self.vocab_size
+        )
 
 
 @layers.linear_head.register(LMHead)

@@ -36,6 +36,7 @@ class MedusaHeads(nnx.Module):
       num_blocks: residual blocks of each head.
       logit_scale: of the heads, as in `LMHead`.
       logit_softcap: of the heads, as in `LMHead`.
+      vocab_size: of the heads, as in `LMHead`.
       use_bias: whether the heads have a bias; the blocks do.
       dtype: of the products; None for what hidden states and parameters promote to.
       param_dtype: of the parameters.
@@ -71,6 +72,7 @@ class MedusaHeads(nnx.Module):
         num_blocks: int = 1,
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
+        vocab_size: int | None = None,
         use_bias: bool = False,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
@@ -100,6 +102,7 @@ class MedusaHeads(nnx.Module):
                 out_features,
                 logit_scale=logit_scale,
                 logit_softcap=logit_softcap,
+                vocab_size=vocab_size,
                 use_bias=use_bias,
                 kernel_init=kernel_init,
                 bias_init=bias_init,

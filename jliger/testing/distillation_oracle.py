@@ -105,7 +105,7 @@ def make_problem(
         sides = [random.normal(size=size) / 2 for size in ((hidden_sizes[0], 2), (2, vocab))]
         inputs["student_adapter"] = jliger.LinearAdapter(*(jnp.asarray(side, jnp.float32) for side in sides), 0.5)
     if labels:
-        columns = random.integers(0, vocab, batch)
+        columns = random.integers(0, options.get("vocab_size") or vocab, batch)
         options["labels"] = jnp.asarray(np.where(random.random(batch) < ignored, -100, columns), jnp.int32)
     if where is not None:
         options["where"] = jnp.asarray({"all": 1.0, "some": 0.5, "none": 0.0}[where] > random.random(batch))

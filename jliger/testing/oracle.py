@@ -100,7 +100,7 @@ def make_problem(
     }
     if bias is not None:
         inputs["bias"] = jnp.asarray(random.normal(size=vocab), bias)
-    labels = random.integers(0, vocab, batch)
+    labels = random.integers(0, options.get("vocab_size") or vocab, batch)
     if ignored:
         labels = np.where(random.random(batch) < ignored, options.get("ignore_index", -100), labels)
     if where is not None:
@@ -278,6 +278,7 @@ def assert_predictions(problem: Problem, predictions: Any) -> None:
         # differences.
         cap = problem.options["logit_softcap"] / abs(problem.options.get("logit_scale", 1.0))
         logits = cap * np.tanh(logits / cap)
+    logits = logits[..., : problem.options.get("vocab_size")]
     counted = np.array(problem.labels != problem.options.get("ignore_index", -100))
     if "where" in problem.options:
         counted &= np.asarray(problem.options["where"])

@@ -21,11 +21,12 @@ class HeadOptions(TypedDict, total=False):
 
     bias: Float[Array, " V"] | None
     where: Bool[Array, "*B"] | None
-    ignore_index: int
+    ignore_index: int | None
     kernel_layout: KernelLayout
     logit_scale: float
     logit_softcap: float | None
     temperature: Float[Array, "*B"] | Float[Array, ""] | float
+    vocab_size: int | None
     logits_dtype: jax.typing.DTypeLike | None
     precision: jax.lax.PrecisionLike
     chunk_size: int | None
@@ -42,6 +43,7 @@ HEAD_DEFAULTS = HeadOptions(
     logit_scale=1.0,
     logit_softcap=None,
     temperature=1.0,
+    vocab_size=None,
     logits_dtype=None,
     precision=None,
     chunk_size=None,
@@ -59,7 +61,7 @@ class Arguments(NamedTuple):
     labels: Int[Array, "*B"]
     where: Bool[Array, "*B"] | None
     adapter: LinearAdapter | None
-    ignore_index: int
+    ignore_index: int | None
 
 
 def head_arguments(
@@ -108,7 +110,8 @@ def head_arguments(
     adapter = _adapter(given["adapter"], hidden, kernel, config.vocab_dim, whose)
     inverse_temperature = _inverse_temperature(given["temperature"], labels, accumulator_dtype(hidden.dtype))
     operands = Operands(hidden, kernel, bias, inverse_temperature=inverse_temperature)
-    return Arguments(config, operands, labels, where, adapter, int(given["ignore_index"]))
+    ignore_index = None if given["ignore_index"] is None else int(given["ignore_index"])
+    return Arguments(config, operands, labels, where, adapter, ignore_index)
 
 
 def _config(options: HeadOptions, arrays: tuple[Any, ...], stats_wanted: StatsWanted) -> HeadConfig:
@@ -131,7 +134,18 @@ def _config(options: HeadOptions, arrays: tuple[Any, ...], stats_wanted: StatsWa
         compute_capability=target_compute_capability(),
         stats_wanted=stats_wanted,
         vocab_axes=checks.check_axes("vocab_axis_name", options["vocab_axis_name"]),
+        vocab_size=_vocab_size(options["vocab_size"]),
     )
+
+
+def _vocab_size(vocab_size: Any) -> int | None:
+    """A number of columns; `sharding.vocab_size`, which knows the size of the whole kernel, checks that it has them."""
+    if vocab_size is None:
+        return None
+    checks.check_integer("vocab_size", vocab_size)
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size got {vocab_size}; pass at least 1, or None for all of the kernel's columns.")
+    return int(vocab_size)
 
 
 def _adapter(adapter: Any, hidden: Any, kernel: Any, vocab_dim: int, whose: str) -> LinearAdapter | None:
@@ -171,30 +185,39 @@ def with_tokens(
     labels: Int[Array, "*B"],
     where: Bool[Array, "*B"] | None,
     *,
-    ignore_index: int,
+    ignore_index: int | None,
     vocab_size: int,
 ) -> Operands:
     """The operands with what concerns each token: its column, and whether it counts; nothing of those that don't."""
     counted = counted_tokens(labels, where, ignore_index)
     inverse_temperature = operands.inverse_temperature
-    if inverse_temperature is not None:
+    if inverse_temperature is not None and counted is not None:
         inverse_temperature = jnp.where(counted, inverse_temperature, 1)
     columns = label_columns(labels, counted, vocab_size)
     return operands._replace(labels=columns, counted=counted, inverse_temperature=inverse_temperature)
 
 
-def counted_tokens(labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int) -> Bool[Array, "*B"]:
-    """Those where `where` is true and the label is not `ignore_index`."""
+def counted_tokens(
+    labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int | None
+) -> Bool[Array, "*B"] | None:
+    """Those where `where` is true and the label is not `ignore_index`; None for all, if that is known beforehand."""
+    if ignore_index is None:
+        return where
     limits = jnp.iinfo(labels.dtype)
     # A dtype that cannot hold ignore_index has no label equal to it; a comparison would wrap it around.
     counted = labels != ignore_index if limits.min <= ignore_index <= limits.max else jnp.full(labels.shape, True)
     return counted if where is None else counted & where
 
 
-def label_columns(labels: Int[Array, "*B"], counted: Bool[Array, "*B"], vocab_size: int) -> Int[Array, "*B"]:
+def label_columns(labels: Int[Array, "*B"], counted: Bool[Array, "*B"] | None, vocab_size: int) -> Int[Array, "*B"]:
     """Labels as int32 columns: −1 where a label that counts is none, 0 where a token doesn't count."""
     inside = (labels >= 0) & (labels <= min(vocab_size - 1, jnp.iinfo(labels.dtype).max))
-    return jnp.where(counted, jnp.where(inside, labels.astype(jnp.int32), -1), 0)
+    return if_counted(counted, jnp.where(inside, labels.astype(jnp.int32), -1), 0)
+
+
+def if_counted(counted: Bool[Array, "*B"] | None, values: Array, otherwise: float) -> Array:
+    """The values of tokens that count, and `otherwise` for others."""
+    return values if counted is None else jnp.where(counted, values, otherwise)
 
 
 def column_validity(columns: Int[Array, "*B"], dtype: jax.typing.DTypeLike) -> Float[Array, "*B"]:

@@ -31,7 +31,8 @@ def check_logit_options(
         check_number(f"{whose}logit_softcap", logit_softcap)
         if logit_softcap <= 0:
             raise ValueError(f"{whose}logit_softcap got {logit_softcap!r}; pass a number above 0, or None for no cap.")
-    check_integer("ignore_index", ignore_index)
+    if ignore_index is not None:
+        check_integer("ignore_index", ignore_index)
     if chunk_size is not None:
         check_integer("chunk_size", chunk_size)
         if chunk_size < 1:

@@ -40,6 +40,10 @@ MISTAKES = [
     ({"ignore_index": True}, TypeError, ["ignore_index", "True", "integer"]),
     ({"chunk_size": 0}, ValueError, ["chunk_size", "0", "at least 1"]),
     ({"chunk_size": 2.0}, TypeError, ["chunk_size", "2.0", "integer"]),
+    ({"vocab_size": 0}, ValueError, ["vocab_size", "0", "at least 1", "None"]),
+    ({"vocab_size": 8}, ValueError, ["vocab_size", "8", "at most 7"]),
+    ({"vocab_size": True}, TypeError, ["vocab_size", "True", "integer"]),
+    ({"vocab_size": 7.0}, TypeError, ["vocab_size", "7.0", "integer"]),
     ({"normalizer": 3.0, "reduction": "sum"}, ValueError, ["normalizer", "'sum'", "'mean'"]),
     ({"normalizer": 3.0, "reduction": "none"}, ValueError, ["normalizer", "'none'", "'mean'"]),
     ({"normalizer": jnp.ones(2)}, ValueError, ["normalizer", "(2,)", "scalar"]),
@@ -111,6 +115,8 @@ def test_options_cannot_be_traced():
     for name in ("logit_scale", "logit_softcap", "label_smoothing", "z_loss"):
         with pytest.raises(TypeError, match=f"{name} got .*Python number"):
             jax.jit(lambda value, name=name: call(**{name: value}))(0.5)
+    with pytest.raises(TypeError, match=r"vocab_size got .*Python integer"):
+        jax.jit(lambda value: call(vocab_size=value))(7)
 
 
 def test_a_traced_scale_has_another_way():

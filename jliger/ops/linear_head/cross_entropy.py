@@ -19,6 +19,7 @@ from jliger.ops.linear_head.arguments import (
     HeadOptions,
     column_validity,
     head_arguments,
+    if_counted,
     with_tokens,
 )
 from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands
@@ -101,11 +102,12 @@ def fused_linear_cross_entropy(
     bias: Float[Array, " V"] | None = None,
     where: Bool[Array, "*B"] | None = None,
     weights: Float[Array, "*B"] | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     kernel_layout: KernelLayout = "hv",
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     temperature: Float[Array, "*B"] | Float[Array, ""] | float = 1.0,
+    vocab_size: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     class_weights: Float[Array, " V"] | None = None,
@@ -165,13 +167,19 @@ def fused_linear_cross_entropy(
         a 0 there. A softcap makes `−c` of −∞, so that the column is not masked.
       where: bools `[*B]`, the tokens that count.
       weights: a weight for each token, `[*B]`. It carries no gradient.
-      ignore_index: a label equal to it doesn't count.
+      ignore_index: a label equal to it doesn't count. None, without `where`, says that all tokens count: none are
+        looked for and left out, and the number of chunks is known when the program is compiled. Every label out of
+        range then makes the loss NaN.
       kernel_layout: `"hv"` or `"vh"`.
       logit_scale: `s`, a Python number.
       logit_softcap: `c`, a Python number, or None for no cap.
       temperature: `T`, which divides logits after scale and softcap, before anything else: a Python number above 0, a
         scalar array, or one number for each token, `[*B]`. It carries no gradient. In an array a number that is not
         above 0 makes its tokens' losses and gradients NaN.
+      vocab_size: $V'$, a Python integer, if the kernel is padded: its columns from $V'$ on do not exist. They have no
+        probability and no share in the smoothing ($\alpha / V'$), are never predicted, and their gradients are 0; a
+        label among them is out of range. `bias` and `class_weights` stay `[V]`. Products are still taken of all
+        columns, so what the padding holds must be finite. None for all columns.
       label_smoothing: `α` in [0, 1].
       z_loss: `λ`, at least 0.
       class_weights: `w`, `[V]`. It carries no gradient.
@@ -222,11 +230,7 @@ def fused_linear_cross_entropy(
       >>> print(bool(jnp.allclose(loss, means.mean())))
       True
     """
-    checks.check_number("label_smoothing", label_smoothing, least=0, most=1)
-    checks.check_number("z_loss", z_loss, least=0)
-    checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
+    _check_loss_options(label_smoothing, z_loss, reduction, normalizer)
     arguments = head_arguments(
         hidden,
         kernel,
@@ -238,6 +242,7 @@ def fused_linear_cross_entropy(
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         temperature=temperature,
+        vocab_size=vocab_size,
         logits_dtype=logits_dtype,
         precision=precision,
         chunk_size=chunk_size,
@@ -256,6 +261,14 @@ def fused_linear_cross_entropy(
         *_weights(arguments, weights, class_weights, normalizer),
     )
     return (loss, metrics) if return_metrics else loss
+
+
+def _check_loss_options(label_smoothing: Any, z_loss: Any, reduction: Any, normalizer: Any) -> None:
+    checks.check_number("label_smoothing", label_smoothing, least=0, most=1)
+    checks.check_number("z_loss", z_loss, least=0)
+    checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
 
 
 def _weights(
@@ -283,7 +296,7 @@ class _Call:
     label_smoothing: float
     z_loss: float
     reduction: Reduction
-    ignore_index: int
+    ignore_index: int | None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -303,7 +316,8 @@ def _fused_linear_cross_entropy(
     loss_function = CrossEntropy(call.label_smoothing, call.z_loss, sharding.vocab_size(call.config, operands.kernel))
     operands = with_tokens(operands, labels, where, ignore_index=call.ignore_index, vocab_size=loss_function.vocab_size)
     columns, counted = operands.labels, operands.counted
-    token_weights = jnp.where(counted, 1 if weights is None else weights, 0).astype(dtype)
+    weights = jnp.ones_like(columns, dtype) if weights is None else weights.astype(dtype)
+    token_weights = if_counted(counted, weights, 0)
     weight = token_weights.sum()
     label_terms = LabelTerms(column_validity(columns, dtype), None, float(loss_function.vocab_size))
     if class_weights is not None:

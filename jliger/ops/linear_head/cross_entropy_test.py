@@ -46,6 +46,7 @@ OPTIONS = {
     "return_metrics": [False, True],
     "logits_dtype": [None, "float32", "bfloat16"],
     "chunk_size": [None, 4],
+    "vocab_size": [None, 9],
 }
 DEFAULTS = {name: values[0] for name, values in OPTIONS.items()}
 
@@ -206,6 +207,30 @@ def test_weights_of_zero_are_no_division_by_zero(implementation):
     for name, value in fused(problem, implementation).items():
         if name != "predictions":
             np.testing.assert_array_equal(value, 0, name)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_all_tokens_count(reduction, implementation):
+    problem = make_problem(
+        18, bias="float32", weights=True, z_loss=0.1, label_smoothing=0.1, class_weights=True, return_metrics=True,
+        temperature="of tokens", reduction=reduction, chunk_size=4, precision="highest", ignore_index=None,
+    )  # fmt: skip
+    check(problem, implementation)
+    poisoned = fused(problem.replace(labels=problem.labels.at[0, 0].set(-100)), implementation)
+    assert np.isnan(poisoned["hidden"][0, 0]).all()
+    assert np.isnan(poisoned["kernel"]).all()
+
+    def primitives(ignore_index):
+        def loss(hidden, kernel):
+            options = {"ignore_index": ignore_index, "reduction": reduction, "chunk_size": 4, "implementation": "xla"}
+            return jliger.fused_linear_cross_entropy(hidden, kernel, problem.labels, **options).sum()
+
+        arrays = problem.inputs["hidden"], problem.inputs["kernel"]
+        return {equation.primitive.name for equation in equations(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*arrays))}
+
+    # The number of chunks is static, and no tokens are sorted.
+    assert primitives(-100) >= {"while", "sort"}
+    assert not primitives(None) & {"while", "sort"}
 
 
 BAD_LABELS = [-1, -101, 11, 12, 10**9, np.iinfo(np.int32).min, np.iinfo(np.int32).max]

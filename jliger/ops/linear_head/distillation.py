@@ -12,7 +12,7 @@ from jliger.core.dtypes import accumulator_dtype
 from jliger.core.reduction import Normalizer, divided, divisor
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
-from jliger.ops.linear_head.arguments import column_validity, counted_tokens, label_columns
+from jliger.ops.linear_head.arguments import column_validity, counted_tokens, if_counted, label_columns
 from jliger.ops.linear_head.distillation_arguments import Call, DistillationOptions, distillation_arguments
 from jliger.ops.linear_head.types import Operands
 from jliger.ops.logits.objectives import Distillation, DistillationWeights, LabelTerms
@@ -145,7 +145,8 @@ def fused_linear_kl(
       teacher_bias: likewise.
       where: bools `[*B]`, the tokens that count.
       weights: a weight for each token, `[*B]`. It carries no gradient.
-      ignore_index: a label equal to it doesn't count; −100 by default.
+      ignore_index: a label equal to it doesn't count; −100 by default. None, or no labels, without `where`, says that
+        all tokens count, which saves looking for those that do.
       student_kernel_layout: `"hv"`, the default, or `"vh"`.
       teacher_kernel_layout: likewise.
       student_logit_scale: multiplies the logits, a Python number; 1 by default.
@@ -158,6 +159,9 @@ def fused_linear_kl(
       normalizer: with `"mean"`, the divisor to use instead, such as the global token count when accumulating
         microbatches. It carries no gradient.
       return_metrics: also return `DistillationMetrics`.
+      vocab_size: how many columns exist, a Python integer, if both kernels are padded; None, the default, for all of
+        them. The others have no probability under either model, and their gradients are 0. Biases stay `[V]`. What the
+        padding holds must be finite.
       logits_dtype: what both models' logits are rounded to before they are compared; None for the dtypes of their
         hidden states.
       precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.
@@ -303,11 +307,12 @@ def _distillation(
     if labels is None:
         # Spread over devices as the tokens are. Any value is as good as another.
         columns = jnp.zeros_like(operands.hidden.sum(axis=-1), dtype=jnp.int32)
-        counted = columns == 0 if where is None else where
+        counted = where
     else:
         counted = counted_tokens(labels, where, call.ignore_index)
         columns = label_columns(labels, counted, loss_function.vocab_size)
-    token_weights = jnp.where(counted, 1 if weights is None else weights, 0).astype(dtype)
+    weights = jnp.ones_like(columns, dtype) if weights is None else weights.astype(dtype)
+    token_weights = if_counted(counted, weights, 0)
     weight = token_weights.sum()
     shares = token_weights if call.reduction == "sum" else divided(token_weights, divisor(weight, normalizer))
     label_terms, hard_shares = None, None

@@ -42,7 +42,8 @@ class DistillationOptions(TypedDict, total=False):
     teacher_logit_scale: float
     teacher_logit_softcap: float | None
     where: Bool[Array, "*B"] | None
-    ignore_index: int
+    ignore_index: int | None
+    vocab_size: int | None
     logits_dtype: jax.typing.DTypeLike | None
     precision: jax.lax.PrecisionLike
     chunk_size: int | None
@@ -56,7 +57,7 @@ class Call:
 
     config: HeadConfig
     reduction: Literal["mean", "sum"]
-    ignore_index: int
+    ignore_index: int | None
 
 
 class DistillationArguments(NamedTuple):

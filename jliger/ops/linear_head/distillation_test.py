@@ -36,6 +36,7 @@ OPTIONS = {
     "logit_scales": [(1.0, 1.0), (0.5, -2.0)],
     "logit_softcaps": [(None, None), (2.0, None), (2.0, 5.0)],
     "chunk_size": [None, 8],
+    "vocab_size": [None, 9],
 }
 
 
@@ -44,6 +45,15 @@ def test_every_pair_of_options(options, implementation):
     ignored = 0.3 if options["hard_weight"] else 0.0
     options = {**options, "labels": options["hard_weight"] > 0, "ignored": ignored, "soft_weight": 0.7}
     check(make_problem(precision="highest", **options), implementation, str(options))
+
+
+def test_all_tokens_count(implementation):
+    problem = make_problem(
+        20, beta=0.5, labels=True, hard_weight=0.3, ignore_index=None, weights=True, chunk_size=8, precision="highest"
+    )
+    check(problem, implementation)
+    labels = problem.options["labels"].at[0, 0].set(-100)
+    assert np.isnan(fused(problem.replace(labels=labels), implementation)["loss"])
 
 
 @pytest.mark.parametrize("kernel_layout", ["hv", "vh"])

@@ -209,7 +209,7 @@ class _Call:
     config: HeadConfig
     loss: UnitLoss
     aux_tree: Any
-    ignore_index: int
+    ignore_index: int | None
 
 
 def _as_arrays(args: Any, units: tuple[int, ...]) -> tuple[Any, ...]:
@@ -293,6 +293,7 @@ def _summed_losses(
     operands = with_adapter(call.config, operands, adapter)
     vocab_size = sharding.vocab_size(call.config, operands.kernel)
     operands = with_tokens(operands, labels, where, ignore_index=call.ignore_index, vocab_size=vocab_size)
-    per_token = (column_validity(operands.labels, dtype), operands.counted)
+    counted = jnp.ones_like(operands.labels, bool) if operands.counted is None else operands.counted
+    per_token = (column_validity(operands.labels, dtype), counted)
     total, aux = gradients.unit_loss(call.config, call.loss, operands, LossArrays(per_token, args, shared))
     return total.astype(dtype), jax.lax.stop_gradient(aux)

@@ -35,11 +35,12 @@ def linear_logprobs(
     *,
     bias: Float[Array, " V"] | None = None,
     where: Bool[Array, "*B"] | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     kernel_layout: KernelLayout = "hv",
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     temperature: Float[Array, "*B"] | Float[Array, ""] | float = 1.0,
+    vocab_size: int | None = None,
     logits_dtype: jax.typing.DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
     chunk_size: int | None = None,
@@ -73,13 +74,17 @@ def linear_logprobs(
       bias: `[V]`, added to the logits in float32. A column with −∞ has probability 0, unless there is a softcap, which
         makes `−c` of it.
       where: bools `[*B]`, the tokens that count.
-      ignore_index: a label equal to it doesn't count.
+      ignore_index: a label equal to it doesn't count. None, without `where`, says that all tokens count, which saves
+        looking for those that do.
       kernel_layout: `"hv"` or `"vh"`.
       logit_scale: multiplies the logits, before the softcap, a Python number.
       logit_softcap: `c` in `c · tanh(z / c)`, a Python number, or None for no cap.
       temperature: divides logits after scale and softcap, as the sampler that drew the labels did: a Python number
         above 0, a scalar array, or one number for each token, `[*B]`. It carries no gradient. In an array a number that
         is not above 0 makes its tokens' results and gradients NaN.
+      vocab_size: how many columns exist, a Python integer, if the kernel is padded; None for all of them. The others
+        have no probability and are never predicted, their gradients are 0, and a label among them is out of range.
+        `bias` stays `[V]`. What the padding holds must be finite.
       logits_dtype: what logits are rounded to before anything reads them, in both passes; None for hidden's dtype.
       precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.
       chunk_size: tokens a chunk, or None for the rule that `fused_linear_cross_entropy` names.
@@ -124,6 +129,7 @@ def linear_logprobs(
         logit_scale=logit_scale,
         logit_softcap=logit_softcap,
         temperature=temperature,
+        vocab_size=vocab_size,
         logits_dtype=logits_dtype,
         precision=precision,
         chunk_size=chunk_size,
@@ -146,7 +152,7 @@ def linear_logprobs(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _linear_logprobs(
     config: HeadConfig,
-    ignore_index: int,
+    ignore_index: int | None,
     operands: Operands,
     adapter: LinearAdapter | None,
     labels: Int[Array, "*B"],

@@ -23,6 +23,7 @@ PAIRS = every_pair(
         "logit_softcap": [None, 2.0],
         "logit_scale": [1.0, 0.6],
         "temperature": [1.0, 0.7, "of tokens"],
+        "vocab_size": [None, 9],
         "batch": [(5,), (3, 7)],
         "vocab": [11, 40],
         "used": [OUTPUTS, ("logprobs",), ("entropy",), ("logprobs", "entropy")],
@@ -110,6 +111,12 @@ def check(problem, implementation, what=""):
 def test_every_pair_of_options(row, implementation):
     ours, oracle = check(make(3, **row), implementation, str(row))
     np.testing.assert_array_equal(ours["predictions"] == -1, oracle["predictions"] == -1)
+
+
+@pytest.mark.parametrize("keep_logits", [False, True])
+def test_all_tokens_count(keep_logits, implementation):
+    options = {"bias": "float32", "temperature": "of tokens", "chunk_size": 8, "keep_logits": keep_logits}
+    check(make(5, batch=(3, 7), ignore_index=None, **options), implementation)
 
 
 @pytest.mark.parametrize(

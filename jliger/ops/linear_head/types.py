@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jliger.core.backend import Choice
 from jliger.ops.logits import LogitMap, StatsWanted
@@ -48,6 +48,7 @@ class HeadConfig:
       stats_wanted: which of the stats that not every loss needs.
       keep_logits: whether per-token stats keep logits for their backward pass, rather than compute them again.
       vocab_axes: inside a user's `shard_map`, the manual axes over which the kernel's columns are spread.
+      vocab_size: how many of the whole kernel's columns exist; the rest is padding. None for all.
       teacher: the head that this one is to learn from, or None.
     """
 
@@ -61,6 +62,7 @@ class HeadConfig:
     compute_capability: int | None
     stats_wanted: StatsWanted
     vocab_axes: tuple[str, ...] = ()
+    vocab_size: int | None = None
     keep_logits: bool = False
     teacher: TeacherConfig | None = None
 
@@ -74,8 +76,12 @@ class HeadConfig:
         """For products with an adapter, whose layout is always `[R, V]`."""
         return dataclasses.replace(self, kernel_layout="hv")
 
+    def most_columns(self, width: int) -> int:
+        """How many of the first `width` columns exist, at most: of a vocabulary in shards, the first has the most."""
+        return width if self.vocab_size is None else min(width, self.vocab_size)
+
     def logit_map(self, width: int) -> LogitMap:
-        return LogitMap(self.logit_scale, self.logit_softcap, width)
+        return LogitMap(self.logit_scale, self.logit_softcap, self.most_columns(width))
 
 
 class Head(NamedTuple):
@@ -86,12 +92,14 @@ class Head(NamedTuple):
       bias: added to the logits, or None.
       class_weights: multiply the terms of label smoothing, or None for 1.
       adapter: multiplies `Operands.adapted`; the product is added to the logits. None for no adapter.
+      num_columns: how many of these columns exist, if that is only known at run time.
     """
 
     kernel: Kernel
     bias: Float[Array, " V"] | None = None
     class_weights: Float[Array, " V"] | None = None
     adapter: Float[Array, "R V"] | None = None
+    num_columns: Int[Array, ""] | None = None
 
 
 class Operands(NamedTuple):
@@ -107,11 +115,12 @@ class Operands(NamedTuple):
       adapted: hidden states multiplied by the first matrix of an adapter of rank R.
       adapter: the second matrix of that adapter.
       labels: each token's column; negative if it is out of range.
-      counted: which tokens count.
+      counted: which tokens count; None if it is known beforehand that all do.
       class_weights: weights of the columns in label smoothing.
       inverse_temperature: `1 / T`, which multiplies a token's logits after all else; None for 1.
       teacher_hidden, teacher_kernel, teacher_bias: a second head to compare with, for distillation.
       logits: the products, where an earlier pass kept them.
+      num_columns: how many of a shard's columns exist, if devices differ in that. Only `sharding.shard` sets it.
     """
 
     hidden: Any
@@ -127,15 +136,16 @@ class Operands(NamedTuple):
     teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"] | None = None
     teacher_bias: Float[Array, " V"] | None = None
     logits: Float[Array, "*B V"] | None = None
+    num_columns: Int[Array, ""] | None = None
 
     @property
     def head(self) -> Head:
-        return Head(self.kernel, self.bias, self.class_weights, self.adapter)
+        return Head(self.kernel, self.bias, self.class_weights, self.adapter, self.num_columns)
 
     @property
     def teacher_head(self) -> Head:
         assert self.teacher_kernel is not None
-        return Head(self.teacher_kernel, self.teacher_bias)
+        return Head(self.teacher_kernel, self.teacher_bias, num_columns=self.num_columns)
 
     @property
     def differentiable(self) -> "Differentiable[Any]":
@@ -175,6 +185,7 @@ DIMS: Mapping[str, str] = {
     "teacher_kernel": "gv",
     "teacher_bias": "v",
     "logits": "tv",
+    "num_columns": "",
 }
 
 

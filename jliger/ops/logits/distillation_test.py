@@ -107,6 +107,10 @@ def make_map(width, beta, *, temperature=1.0, labels=True, scales=(1.0, 1.0), so
 def run(implementation, products, block, distillation_map, coefficients, dtype="float32"):
     """The results of three launches and of the fused launch, which differ only by the order of summation."""
     rows = get_distillation_rows(implementation, None)
+    if block.student.width is not None:
+        # At compile time the width is then only known to be at most that of the products.
+        student, teacher = (side._replace(width=products.student.shape[1]) for side in distillation_map[:2])
+        distillation_map = distillation_map._replace(student=student, teacher=teacher)
 
     @jax.jit
     def both_ways(products, block, coefficients):
@@ -173,6 +177,7 @@ MAPS = {
     "beta": BETAS,
     "softcaps": [(None, None), (5.0, None), (None, 5.0), (5.0, 30.0)],
     "biases": [(False, False), (True, False), (False, True), (True, True)],
+    "run_time_width": [False, True],
 }
 
 
@@ -180,8 +185,17 @@ MAPS = {
 def test_maps_of_either_side(options, implementation):
     beta, softcaps, biases = options["beta"], options["softcaps"], options["biases"]
     products, block, coefficients = make_pair(37, padding=3, biases=biases, scale=3)
+    if options["run_time_width"]:
+        block = DistillationBlock(*(side._replace(width=jnp.int32(37)) for side in block))
     distillation_map = make_map(37, beta, temperature=2.0, scales=(0.7, -1.3), softcaps=softcaps)
     check_pair(implementation, products, block, distillation_map, coefficients)
+
+
+def test_more_padding_than_a_tile(implementation):
+    products, block, coefficients = make_pair(300, padding=724, biases=(True, True))
+    check_pair(implementation, products, block, make_map(300, 0.5), coefficients)
+    block = DistillationBlock(*(side._replace(width=jnp.int32(300)) for side in block))
+    check_pair(implementation, products, block, make_map(300, 0.5), coefficients)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def distillation_stats(
 ) -> DistillationStats:
     outputs = call_kernel(
         pair_kernels.distillation_stats_kernel,
-        [*products, *_biases(block), _labels(block, distillation_map)],
+        [*products, *_block_operands(block), _labels(block, distillation_map)],
         _stats_types(products, distillation_map),
         name="jliger_distillation_stats",
         flops=10 * products.student.size,
@@ -54,7 +54,7 @@ def distillation_divergence(
     student, teacher = stats.student, stats.teacher
     outputs = call_kernel(
         pair_kernels.distillation_divergence_kernel,
-        [*products, *_biases(block), student.max, student.log_sum, teacher.max, teacher.log_sum],
+        [*products, *_block_operands(block), student.max, student.log_sum, teacher.max, teacher.log_sum],
         [_row_type(products, jnp.float32)] * 2,
         name="jliger_distillation_divergence",
         flops=20 * products.student.size,
@@ -80,7 +80,7 @@ def distillation_grads(
     softmaxes = [student.max, student.log_sum, stats.hard_log_sum, teacher.max, teacher.log_sum]
     (grads,) = call_kernel(
         pair_kernels.distillation_grads_kernel,
-        [*products, *_biases(block), _labels(block, distillation_map), *softmaxes, q_sum, *coefficients],
+        [*products, *_block_operands(block), _labels(block, distillation_map), *softmaxes, q_sum, *coefficients],
         [jax.ShapeDtypeStruct(products.student.shape, dtype)],
         name="jliger_distillation_grads",
         flops=20 * products.student.size,
@@ -102,7 +102,7 @@ def distillation_stats_and_grads(
 ) -> tuple[DistillationStats, Divergence, Float[Array, "T V"]]:
     *stats, value, q_sum, grads = call_kernel(
         pair_kernels.distillation_stats_and_grads_kernel,
-        [*products, *_biases(block), _labels(block, distillation_map), *coefficients],
+        [*products, *_block_operands(block), _labels(block, distillation_map), *coefficients],
         [
             *_stats_types(products, distillation_map),
             *[_row_type(products, jnp.float32)] * 2,
@@ -143,8 +143,8 @@ def _nbytes(products: Products) -> int:
     return products.student.nbytes + products.teacher.nbytes
 
 
-def _biases(block: DistillationBlock) -> list[Array | None]:
-    return [block.student.bias, block.teacher.bias]
+def _block_operands(block: DistillationBlock) -> list[Array | None]:
+    return [block.student.bias, block.teacher.bias, block.student.width]
 
 
 def _labels(block: DistillationBlock, distillation_map: DistillationMap) -> Array | None:

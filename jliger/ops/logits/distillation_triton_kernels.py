@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from jliger.ops.logits.triton_tiles import (
-    Row,
     Shape,
     Softmax,
     columns_inside,
@@ -21,12 +20,15 @@ from jliger.ops.logits.triton_tiles import (
     load_label_logit,
     load_logits,
     load_or_none,
+    row_at,
     softmax_of_row,
     store_if_wanted,
     store_label_grad,
+    store_padding,
     store_tile,
     tile_columns,
     where_inside,
+    whole_tiles,
 )
 
 _TINIEST = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
@@ -116,7 +118,7 @@ def _add_divergence_of_tile(
     WHOLE: tl.constexpr,
 ):
     columns = tile_columns(start, TILE)
-    inside = columns_inside(columns, SHAPE.student, WHOLE)
+    inside = columns_inside(columns, pair.student, WHOLE)
     _, _, _, q, terms = _compared(pair, columns, inside, SHAPE, "evict_last")
     lane_value += tl.sum(where_inside(inside, terms, 0.0), axis=1)
     lane_q_sum += tl.sum(where_inside(inside, q, 0.0), axis=1)
@@ -129,13 +131,12 @@ def _divergence_of_rows(pair, SHAPE: tl.constexpr, TILE: tl.constexpr):
     LANES: tl.constexpr = TILE.lanes
     lane_value = tl.zeros([LANES], tl.float32)
     lane_q_sum = tl.zeros([LANES], tl.float32)
-    if TILE.whole < SHAPE.student.width:
+    whole = whole_tiles(pair.student, TILE)
+    if whole < pair.student.width:
+        lane_value, lane_q_sum = _add_divergence_of_tile(lane_value, lane_q_sum, whole, pair, SHAPE, TILE, WHOLE=False)
+    for back in tl.range(TILE.size, whole + 1, TILE.size, loop_unroll_factor=TILE.unroll):
         lane_value, lane_q_sum = _add_divergence_of_tile(
-            lane_value, lane_q_sum, TILE.whole, pair, SHAPE, TILE, WHOLE=False
-        )
-    for back in tl.range(TILE.size, TILE.whole + 1, TILE.size, loop_unroll_factor=TILE.unroll):
-        lane_value, lane_q_sum = _add_divergence_of_tile(
-            lane_value, lane_q_sum, TILE.whole - back, pair, SHAPE, TILE, WHOLE=True
+            lane_value, lane_q_sum, whole - back, pair, SHAPE, TILE, WHOLE=True
         )
     return tl.sum(lane_value, axis=0), tl.sum(lane_q_sum, axis=0)
 
@@ -169,7 +170,7 @@ def _store_pair_grads_of_tile(
     WHOLE: tl.constexpr,
 ):
     columns = tile_columns(start, TILE)
-    inside = columns_inside(columns, SHAPE.student, WHOLE)
+    inside = columns_inside(columns, pair.student, WHOLE)
     grads, terms = _pair_grads(pair, columns, inside, q_sum, coefficients, 0.0, SHAPE, "evict_first")
     store_tile(grads_ptr, columns, inside, grads, SHAPE.student)
     return lane_value + tl.sum(where_inside(inside, terms, 0.0), axis=1)
@@ -192,23 +193,25 @@ def _store_pair_grads_of_row(
     """
     LANES: tl.constexpr = TILE.lanes
     lane_value = tl.zeros([LANES], tl.float32)
-    # The masked remainder and the padding. The padding can be longer than a tile, hence a loop.
-    for start in tl.static_range(TILE.whole, SHAPE.student.stride, TILE.size):
+    # The padding, and the masked remainder in the tile before it.
+    whole = whole_tiles(pair.student, TILE)
+    store_padding(grads_ptr, whole + TILE.size, SHAPE.student, TILE)
+    if whole < SHAPE.student.stride:
         lane_value = _store_pair_grads_of_tile(
-            lane_value, start, grads_ptr, pair, q_sum, coefficients, SHAPE, TILE, WHOLE=False
+            lane_value, whole, grads_ptr, pair, q_sum, coefficients, SHAPE, TILE, WHOLE=False
         )
-    for done in tl.range(0, TILE.whole, TILE.size, loop_unroll_factor=TILE.unroll):
+    for done in tl.range(0, whole, TILE.size, loop_unroll_factor=TILE.unroll):
         if BACKWARD:
-            from_start = TILE.whole - TILE.size - done
+            from_start = whole - TILE.size - done
         else:
             from_start = done
         lane_value = _store_pair_grads_of_tile(
             lane_value, from_start, grads_ptr, pair, q_sum, coefficients, SHAPE, TILE, WHOLE=True
         )
     if label is not None:
-        has_label = is_column(label, SHAPE.student)
+        has_label = is_column(label, pair.student)
         label_grad, _ = _pair_grads(pair, label, has_label, q_sum, coefficients, coefficients.label, SHAPE, "")
-        store_label_grad(grads_ptr, label, label_grad, SHAPE.student)
+        store_label_grad(grads_ptr, pair.student, label, label_grad)
     return tl.sum(lane_value, axis=0)
 
 
@@ -246,6 +249,7 @@ def distillation_stats_kernel(
     teacher_ptr,  # [T, V]
     student_bias_ptr,  # [V] or None
     teacher_bias_ptr,  # [V] or None
+    width_ptr,  # [] or None
     labels_ptr,  # [T] or None
     student_max_ptr,  # [T], written
     student_log_sum_ptr,  # [T], written
@@ -260,8 +264,8 @@ def distillation_stats_kernel(
 ):
     # 64 bits: index · stride exceeds 32 bits for more than 2³¹ logits.
     index = tl.program_id(0).to(tl.int64)
-    student = Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None)
-    teacher = Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None)
+    student = row_at(index, student_ptr, student_bias_ptr, None, None, width_ptr, SHAPE.student)
+    teacher = row_at(index, teacher_ptr, teacher_bias_ptr, None, None, width_ptr, SHAPE.teacher)
     stats = _Stats(
         student_max_ptr,
         student_log_sum_ptr,
@@ -281,6 +285,7 @@ def distillation_divergence_kernel(
     teacher_ptr,  # [T, V]
     student_bias_ptr,  # [V] or None
     teacher_bias_ptr,  # [V] or None
+    width_ptr,  # [] or None
     student_max_ptr,  # [T]
     student_log_sum_ptr,  # [T]
     teacher_max_ptr,  # [T]
@@ -292,8 +297,8 @@ def distillation_divergence_kernel(
 ):
     index = tl.program_id(0).to(tl.int64)
     pair = _Pair(
-        Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None),
-        Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None),
+        row_at(index, student_ptr, student_bias_ptr, None, None, width_ptr, SHAPE.student),
+        row_at(index, teacher_ptr, teacher_bias_ptr, None, None, width_ptr, SHAPE.teacher),
         _load_softmax(index, student_max_ptr, student_log_sum_ptr, None),
         _load_softmax(index, teacher_max_ptr, teacher_log_sum_ptr, None),
     )
@@ -308,6 +313,7 @@ def distillation_grads_kernel(
     teacher_ptr,  # [T, V]
     student_bias_ptr,  # [V] or None
     teacher_bias_ptr,  # [V] or None
+    width_ptr,  # [] or None
     labels_ptr,  # [T] or None
     student_max_ptr,  # [T]
     student_log_sum_ptr,  # [T]
@@ -324,8 +330,8 @@ def distillation_grads_kernel(
 ):
     index = tl.program_id(0).to(tl.int64)
     pair = _Pair(
-        Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None),
-        Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None),
+        row_at(index, student_ptr, student_bias_ptr, None, None, width_ptr, SHAPE.student),
+        row_at(index, teacher_ptr, teacher_bias_ptr, None, None, width_ptr, SHAPE.teacher),
         _load_softmax(index, student_max_ptr, student_log_sum_ptr, hard_log_sum_ptr),
         _load_softmax(index, teacher_max_ptr, teacher_log_sum_ptr, None),
     )
@@ -343,6 +349,7 @@ def distillation_stats_and_grads_kernel(
     teacher_ptr,  # [T, V]
     student_bias_ptr,  # [V] or None
     teacher_bias_ptr,  # [V] or None
+    width_ptr,  # [] or None
     labels_ptr,  # [T] or None
     soft_ptr,  # [T]
     probability_ptr,  # [T] or None
@@ -362,8 +369,8 @@ def distillation_stats_and_grads_kernel(
     TILE: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    student = Row(student_ptr + index * SHAPE.student.stride, student_bias_ptr, None)
-    teacher = Row(teacher_ptr + index * SHAPE.teacher.stride, teacher_bias_ptr, None)
+    student = row_at(index, student_ptr, student_bias_ptr, None, None, width_ptr, SHAPE.student)
+    teacher = row_at(index, teacher_ptr, teacher_bias_ptr, None, None, width_ptr, SHAPE.teacher)
     # Loaded before the first pass, so that the last pass does not wait for them.
     label = load_or_none(labels_ptr, index)
     coefficients = _Coefficients(

@@ -31,7 +31,8 @@ class Products(NamedTuple):
 class DistillationBlock(NamedTuple):
     """The arrays that belong to the logits of both models: for all columns, or for one device's columns.
 
-    The teacher's labels and both class weights are not used.
+    The teacher's labels and both class weights are not used. Both models have the same columns, so both blocks have the
+    same `width`.
     """
 
     student: Block

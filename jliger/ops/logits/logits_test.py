@@ -22,7 +22,7 @@ def in_float64(product, block, logit_map, coefficients):
         for x in (product, block.bias, block.class_weights, block.labels)
     )
     columns = np.arange(product.shape[1])
-    inside = columns < logit_map.width
+    inside = columns < width_of(block, logit_map)
     with np.errstate(invalid="ignore"):
         logits = (product + (0 if bias is None else bias)) * logit_map.scale
         slope = np.full(logits.shape, logit_map.scale)
@@ -48,6 +48,10 @@ def in_float64(product, block, logit_map, coefficients):
     grads = p * factor - is_label * label[:, None] - smoothing[:, None] * u
     stats = (row_max, log_sum, label_logit, logits.argmax(1), weighted_sum, (p * below).sum(1))
     return logits, stats, np.where(inside, grads * slope, 0)
+
+
+def width_of(block, logit_map):
+    return logit_map.width if block.width is None else int(block.width)
 
 
 def make_block(width, *, padding=0, dtype="float32", bias=False, class_weights=False, scale=1.0, seed=0):
@@ -111,7 +115,7 @@ def check_rows(implementation, product, block, logit_map, coefficients, *, wante
         assert np.all(
             error <= half_unit * np.abs(expected_grads) + 16 * eps * size * largest + 1e-7 * (dtype == "float16")
         )
-        assert not np.any(np.asarray(result)[:, logit_map.width :]), "padding must have gradient 0"
+        assert not np.any(np.asarray(result)[:, width_of(block, logit_map) :]), "padding must have gradient 0"
 
 
 BRANCHES = {
@@ -120,6 +124,7 @@ BRANCHES = {
     "with_lse_and_smoothing": [False, True],
     "softcap": [None, 3.0],
     "temperature": [False, True],
+    "run_time_width": [False, True],
 }
 
 
@@ -131,13 +136,15 @@ def every_branch():
 
 
 @pytest.mark.parametrize(list(BRANCHES), [*every_branch()])
-def test_every_branch(by_logit, vectors, with_lse_and_smoothing, softcap, temperature, implementation):
+def test_every_branch(by_logit, vectors, with_lse_and_smoothing, softcap, temperature, run_time_width, implementation):
     product, block = make_block(37, padding=3, bias=vectors, class_weights=vectors)
     if temperature:
         block = block._replace(inverse_temperature=jnp.linspace(0.3, 2, ROWS, dtype=jnp.float32))
     coefficients = make_coefficients(by_lse=with_lse_and_smoothing, smoothing=with_lse_and_smoothing, by_logit=by_logit)
-    wanted = StatsWanted(with_lse_and_smoothing, by_logit)
-    check_rows(implementation, product, block, LogitMap(0.7, softcap, 37), coefficients, wanted=wanted)
+    if run_time_width:
+        block = block._replace(width=jnp.int32(37))
+    wanted, width = StatsWanted(with_lse_and_smoothing, by_logit), 39 if run_time_width else 37
+    check_rows(implementation, product, block, LogitMap(0.7, softcap, width), coefficients, wanted=wanted)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +172,30 @@ def test_wide_rows_have_tiles_of_longer_vectors(width, monkeypatch):
     product, block = make_block(width, padding=-width % 8, bias=True)
     assert triton._launch(product, LogitMap(1.0, None, width), passes=2)["TILE"].vector == 16
     check_rows("triton", product, block, LogitMap(1.0, None, width), make_coefficients())
+
+
+@pytest.mark.parametrize("at_run_time", [False, True])
+@pytest.mark.parametrize("width", [9, 256, 600])
+def test_more_padding_than_a_tile(width, at_run_time, implementation):
+    product, block = make_block(width, padding=1024 - width, bias=True)
+    if at_run_time:
+        block = block._replace(width=jnp.int32(width))
+    check_rows(implementation, product, block, LogitMap(1.0, None, 1000 if at_run_time else width), make_coefficients())
+
+
+def test_no_columns(implementation):
+    # As on a device whose share of the vocabulary is all padding.
+    product, block = make_block(0, padding=40, bias=True)
+    block = block._replace(width=jnp.int32(0), labels=jnp.full(ROWS, -1, jnp.int32))
+    rows, logit_map = get_rows(implementation, None), LogitMap(1.0, None, 40)
+    stats = rows.row_stats(product, block, logit_map, BOTH)
+    np.testing.assert_array_equal(stats.max, np.finfo(np.float32).min)
+    np.testing.assert_array_equal(stats.log_sum, -np.inf)
+    np.testing.assert_array_equal(stats.label_logit, 0)
+    np.testing.assert_array_equal(stats.weighted_sum, 0)
+    zeros = jnp.zeros(ROWS)
+    grads = rows.row_grads(product, block, logit_map, zeros, zeros, make_coefficients(), dtype=jnp.dtype("float32"))
+    np.testing.assert_array_equal(grads, 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from jliger.ops.logits.triton_tiles import (
-    Row,
     columns_inside,
     finite,
     is_column,
@@ -21,11 +20,14 @@ from jliger.ops.logits.triton_tiles import (
     load_label_logit,
     load_logits,
     load_or_none,
+    row_at,
     softmax_of_row,
     store_if_wanted,
     store_label_grad,
+    store_padding,
     store_tile,
     tile_columns,
+    whole_tiles,
 )
 
 
@@ -131,7 +133,7 @@ def _store_grads_of_tile(
     grads_ptr, start, row, row_max, factors, SHAPE: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr
 ):
     columns = tile_columns(start, TILE)  # [LANES, VECTOR]
-    inside = columns_inside(columns, SHAPE, WHOLE)
+    inside = columns_inside(columns, row, WHOLE)
     grads = _logit_grads(row, columns, inside, row_max, factors, 0.0, SHAPE, "evict_first")
     store_tile(grads_ptr, columns, inside, grads, SHAPE)
 
@@ -140,13 +142,15 @@ def _store_grads_of_tile(
 def _store_grads_of_row(grads_ptr, row, label, row_max, factors, SHAPE: tl.constexpr, TILE: tl.constexpr):
     """Writes the gradients of a row, in one pass from the last column to the first."""
     # Computed before the loop: the latency of its load overlaps with the loop.
-    label_grad = _logit_grads(row, label, is_column(label, SHAPE), row_max, factors, factors.label, SHAPE, "")
-    # First the masked remainder and the padding. The padding can be longer than a tile, hence a loop.
-    for start in tl.static_range(TILE.whole, SHAPE.stride, TILE.size):
-        _store_grads_of_tile(grads_ptr, start, row, row_max, factors, SHAPE, TILE, WHOLE=False)
-    for back in tl.range(TILE.size, TILE.whole + 1, TILE.size, loop_unroll_factor=TILE.unroll):
-        _store_grads_of_tile(grads_ptr, TILE.whole - back, row, row_max, factors, SHAPE, TILE, WHOLE=True)
-    store_label_grad(grads_ptr, label, label_grad, SHAPE)
+    label_grad = _logit_grads(row, label, is_column(label, row), row_max, factors, factors.label, SHAPE, "")
+    # First the padding, and the masked remainder in the tile before it.
+    whole = whole_tiles(row, TILE)
+    store_padding(grads_ptr, whole + TILE.size, SHAPE, TILE)
+    if whole < SHAPE.stride:
+        _store_grads_of_tile(grads_ptr, whole, row, row_max, factors, SHAPE, TILE, WHOLE=False)
+    for back in tl.range(TILE.size, whole + 1, TILE.size, loop_unroll_factor=TILE.unroll):
+        _store_grads_of_tile(grads_ptr, whole - back, row, row_max, factors, SHAPE, TILE, WHOLE=True)
+    store_label_grad(grads_ptr, row, label, label_grad)
 
 
 @triton.jit
@@ -156,6 +160,7 @@ def row_stats_kernel(
     class_weights_ptr,  # [V] or None
     labels_ptr,  # [T]
     inverse_temperature_ptr,  # [T] or None
+    width_ptr,  # [] or None
     max_ptr,  # [T], written
     log_sum_ptr,  # [T], written
     label_logit_ptr,  # [T], written
@@ -167,8 +172,7 @@ def row_stats_kernel(
 ):
     # 64 bits: index · stride exceeds 32 bits for more than 2³¹ logits.
     index = tl.program_id(0).to(tl.int64)
-    inverse_temperature = load_or_none(inverse_temperature_ptr, index)
-    row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr, inverse_temperature)
+    row = row_at(index, product_ptr, bias_ptr, class_weights_ptr, inverse_temperature_ptr, width_ptr, SHAPE)
     stats = _Stats(max_ptr, log_sum_ptr, label_logit_ptr, prediction_ptr, weighted_sum_ptr, mean_logit_ptr)
     _store_stats_of_row(stats, index, row, tl.load(labels_ptr + index), SHAPE, TILE)
 
@@ -180,6 +184,7 @@ def row_grads_kernel(
     class_weights_ptr,  # [V] or None
     labels_ptr,  # [T]
     inverse_temperature_ptr,  # [T] or None
+    width_ptr,  # [] or None
     max_ptr,  # [T]
     log_sum_ptr,  # [T]
     probability_ptr,  # [T]
@@ -192,8 +197,7 @@ def row_grads_kernel(
     TILE: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    inverse_temperature = load_or_none(inverse_temperature_ptr, index)
-    row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr, inverse_temperature)
+    row = row_at(index, product_ptr, bias_ptr, class_weights_ptr, inverse_temperature_ptr, width_ptr, SHAPE)
     coefficients = _Coefficients(
         probability_ptr, label_coefficient_ptr, probability_lse_ptr, smoothing_ptr, probability_logit_ptr
     )
@@ -210,6 +214,7 @@ def row_stats_and_grads_kernel(
     class_weights_ptr,  # [V] or None
     labels_ptr,  # [T]
     inverse_temperature_ptr,  # [T] or None
+    width_ptr,  # [] or None
     probability_ptr,  # [T]
     label_coefficient_ptr,  # [T]
     probability_lse_ptr,  # [T] or None
@@ -226,8 +231,7 @@ def row_stats_and_grads_kernel(
     TILE: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    inverse_temperature = load_or_none(inverse_temperature_ptr, index)
-    row = Row(product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr, inverse_temperature)
+    row = row_at(index, product_ptr, bias_ptr, class_weights_ptr, inverse_temperature_ptr, width_ptr, SHAPE)
     label = tl.load(labels_ptr + index)
     # Loaded before the first pass, so that the second pass does not wait for them.
     coefficients = _Coefficients(

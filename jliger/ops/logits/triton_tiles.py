@@ -26,30 +26,28 @@ class Tile(NamedTuple):
       lanes: number of threads.
       vector: columns per thread.
       size: columns per tile.
-      whole: columns of a row that whole tiles cover; the rest is less than one tile.
       unroll: the unroll factor of loops over tiles.
     """
 
     lanes: int
     vector: int
     size: int
-    whole: int
     unroll: int
 
     @classmethod
     def make(cls, width: int, most_warps: int, unroll: int, vector: int = _VECTOR) -> "Tile":
         """The tile for rows of `width` columns. A short row gets fewer warps."""
         lanes = max(32, min(32 * most_warps, triton.next_power_of_2(width) // vector))
-        size = lanes * vector
-        return cls(lanes, vector, size, width // size * size, unroll)
+        return cls(lanes, vector, lanes * vector, unroll)
 
 
 class Shape(NamedTuple):
     """Compile-time shape of a row, and the map from products to logits.
 
     Attributes:
-      stride: distance between rows, in columns. Columns from `width` to `stride` are padding; gradients there are 0.
-      width: number of vocabulary columns.
+      stride: distance between rows, in columns.
+      width: number of vocabulary columns, unless an operand says how many there are (`Block.width`). Columns from there
+        to `stride` are padding; gradients there are 0.
       scale, softcap: as in `jliger.ops.logits.LogitMap`.
     """
 
@@ -60,8 +58,13 @@ class Shape(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Pointers to one row's arrays, `[V]` each, and its inverse temperature; None for what the call does not have."""
+    """Pointers to one row's arrays, `[V]` each, and its inverse temperature; None for what the call does not have.
 
+    `width` is the number of columns. Where it is known at compile time, it is a constexpr, and so is all that follows
+    from it.
+    """
+
+    width: Any
     product: Any
     bias: Any
     class_weights: Any
@@ -126,6 +129,23 @@ def store_if_wanted(pointer, index, value):
 
 
 @triton.jit
+def row_at(index, product_ptr, bias_ptr, class_weights_ptr, inverse_temperature_ptr, width_ptr, SHAPE: tl.constexpr):
+    """The row with this index, from the pointers to the arrays of all rows."""
+    if width_ptr is not None:
+        width = tl.load(width_ptr)
+    else:
+        width = SHAPE.width
+    inverse_temperature = load_or_none(inverse_temperature_ptr, index)
+    return Row(width, product_ptr + index * SHAPE.stride, bias_ptr, class_weights_ptr, inverse_temperature)
+
+
+@triton.jit
+def whole_tiles(row, TILE: tl.constexpr):
+    """The number of columns of a row that whole tiles cover; the rest is less than one tile."""
+    return row.width // TILE.size * TILE.size
+
+
+@triton.jit
 def tile_columns(start, TILE: tl.constexpr):
     """The column indices of a tile, `[LANES, VECTOR]`."""
     LANES: tl.constexpr = TILE.lanes
@@ -134,12 +154,12 @@ def tile_columns(start, TILE: tl.constexpr):
 
 
 @triton.jit
-def columns_inside(columns, SHAPE: tl.constexpr, WHOLE: tl.constexpr):
+def columns_inside(columns, row, WHOLE: tl.constexpr):
     """A mask of the columns that exist; None for a whole tile, so that loads and stores have no mask."""
     if WHOLE:
         inside = None
     else:
-        inside = columns < SHAPE.width
+        inside = columns < row.width
     return inside
 
 
@@ -199,9 +219,9 @@ def load_logits(row, columns, inside, SHAPE: tl.constexpr, EVICTION: tl.constexp
 
 
 @triton.jit
-def is_column(label, SHAPE: tl.constexpr):
+def is_column(label, row):
     """Whether a label is a column of this row."""
-    return columns_inside(label, SHAPE, WHOLE=False) & (label >= 0)
+    return columns_inside(label, row, WHOLE=False) & (label >= 0)
 
 
 @triton.jit
@@ -211,7 +231,7 @@ def load_label_logit(row, label, SHAPE: tl.constexpr):
     Called before the loop over the row: the load's latency then overlaps with the loop.
     """
     if label is not None:
-        has_label = is_column(label, SHAPE)
+        has_label = is_column(label, row)
         logit, _ = load_logits(row, label, has_label, SHAPE, "")
         label_logit = tl.where(has_label, logit, 0.0)
     else:
@@ -231,11 +251,20 @@ def store_tile(row_ptr, columns, inside, values, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def store_label_grad(row_ptr, label, grad, SHAPE: tl.constexpr):
+def store_padding(row_ptr, start, SHAPE: tl.constexpr, TILE: tl.constexpr):
+    """Writes zeros from the column `start` to the end of the row."""
+    for padding in tl.range(start, SHAPE.stride, TILE.size):
+        columns = tile_columns(padding, TILE)
+        zeros = tl.zeros([TILE.lanes, TILE.vector], row_ptr.dtype.element_ty)
+        tl.store(row_ptr + columns, zeros, mask=columns < SHAPE.stride, cache_modifier=".cs")
+
+
+@triton.jit
+def store_label_grad(row_ptr, row, label, grad):
     """Overwrites the gradient in the label's column, which is cheaper than to compare columns with it in every tile."""
     # Another thread of this program wrote the same address before. The barrier orders this store after that one.
     tl.debug_barrier()
-    tl.store(row_ptr + label, grad.to(row_ptr.dtype.element_ty), mask=is_column(label, SHAPE))
+    tl.store(row_ptr + label, grad.to(row_ptr.dtype.element_ty), mask=is_column(label, row))
 
 
 @triton.jit
@@ -260,7 +289,7 @@ def _add_tile(
 ):
     """Adds one vector to each lane's statistics: the online softmax, which rescales the sums at a new maximum."""
     columns = tile_columns(start, TILE)  # [LANES, VECTOR], as is every array below that is not reduced
-    inside = columns_inside(columns, SHAPE, WHOLE)
+    inside = columns_inside(columns, row, WHOLE)
     logits, _ = load_logits(row, columns, inside, SHAPE, "evict_last")
     hard_sum, weighted_sum, logit_sum = lanes.hard_sum, lanes.weighted_sum, lanes.logit_sum
     if weighted_sum is not None:
@@ -295,12 +324,12 @@ def _first_of_max(row, row_max, lanes, SHAPE: tl.constexpr, TILE: tl.constexpr):
     """
     LANES: tl.constexpr = TILE.lanes
     VECTOR: tl.constexpr = TILE.vector
-    vectors = tl.where(lanes.max == row_max, lanes.start + tl.arange(0, LANES) * VECTOR, SHAPE.width)
+    vectors = tl.where(lanes.max == row_max, lanes.start + tl.arange(0, LANES) * VECTOR, row.width)
     columns = tl.min(vectors, axis=0) + tl.arange(0, VECTOR)
-    inside = columns_inside(columns, SHAPE, WHOLE=False)
+    inside = columns_inside(columns, row, WHOLE=False)
     logits, _ = load_logits(row, columns, inside, SHAPE, "evict_last")
     # In a row with NaN no logit equals the maximum; the prediction is then the last column, so that it stays in range.
-    return tl.min(tl.where(inside & (logits == row_max), columns, SHAPE.width - 1), axis=0)
+    return tl.min(tl.where(inside & (logits == row_max), columns, row.width - 1), axis=0)
 
 
 @triton.jit
@@ -326,10 +355,11 @@ def softmax_of_row(
         weighted_sum=zeros if WITH_WEIGHTED_SUM else None,
         logit_sum=zeros if WITH_MEAN_LOGIT else None,
     )
-    for start in tl.range(0, TILE.whole, TILE.size, loop_unroll_factor=TILE.unroll):
+    whole = whole_tiles(row, TILE)
+    for start in tl.range(0, whole, TILE.size, loop_unroll_factor=TILE.unroll):
         lanes = _add_tile(lanes, start, row, INVERSE_TEMPERATURE, SHAPE, TILE, WHOLE=True)
-    if TILE.whole < SHAPE.width:
-        lanes = _add_tile(lanes, TILE.whole, row, INVERSE_TEMPERATURE, SHAPE, TILE, WHOLE=False)
+    if whole < row.width:
+        lanes = _add_tile(lanes, whole, row, INVERSE_TEMPERATURE, SHAPE, TILE, WHOLE=False)
 
     # Merges the lanes as the loop merges tiles: rescale to the common maximum, then add.
     row_max = tl.max(lanes.max, axis=0)

@@ -57,12 +57,15 @@ class Block(NamedTuple):
       class_weights: `u`, or None for 1.
       labels: each label's column in this block. A value outside `[0, V)` means that the label is not in this block.
       inverse_temperature: multiplies each row's logits after scale and softcap, `[T]`; None for 1.
+      width: the number of vocabulary columns, from 0 to `LogitMap.width`, if it is only known at run time; None for
+        `LogitMap.width`.
     """
 
     bias: Float[Array, " V"] | None
     class_weights: Float[Array, " V"] | None
     labels: Int[Array, " T"]
     inverse_temperature: Float[Array, " T"] | None = None
+    width: Int[Array, ""] | None = None
 
 
 class LogitMap(NamedTuple):

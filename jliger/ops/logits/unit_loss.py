@@ -31,13 +31,13 @@ class LinearLogprobs(NamedTuple):
     predictions: Int[Array, "*B"]
 
 
-def logprobs_of(stats: RowStats, validity: Float[Array, "*B"], counted: Bool[Array, "*B"]) -> LinearLogprobs:
+def logprobs_of(stats: RowStats, validity: Float[Array, "*B"], counted: Bool[Array, "*B"] | None) -> LinearLogprobs:
     """The results of tokens with these statistics. Without `mean_logit` the entropy is 0.
 
     Args:
       stats: of all columns.
       validity: 1 for a valid label, NaN for an invalid one.
-      counted: which tokens count.
+      counted: which tokens count; None for all.
     """
     # The label's logit and the maximum may be large and close: subtract them first, to keep log_sum's precision.
     logprobs = (stats.label_logit - stats.max) - stats.log_sum
@@ -47,6 +47,8 @@ def logprobs_of(stats: RowStats, validity: Float[Array, "*B"], counted: Bool[Arr
         entropy=jnp.zeros_like(logprobs) if stats.mean_logit is None else stats.log_sum - stats.mean_logit,
         predictions=stats.prediction,
     )
+    if counted is None:
+        return result
     # The merged statistics of uncounted tokens are not 0.
     return LinearLogprobs(*(jnp.where(counted, field, none) for field, none in zip(result, (0, 0, 0, -1), strict=True)))
 

@@ -89,7 +89,7 @@ def _logits(
         by_row = block.inverse_temperature[:, None]
         logits, dlogit_dproduct = logits * by_row, dlogit_dproduct * by_row
     columns = jax.lax.broadcasted_iota(jnp.int32, product.shape, 1)
-    inside = columns < logit_map.width
+    inside = columns < (logit_map.width if block.width is None else block.width)
     return jnp.where(inside, logits, -jnp.inf), dlogit_dproduct, inside
 
 

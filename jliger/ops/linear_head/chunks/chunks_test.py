@@ -107,20 +107,21 @@ def wide(implementation):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kernel_layout", "bias"),
-    [("float32", "hv", "float32"), ("float32", "vh", None), ("bfloat16", "vh", None)],
+    ("dtype", "kernel_layout", "bias", "padding"),
+    [("float32", "hv", "float32", 0), ("float32", "vh", None, 300), ("bfloat16", "vh", None, 0)],
 )
-def test_several_blocks_of_columns(dtype, kernel_layout, bias, implementation):
+def test_several_blocks_of_columns(dtype, kernel_layout, bias, padding, implementation):
     if INTERPRETED:
         pytest.skip("minutes, interpreted")
     tokens, vocab = wide(implementation)
     problem = make_problem(
         2, batch=(tokens,), vocab=vocab, hidden_size=4, dtype=dtype, bias=bias, kernel_layout=kernel_layout,
         reduction="none", chunk_size=tokens, label_smoothing=0.1, class_weights=True, z_loss=0.01,
-        return_metrics=True, precision="highest",
+        return_metrics=True, precision="highest", vocab_size=vocab - padding if padding else None,
     )  # fmt: skip
     # Labels around every possible block boundary.
-    edges = np.concatenate([np.arange(0, vocab, 128), np.arange(127, vocab, 128), np.arange(vocab - 3, vocab)])
+    edges = [np.arange(first, vocab - padding, 128) for first in (0, 127)]
+    edges = np.concatenate([*edges, np.arange(vocab - padding - 3, vocab - padding)])
     labels = jnp.asarray(np.resize(edges, tokens), jnp.int32)
     problem = problem.replace(labels=labels, where=jnp.arange(tokens) % 7 != 3)
     ours, oracle = fused(problem, implementation), exact(problem)

@@ -62,7 +62,7 @@ def distillation_pass(
         config.teacher.temperature,
         config.teacher.with_labels,
     )
-    packed = PackedTokens.make(operands.counted, forward_chunk(config, operands.labels.shape[0], vocab))
+    packed = PackedTokens.of(operands, forward_chunk(config, operands.labels.shape[0], vocab))
 
     def step(
         size: int, index: Int[Array, ""] | int, carry: tuple[Comparison, Gradients]

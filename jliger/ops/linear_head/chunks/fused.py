@@ -50,10 +50,10 @@ def fused_pass(
     num_tokens, vocab = operands.labels.shape[0], operands.kernel.shape[config.vocab_dim]
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
     if row_length is None:
-        packed = PackedTokens.make(operands.counted, forward_chunk(config, num_tokens, vocab))
+        packed = PackedTokens.of(operands, forward_chunk(config, num_tokens, vocab))
         loop = functools.partial(packed.loop, sizes=(packed.chunk,))
     else:
-        packed = PackedRows.make(config, operands.counted, vocab, row_length)
+        packed = PackedRows.make(config, operands, vocab, row_length)
         loop = packed.loop
     in_own_scale = dtype == jnp.float16 and rule.needs_stats
 

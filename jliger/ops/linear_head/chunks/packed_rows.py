@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jliger.ops.linear_head.chunks.packed_tokens import PackedTokens, Part, run_with_fitting_size, take
 from jliger.ops.linear_head.chunks.sizes import is_symbolic, part_sizes, rows_of_chunk
-from jliger.ops.linear_head.types import HeadConfig
+from jliger.ops.linear_head.types import HeadConfig, Operands
 
 
 class PackedRows(NamedTuple):
@@ -40,7 +40,10 @@ class PackedRows(NamedTuple):
     window: int
 
     @classmethod
-    def make(cls, config: HeadConfig, counted: Bool[Array, " T"], vocab: int, length: int) -> "PackedRows":
+    def make(cls, config: HeadConfig, operands: Operands, vocab: int, length: int) -> "PackedRows":
+        counted = operands.counted
+        if counted is None:
+            counted = jnp.ones_like(operands.labels, bool)
         num_rows = counted.shape[0] // length
         chunk, window = rows_of_chunk(config, num_rows, length, vocab)
         by_row = counted.reshape(num_rows, length).sum(axis=1, dtype=jnp.int32)

@@ -1,7 +1,8 @@
 """Packs the counted tokens, in order, into chunks of one size.
 
 How many tokens count is only known at run time, while shapes are static. So the arrays have room for all tokens, and
-the loop's trip count depends on the number of counted ones.
+the loop's trip count depends on the number of counted ones. Where all tokens are known to count, nothing is packed, and
+the trip count is static.
 """
 
 import functools
@@ -24,15 +25,24 @@ class PackedTokens(NamedTuple):
 
     Attributes:
       token_of: the token index at each place. Places after the last counted token have indices out of range.
-      count: the number of counted tokens.
+      count: the number of counted tokens, a Python integer if all are known to count.
       num_tokens: the number of all tokens.
       chunk: places per chunk.
     """
 
     token_of: Int[Array, " places"]
-    count: Int[Array, ""]
+    count: Int[Array, ""] | int
     num_tokens: int
     chunk: int
+
+    @classmethod
+    def of(cls, operands: Operands, chunk: int) -> "PackedTokens":
+        """Packs the tokens of `operands` that count; if all are known to, each is at its own place."""
+        if operands.counted is not None:
+            return cls.make(operands.counted, chunk)
+        num_tokens = operands.labels.shape[0]
+        places = jnp.arange(-(-num_tokens // chunk) * chunk, dtype=jnp.int32)
+        return cls(places, jnp.asarray(num_tokens) if is_symbolic(num_tokens) else num_tokens, num_tokens, chunk)
 
     @classmethod
     def make(cls, counted: Bool[Array, " T"], chunk: int, *, at_any_place: bool = False) -> "PackedTokens":
@@ -58,18 +68,23 @@ class PackedTokens(NamedTuple):
         """Whether there may be more than one chunk. With a symbolic number of tokens there may be."""
         return is_symbolic(self.num_chunks) or self.num_chunks > 1
 
+    @property
+    def all_count(self) -> bool:
+        """Whether all tokens are known to count when the program is traced."""
+        return isinstance(self.count, int)
+
     def loop(self, step: Callable[[int, Any, Any], Any], initial: Any, sizes: tuple[int, ...]) -> Any:
         """`carry = step(size, index, carry)` for every chunk that has tokens.
 
-        `size` is the smallest of `sizes` that holds the chunk's tokens. With a single size, the first chunk runs before
-        the loop, even without tokens: its results initialise sums, so that no zeros are needed.
+        `size` is the smallest of `sizes` that holds the chunk's tokens. With a single size, or if all tokens count, the
+        first chunk runs before the loop, even without tokens: its results initialise sums, so that no zeros are needed.
         """
-        if len(sizes) == 1:
-            sized_step = functools.partial(step, sizes[0])
+        if len(sizes) == 1 or self.all_count:
+            sized_step = functools.partial(step, sizes[-1])
             return self._repeat(sized_step, 1, sized_step(0, initial))
 
         def fitting_step(index: Int[Array, ""] | int, carry: Any) -> Any:
-            return run_with_fitting_size(sizes, self.count - index * self.chunk, step, index, carry)
+            return run_with_fitting_size(sizes, jnp.asarray(self.count) - index * self.chunk, step, index, carry)
 
         if not self.has_several_chunks:
             return fitting_step(0, initial)
@@ -99,6 +114,8 @@ class PackedTokens(NamedTuple):
         """Statistics in the order of the tokens; uncounted tokens get 0, and −1 as prediction."""
 
         def restored(field: Array) -> Array:
+            if self.all_count:
+                return field[: self.num_tokens]
             # Predictions are the only integers.
             otherwise = -1 if jnp.issubdtype(field.dtype, jnp.integer) else 0
             full = jnp.full_like(field, otherwise, shape=(self.num_tokens,))

@@ -37,7 +37,7 @@ def recompute_pass(
     num_tokens, vocab = operands.labels.shape[0], operands.kernel.shape[config.vocab_dim]
     chunk_size, width = recompute_tile(config, num_tokens, vocab)
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment, width)
-    packed = PackedTokens.make(operands.counted, chunk_size)
+    packed = PackedTokens.of(operands, chunk_size)
     # With several chunks the kernel's gradient is a float32 sum over them. With one, each block is written once, and
     # directly in the result's dtype.
     add = packed.has_several_chunks

@@ -26,6 +26,8 @@ def stats_and_logits_pass(config: HeadConfig, operands: Operands) -> tuple[RowSt
     columns, block = blocks.block(blocks.full_span, chunk)
     product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
     stats = rows.row_stats(product, block, config.logit_map(vocab), config.stats_wanted)
+    if operands.counted is None:
+        return stats, product[:, :vocab]
     empty = jax.tree.map(jnp.zeros_like, stats)._replace(prediction=jnp.full_like(stats.prediction, -1))
     stats = jax.tree.map(lambda field, none: jnp.where(operands.counted, field, none), stats, empty)
     return stats, product[:, :vocab]
@@ -46,9 +48,11 @@ def saved_logits_pass(
     num_tokens, vocab = operands.logits.shape
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
     # All tokens are packed, counted or not, because the saved logits are in the order of the tokens.
-    packed = PackedTokens.make(jnp.full_like(operands.counted, True), forward_chunk(config, num_tokens, vocab))
+    packed = PackedTokens.of(operands._replace(counted=None), forward_chunk(config, num_tokens, vocab))
     counted = _where_counted(operands)
-    per_token = jax.tree.map(lambda array: jnp.where(operands.counted, array, 0), (row_max, log_sum, coefficients))
+    per_token = row_max, log_sum, coefficients
+    if operands.counted is not None:
+        per_token = jax.tree.map(lambda array: jnp.where(operands.counted, array, 0), per_token)
     # Pads tokens to whole chunks, and columns to those of the padded kernel. Padding makes a copy: only if needed.
     width = blocks.head.kernel.shape[config.vocab_dim]
     rest = ((0, packed.num_chunks * packed.chunk - num_tokens), (0, width - vocab))
@@ -68,6 +72,8 @@ def saved_logits_pass(
 
 def _where_counted(operands: Operands) -> Operands:
     """Operands with hidden states of 0 and label −1 for uncounted tokens, whose hidden states may be NaN."""
+    if operands.counted is None:
+        return operands
     counted = operands.counted[:, None]
     return operands._replace(
         hidden=jnp.where(counted, operands.hidden, 0),

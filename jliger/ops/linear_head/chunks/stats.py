@@ -33,7 +33,7 @@ def stats_pass(config: HeadConfig, operands: Operands, *, low_memory: bool) -> R
     else:
         chunk_size, width = (stats_chunk if low_memory else forward_chunk)(config, num_tokens, vocab), vocab
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment, width)
-    packed = PackedTokens.make(operands.counted, chunk_size)
+    packed = PackedTokens.of(operands, chunk_size)
 
     def step(size: int, index: Int[Array, ""] | int, stats: RowStats) -> RowStats:
         chunk = Chunk.make(packed.slots(index * packed.chunk, size), operands, rows.alignment)

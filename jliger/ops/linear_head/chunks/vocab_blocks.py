@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jliger.core.dtypes import accumulator_dtype
@@ -27,11 +28,11 @@ class Blocks:
 
     Attributes:
       config: the layout of the kernel.
-      head: the head; already cast to the products' dtype and padded if there is only one block.
+      head: the head; already cast to the products' dtype and padded if it is one block, with all columns.
       dtype: the dtype of the products' operands.
       alignment: the dimensions of products are padded to multiples of this.
-      vocab: number of columns.
-      width: columns per block; a multiple of 128 if there are several blocks.
+      vocab: number of columns that exist. At run time there may be fewer: `head.num_columns`.
+      width: columns per block: all, with their padding, or a multiple of 128.
     """
 
     config: HeadConfig
@@ -45,12 +46,14 @@ class Blocks:
     def make(
         cls, config: HeadConfig, head: Head, dtype: jax.typing.DTypeLike, alignment: int, width: int | None = None
     ) -> "Blocks":
-        """Splits a head into blocks of `width` columns; a width of None means a single block."""
-        vocab = head.kernel.shape[config.vocab_dim]
-        if width is None or width == vocab:
+        """Splits a head into blocks of `width` columns; a width of None means one block with all columns."""
+        size = head.kernel.shape[config.vocab_dim]
+        vocab = config.most_columns(size)
+        if width is None or width >= size:
             # Casts and pads once, outside the loop. Several blocks are cast one at a time instead (`block`), so that
             # the whole kernel is never held in a second dtype.
-            return cls(config, _prepared(head, dtype, alignment), dtype, alignment, vocab, vocab)
+            whole = _prepared(head, dtype, alignment)
+            return cls(config, whole, dtype, alignment, vocab, whole.kernel.shape[config.vocab_dim])
         # XLA may pass kernels a pointer into the whole bias or class weights, instead of a copy of the block. Triton
         # kernels are compiled for pointers aligned to 16 bytes; 128 float32 columns are 512 bytes.
         assert width % 128 == 0
@@ -78,12 +81,18 @@ class Blocks:
         def whole_step(done: Int[Array, ""], carry: Any) -> Any:
             return step(Span(last - done * self.width, self.width), carry)
 
-        return jax.lax.fori_loop(1, self.num_blocks, whole_step, carry)
+        first = 1
+        if self.head.num_columns is not None:
+            # Skips blocks of which no column exists.
+            first = jnp.maximum(self.num_blocks - (self.head.num_columns + self.width - 1) // self.width, 1)
+        return jax.lax.fori_loop(first, self.num_blocks, whole_step, carry)
 
     def block(self, span: Span, chunk: Chunk) -> tuple[Head, Block]:
         """The head's columns in `span`, and the `Block` for the row functions, with labels relative to the span."""
-        head = self.head
-        if self.num_blocks > 1:
+        head, width = self.head, self.head.num_columns
+        if width is not None:
+            width = jnp.clip(width - span.start, 0, span.width)
+        if self.width < head.kernel.shape[self.config.vocab_dim]:
 
             def part(array: Array | None, dim: int) -> Any:
                 return None if array is None else jax.lax.dynamic_slice_in_dim(array, *span, axis=dim)
@@ -91,7 +100,7 @@ class Blocks:
             kernel = part(head.kernel, self.config.vocab_dim)
             parts = Head(kernel, part(head.bias, 0), part(head.class_weights, 0), part(head.adapter, 1))
             head = _prepared(parts, self.dtype, self.alignment)
-        return head, Block(head.bias, head.class_weights, chunk.labels - span.start, chunk.inverse_temperature)
+        return head, Block(head.bias, head.class_weights, chunk.labels - span.start, chunk.inverse_temperature, width)
 
     def write(self, full: Array, part: Array, span: Span, vocab_dim: int, *, add: bool) -> Array:
         """`full` with a block's `part` written or added at `span`, without the part's padding."""
@@ -110,4 +119,4 @@ def _prepared(head: Head, dtype: jax.typing.DTypeLike, alignment: int) -> Head:
         return materialize(pad(array.astype(dtype), (0, 1), alignment))
 
     adapter = None if head.adapter is None else matrix(head.adapter)
-    return Head(matrix(head.kernel), vector(head.bias), vector(head.class_weights), adapter)
+    return Head(matrix(head.kernel), vector(head.bias), vector(head.class_weights), adapter, head.num_columns)

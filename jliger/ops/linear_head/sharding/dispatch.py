@@ -8,7 +8,7 @@ from jax.sharding import AbstractMesh, NamedSharding, get_abstract_mesh, reshard
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jliger.core.meshes import Axes, as_replicated, as_varying, is_explicit, mesh_of, varying_axes
+from jliger.core.meshes import Axes, as_replicated, as_varying, is_explicit, mesh_of, replicated, varying_axes
 from jliger.ops.linear_head.sharding.passes import LossPass, Result, dims_of_operands, dims_of_results
 from jliger.ops.linear_head.sharding.plan import Plan, as_axes, first_column, local_plan
 from jliger.ops.linear_head.sharding.shard import run_on_shard
@@ -40,7 +40,13 @@ def vocab_size(config: HeadConfig, kernel: Array) -> int:
     size = kernel.shape[config.vocab_dim]
     for axis in config.vocab_axes:
         size *= jax.lax.axis_size(axis)
-    return size
+    if config.vocab_size is None:
+        return size
+    if config.vocab_size > size:
+        raise ValueError(
+            f"vocab_size got {config.vocab_size}; pass at most {size}, the number of the kernel's columns."
+        )
+    return config.vocab_size
 
 
 def label_weights(
@@ -60,7 +66,10 @@ def label_weights(
 
 
 def total_class_weight(config: HeadConfig, class_weights: Float[Array, " V"]) -> Float[Array, ""]:
-    """`Σ_v w_v` over all columns."""
+    """`Σ_v w_v` over all columns that exist."""
+    if config.vocab_size is not None:
+        column = first_column(config.vocab_axes, class_weights.size) + jnp.arange(class_weights.size)
+        class_weights = jnp.where(column < config.vocab_size, replicated(class_weights), 0)
     total = class_weights.sum()
     return jax.lax.psum(total, config.vocab_axes) if config.vocab_axes else total
 

@@ -41,6 +41,10 @@ def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, arrays: Lo
     labels = flat.labels - start
     flat = flat._replace(labels=jnp.where((labels < 0) | (labels >= width), -1, labels))
     arrays = _flatten_arrays(loss_pass, arrays, operands)
+    vocab_size = loss_pass.config.vocab_size
+    if vocab_size is not None and plan.columns:
+        # The program is the same on every device, so how many columns each has is known at run time only.
+        flat = flat._replace(num_columns=jnp.clip(vocab_size - start, 0, width))
 
     def run(implementation: Implementation, operands: Operands, arrays: LossArrays) -> Result:
         config = dataclasses.replace(loss_pass.config, implementation=implementation)
@@ -86,7 +90,8 @@ def _run_chunks(
     if isinstance(stats, RowStats):
         if merge is not None and loss_pass.kind != "fused":
             stats = merge(stats)
-        stats = stats._replace(prediction=jnp.where(operands.counted, stats.prediction, -1))
+        if operands.counted is not None:
+            stats = stats._replace(prediction=jnp.where(operands.counted, stats.prediction, -1))
         if loss_pass.unit_loss is not None:
             losses = loss_pass.unit_loss.losses(stats, arrays)
             return Result(None, grads, losses=losses, scales=scales if loss_pass.has_scales else None)
