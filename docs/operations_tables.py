@@ -35,7 +35,8 @@ def operations_table(path: Path, page: Path) -> str:
         (*headings, "Triton, times as fast as XLA's best", "saved, MiB: plain JAX/jliger"), rows, left=2
     ) + (
         f"\n\nMeasured on {about['device']}, driver {about['driver']}, {versions}, by `{about['command']}`: medians of "
-        f"{processes} process{'es' if processes > 1 else ''}, with five bursts in each. A large copy moved {copies:.2f} TB/s."
+        f"{processes} process{'es' if processes > 1 else ''}, with five bursts in each. A large copy moved "
+        f"{copies:.2f} TB/s."
     )
 
 

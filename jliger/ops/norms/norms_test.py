@@ -170,6 +170,13 @@ def test_second_derivatives():
     np.testing.assert_allclose(times_hessian(ours), times_hessian(plain_rms), rtol=1e-4, atol=1e-4)
 
 
+def test_rows_are_loaded_ahead_where_they_fit():
+    triton = pytest.importorskip("jliger.ops.norms.triton")
+    at_most = {(8192, 6): 3, (16384, 4): 1, (8192, 8): 1, (1024, 12): 3}  # by columns and bytes per column
+    assert {key: triton.backward_launch(4096, key[0], key[0] * key[1]).stages for key in at_most} == at_most
+    assert triton.backward_launch(2, 1024, 4096).programs == 2
+
+
 X, SCALE = jnp.ones((2, 4)), jnp.ones(4)
 
 

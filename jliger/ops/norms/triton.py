@@ -11,7 +11,7 @@ from jliger.ops.norms import triton_kernels as kernels
 from jliger.ops.norms.types import NormConfig, NormGrads, NormInputs, NormResult, NormSaved
 
 _MULTIPROCESSORS = 132  # of an H100
-_SHARED_MEMORY = 2**17  # bytes per program; an A100 has 163 KiB per multiprocessor
+_SHARED_MEMORY = 96 * 2**10  # bytes per program; GPUs from sm_80 on have at least 99 KiB
 
 
 class Launch(NamedTuple):
