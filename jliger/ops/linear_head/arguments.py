@@ -108,7 +108,7 @@ def head_arguments(
         checks.check_where(where, labels)
     config = _config(given, (hidden, kernel, labels, bias, where), stats_wanted)
     adapter = _adapter(given["adapter"], hidden, kernel, config.vocab_dim, whose)
-    inverse_temperature = _inverse_temperature(given["temperature"], labels, accumulator_dtype(hidden.dtype))
+    inverse_temperature = inverse_temperature_of(given["temperature"], labels, accumulator_dtype(hidden.dtype))
     operands = Operands(hidden, kernel, bias, inverse_temperature=inverse_temperature)
     ignore_index = None if given["ignore_index"] is None else int(given["ignore_index"])
     return Arguments(config, operands, labels, where, adapter, ignore_index)
@@ -160,7 +160,7 @@ def _adapter(adapter: Any, hidden: Any, kernel: Any, vocab_dim: int, whose: str)
     return adapter
 
 
-def _inverse_temperature(temperature: Any, labels: Any, dtype: Any) -> Float[Array, "*B"] | None:
+def inverse_temperature_of(temperature: Any, labels: Any, dtype: Any) -> Float[Array, "*B"] | None:
     """`1 / T` of each token, NaN where an array holds a `T` that is not above 0; None for 1."""
     if isinstance(temperature, int | float | np.number):
         if not np.isfinite(temperature) or temperature <= 0:

@@ -24,9 +24,10 @@ from jliger.core.meshes import is_explicit, mesh_of, replicated, sum_to_type, wi
 from jliger.core.partitioned import Operation
 from jliger.core.reduction import Reduction, check_reduction, divided, weight_divisor
 from jliger.ops.linear_head.arguments import (
-    _inverse_temperature,
     column_validity,
     counted_tokens,
+    if_counted,
+    inverse_temperature_of,
     label_columns,
 )
 from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics, Loss
@@ -51,7 +52,7 @@ class _Call(NamedTuple):
     config: _Config
     objective: CrossEntropy
     reduction: Reduction
-    ignore_index: int
+    ignore_index: int | None
 
 
 @overload
@@ -72,7 +73,7 @@ def softmax_cross_entropy(
     *,
     where: Bool[Array, "*B"] | None = None,
     weights: Float[Array, "*B"] | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     temperature: Float[Array, "*B"] | Float[Array, ""] | float = 1.0,
@@ -101,7 +102,7 @@ def softmax_cross_entropy(
       labels: the label of each token, `[*B]`, integers.
       where: bools `[*B]`, the tokens that count.
       weights: a weight for each token, `[*B]`. It carries no gradient.
-      ignore_index: a token with this label does not count.
+      ignore_index: a token with this label does not count; None if all labels count.
       logit_scale: multiplies the logits, a Python number.
       logit_softcap: `c` in `c · tanh(z / c)`, a Python number, or None for no cap.
       temperature: divides logits after scale and softcap: a Python number above 0, a scalar array, or `[*B]`. It
@@ -140,7 +141,8 @@ def softmax_cross_entropy(
         checks.check_number("logit_softcap", logit_softcap)
         if logit_softcap <= 0:
             raise ValueError(f"logit_softcap got {logit_softcap!r}; pass a number above 0, or None for no cap.")
-    checks.check_integer("ignore_index", ignore_index)
+    if ignore_index is not None:
+        checks.check_integer("ignore_index", ignore_index)
     check_reduction(reduction, normalizer)
     logits, labels = checks.as_array("logits", logits), checks.as_array("labels", labels)
     checks.check_floating("logits", logits)
@@ -161,8 +163,13 @@ def softmax_cross_entropy(
         _choice(implementation, logits),
         target_compute_capability(),
     )
-    call = _Call(config, CrossEntropy(float(label_smoothing), float(z_loss), width), reduction, int(ignore_index))
-    inverse_temperature = _inverse_temperature(temperature, labels, accumulator_dtype(logits.dtype))
+    call = _Call(
+        config,
+        CrossEntropy(float(label_smoothing), float(z_loss), width),
+        reduction,
+        None if ignore_index is None else int(ignore_index),
+    )
+    inverse_temperature = inverse_temperature_of(temperature, labels, accumulator_dtype(logits.dtype))
     arrays = _checked(logits, labels, where=where, weights=weights, class_weights=class_weights, normalizer=normalizer)
     loss, metrics = _softmax_cross_entropy(call, logits, labels, inverse_temperature, *arrays)
     return (loss, metrics) if return_metrics else loss
@@ -216,7 +223,8 @@ def _softmax_cross_entropy(
     weights, class_weights, normalizer = jax.lax.stop_gradient((weights, class_weights, normalizer))
     counted = counted_tokens(labels, where, call.ignore_index)
     columns = label_columns(labels, counted, objective.vocab_size)
-    token_weights = jnp.where(counted, 1 if weights is None else weights, 0).astype(dtype)
+    weights = jnp.ones_like(columns, dtype) if weights is None else weights.astype(dtype)
+    token_weights = if_counted(counted, weights, 0)
     label_terms = LabelTerms(column_validity(columns, dtype), None, float(objective.vocab_size))
     if class_weights is not None:
         class_weights = replicated(class_weights.astype(dtype))
@@ -235,7 +243,7 @@ def _softmax_cross_entropy(
     cross_entropy, z_loss = parts
     right = jnp.where(stats.prediction == columns, token_weights, 0).sum()
     metrics = CrossEntropyMetrics(
-        weight, cross_entropy, z_loss, right / weight_divisor(weight), jnp.where(counted, stats.prediction, -1)
+        weight, cross_entropy, z_loss, right / weight_divisor(weight), if_counted(counted, stats.prediction, -1)
     )
     return cross_entropy + z_loss, jax.lax.stop_gradient(metrics)
 

@@ -54,7 +54,7 @@ class PackedRows(NamedTuple):
             row_of=rows.token_of,
             rank=jnp.cumsum(by_row > 0, dtype=jnp.int32) - 1,
             ends=jnp.cumsum(take(rows.token_of, by_row), dtype=jnp.int32),
-            count=rows.count,
+            count=jnp.asarray(rows.count),
             length=length,
             window=window,
         )
