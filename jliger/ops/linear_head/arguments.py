@@ -189,7 +189,8 @@ def with_tokens(
     vocab_size: int,
 ) -> Operands:
     """The operands with what concerns each token: its column, and whether it counts; nothing of those that don't."""
-    counted = counted_tokens(labels, where, ignore_index)
+    # None: all tokens count, and the passes know it when they are traced.
+    counted = None if where is None and ignore_index is None else counted_tokens(labels, where, ignore_index)
     inverse_temperature = operands.inverse_temperature
     if inverse_temperature is not None and counted is not None:
         inverse_temperature = jnp.where(counted, inverse_temperature, 1)
@@ -199,13 +200,12 @@ def with_tokens(
 
 def counted_tokens(
     labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int | None
-) -> Bool[Array, "*B"] | None:
-    """Those where `where` is true and the label is not `ignore_index`; None for all, if that is known beforehand."""
-    if ignore_index is None:
-        return where
+) -> Bool[Array, "*B"]:
+    """Those where `where` is true and the label is not `ignore_index`."""
     limits = jnp.iinfo(labels.dtype)
     # A dtype that cannot hold ignore_index has no label equal to it; a comparison would wrap it around.
-    counted = labels != ignore_index if limits.min <= ignore_index <= limits.max else jnp.full(labels.shape, True)
+    can_occur = ignore_index is not None and limits.min <= ignore_index <= limits.max
+    counted = labels != ignore_index if can_occur else jnp.full(labels.shape, True)
     return counted if where is None else counted & where
 
 

@@ -304,12 +304,13 @@ def _distillation(
     operands = operands._replace(**jax.lax.stop_gradient(teacher))
     weights, hard_weight, soft_weight = jax.lax.stop_gradient((weights, hard_weight, soft_weight))
     loss_function = Distillation(call.config.teacher.temperature, sharding.vocab_size(call.config, operands.kernel))
+    counted = where
     if labels is None:
         # Spread over devices as the tokens are. Any value is as good as another.
         columns = jnp.zeros_like(operands.hidden.sum(axis=-1), dtype=jnp.int32)
-        counted = where
     else:
-        counted = counted_tokens(labels, where, call.ignore_index)
+        if call.ignore_index is not None:
+            counted = counted_tokens(labels, where, call.ignore_index)
         columns = label_columns(labels, counted, loss_function.vocab_size)
     weights = jnp.ones_like(columns, dtype) if weights is None else weights.astype(dtype)
     token_weights = if_counted(counted, weights, 0)
