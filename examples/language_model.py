@@ -40,7 +40,7 @@ class Head:
     chunk_size: int | None = None
 
     def options(self, config: LlamaConfig) -> Record:
-        """jliger's options; its Triton kernels take no float64."""
+        """The options of jliger, whose Triton kernels take no float64."""
         implementation = "xla" if config.dtype == "float64" else self.implementation
         return {"implementation": implementation, "chunk_size": self.chunk_size}
 

@@ -131,6 +131,14 @@ def add_eval_options(add: Any, every: int, batches: int) -> None:
 # ---- checks: each ends the program with a message if options do not fit together -------------------------------
 
 
+def check_all(parser: argparse.ArgumentParser, args: argparse.Namespace, *more_steps: str) -> None:
+    """Checks the options of all groups above."""
+    check_corpus(parser, args)
+    check_size(parser, args)
+    check_head(parser, args)
+    check_warmup(parser, args, *more_steps)
+
+
 def check_corpus(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Checks the options of the corpus."""
     if args.vocab_size < SMALLEST_VOCAB:

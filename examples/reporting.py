@@ -233,3 +233,8 @@ def memory_panel(summary: Mapping[str, Any]) -> Callable[[Axes], None]:
         axes.set(title="XLA memory of the training step", ylabel="MiB")
 
     return draw
+
+
+def comparison_panels(runs: Mapping[str, Events], summary: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
+    """The difference of the two heads' losses, and the memory of their steps."""
+    return [difference_panel(runs), memory_panel(summary)]

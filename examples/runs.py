@@ -94,6 +94,12 @@ def read_metrics(folder: Path) -> Events:
     return events
 
 
+def read_heads(folder: Path) -> dict[str, Events]:
+    """The records of each head that has been trained in a folder, by this call or an earlier one."""
+    metrics = {name: read_metrics(folder / name) for name in ("full", "jliger")}
+    return {name: events for name, events in metrics.items() if "compiled" in events}
+
+
 # ---- the folder ------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +141,18 @@ def begin_folder(out: Path, settings: Record, contents: Sequence[str]) -> None:
         else:
             (out / name).unlink(missing_ok=True)
     write_json(out / CONFIG, settings)
+
+
+def open_folder(args: argparse.Namespace, settings: Record, contents: Sequence[str], tokenizer: Any = None) -> None:
+    """Checks the folder `--out` and, unless the run is resumed, begins it."""
+    resume = getattr(args, "resume", None)
+    check_folder(args.out, settings, resume=resume, overwrite=args.overwrite)
+    if not resume:
+        begin_folder(args.out, settings, (*contents, TOKENIZER, SUMMARY, PLOT))
+        if tokenizer is not None:
+            tokenizer.save(str(args.out / TOKENIZER))
+    device = jax.devices()[0]
+    say(f"device: {device.platform} ({device.device_kind}), JAX {jax.__version__}")
 
 
 # ---- the program -----------------------------------------------------------------------------------------------

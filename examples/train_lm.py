@@ -12,53 +12,27 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 
+import options
+import reporting
+import runs
 from corpus import Batches, Corpus, heldout_batches, windows
 from language_model import CURVE_TOLERANCE, HEADS, Evaluation, Head, language_model_loss
 from llama import LlamaConfig
-from options import (
-    COUNT,
-    add_corpus_options,
-    add_eval_options,
-    add_model_options,
-    add_run_options,
-    add_training_options,
-    check_corpus,
-    check_head,
-    check_size,
-    check_warmup,
-    corpus_of,
-    heads_of,
-    model_of,
-    parser_of,
-)
-from reporting import (
-    curve_table,
-    curves_panel,
-    difference_panel,
-    memory_panel,
-    report,
-    summarize,
-    summary_table,
-    verdict,
-)
-from runs import PLOT, SUMMARY, TOKENIZER, begin_folder, check_folder, read_metrics, run_program
+from options import COUNT
 from training import Program, Training, TrainingConfig, build_program, next_of, train
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads and checks the command line; a bad argument ends the program with a message."""
-    parser = parser_of("train_lm", __doc__)
-    add_corpus_options(parser)
-    add_model_options(parser)
-    add_training_options(parser)
-    add = add_run_options(parser, "runs/train_lm", checkpoint_every=50)
-    add_eval_options(add, 25, 8)
+    parser = options.parser_of("train_lm", __doc__)
+    options.add_corpus_options(parser)
+    options.add_model_options(parser)
+    options.add_training_options(parser)
+    add = options.add_run_options(parser, "runs/train_lm", checkpoint_every=50)
+    options.add_eval_options(add, 25, 8)
     add("--stop-at", type=COUNT, metavar="STEP", help="stop here, with the schedule of all --steps")
     args = parser.parse_args(argv)
-    check_corpus(parser, args)
-    check_size(parser, args)
-    check_head(parser, args)
-    check_warmup(parser, args)
+    options.check_all(parser, args)
     return args
 
 
@@ -87,34 +61,29 @@ def training_of(
 
 def run(args: argparse.Namespace) -> None:
     """Corpus, training with both heads, report."""
-    corpus = corpus_of(args)
-    config, training = model_of(args, corpus.vocab_size), TrainingConfig.of(args)
+    corpus = options.corpus_of(args)
+    config, training = options.model_of(args, corpus.vocab_size), TrainingConfig.of(args)
     # What shapes the curve: a run is only resumed with the same values.
     settings = {"corpus": corpus.digest, **asdict(config), **asdict(training)}
     # Whatever can be refused is refused before the folder is changed.
-    trainings = [training_of(head, config, training, corpus, args) for head in heads_of(args)]
-    check_folder(args.out, settings, resume=args.resume, overwrite=args.overwrite)
-    if not args.resume:
-        begin_folder(args.out, settings, (*HEADS, TOKENIZER, SUMMARY, PLOT))
-    corpus.tokenizer.save(str(args.out / TOKENIZER))
+    trainings = [training_of(head, config, training, corpus, args) for head in options.heads_of(args)]
+    runs.open_folder(args, settings, HEADS, corpus.tokenizer)
     last = args.steps if args.stop_at is None else args.stop_at
     train(trainings, args, last)
-    # A head that an earlier call trained in this folder is part of the report.
-    metrics = {head: read_metrics(args.out / head) for head in HEADS}
-    runs = {head: events for head, events in metrics.items() if "compiled" in events}
-    summary = summarize(runs, settings)
-    parts = [curve_table(runs), summary_table(summary)]
+    events = runs.read_heads(args.out)
+    summary = reporting.summarize(events, settings)
+    parts = [reporting.curve_table(events), reporting.summary_table(summary)]
     if "comparison" in summary:
-        parts.append(verdict(summary["comparison"], args.dtype, CURVE_TOLERANCE[args.dtype]))
+        parts.append(reporting.verdict(summary["comparison"], args.dtype, CURVE_TOLERANCE[args.dtype]))
     if last < args.steps:
         parts.append(f"Stopped at step {last} of {args.steps}; --resume continues.")
-    loss = curves_panel(runs, "Loss", "loss", ("train", "eval"), "cross entropy (nats per token)")
-    report(args.out, summary, [loss, difference_panel(runs), memory_panel(summary)], parts)
+    losses = reporting.curves_panel(events, "Loss", "loss", ("train", "eval"), "cross entropy (nats per token)")
+    reporting.report(args.out, summary, [losses, *reporting.comparison_panels(events, summary)], parts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    run_program("train_lm", run, parse_args(argv), "--resume continues from the latest checkpoint")
+    runs.run_program("train_lm", run, parse_args(argv), "--resume continues from the latest checkpoint")
 
 
 if __name__ == "__main__":

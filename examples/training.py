@@ -188,9 +188,9 @@ class Training:
       program: the step.
       next_batch: the batch of a step, from its number (the first is 1) and the parameters.
       evaluate: figures of parameters, for the metrics; None to evaluate nothing.
-      figures: more figures of a step, from its `AccumulatedLoss`, its batch and its seconds.
+      figures: more figures of a step, from the results of its updates, its batch and its seconds.
       given: what the step is called with after state and batch.
-      updates: the number of optimizer steps on each batch.
+      parts: of a batch, one for each call of the step; a batch as a whole, if nothing is given.
       begin_with: parameters to begin with in place of the program's own.
       about: more figures for the record of the compilation.
     """
@@ -200,9 +200,9 @@ class Training:
     program: Program
     next_batch: Callable[[int, Tree], Tree]
     evaluate: Callable[[Tree], Record] | None = None
-    figures: Callable[[AccumulatedLoss, Tree, float], Record] = lambda result, batch, seconds: {}
+    figures: Callable[[Sequence[AccumulatedLoss], Tree, float], Record] = lambda results, batch, seconds: {}
     given: tuple[Tree, ...] = ()
-    updates: int = 1
+    parts: Callable[[Tree], Sequence[Tree]] = lambda batch: [batch]
     begin_with: Tree = None
     about: Record = field(default_factory=dict)
     state: Tree = None
@@ -234,16 +234,18 @@ class Training:
         """Makes one step and writes its record."""
         batch = self.next_batch(step, self.state["parameters"])
         began = time.perf_counter()
-        for _ in range(self.updates):
-            self.state, result = self.compiled.step(self.state, batch, *self.given)
-        loss = float(result.loss)
+        results = []
+        for part in self.parts(batch):
+            self.state, result = self.compiled.step(self.state, part, *self.given)
+            results.append(result)
+        loss = float(results[-1].loss)
         seconds = time.perf_counter() - began
         if not math.isfinite(loss):
             raise RunError(
                 f"the loss of {self.name} is {loss} at step {step}: try a lower learning rate. The steps before are in "
                 f"{self.folder}"
             )
-        record = {"loss": loss, **self.figures(result, batch, seconds), "seconds": seconds}
+        record = {"loss": loss, **self.figures(results, batch, seconds), "seconds": seconds}
         self.metrics.write("train", step, **record)
         return record
 

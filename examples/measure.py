@@ -1,0 +1,225 @@
+"""Measures training steps, or the loss alone, with one head in a process of its own: memory and time.
+
+    python examples/measure.py --what step --head jliger --config llama3.2-1b --lengths 16384 32768 --out record.json
+    python examples/measure.py --what grpo --head jliger --config llama3.2-1b --rows 32 --out record.json
+
+`gradient_accumulation.py` and `sweep_post_training.py` run this program, because a device's peak memory can't be reset.
+The text of `step` is that of Python's library; weights are random, and so is everything that ORPO, DPO and GRPO need.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import options
+from grpo import PolicyConfig, policy_loss
+from language_model import HEADS, Head, language_model_loss
+from llama import LlamaConfig, Tree, initial_parameters, parameter_count
+from measuring import Records, in_words, measured, rates
+from options import COUNT, COUNT_OR_ZERO, DTYPES, NUMBER
+from preference import BETA, pair_loss
+from runs import DeviceMemoryError, Record, run_program
+from training import build_program, compile_step, device_memory, device_memory_errors
+
+# All with the embedding as last layer.
+CONFIGS = {
+    # Seconds on a CPU.
+    "tiny": LlamaConfig(16384, 64, 192, 2, 4, 2, tie_embeddings=True),
+    # GPT-2's sizes and vocabulary, rounded down to thousands.
+    "small": LlamaConfig(50_000, 768, 2048, 12, 12, 12, tie_embeddings=True),
+    "llama3.2-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, tie_embeddings=True),
+}
+POST_TRAINING = (*BETA, "grpo")
+GRPO = PolicyConfig(beta=0.04)
+# The MLP processes this many tokens of a sequence at a time.
+PIECE = 8192
+# What is to be measured, and how.
+Task = tuple[Record, Callable[[], Record]]
+
+
+def text(count: int) -> np.ndarray:
+    """The first bytes of the modules of Python's library, repeated if there are too few."""
+    modules = b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
+    return np.resize(np.frombuffer(modules, np.uint8), count).astype(np.int32)
+
+
+def loss_tasks(args: argparse.Namespace) -> Iterator[Task]:
+    """The loss of `[tokens, hidden]` and its two gradients, in each dtype and with each chunk size."""
+    size = CONFIGS[args.config].hidden_size
+    for dtype in ("bfloat16", "float32"):
+        for chunk_size in [*args.chunk_sizes, None] if args.head == "jliger" else [None]:
+            about = {"what": "loss", "dtype": dtype, "tokens": args.tokens, "hidden_size": size}
+            yield (
+                about | {"vocab_size": args.vocab, "chunk_size": chunk_size},
+                partial(measure_loss, args, about, chunk_size),
+            )
+
+
+def measure_loss(args: argparse.Namespace, about: Record, chunk_size: int | None) -> Record:
+    """One loss alone."""
+    config = replace(CONFIGS[args.config], vocab_size=args.vocab, dtype=about["dtype"])
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (1, args.tokens, config.hidden_size), config.dtype)
+    kernel = 0.02 * jax.random.normal(keys[1], (args.vocab, config.hidden_size), config.dtype)
+    labels = jax.random.randint(keys[2], (1, args.tokens), 0, args.vocab)
+    head = Head(args.head, args.implementation, chunk_size)
+
+    @partial(jax.value_and_grad, argnums=(0, 1))
+    def mean(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+        return head.loss_sum(config, {"embedding": kernel}, hidden, labels, labels >= 0) / args.tokens
+
+    compiled = compile_step(jax.jit(mean).trace(hidden, kernel, labels))
+    return measured(compiled, partial(compiled.step, hidden, kernel, labels), args.timed_steps, args.timed_seconds)
+
+
+def step_tasks(args: argparse.Namespace, what: str) -> Iterator[Task]:
+    """Whole training steps, with AdamW's update, for each length and number of microbatches."""
+    for length in sorted(args.lengths):
+        for microbatches in sorted(args.microbatches, reverse=True):
+            about = {"dtype": args.dtype, "parameters": args.parameters, "length": length}
+            if what == "step":
+                about |= {"what": what, "rows": args.rows, "microbatches": microbatches}
+            else:
+                about |= {"loss": what, "sequences": args.rows, "prompt_length": args.prompt_length}
+            yield about, partial(measure_step, args, what, length, microbatches)
+
+
+def measure_step(args: argparse.Namespace, what: str, length: int, microbatches: int) -> Record:
+    """One kind of step."""
+    config = replace(CONFIGS[args.config], dtype=args.dtype, mlp_pieces=-(-length // PIECE))
+    program, batch = program_of(args, config, what, length, microbatches)
+    compiled = compile_step(program.step)
+    with device_memory_errors():
+        state = jax.block_until_ready(program.initial_state())
+    losses = []
+
+    def run() -> Any:
+        nonlocal state
+        state, result = compiled.step(state, batch)
+        losses.append(result.loss)
+        return state, result
+
+    record = measured(compiled, run, args.timed_steps, args.timed_seconds)
+    speed = rates(config, args.rows, length, record["milliseconds"] / 1e3, args.peak_tflops)
+    return {**record, **speed, "losses": [float(loss) for loss in losses]}
+
+
+def program_of(args: argparse.Namespace, config: LlamaConfig, what: str, length: int, microbatches: int) -> Any:
+    """The step, and a batch."""
+    head = Head(args.head, args.implementation, args.chunk_size)
+    # A generator that is quick to compile and to run.
+    keys = jax.random.split(jax.random.key(args.seed, impl="rbg"))
+    create = partial(initial_parameters, config, keys[0], args.parameters)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(args.learning_rate, b2=0.95))
+    if what == "step":
+        loss_fn = language_model_loss(head, config)
+        batch = jax.device_put(text(args.rows * (length + 1)).reshape(args.rows, length + 1))
+    else:
+        loss_fn = post_training_loss(what, head, config, args.prompt_length)
+        batch = jax.jit(random_batch, static_argnums=(0, 1, 2, 3))(what, config, args.rows, length, keys[1])
+    return build_program(loss_fn, create, optimizer, batch, microbatches=microbatches), batch
+
+
+def post_training_loss(what: str, head: Head, config: LlamaConfig, prompt_length: int) -> Callable[..., Any]:
+    """The loss of ORPO, DPO or GRPO; a pair's chosen sequence is in the first half of the batch."""
+
+    def loss_fn(params: Tree, batch: Tree) -> tuple[jax.Array, float]:
+        inputs, labels = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        where = jnp.broadcast_to(jnp.arange(1, labels.shape[1] + 1) >= prompt_length, labels.shape)
+        result = head.logprobs(config, params, inputs, labels, where=where)
+        if what == "grpo":
+            return policy_loss(GRPO, result, where, batch)[0], 1.0
+        return pair_loss(what, result.logprobs, where, BETA[what], batch.get("reference"))[0], 1.0
+
+    return loss_fn
+
+
+def random_batch(what: str, config: LlamaConfig, rows: int, length: int, key: jax.Array) -> Tree:
+    """Tokens `[B, T+1]`, and what the loss needs beside them, close to what a model with random weights would give."""
+    keys = jax.random.split(key, 4)
+
+    def logprobs(key: jax.Array) -> jax.Array:
+        return -math.log(config.vocab_size) + 0.1 * jax.random.normal(key, (rows, length))
+
+    batch = {"tokens": jax.random.randint(keys[0], (rows, length + 1), 0, config.vocab_size)}
+    if what == "dpo":
+        batch["reference"] = logprobs(keys[1]).sum(axis=1)
+    if what == "grpo":
+        batch |= {"advantages": jax.random.normal(keys[3], (rows,))}
+        batch |= {"old": logprobs(keys[1]), "reference": logprobs(keys[2])}
+    return batch
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads and checks the command line; a bad argument ends the program with a message."""
+    parser = options.parser_of("measure", __doc__)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="the records' file")
+    options.add_head_options(add, choices=HEADS)
+    add("--what", choices=("loss", "step", *POST_TRAINING), nargs="+", default=["step"], help="(default: step)")
+    add("--config", choices=list(CONFIGS), default="tiny", help="sizes of the model (%(default)s)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of a step's arithmetic (%(default)s)")
+    add("--parameters", choices=DTYPES, default="float32", help="of parameters and AdamW's moments (%(default)s)")
+    add(
+        "--rows",
+        "--sequences",
+        type=COUNT,
+        default=1,
+        metavar="N",
+        help="sequences a step; two are a pair (%(default)s)",
+    )
+    add("--lengths", "--length", type=COUNT, nargs="+", default=[2048], metavar="N", help="tokens a sequence (2048)")
+    add(
+        "--prompt-length", type=COUNT_OR_ZERO, default=0, metavar="N", help="of which so many don't count (%(default)s)"
+    )
+    add("--microbatches", type=COUNT, nargs="+", default=[1], metavar="N", help="in a step (1)")
+    add("--tokens", type=COUNT, default=8192, metavar="N", help="of the loss alone (%(default)s)")
+    add("--vocab", type=COUNT, default=50_000, metavar="N", help="of the loss alone (%(default)s)")
+    add("--chunk-sizes", type=COUNT, nargs="*", default=[], metavar="N", help="of the loss alone, beside jliger's own")
+    add("--learning-rate", type=NUMBER, default=1e-3, metavar="X", help="of AdamW (%(default)s)")
+    add("--timed-steps", type=COUNT, default=2, metavar="N", help="calls to time, after one (%(default)s)")
+    add("--timed-seconds", type=NUMBER, default=10.0, metavar="X", help="no more of them after this time (%(default)s)")
+    add("--peak-tflops", type=NUMBER, metavar="X", help="of the device (default: known for H100 and H200)")
+    add("--limit", type=NUMBER, metavar="GB", help="check that JAX may use no more of the device's memory than this")
+    args = parser.parse_args(argv)
+    options.check_head(parser, args)
+    for loss in set(args.what) & set(BETA):
+        if args.rows % 2:
+            parser.error(f"--rows {args.rows} must be even for {loss}: two are a pair")
+    if args.prompt_length > min(args.lengths):
+        parser.error(f"--prompt-length {args.prompt_length} leaves nothing of --length {min(args.lengths)} that counts")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures in ascending order, until something doesn't fit."""
+    limit = device_memory("bytes_limit")
+    if args.limit is not None and (limit is None or limit > 1e9 * args.limit):
+        sys.exit(f"measure: error: --limit {args.limit:g} GB, and JAX may use {limit} bytes")
+    records = Records(args.out, parameters=parameter_count(CONFIGS[args.config]))
+    common = {"head": args.head, "config": args.config, "limit_gb": args.limit}
+    for what in args.what:
+        for about, measure in loss_tasks(args) if what == "loss" else step_tasks(args, what):
+            record = records.add({**common, **about}, measure)
+            print(f"{what}, {args.head}: {in_words(record)}", flush=True)
+            if record["out_of_memory"]:
+                raise DeviceMemoryError(record["reason"])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    run_program("measure", run, parse_args(argv), "what had been measured is kept")
+
+
+if __name__ == "__main__":
+    main()
