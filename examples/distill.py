@@ -19,29 +19,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 import options
 import reporting
 import runs
 from checkpoints import CheckpointError
 from corpus import Batches, Corpus, heldout_batches, windows
 from language_model import CURVE_TOLERANCE, Evaluation, Head, inputs_and_labels, language_model_loss
-from llama import LlamaConfig, Tree, full_logits, hidden_states, last_layer, parameter_count
+from llama import LlamaConfig, Tree, hidden_states, last_layer, parameter_count
 from matplotlib.axes import Axes
 from options import COUNT, NUMBER, NUMBER_OR_ZERO
 from runs import Events, Record
 from training import Training, TrainingConfig, build_program, next_of, train
 
-from jliger import losses
+import jliger
 
 # Folders in the run's own; the distilled student's has one for each head.
 TEACHER, ALONE, DISTILLED = "teacher", "alone", "distilled"
 STUDENTS = {ALONE: "labels alone", DISTILLED: "with teacher"}
 # Part of the cached teacher's key: raise it if the same settings would give another teacher.
 CACHE_VERSION = 2
-
-
-Model = tuple[LlamaConfig, Tree, jax.Array]  # with its parameters and its hidden states
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------
@@ -56,11 +52,6 @@ class DistillationConfig:
     temperature: float
     hard_weight: float
 
-    @property
-    def soft_weight(self) -> float:
-        """The weight of the divergence; the square makes up for gradients that shrink with the temperature."""
-        return (1 - self.hard_weight) * self.temperature**2
-
 
 @dataclass(frozen=True)
 class Distillation:
@@ -73,52 +64,34 @@ class Distillation:
     end_of_text: int
 
     def __call__(self, params: Tree, tokens: jax.Array, teacher_params: Tree) -> tuple[jax.Array, jax.Array]:
-        """The sum of the token losses, and the reporting.number of tokens."""
+        """The sum of the token losses, and the number of tokens."""
         inputs, labels, where = inputs_and_labels(tokens, self.end_of_text)
-        student = self.student, params, hidden_states(self.student, params, inputs)
-        teacher = self.teacher, teacher_params, hidden_states(self.teacher, teacher_params, inputs)
-        loss_sum = self.full if self.head.name == "full" else self.fused
-        return loss_sum(student, teacher, labels, where), jnp.sum(where)
-
-    def full(self, student: Model, teacher: Model, labels: jax.Array, where: jax.Array) -> jax.Array:
-        """With `[B, T, V]` logits of both models in memory."""
+        kernel, layout = last_layer(self.student, params)
+        teacher_kernel, teacher_layout = last_layer(self.teacher, teacher_params)
+        # The reference has `[B, T, V]` logits of both models in memory.
+        library = jliger.reference if self.head.name == "full" else jliger.losses
         config = self.config
-        z, u = full_logits(*student), jax.lax.stop_gradient(full_logits(*teacher))
-        p, r = (jax.nn.log_softmax(logits / config.temperature) for logits in (z, u))
-        if config.divergence == "forward":
-            divergence = jnp.sum(jnp.exp(r) * (r - p), axis=-1)
-        elif config.divergence == "reverse":
-            divergence = jnp.sum(jnp.exp(p) * (p - r), axis=-1)
-        else:
-            m = jnp.logaddexp(jnp.log(config.beta) + r, jnp.log1p(-config.beta) + p)
-            of_teacher, of_student = (jnp.sum(jnp.exp(q) * (q - m), axis=-1) for q in (r, p))
-            divergence = config.beta * of_teacher + (1 - config.beta) * of_student
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(z, labels)
-        return jnp.sum(config.soft_weight * divergence + config.hard_weight * cross_entropy, where=where)
-
-    def fused(self, student: Model, teacher: Model, labels: jax.Array, where: jax.Array) -> jax.Array:
-        """The same through jliger: the logits of both models exist a chunk at a time."""
-        config = self.config
-        (kernel, layout), (teacher_kernel, teacher_layout) = (last_layer(*each[:2]) for each in (student, teacher))
         if config.divergence == "jsd":
-            divergence = partial(losses.fused_linear_jsd, beta=config.beta)
+            divergence = partial(library.fused_linear_jsd, beta=config.beta)
         else:
-            divergence = partial(losses.fused_linear_kl, direction=config.divergence)
-        return divergence(
-            student[2],
+            divergence = partial(library.fused_linear_kl, direction=config.divergence)
+        loss = divergence(
+            hidden_states(self.student, params, inputs),
             kernel,
-            teacher[2],
+            hidden_states(self.teacher, teacher_params, inputs),
             teacher_kernel,
             temperature=config.temperature,
             labels=labels,
             hard_weight=config.hard_weight,
-            soft_weight=config.soft_weight,
+            # The square makes up for gradients that shrink with the temperature.
+            soft_weight=(1 - config.hard_weight) * config.temperature**2,
             where=where,
             reduction="sum",
             student_kernel_layout=layout,
             teacher_kernel_layout=teacher_layout,
             **self.head.options(self.student),
         )
+        return loss, jnp.sum(where)
 
 
 # ---- the trainings ---------------------------------------------------------------------------------------------
