@@ -94,9 +94,6 @@ def distances(result: tuple[AccumulatedLoss, Tree], truth: tuple[AccumulatedLoss
     }
 
 
-# ---- exactness -------------------------------------------------------------------------------------------------
-
-
 def exactness(sizes: Sizes, dtypes: Sequence[str], microbatches: Sequence[int], quiet: bool) -> list[Record]:
     """Each way of accumulating against full logits of the whole batch, in each dtype.
 
@@ -121,9 +118,6 @@ def exactness(sizes: Sizes, dtypes: Sequence[str], microbatches: Sequence[int], 
                         records.append({"dtype": dtype, "tokens": tokens, "microbatches": count, **found})
                     bar.update()
     return records
-
-
-# ---- stability -------------------------------------------------------------------------------------------------
 
 
 def stability(sizes: Sizes, microbatches: int, seeds: int, cycles: int, quiet: bool) -> list[Record]:
@@ -166,9 +160,6 @@ def variance_of(trees: Sequence[Tree]) -> float:
     mean = jax.tree.map(lambda *leaves: np.mean(np.asarray(leaves, np.float64), axis=0), *trees)
     squares = sum(norm(difference(tree, mean)) ** 2 for tree in trees) / (len(trees) - 1)
     return squares / norm(mean) ** 2
-
-
-# ---- training --------------------------------------------------------------------------------------------------
 
 
 def rows_of_paragraphs(stream: np.ndarray, corpus: Corpus, length: int) -> np.ndarray:
@@ -253,13 +244,17 @@ def train_in_all_ways(corpus: Corpus, sizes: Sizes, args: argparse.Namespace) ->
         train(trainings, args, args.steps)
         for way, training in zip(ways, trainings, strict=True):
             steps = list(read_metrics(training.folder)["train"].values())
+            losses = [step["loss"] for step in steps]
+            first = records[0]["losses"] if records else losses
             counts = np.concatenate([step["counts"] for step in steps])
             records.append(
                 {
                     "way": way.name,
                     "head": way.head,
                     "is_weighted": way.is_weighted,
-                    "losses": [step["loss"] for step in steps],
+                    "losses": losses,
+                    "last_loss": losses[-1],
+                    "largest_difference": max(abs(a - b) / b for a, b in zip(losses, first, strict=True)),
                     "milliseconds": 1e3 * statistics.median(step["seconds"] for step in steps),
                     "memory_bytes": training.compiled.memory,
                     "tokens_per_row": {

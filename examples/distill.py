@@ -40,9 +40,6 @@ STUDENTS = {ALONE: "labels alone", DISTILLED: "with teacher"}
 CACHE_VERSION = 2
 
 
-# ---- loss ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class DistillationConfig:
     """A token's loss: `hard_weight · cross entropy + (1 − hard_weight) · temperature² · divergence`."""
@@ -92,9 +89,6 @@ class Distillation:
             **self.head.options(self.student),
         )
         return loss, jnp.sum(where)
-
-
-# ---- the trainings ---------------------------------------------------------------------------------------------
 
 
 class Trainings(NamedTuple):
@@ -150,9 +144,6 @@ def train_teacher(teacher: Training, args: argparse.Namespace) -> Tree:
     return teacher.state["parameters"]
 
 
-# ---- the report ------------------------------------------------------------------------------------------------
-
-
 def gain_of(students: Mapping[str, Events]) -> Record:
     """How much lower the distilled student's held-out loss is: after the last step, and each one's lowest."""
     alone, distilled = (
@@ -203,24 +194,14 @@ def students_panel(students: Mapping[str, Events], teacher: Record, axes: Axes) 
     axes.legend(loc="lower left")
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------
-
-
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads and checks the command line; a bad argument ends the program with a message."""
     parser = options.parser_of("distill", __doc__)
     options.add_corpus_options(parser)
     options.add_model_options(parser, "The student's. The teacher has the same kind of last layer and the same dtype.")
 
     text = "Data, batches, warmup, weight decay and seed are the student's."
     add = parser.add_argument_group("teacher", text).add_argument
-    add(
-        "--teacher-hidden-size",
-        type=COUNT,
-        default=128,
-        metavar="N",
-        help="size of a hidden state (%(default)s)",
-    )
+    add("--teacher-hidden-size", type=COUNT, default=128, metavar="N", help="size of a hidden state (%(default)s)")
     add("--teacher-layers", type=COUNT, default=2, metavar="N", help="layers (%(default)s)")
     add("--teacher-heads", type=COUNT, default=4, metavar="N", help="attention heads per layer (%(default)s)")
     add("--teacher-steps", type=COUNT, default=200, metavar="N", help="optimizer steps (%(default)s)")
@@ -228,22 +209,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument_group("distillation").add_argument
     add("--divergence", choices=["forward", "reverse", "jsd"], default="forward", help="from the teacher (%(default)s)")
-    add(
-        "--beta",
-        type=NUMBER,
-        default=0.5,
-        metavar="X",
-        help="the teacher's share in jsd's mixture (%(default)s)",
-    )
+    add("--beta", type=NUMBER, default=0.5, metavar="X", help="the teacher's share in jsd's mixture (%(default)s)")
     add("--temperature", type=NUMBER, default=1.0, metavar="X", help="of both models' logits (%(default)s)")
     add("--hard-weight", type=NUMBER_OR_ZERO, default=0.5, metavar="X", help="share of the labels (%(default)s)")
-    add(
-        "--student-tokens",
-        type=COUNT,
-        default=49152,
-        metavar="N",
-        help="of the text, for the students (%(default)s)",
-    )
+    add("--student-tokens", type=COUNT, default=49152, metavar="N", help="of the text, for the students (%(default)s)")
 
     # At this vocabulary, what fits the device would be the whole batch.
     options.add_training_options(parser, chunk_size=128)
@@ -306,7 +275,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
     runs.run_program("distill", run, parse_args(argv), "--resume continues from the latest checkpoint")
 
 

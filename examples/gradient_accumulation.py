@@ -26,7 +26,7 @@ from language_model import HEADS
 from llama import LlamaConfig
 from measure import CONFIGS
 from options import COUNT, DTYPES, NUMBER
-from reporting import GIB, MIB, number, table_of
+from reporting import number, table_of
 from runs import Record, read_json, run_program, write_json
 from sweeps import run_child, run_children
 
@@ -60,9 +60,6 @@ def parse_run(text: str) -> Run:
     return run
 
 
-# ---- the GPU, without JAX, which would take memory from the processes to come -----------------------------------
-
-
 def gpu_mebibytes() -> float | None:
     """The memory of the first GPU; None if there is none."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
@@ -81,9 +78,6 @@ def variables_for(limit_gb: float | None) -> dict[str, str]:
     if mebibytes is None:
         sys.exit("gradient_accumulation: error: a memory limit is for GPUs, and nvidia-smi finds none")
     return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{limit_gb * 1e9 / (mebibytes * 2**20):.5f}"}
-
-
-# ---- commands: each returns its section of the results file ------------------------------------------------------
 
 
 def in_process(records: list[Record], command: str, args: argparse.Namespace, names: str, **more: Any) -> Record:
@@ -111,29 +105,32 @@ def train(args: argparse.Namespace, command: str) -> Record:
     return in_process(records, command, args, "rows length microbatches steps", **more)
 
 
+def measured(
+    args: argparse.Namespace, command: str, runs: Sequence[Run], names: Sequence[str], more: Sequence[Any] = ()
+) -> Record:
+    """What measure.py finds in a process for each run, with the options of these names."""
+    for name in ("config", "dtype", "parameters", "timed_steps", "timed_seconds", *names):
+        value = getattr(args, name)
+        more = [*more, f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
+    by_name = {f"{i}: {run.head}": run for i, run in enumerate(runs)}
+
+    def child(name: str) -> Record | None:
+        run = by_name[name]
+        limit = [] if run.limit_gb is None else ["--limit", f"{run.limit_gb:g}"]
+        arguments = [*more, "--head", run.head, "--lengths", *run.lengths, *limit, "--out"]
+        return run_child(name, "measure.py", arguments, args.timeout, variables_for(run.limit_gb))
+
+    return run_children(dict.fromkeys(by_name, child), command, args.no_progress)
+
+
 def memory(args: argparse.Namespace, command: str) -> Record:
-    common = ["--what", "loss", "step", "--config", args.config, "--dtype", args.dtype, "--rows", args.rows]
-    common += ["--lengths", args.length, "--microbatches", *args.microbatches, "--tokens", args.tokens]
-    common += ["--vocab", args.vocab, "--chunk-sizes", *args.chunk_sizes]
-
-    def child(head: str) -> Record | None:
-        return run_child(head, "measure.py", [*common, "--head", head, "--out"], args.timeout)
-
-    return run_children(dict.fromkeys(HEADS, child), command, lambda _: None, args.no_progress)
+    runs = [Run(head, None, [args.length]) for head in HEADS]
+    names = ("rows", "microbatches", "tokens", "vocab", "chunk_sizes")
+    return measured(args, command, runs, names, ["--what", "loss", "step"])
 
 
 def long_context(args: argparse.Namespace, command: str) -> Record:
-    common = ["--config", args.config, "--dtype", args.dtype, "--parameters", args.parameters]
-    common += ["--timed-steps", args.timed_steps, "--timed-seconds", args.timed_seconds]
-    runs = {f"{i}: {run.head}": run for i, run in enumerate(args.runs)}
-
-    def child(name: str) -> Record | None:
-        run = runs[name]
-        limit = [] if run.limit_gb is None else ["--limit", f"{run.limit_gb:g}"]
-        arguments = [*common, "--head", run.head, "--lengths", *run.lengths, *limit, "--out"]
-        return run_child(name, "measure.py", arguments, args.timeout, variables_for(run.limit_gb))
-
-    return run_children(dict.fromkeys(runs, child), command, lambda _: None, args.no_progress)
+    return measured(args, command, args.runs, ())
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, str], Record]] = {
@@ -145,64 +142,15 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, str], Record]] = {
 }
 
 
-# ---- what is printed ---------------------------------------------------------------------------------------------
-
-
-def table_of_section(name: str, section: Record) -> str:
-    """A section's records, a line each."""
-    records = section["records"]
-    first = records[0].get("losses")
-    columns = {
-        "exactness": {
-            **{name: number(name) for name in ("dtype", "tokens", "microbatches")},
-            **{f"{way}: {what}": number(f"{way}/{what}", ".1e") for way in WAYS for what in ("loss", "gradient")},
-        },
-        "stability": {
-            **{name: number(name) for name in ("seed", "way")},
-            **{name.replace("_", " "): number(name, ".6g") for name in VARIANCES},
-            **{name.replace("_", " "): number(name, ".1e") for name in DIFFERENCES},
-        },
-        "train": {
-            "way": number("way"),
-            "last loss": lambda record: f"{record['losses'][-1]:.6f}",
-            "held-out loss": number("heldout_loss", ".6f"),
-            "largest difference": lambda record: f"{largest_difference(record['losses'], first):.1e}",
-            "ms a step": number("milliseconds", ".0f"),
-            "temporary MiB": number("memory_bytes/temporary", ".1f", MIB),
-        },
-    }.get(name)
-    return table_of(records, columns or MEMORY_COLUMNS)
-
-
-WAYS = ("full", "jliger", "means")
-VARIANCES = ("loss_mean", "loss_variance", "gradient_variance")
-DIFFERENCES = ("largest_loss_difference", "largest_gradient_difference", "repeat_difference")
-
-
-def largest_difference(losses: Sequence[float], others: Sequence[float]) -> float:
-    """The largest relative difference of two curves."""
-    return max(abs(one - other) / other for one, other in zip(losses, others, strict=True))
-
-
-def tokens_of(record: Record) -> int:
-    """How many tokens a measurement processes."""
-    return record["tokens"] if record["what"] == "loss" else record["rows"] * record["length"]
-
-
-MEMORY_COLUMNS = {
-    "what": accumulation_plot.kind_of,
-    "head": number("head"),
-    "limit GB": number("limit_gb", "g"),
-    "tokens": lambda record: f"{tokens_of(record):,}",
-    "ms": lambda record: "out of memory" if record["out_of_memory"] else f"{record['milliseconds']:.1f}",
-    "tokens/s": number("tokens_per_second", ",.0f"),
-    "XLA: temporary GiB": number("memory_bytes/temporary", ".3f", GIB),
-    "all GiB": number("memory_bytes/total", ".3f", GIB),
-    "peak GiB": number("peak_bytes", ".3f", GIB),
+# The figures of each section that are printed.
+COLUMNS = {
+    "exactness": "dtype tokens microbatches full/loss full/gradient jliger/loss jliger/gradient means/loss means/gradient",
+    "stability": "seed way loss_mean loss_variance gradient_variance largest_loss_difference "
+    "largest_gradient_difference repeat_difference",
+    "train": "way last_loss heldout_loss largest_difference milliseconds memory_bytes/temporary",
+    "memory": "head what dtype microbatches chunk_size tokens length milliseconds memory_bytes/temporary peak_bytes",
+    "long-context": "head limit_gb length out_of_memory milliseconds tokens_per_second memory_bytes/temporary peak_bytes",
 }
-
-
-# ---- the command line --------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -224,7 +172,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs = "+" if isinstance(microbatches, list) else None
         add("--microbatches", type=COUNT, nargs=nargs, default=microbatches, metavar="N", help="(%(default)s)")
 
-    def measured(parser: argparse.ArgumentParser, config: str) -> None:
+    def add_measuring(parser: argparse.ArgumentParser, config: str) -> None:
         add, dtype = parser.add_argument, "bfloat16" if on_gpu else "float32"
         add("--config", choices=list(CONFIGS), default=config if on_gpu else "tiny", help="(%(default)s)")
         add("--dtype", choices=DTYPES, default=dtype, help="of the arithmetic (%(default)s)")
@@ -254,7 +202,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     training.add_argument("--learning-rate", type=NUMBER, default=3e-3, metavar="X", help="the highest (%(default)s)")
 
     losses = command("memory", "memory of the loss, and of whole steps with and without microbatches")
-    measured(losses, "small")
+    add_measuring(losses, "small")
     small(losses, 1024 if on_gpu else 256, [1, 8])
     add = losses.add_argument
     add("--tokens", type=COUNT, default=8192 if on_gpu else 4096, metavar="N", help="of the loss alone (%(default)s)")
@@ -269,7 +217,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     long = command("long-context", text)
     default = [parse_run(run) for run in runs.split()]
     long.add_argument("--runs", type=parse_run, nargs="+", default=default, metavar="HEAD[@GB]:LENGTHS")
-    measured(long, "llama3.2-1b")
+    add_measuring(long, "llama3.2-1b")
 
     args = parser.parse_args(argv)
     if args.command == "stability" and args.cycles < 2:
@@ -282,7 +230,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
     args = parse_args(argv)
     command = " ".join(["python", "examples/gradient_accumulation.py", *(sys.argv[1:] if argv is None else argv)])
 
@@ -294,7 +241,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         results[args.command.replace("-", "_")] = section
         write_json(out, results)
         accumulation_plot.plot(results, out.with_suffix(".png"))
-        print(f"{table_of_section(args.command, section)}\n\nwritten: {out}, and the plot beside it")
+        columns = {name.replace("_", " "): number(name) for name in COLUMNS[args.command].split()}
+        print(f"{table_of(section['records'], columns)}\n\nwritten: {out}, and the plot beside it")
 
     run_program("gradient_accumulation", run, args, "nothing was written")
 

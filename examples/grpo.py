@@ -36,9 +36,6 @@ from jliger.accumulation import AccumulatedLoss
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
-# ---- loss ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PolicyConfig:
     """What shapes the loss of completions."""
@@ -100,9 +97,6 @@ class Policy:
         return loss, 1.0, metrics
 
 
-# ---- samples ---------------------------------------------------------------------------------------------------
-
-
 def complete(
     config: LlamaConfig,
     params: Tree,
@@ -138,9 +132,6 @@ def sample(policy: Policy, params: Tree, prompts: jax.Array, length: int, key: j
 def answer(policy: Policy, params: Tree, prompts: jax.Array, length: int) -> jax.Array:
     """The likeliest completions."""
     return complete(policy.model, params, prompts, length, lambda logits, _: logits.argmax(axis=-1))
-
-
-# ---- training --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -220,9 +211,6 @@ def evaluate(policy: Policy, task: Brackets, questions: np.ndarray, params: Tree
     return {"reward": float(rewards.mean()), "solved": float(np.mean(rewards == 1)), "answers": answers}
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------
-
-
 def compare(full: Events, fused: Events, tolerance: float) -> Record:
     """How far apart two runs are that learned from the same completions, and for how many steps they are the same."""
 
@@ -267,7 +255,6 @@ def report_of(events: dict[str, Events], summary: Record) -> list[str]:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads and checks the command line; a bad argument ends the program with a message."""
     parser = options.parser_of("grpo", __doc__)
     add = parser.add_argument_group("task").add_argument
     add("--depth", type=COUNT, default=3, metavar="N", help="brackets to close (%(default)s)")
@@ -338,7 +325,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
     runs.run_program("grpo", run, parse_args(argv))
 
 

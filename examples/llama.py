@@ -129,9 +129,6 @@ def flops_per_token(config: LlamaConfig, length: int) -> int:
     return 6 * weights + 6 * config.layers * config.hidden_size * length
 
 
-# ---- on a mesh -------------------------------------------------------------------------------------------------
-
-
 def sharded(x: jax.Array, spec: P) -> jax.Array:
     """The array, sharded if there is a mesh."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
@@ -157,9 +154,6 @@ def _gathered_backward(spec: P, dtype: Any, like: jax.Array, cotangent: jax.Arra
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
-
-
-# ---- the model -------------------------------------------------------------------------------------------------
 
 
 def wide(x: jax.Array) -> jax.Array:

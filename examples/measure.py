@@ -161,7 +161,6 @@ def random_batch(what: str, config: LlamaConfig, rows: int, length: int, key: ja
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads and checks the command line; a bad argument ends the program with a message."""
     parser = options.parser_of("measure", __doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="the records' file")
@@ -217,7 +216,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
     run_program("measure", run, parse_args(argv), "what had been measured is kept")
 
 

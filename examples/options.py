@@ -40,9 +40,6 @@ def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=name, description=(doc or "").partition("\n")[0])
 
 
-# ---- groups: each function returns what adds more options to its group -----------------------------------------
-
-
 def add_corpus_options(parser: argparse.ArgumentParser) -> Any:
     """Adds the options of `corpus.load_corpus`."""
     add = parser.add_argument_group("corpus").add_argument
@@ -126,9 +123,6 @@ def add_eval_options(add: Any, every: int, batches: int) -> None:
     """Adds how often to evaluate, and on how much."""
     add("--eval-every", type=COUNT, default=every, metavar="N", help="steps between evaluations (%(default)s)")
     add("--eval-batches", type=COUNT, default=batches, metavar="N", help="at most so many held-out ones (%(default)s)")
-
-
-# ---- checks: each ends the program with a message if options do not fit together -------------------------------
 
 
 def check_all(parser: argparse.ArgumentParser, args: argparse.Namespace, *more_steps: str) -> None:

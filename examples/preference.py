@@ -38,9 +38,6 @@ TOLERANCE_FACTOR = {"orpo": 1, "dpo": 10}
 PRETRAINING = "pretraining"
 
 
-# ---- loss ------------------------------------------------------------------------------------------------------
-
-
 def sequence_logprobs(loss: str, logprobs: jax.Array, where: jax.Array) -> losses.SequenceLogprobs:
     """Log-probabilities `[B, T]` of tokens to those of sequences: ORPO is defined on means, DPO on sums."""
     return losses.sequence_logprobs(logprobs, where, reduction="mean" if loss == "orpo" else "sum")
@@ -97,9 +94,6 @@ def _reference(preference: Preference, params: Tree, tokens: jax.Array) -> jax.A
     return sequence_logprobs(preference.loss, *preference.logprobs(params, tokens)).logprobs
 
 
-# ---- pairs -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class Pairs:
     """Makes pairs from rows of text: `[B, T+1]` tokens to `[2·B, T+1]`, the text's own first.
@@ -120,9 +114,6 @@ class Pairs:
         # Ends of texts, and what fills a short row, stay.
         replaced &= (rows >= 0) & (rows != self.end_of_text)
         return np.concatenate([rows, np.where(replaced, random.choice(self.pool, rows.shape), rows)])
-
-
-# ---- training --------------------------------------------------------------------------------------------------
 
 
 def figures(result: AccumulatedLoss) -> Record:
@@ -160,9 +151,6 @@ def evaluate(preference: Preference, batches: Sequence[Tree], params: Tree) -> R
 _loss = jax.jit(Preference.__call__, static_argnums=0)
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------
-
-
 def report_of(events: dict[str, Events], summary: Record) -> list[str]:
     """What was learned, and how much memory the step takes."""
     heldout = {
@@ -183,7 +171,6 @@ def report_of(events: dict[str, Events], summary: Record) -> list[str]:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads and checks the command line; a bad argument ends the program with a message."""
     parser = options.parser_of("preference", __doc__)
     options.add_corpus_options(parser)
     options.add_model_options(parser)
@@ -275,7 +262,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
     runs.run_program("preference", run, parse_args(argv))
 
 

@@ -19,9 +19,6 @@ MIB, GIB = 2**20, 2**30
 STARTED = time.perf_counter()
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------
-
-
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text with the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -33,14 +30,17 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def number(path: str, form: str = "", unit: float = 1) -> Column:
-    """A column with a figure in some unit; the names of nested records are separated by slashes."""
+def number(path: str, form: str | None = None, unit: float = 1) -> Column:
+    """A column with a figure in some unit, by default as is; slashes separate the names of nested records."""
 
     def cell(record: Record) -> str:
         value: Any = record
         for name in path.split("/"):
             value = None if value is None else value.get(name)
-        return "-" if value is None else format(value / unit if unit != 1 else value, form)
+        if value is None:
+            return "-"
+        default = ".4g" if isinstance(value, float) else "," if isinstance(value, int) else ""
+        return format(value / unit if unit != 1 else value, default if form is None else form)
 
     return cell
 
@@ -120,9 +120,6 @@ def verdict(comparison: Mapping[str, Any], dtype: str, tolerance: float) -> str:
     )
 
 
-# ---- figures of a run ------------------------------------------------------------------------------------------
-
-
 def figures_of(events: Events) -> Record:
     """The last figures of one training."""
     train, evaluation, compiled = events.get("train", {}), events.get("eval", {}), events["compiled"][0]
@@ -164,9 +161,6 @@ def report(out: Path, summary: Record, panels: Sequence[Callable[[Axes], None]],
     plot(panels, out / PLOT)
     seconds = time.perf_counter() - STARTED
     print("\n\n".join(["", *parts, f"{seconds:.0f} s in all; metrics, {SUMMARY} and {PLOT} are in {out}"]))
-
-
-# ---- plots -----------------------------------------------------------------------------------------------------
 
 
 def plot(panels: Sequence[Callable[[Axes], None]], path: Path, width: float = 5, title: str | None = None) -> None:

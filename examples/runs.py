@@ -36,9 +36,6 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-# ---- files -----------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A path to write to instead; the file then moves to `path`, so that nobody reads half a file."""
@@ -100,9 +97,6 @@ def read_heads(folder: Path) -> dict[str, Events]:
     return {name: events for name, events in metrics.items() if "compiled" in events}
 
 
-# ---- the folder ------------------------------------------------------------------------------------------------
-
-
 def check_folder(out: Path, settings: Record, *, resume: bool | None = None, overwrite: bool) -> None:
     """Refuses a folder in which this run may not begin or continue; changes nothing.
 
@@ -153,9 +147,6 @@ def open_folder(args: argparse.Namespace, settings: Record, contents: Sequence[s
             tokenizer.save(str(args.out / TOKENIZER))
     device = jax.devices()[0]
     say(f"device: {device.platform} ({device.device_kind}), JAX {jax.__version__}")
-
-
-# ---- the program -----------------------------------------------------------------------------------------------
 
 
 def run_program(

@@ -23,7 +23,6 @@ from training import Program, Training, TrainingConfig, build_program, next_of, 
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads and checks the command line; a bad argument ends the program with a message."""
     parser = options.parser_of("train_lm", __doc__)
     options.add_corpus_options(parser)
     options.add_model_options(parser)
@@ -82,7 +81,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
     runs.run_program("train_lm", run, parse_args(argv), "--resume continues from the latest checkpoint")
 
 

@@ -54,9 +54,6 @@ CONFIGS = {
 DEFAULTS = {"tiny": (8, 128, 3e-3), "llama3-1b": (64, 512, 3e-4), "llama3-8b": (64, 512, 3e-4)}
 
 
-# ---- the step --------------------------------------------------------------------------------------------------
-
-
 def program_of(
     args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, batch_size: int, end_of_text: int
 ) -> tuple[Program, TrainingConfig]:
@@ -88,9 +85,6 @@ def program_of(
 def on_devices(mesh: Mesh, batch: np.ndarray) -> jax.Array:
     """A batch that every process has; each device takes its sequences."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(BATCH)), batch, batch.shape)
-
-
-# ---- training --------------------------------------------------------------------------------------------------
 
 
 def train_run(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus: Corpus, settings: Record) -> None:
@@ -142,9 +136,6 @@ def train_run(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus:
     if last < args.steps:
         say(f"Stopped at step {last} of {args.steps}; --resume continues.")
     say(f"metrics, checkpoints and {runs.SUMMARY} are in {args.out}")
-
-
-# ---- measuring -------------------------------------------------------------------------------------------------
 
 
 def largest_batch(measurements: Sequence[tuple[int, int]], limit: int, multiple: int) -> int | None:
@@ -208,9 +199,6 @@ def benchmark(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus:
     say(f"records are in {args.benchmark}")
 
 
-# ---- the command line ------------------------------------------------------------------------------------------
-
-
 def mesh_axes(text: str) -> dict[str, int]:
     """An argparse type: `data=2,fsdp=4` to sizes, with 1 for an axis that is not named."""
     sizes: dict[str, int] = {}
@@ -227,7 +215,6 @@ def mesh_axes(text: str) -> dict[str, int]:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads and checks the command line; a bad argument ends the program with a message."""
     parser = options.parser_of("train_sharded", __doc__)
     add = parser.add_argument_group("devices").add_argument
     add("--mesh", type=mesh_axes, metavar="AXES", help="as in data=2,fsdp=2,tensor=1 (default: all devices on fsdp)")
@@ -291,9 +278,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--process-id {args.process_id} must be below --num-processes {args.num_processes}")
 
 
-# ---- devices ---------------------------------------------------------------------------------------------------
-
-
 def find_devices(args: argparse.Namespace) -> None:
     """Simulates devices and connects processes, as the command line asks; only then JAX may look for devices."""
     try:
@@ -336,9 +320,6 @@ def check_sizes(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh) -> No
         raise RunError(
             f"--mesh: fsdp={fsdp} times tensor={tensor} doesn't divide hidden_size {config.hidden_size} of {args.config}"
         )
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> None:
@@ -385,7 +366,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
     runs.run_program("train_sharded", run, parse_args(argv), "--resume continues from the latest checkpoint")
 
 

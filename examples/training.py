@@ -62,9 +62,6 @@ class TrainingConfig:
         return jax.ShapeDtypeStruct((self.batch_size, self.length + 1), jnp.int32)
 
 
-# ---- the step --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Program:
     """A training step, not compiled yet; its state is `{"parameters", "optimizer"}`."""
@@ -173,9 +170,6 @@ def device_memory(figure: str) -> int | None:
     """The largest of a figure of `memory_stats` over this process's devices; None if they have none (CPUs)."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     return max((each[figure] for each in stats if figure in each), default=None)
-
-
-# ---- the loop --------------------------------------------------------------------------------------------------
 
 
 @dataclass
