@@ -15,13 +15,11 @@ ALL_COLORS = {**COLORS, "means": "tab:red"}
 
 
 def plot(results: Record, path: Path) -> None:
-    """Writes a figure with all panels in a row."""
     panels = [partial(draw, section=results[name]) for name, draw in PANELS.items() if name in results]
     reporting.plot(panels, path, width=5.2)
 
 
 def exactness(axes: Axes, section: Record) -> None:
-    """The distance of the gradients from the whole batch's, with unequal tokens."""
     markers = {"float64": "o", "float32": "s", "bfloat16": "^"}
     for way in ("full", "jliger", "means"):
         for dtype, marker in markers.items():
@@ -41,7 +39,6 @@ def exactness(axes: Axes, section: Record) -> None:
 
 
 def stability(axes: Axes, section: Record) -> None:
-    """The variance of the loss over cycles, for each seed."""
     for way, marker in (("full", "o"), ("jliger", "x"), ("means", "+")):
         points = [(r["seed"], r["loss_variance"]) for r in section["records"] if r["way"] == way]
         axes.plot(*zip(*points, strict=True), marker, color=ALL_COLORS[way], label=LABELS[way], markersize=9)
@@ -51,7 +48,6 @@ def stability(axes: Axes, section: Record) -> None:
 
 
 def train(axes: Axes, section: Record) -> None:
-    """The distance of each training's losses from the first's."""
     first = section["records"][0]["losses"]
     for record in section["records"][1:]:
         pairs = zip(record["losses"], first, strict=True)
@@ -72,7 +68,6 @@ def kind_of(record: Record) -> str:
 
 
 def memory(axes: Axes, section: Record) -> None:
-    """XLA's temporary memory of each program."""
     names, amounts, colors = [], [], []
     for record in section["records"]:
         if record["out_of_memory"]:
@@ -88,7 +83,6 @@ def memory(axes: Axes, section: Record) -> None:
 
 
 def long_context(axes: Axes, section: Record) -> None:
-    """The memory of whole steps against the length."""
     for head in ("full", "jliger"):
         records = [r for r in section["records"] if r["head"] == head and not r["out_of_memory"]]
         points = sorted((r["length"], memory_of(r) / GIB) for r in records)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from corpus import Batches, Corpus
-from language_model import HEADS, Evaluation, Head, language_model_loss
+from language_model import HEADS, Head, evaluation, language_model_loss
 from llama import LlamaConfig, Tree, initial_parameters
 from reporting import TITLES
 from runs import Record, read_metrics
@@ -44,11 +44,9 @@ class Sizes:
     length: int
 
     def loss_fn(self, head: str, dtype: str = "float32") -> LossFn:
-        """The sum of the token losses and the number of tokens."""
         return language_model_loss(Head(head), replace(self.config, dtype=dtype))
 
     def parameters(self, seed: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Tree:
-        """Random ones."""
         return initial_parameters(self.config, jax.random.key(seed), dtype)
 
     def batch(self, tokens: str, seed: int) -> np.ndarray:
@@ -81,7 +79,6 @@ def norm(tree: Tree) -> float:
 
 
 def difference(one: Tree, other: Tree) -> Tree:
-    """The difference in float64."""
     return jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b, np.float64), one, other)
 
 
@@ -186,7 +183,6 @@ class Way:
 
     @property
     def name(self) -> str:
-        """For people."""
         if not self.is_weighted:
             return f"{TITLES[self.head]}, mean of {self.microbatches} means"
         if self.calls > 1:
@@ -195,13 +191,11 @@ class Way:
 
 
 def ways_of_training(microbatches: int) -> Iterator[Way]:
-    """The others are compared with the first."""
     yield from (Way("full"), Way("full", microbatches), Way("jliger"), Way("jliger", microbatches))
     yield from (Way("jliger", calls=microbatches), Way("jliger", microbatches, is_weighted=False))
 
 
 def training_of(way: Way, sizes: Sizes, rows: np.ndarray, args: argparse.Namespace, folder: Path) -> Training:
-    """The training in one way."""
     loss_fn = sizes.loss_fn(way.head)
     highest = args.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(highest / 10, highest, args.steps // 10, args.steps)
@@ -237,7 +231,7 @@ def train_in_all_ways(corpus: Corpus, sizes: Sizes, args: argparse.Namespace) ->
     # An even sample, of as many as make whole batches.
     count = min(len(heldout) // sizes.rows, 16)
     heldout = heldout[np.linspace(0, len(heldout), count * sizes.rows, endpoint=False).astype(int)]
-    evaluate = Evaluation(sizes.config, Head("jliger"), np.split(heldout, count), end_of_text=-1)
+    evaluate = evaluation(sizes.config, Head("jliger"), np.split(heldout, count), end_of_text=-1)
     ways, records = list(ways_of_training(args.microbatches)), []
     with jax.default_matmul_precision("highest"), tempfile.TemporaryDirectory() as folder:
         trainings = [training_of(way, sizes, rows, args, Path(folder)) for way in ways]

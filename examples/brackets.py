@@ -19,7 +19,6 @@ class Brackets:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that the task needs."""
         return 2 * self.kinds + 1
 
     def prompts(self, count: int, random: np.random.Generator) -> np.ndarray:

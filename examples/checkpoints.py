@@ -21,11 +21,8 @@ class CheckpointError(RunError):
 
 def hashes_of(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file in a folder, except the manifest, by relative path."""
-    hashes = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
-        with path.open("rb") as file:
-            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def verify(folder: Path) -> None:
@@ -34,11 +31,11 @@ def verify(folder: Path) -> None:
     Orbax does not notice every changed byte, and from a truncated file it raises in several threads at once. A
     checkpoint without a manifest is taken as it is: the program was killed after Orbax had finished it.
     """
-    if (folder / MANIFEST).exists():
-        hashes = hashes_of(folder)
-        for name, saved in read_json(folder / MANIFEST).items():
-            if hashes.get(name) != saved:
-                raise ValueError(f"file {name} {'has changed' if name in hashes else 'is missing'}")
+    saved = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    hashes = hashes_of(folder) if saved else {}
+    for name in saved:
+        if hashes.get(name) != saved[name]:
+            raise ValueError(f"file {name} {'has changed' if name in hashes else 'is missing'}")
 
 
 @contextmanager

@@ -51,7 +51,6 @@ class Corpus:
 
     @property
     def end_of_text(self) -> int:
-        """The id of the token between documents."""
         return self.tokenizer.token_to_id(END_OF_TEXT)
 
 

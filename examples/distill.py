@@ -14,8 +14,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +21,13 @@ import options
 import reporting
 import runs
 from checkpoints import CheckpointError
-from corpus import Batches, Corpus, heldout_batches, windows
-from language_model import CURVE_TOLERANCE, Evaluation, Head, inputs_and_labels, language_model_loss
+from corpus import Corpus, heldout_batches
+from language_model import CURVE_TOLERANCE, Head, evaluation, inputs_and_labels, language_model_loss
 from llama import LlamaConfig, Tree, hidden_states, last_layer, parameter_count
 from matplotlib.axes import Axes
 from options import COUNT, NUMBER, NUMBER_OR_ZERO
 from runs import Events, Record
-from training import Training, TrainingConfig, build_program, next_of, train
+from training import Training, TrainingConfig, text_training, train
 
 import jliger
 
@@ -91,45 +89,30 @@ class Distillation:
         return loss, jnp.sum(where)
 
 
-class Trainings(NamedTuple):
-    """The teacher's, the student's without it, and the student's with it, by head."""
-
-    teacher: Training
-    alone: Training
-    distilled: dict[str, Training]
-
-
-def build_trainings(args: argparse.Namespace, corpus: Corpus) -> Trainings:
-    """Traces every step."""
+def build_trainings(args: argparse.Namespace, corpus: Corpus) -> tuple[Training, Training, dict[str, Training]]:
+    """Traces the teacher's training, the student's without it, and the student's with it, by head."""
     student, teacher = (options.model_of(args, corpus.vocab_size, prefix) for prefix in ("", "teacher_"))
     learning = TrainingConfig.of(args)
     teaching = replace(learning, steps=args.teacher_steps, learning_rate=args.teacher_learning_rate)
     heldout = heldout_batches(corpus.heldout, learning.batch_size, learning.length, args.eval_batches)
-    end, jliger_head = corpus.end_of_text, Head("jliger", args.implementation, args.chunk_size)
-
-    def training(
-        name: str, folder: Path, loss_fn: Any, config: LlamaConfig, learning: TrainingConfig, *given: Tree
-    ) -> Training:
-        create = partial(learning.initial_parameters, config)
-        program = build_program(loss_fn, create, learning.optimizer(config), learning.tokens(), *given)
-        tokens = corpus.train if config == teacher else corpus.train[: args.student_tokens]
-        batches = Batches(windows(tokens, learning.length), learning.batch_size, learning.seed)
-        return Training(name, folder, program, next_of(batches), Evaluation(config, jliger_head, heldout, end))
-
+    end, text, jliger_head = corpus.end_of_text, corpus.train[: args.student_tokens], options.jliger_head(args)
     # The cached teacher lies under a hash of everything that shapes it.
     key = json.dumps([CACHE_VERSION, corpus.digest, asdict(teacher), asdict(teaching)])
-    cached = args.cache_dir / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    teacher_loss, student_loss = (language_model_loss(jliger_head, config, end) for config in (teacher, student))
-    of_teacher = training("teacher", cached, teacher_loss, teacher, teaching)
-    teacher_params = of_teacher.program.abstract_state["parameters"]
+    folder = args.cache_dir / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    loss_fn, evaluate = language_model_loss(jliger_head, teacher, end), evaluation(teacher, jliger_head, heldout, end)
+    of_teacher = text_training(TEACHER, folder, loss_fn, teacher, teaching, corpus.train, evaluate=evaluate)
+    loss_fn, evaluate = language_model_loss(jliger_head, student, end), evaluation(student, jliger_head, heldout, end)
+    folder = args.out / ALONE
+    alone = text_training(STUDENTS[ALONE], folder, loss_fn, student, learning, text, evaluate=evaluate)
     config = DistillationConfig(args.divergence, args.beta, args.temperature, args.hard_weight)
-    distilled = {}
+    teacher_params, distilled = of_teacher.program.abstract_state["parameters"], {}
     for head in options.heads_of(args):
         loss_fn = Distillation(head, student, teacher, config, end)
         name, folder = f"{STUDENTS[DISTILLED]}, {head.name}", args.out / DISTILLED / head.name
-        distilled[head.name] = training(name, folder, loss_fn, student, learning, teacher_params)
-    alone = training(STUDENTS[ALONE], args.out / ALONE, student_loss, student, learning)
-    return Trainings(of_teacher, alone, distilled)
+        distilled[head.name] = text_training(
+            name, folder, loss_fn, student, learning, text, teacher_params, evaluate=evaluate
+        )
+    return of_teacher, alone, distilled
 
 
 def train_teacher(teacher: Training, args: argparse.Namespace) -> Tree:
@@ -144,14 +127,6 @@ def train_teacher(teacher: Training, args: argparse.Namespace) -> Tree:
     return teacher.state["parameters"]
 
 
-def gain_of(students: Mapping[str, Events]) -> Record:
-    """How much lower the distilled student's held-out loss is: after the last step, and each one's lowest."""
-    alone, distilled = (
-        [record["loss"] for _, record in sorted(students[name]["eval"].items())] for name in (ALONE, DISTILLED)
-    )
-    return {"last": alone[-1] - distilled[-1], "lowest": min(alone) - min(distilled)}
-
-
 def report_of(students: Mapping[str, Events], runs: Mapping[str, Events], summary: Record) -> list[str]:
     """Who learned from what, what the student has of its teacher, and how much memory the step takes."""
     gain = summary["gain"]
@@ -159,26 +134,15 @@ def report_of(students: Mapping[str, Events], runs: Mapping[str, Events], summar
     columns = {"": lambda model: titles[model["name"]]}
     columns |= {name: reporting.number(name, ",") for name in ("parameters", "steps", "tokens_per_step", "tokens")}
     columns |= {f"held-out {name}": reporting.number(f"heldout/{name}", ".4f") for name in ("loss", "accuracy")}
-    parts = [
+    title, form = "The student's held-out loss, nats per token", {"digits": 4, "difference": "+.4f"}
+    return [
         reporting.table_of([{"name": name, **model} for name, model in summary["models"].items()], columns),
-        reporting.curve_table(
-            students,
-            "The student's held-out loss, nats per token",
-            "eval",
-            titles=STUDENTS,
-            digits=4,
-            difference="+.4f",
-            lines=11,
-        ),
+        reporting.curve_table(students, title, "eval", titles=STUDENTS, lines=11, **form),
         f"With the teacher the student's held-out loss is {'lower' if gain['last'] > 0 else 'NOT lower'}: "
         f"{-gain['last']:+.4f} nats after the last step, {-gain['lowest']:+.4f} at the lowest of each.",
         f"The training with the teacher, by last layer. {reporting.curve_table(runs)}",
-        reporting.summary_table(summary),
+        *reporting.summary_parts(summary, CURVE_TOLERANCE[summary["settings"]["dtype"]]),
     ]
-    if "comparison" in summary:
-        dtype = summary["settings"]["dtype"]
-        parts.append(reporting.verdict(summary["comparison"], dtype, CURVE_TOLERANCE[dtype]))
-    return parts
 
 
 def students_panel(students: Mapping[str, Events], teacher: Record, axes: Axes) -> None:
@@ -220,7 +184,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     # About two minutes on two CPU cores.
     parser.set_defaults(max_bytes=2_000_000, vocab_size=8192, hidden_size=32, heads=2, steps=100, learning_rate=1e-2)
     args = parser.parse_args(argv)
-    options.check_all(parser, args, "teacher_steps")
+    options.check(parser, args, "teacher_steps")
     options.check_size(parser, args, "teacher-")
     if args.beta >= 1:
         parser.error(f"--beta {args.beta}: must be below 1; its limit there is --divergence reverse")
@@ -230,10 +194,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Corpus, teacher, students, report."""
     corpus = options.corpus_of(args)
     # Whatever can be refused is refused before the folder is changed.
-    trainings = build_trainings(args, corpus)
+    teacher, alone, distilled = build_trainings(args, corpus)
     names = ("student_tokens", "divergence", "beta", "temperature", "hard_weight")
     # What shapes the curves: a run is only resumed with the same values.
     settings = {
@@ -243,33 +206,35 @@ def run(args: argparse.Namespace) -> None:
         **{name: value for name, value in vars(args).items() if name in names or name.startswith("teacher_")},
     }
     runs.open_folder(args, settings, (ALONE, DISTILLED), corpus.tokenizer)
-    teacher_params = train_teacher(trainings.teacher, args)
-    train([trainings.alone], args, args.steps)
-    for training in trainings.distilled.values():
+    teacher_params = train_teacher(teacher, args)
+    train([alone], args, args.steps)
+    for training in distilled.values():
         training.given = (teacher_params,)
-    train(list(trainings.distilled.values()), args, args.steps)
+    train(list(distilled.values()), args, args.steps)
 
     events = runs.read_heads(args.out / DISTILLED)
     # Of two heads, the last one's student stands for both.
-    *_, head = trainings.distilled
-    students = {ALONE: runs.read_metrics(args.out / ALONE), DISTILLED: events[head]}
-    models = {
-        name: {
-            "parameters": parameter_count(options.model_of(args, corpus.vocab_size, prefix)),
+    students = {ALONE: runs.read_metrics(args.out / ALONE), DISTILLED: events[list(distilled)[-1]]}
+
+    def model(prefix: str, steps: int, tokens: int, heldout: Record) -> Record:
+        parameters = parameter_count(options.model_of(args, corpus.vocab_size, prefix))
+        per_step = args.batch_size * args.length
+        return {
+            "parameters": parameters,
             "steps": steps,
-            "tokens_per_step": args.batch_size * args.length,
+            "tokens_per_step": per_step,
             "tokens": tokens,
             "heldout": heldout,
         }
-        for name, prefix, steps, tokens, heldout in (
-            (TEACHER, "teacher_", args.teacher_steps, len(corpus.train), trainings.teacher.evaluate(teacher_params)),
-            *(
-                (name, "", args.steps, min(args.student_tokens, len(corpus.train)), student["eval"][args.steps])
-                for name, student in students.items()
-            ),
-        )
-    }
-    summary = {**reporting.summarize(events, {"settings": settings}), "models": models, "gain": gain_of(students)}
+
+    models = {TEACHER: model("teacher_", args.teacher_steps, len(corpus.train), teacher.evaluate(teacher_params))}
+    curves = {}
+    for name, student in students.items():
+        tokens = min(args.student_tokens, len(corpus.train))
+        models[name] = model("", args.steps, tokens, student["eval"][args.steps])
+        curves[name] = [record["loss"] for _, record in sorted(student["eval"].items())]
+    gain = {"last": curves[ALONE][-1] - curves[DISTILLED][-1], "lowest": min(curves[ALONE]) - min(curves[DISTILLED])}
+    summary = {**reporting.summarize(events, {"settings": settings}), "models": models, "gain": gain}
     panels = [partial(students_panel, students, models[TEACHER]), *reporting.comparison_panels(events, summary)]
     reporting.report(args.out, summary, panels, report_of(students, events, summary))
 

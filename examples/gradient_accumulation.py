@@ -81,7 +81,6 @@ def variables_for(limit_gb: float | None) -> dict[str, str]:
 
 
 def in_process(records: list[Record], command: str, args: argparse.Namespace, names: str, **more: Any) -> Record:
-    """A section that was found in this process."""
     settings = {name: getattr(args, name) for name in names.split()} | more
     return {"environment": {**environment(), "command": command}, "settings": settings, "records": records}
 
@@ -144,12 +143,11 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, str], Record]] = {
 
 # The figures of each section that are printed.
 COLUMNS = {
-    "exactness": "dtype tokens microbatches full/loss full/gradient jliger/loss jliger/gradient means/loss means/gradient",
-    "stability": "seed way loss_mean loss_variance gradient_variance largest_loss_difference "
-    "largest_gradient_difference repeat_difference",
+    "exactness": "dtype tokens microbatches full/loss full/gradient jliger/loss jliger/gradient means/gradient",
+    "stability": "seed way loss_mean loss_variance gradient_variance largest_gradient_difference repeat_difference",
     "train": "way last_loss heldout_loss largest_difference milliseconds memory_bytes/temporary",
     "memory": "head what dtype microbatches chunk_size tokens length milliseconds memory_bytes/temporary peak_bytes",
-    "long-context": "head limit_gb length out_of_memory milliseconds tokens_per_second memory_bytes/temporary peak_bytes",
+    "long-context": "head limit_gb length out_of_memory milliseconds tokens_per_second memory_bytes/total peak_bytes",
 }
 
 
@@ -190,9 +188,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     small(stable, 32, 8)
     stable.add_argument("--vocab-size", type=COUNT, default=1024, metavar="N", help="(%(default)s)")
     stable.add_argument("--seeds", type=COUNT, default=5, metavar="N", help="models (%(default)s)")
-    stable.add_argument(
-        "--cycles", type=COUNT, default=10, metavar="N", help="batches for each, 2 or more (%(default)s)"
-    )
+    stable.add_argument("--cycles", type=COUNT, default=10, metavar="N", help="batches for each (%(default)s)")
 
     training = command("train", "the same training on real text in six ways")
     small(training, 64, 8)

@@ -9,7 +9,7 @@ full logits and with jliger alike. docs/post_training.md says what a run leaves 
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import takewhile
 
@@ -37,12 +37,23 @@ LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
-    """What shapes the loss of completions."""
+class GrpoConfig:
+    """What shapes the curve, apart from model and task: the loss, and how much is sampled and learned from."""
 
     temperature: float = 1.0
     beta: float = 0.0
     entropy_coef: float = 0.0
+    steps: int = 1
+    prompts: int = 1
+    group: int = 2
+    updates: int = 1
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam after clipping, with an epsilon that keeps it from amplifying rounding errors."""
+        schedule = optax.linear_schedule(self.learning_rate, self.learning_rate / 2, self.steps * self.updates)
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, eps=1e-5))
 
 
 def group_advantages(rewards: np.ndarray, group: int) -> np.ndarray:
@@ -53,7 +64,7 @@ def group_advantages(rewards: np.ndarray, group: int) -> np.ndarray:
 
 
 def policy_loss(
-    config: PolicyConfig, result: LinearLogprobs, where: jax.Array, batch: Tree
+    config: GrpoConfig, result: LinearLogprobs, where: jax.Array, batch: Tree
 ) -> tuple[jax.Array, losses.PolicyMetrics]:
     """The loss of completions, from the log-probabilities `[B, T]` of their tokens.
 
@@ -81,7 +92,7 @@ class Policy:
 
     head: Head
     model: LlamaConfig
-    config: PolicyConfig
+    config: GrpoConfig
     prompt_length: int
 
     @partial(jax.jit, static_argnums=0)
@@ -90,6 +101,16 @@ class Policy:
         where = jnp.broadcast_to(jnp.arange(1, tokens.shape[1]) >= self.prompt_length, tokens[:, 1:].shape)
         logit_options = {"where": where, "temperature": self.config.temperature}
         return self.head.logprobs(self.model, params, tokens[:, :-1], tokens[:, 1:], **logit_options), where
+
+    def program(self, completion_length: int) -> Program:
+        count, length = self.config.prompts * self.config.group, self.prompt_length + completion_length
+        tokens = jax.ShapeDtypeStruct((count, length), jnp.int32)
+        logprobs = jax.ShapeDtypeStruct((count, length - 1), jnp.float32)
+        batch = {"tokens": tokens, "advantages": jax.ShapeDtypeStruct((count,), jnp.float32), "old": logprobs}
+        if self.config.beta:
+            batch["reference"] = logprobs
+        create = partial(initial_parameters, self.model, jax.random.key(self.config.seed))
+        return build_program(self, create, self.config.optimizer(), batch)
 
     def __call__(self, params: Tree, batch: Tree) -> tuple[jax.Array, float, losses.PolicyMetrics]:
         """The loss, its weight, and metrics."""
@@ -119,50 +140,15 @@ def complete(
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def sample(policy: Policy, params: Tree, prompts: jax.Array, length: int, key: jax.Array) -> jax.Array:
-    """Random completions."""
+def sample(policy: Policy, params: Tree, prompts: jax.Array, length: int, key: jax.Array | None = None) -> jax.Array:
+    """Random completions, or the likeliest ones without a key."""
 
     def choose(logits: jax.Array, place: jax.Array) -> jax.Array:
+        if key is None:
+            return logits.argmax(axis=-1)
         return jax.random.categorical(jax.random.fold_in(key, place), logits / policy.config.temperature)
 
     return complete(policy.model, params, prompts, length, choose)
-
-
-@partial(jax.jit, static_argnums=(0, 3))
-def answer(policy: Policy, params: Tree, prompts: jax.Array, length: int) -> jax.Array:
-    """The likeliest completions."""
-    return complete(policy.model, params, prompts, length, lambda logits, _: logits.argmax(axis=-1))
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """What shapes the curve, apart from model, task and loss: how much is sampled, and how it is learned from."""
-
-    steps: int
-    prompts: int
-    group: int
-    updates: int
-    learning_rate: float
-    seed: int
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """Adam after clipping, with an epsilon that keeps it from amplifying rounding errors."""
-        schedule = optax.linear_schedule(self.learning_rate, self.learning_rate / 2, self.steps * self.updates)
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, eps=1e-5))
-
-
-def build_policy_program(policy: Policy, completion_length: int, config: SamplingConfig) -> Program:
-    """Traces the update."""
-    count, length = config.prompts * config.group, policy.prompt_length + completion_length
-    of_tokens = jax.ShapeDtypeStruct((count, length - 1), jnp.float32)
-    batch = {
-        "tokens": jax.ShapeDtypeStruct((count, length), jnp.int32),
-        "advantages": jax.ShapeDtypeStruct((count,), jnp.float32),
-        "old": of_tokens,
-        **({"reference": of_tokens} if policy.config.beta else {}),
-    }
-    create = partial(initial_parameters, policy.model, jax.random.key(config.seed))
-    return build_program(policy, create, config.optimizer(), batch)
 
 
 class Sampler:
@@ -172,12 +158,11 @@ class Sampler:
     rounding would change a token sooner or later, and from then on the two would only resemble each other.
     """
 
-    def __init__(self, task: Brackets, config: SamplingConfig, begun_with: Tree) -> None:
+    def __init__(self, task: Brackets, config: GrpoConfig, begun_with: Tree) -> None:
         self.task, self.config, self.begun_with = task, config, begun_with
         self.last: tuple[int, np.ndarray] = (0, np.empty(0))
 
     def batch(self, policy: Policy, step: int, params: Tree) -> Tree:
-        """The batch of a step."""
         if self.last[0] != step:
             random = np.random.default_rng([self.config.seed, step])
             prompts = np.repeat(self.task.prompts(self.config.prompts, random), self.config.group, axis=0)
@@ -204,8 +189,7 @@ class Sampler:
 
 
 def evaluate(policy: Policy, task: Brackets, questions: np.ndarray, params: Tree) -> Record:
-    """The likeliest answers to some questions."""
-    tokens = np.asarray(answer(policy, params, questions, task.depth))
+    tokens = np.asarray(sample(policy, params, questions, task.depth))
     rewards = task.rewards(tokens)
     answers = [task.text(each) for each in tokens[:3]]
     return {"reward": float(rewards.mean()), "solved": float(np.mean(rewards == 1)), "answers": answers}
@@ -214,20 +198,19 @@ def evaluate(policy: Policy, task: Brackets, questions: np.ndarray, params: Tree
 def compare(full: Events, fused: Events, tolerance: float) -> Record:
     """How far apart two runs are that learned from the same completions, and for how many steps they are the same."""
 
-    def differences(event: str, figure: str) -> dict[int, float]:
-        return {step: abs(record[figure] - fused[event][step][figure]) for step, record in full[event].items()}
+    def differences(event: str, figure: str) -> list[float]:
+        return [abs(record[figure] - fused[event][step][figure]) for step, record in full[event].items()]
 
     of_losses = differences("train", "loss")
     return {
-        "largest_difference": max(of_losses.values()),
-        "largest_difference_of_entropies": max(differences("train", "entropy").values()),
-        "largest_difference_of_evaluations": max(differences("eval", "reward").values()),
-        "agreeing_steps": sum(1 for _ in takewhile(lambda difference: difference <= tolerance, of_losses.values())),
+        "largest_difference": max(of_losses),
+        "largest_difference_of_entropies": max(differences("train", "entropy")),
+        "largest_difference_of_evaluations": max(differences("eval", "reward")),
+        "agreeing_steps": sum(1 for _ in takewhile(lambda difference: difference <= tolerance, of_losses)),
     }
 
 
 def report_of(events: dict[str, Events], summary: Record) -> list[str]:
-    """What was learned, and how much memory the step takes."""
     run = next(iter(events.values()))
     first, last = (run["train"][choose(run["train"])]["reward"] for choose in (min, max))
     before, after = (run["eval"][choose(run["eval"])] for choose in (min, max))
@@ -243,11 +226,10 @@ def report_of(events: dict[str, Events], summary: Record) -> list[str]:
     ]
     if "comparison" in summary:
         result, tolerance = summary["comparison"], LOSS_TOLERANCE[summary["dtype"]]
-        agreeing, steps = result["agreeing_steps"], result["steps"]
-        how_long = f"all {steps} steps" if agreeing == steps else f"the first {agreeing} of {steps} steps"
         parts.append(
-            f"From the same completions the losses agree within {tolerance:.0e} for {how_long}. Rounding errors grow "
-            f"in training by reward: at most the losses differ by {result['largest_difference']:.1e}, the entropies by "
+            f"From the same completions the losses agree within {tolerance:.0e} for the first "
+            f"{result['agreeing_steps']} of {result['steps']} steps. Rounding errors grow in training by reward: at "
+            f"most the losses differ by {result['largest_difference']:.1e}, the entropies by "
             f"{result['largest_difference_of_entropies']:.1e}, the rewards of the likeliest answers by "
             f"{result['largest_difference_of_evaluations']:.1e}."
         )
@@ -276,8 +258,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--eval-prompts", type=COUNT, default=128, metavar="N", help="prompts of an evaluation (%(default)s)")
     parser.set_defaults(hidden_size=64)
     args = parser.parse_args(argv)
-    options.check_size(parser, args)
-    options.check_head(parser, args)
+    options.check(parser, args)
     if args.kinds > len(OPENING):
         parser.error(f"--kinds {args.kinds}: there are {len(OPENING)}")
     if args.vocab_size < (needed := Brackets(args.depth, args.kinds).tokens):
@@ -288,27 +269,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Training with both heads, report."""
     task, model = Brackets(args.depth, args.kinds), options.model_of(args, args.vocab_size)
-    policy_config = PolicyConfig(args.temperature, args.beta, args.entropy_coef)
-    config = SamplingConfig(args.steps, args.prompts, args.group, args.updates, args.learning_rate, args.seed)
-    settings = {**asdict(task), **asdict(model), **asdict(policy_config), **asdict(config)}
+    config = GrpoConfig(**{field.name: getattr(args, field.name) for field in fields(GrpoConfig)})
+    settings = {**asdict(task), **asdict(model), **asdict(config)}
     sampler = Sampler(task, config, initial_parameters(model, jax.random.key(config.seed)))
     questions = task.prompts(args.eval_prompts, np.random.default_rng(config.seed))
     trainings = []
     for head in options.heads_of(args):
-        policy = Policy(head, model, policy_config, args.depth + 1)
-        trainings.append(
-            Training(
-                head.name,
-                args.out / head.name,
-                build_policy_program(policy, args.depth, config),
-                partial(sampler.batch, policy),
-                partial(evaluate, policy, task, questions),
-                sampler.figures,
-                parts=lambda batch: [batch] * config.updates,
-            )
-        )
+        policy = Policy(head, model, config, args.depth + 1)
+        evaluation = partial(evaluate, policy, task, questions)
+        batch, program = partial(sampler.batch, policy), policy.program(args.depth)
+        training = Training(head.name, args.out / head.name, program, batch, evaluation, sampler.figures)
+        trainings.append(replace(training, parts=lambda batch: [batch] * config.updates))
     runs.open_folder(args, settings, HEADS)
     train(trainings, args, config.steps)
     events = runs.read_heads(args.out)
@@ -319,7 +291,7 @@ def run(args: argparse.Namespace) -> None:
         reporting.curves_panel(events, "Mean reward of sampled answers", "reward"),
         reporting.curves_panel(events, "Share of likeliest answers that are all right", "solved", ("eval",)),
         reporting.curves_panel(events, "Entropy of a token, nats", "entropy"),
-        reporting.memory_panel(summary),
+        partial(reporting.memory, summary),
     ]
     reporting.report(args.out, summary, panels, report_of(events, summary))
 

@@ -47,7 +47,6 @@ class Head:
     def loss_sum(
         self, config: LlamaConfig, params: Tree, hidden: jax.Array, labels: jax.Array, where: jax.Array
     ) -> jax.Array:
-        """The sum of the cross entropies of `labels` `[B, T]`."""
         if self.name == "full":
             logits = full_logits(config, params, hidden)
             return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels), where=where)
@@ -80,30 +79,25 @@ def language_model_loss(
     return loss_fn
 
 
-class Evaluation:
-    """Mean loss, perplexity and accuracy over the counted tokens of some batches, through jliger."""
+def evaluation(
+    config: LlamaConfig, head: Head, batches: Sequence[np.ndarray], end_of_text: int
+) -> Callable[[Tree], Record]:
+    """A function of parameters: mean loss, perplexity and accuracy over the counted tokens, through jliger."""
 
-    def __init__(self, config: LlamaConfig, head: Head, batches: Sequence[np.ndarray], end_of_text: int) -> None:
-        def sums(params: Tree, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            inputs, labels, where = inputs_and_labels(tokens, end_of_text)
-            kernel, layout = last_layer(config, params)
-            loss, metrics = jliger.fused_linear_cross_entropy(
-                hidden_states(config, params, inputs),
-                kernel,
-                labels,
-                where=where,
-                kernel_layout=layout,
-                reduction="sum",
-                return_metrics=True,
-                **head.options(config),
-            )
-            return loss, metrics.accuracy * metrics.weight, metrics.weight
+    @jax.jit
+    def sums(params: Tree, tokens: jax.Array) -> jax.Array:
+        inputs, labels, where = inputs_and_labels(tokens, end_of_text)
+        kernel, layout = last_layer(config, params)
+        hidden, own = hidden_states(config, params, inputs), {"kernel_layout": layout, **head.options(config)}
+        loss, metrics = jliger.fused_linear_cross_entropy(
+            hidden, kernel, labels, where=where, reduction="sum", return_metrics=True, **own
+        )
+        return jnp.stack([loss, metrics.accuracy * metrics.weight, metrics.weight])
 
-        self.sums, self.batches = jax.jit(sums), batches
-
-    def __call__(self, params: Tree) -> Record:
-        """The figures of these parameters."""
-        loss, correct, tokens = np.sum([[float(x) for x in self.sums(params, batch)] for batch in self.batches], axis=0)
+    def evaluate(params: Tree) -> Record:
+        loss, correct, tokens = np.sum([np.asarray(sums(params, batch), np.float64) for batch in batches], axis=0)
         mean = float(loss / max(tokens, 1))
         # JSON has no number beyond float64.
         return {"loss": mean, "perplexity": float(np.exp(min(mean, 700))), "accuracy": float(correct / max(tokens, 1))}
+
+    return evaluate

@@ -55,50 +55,41 @@ class Parameter:
         return self.deviation is not None
 
 
-# The specs of one layer's parameters; stacked, they have one more dimension in front.
-LAYER_SPECS = {
-    "attention_norm": P(None),
-    "query": P("fsdp", "tensor", None),
-    "key": P("fsdp", "tensor", None),
-    "value": P("fsdp", "tensor", None),
-    "attention_out": P("tensor", None, "fsdp"),
-    "mlp_norm": P(None),
-    "gate": P("fsdp", "tensor"),
-    "up": P("fsdp", "tensor"),
-    "down": P("tensor", "fsdp"),
-}
 # Sharded by columns alone: each device looks up its columns for the tokens of all devices, which then exchange them.
 EMBEDDING_SPEC = P(None, ("fsdp", "tensor"))
 HEAD_SPEC = P("fsdp", "tensor")
 
 
-def parameters(config: LlamaConfig) -> Tree:
-    """The tree of all parameters' descriptions."""
-    hidden, mlp, head_size = config.hidden_size, config.mlp_size, config.hidden_size // config.heads
-    shapes = {
-        "attention_norm": (hidden,),
-        "query": (hidden, config.heads, head_size),
-        "key": (hidden, config.kv_heads, head_size),
-        "value": (hidden, config.kv_heads, head_size),
-        "attention_out": (config.heads, head_size, hidden),
-        "mlp_norm": (hidden,),
-        "gate": (hidden, mlp),
-        "up": (hidden, mlp),
-        "down": (mlp, hidden),
-    }
-    deviations: dict[str, float | None] = dict.fromkeys(shapes, 0.02)
-    deviations |= {"attention_norm": None, "mlp_norm": None}
+def layer_parameters(config: LlamaConfig) -> dict[str, Parameter]:
+    """The descriptions of one layer's parameters."""
+    hidden, mlp, size = config.hidden_size, config.mlp_size, config.hidden_size // config.heads
     # The residual stream gets 2 sums per layer, whose weights start smaller (GPT-2).
-    deviations |= dict.fromkeys(("attention_out", "down"), 0.02 / (2 * config.layers) ** 0.5)
-    tree = {
-        "embedding": Parameter((config.vocab_size, hidden), EMBEDDING_SPEC, 0.02),
-        "layers": {
-            name: Parameter((config.layers, *shape), P(None, *LAYER_SPECS[name]), deviations[name])
-            for name, shape in shapes.items()
-        },
-        "norm": Parameter((hidden,), P(None), None),
+    residual = 0.02 / (2 * config.layers) ** 0.5
+    return {
+        "attention_norm": Parameter((hidden,), P(None), None),
+        "query": Parameter((hidden, config.heads, size), P("fsdp", "tensor", None), 0.02),
+        "key": Parameter((hidden, config.kv_heads, size), P("fsdp", "tensor", None), 0.02),
+        "value": Parameter((hidden, config.kv_heads, size), P("fsdp", "tensor", None), 0.02),
+        "attention_out": Parameter((config.heads, size, hidden), P("tensor", None, "fsdp"), residual),
+        "mlp_norm": Parameter((hidden,), P(None), None),
+        "gate": Parameter((hidden, mlp), P("fsdp", "tensor"), 0.02),
+        "up": Parameter((hidden, mlp), P("fsdp", "tensor"), 0.02),
+        "down": Parameter((mlp, hidden), P("tensor", "fsdp"), residual),
     }
-    return tree if config.tie_embeddings else tree | {"head": Parameter((hidden, config.vocab_size), HEAD_SPEC, 0.02)}
+
+
+def parameters(config: LlamaConfig) -> Tree:
+    tree: Tree = {
+        "embedding": Parameter((config.vocab_size, config.hidden_size), EMBEDDING_SPEC, 0.02),
+        "layers": {
+            name: Parameter((config.layers, *each.shape), P(None, *each.spec), each.deviation)
+            for name, each in layer_parameters(config).items()
+        },
+        "norm": Parameter((config.hidden_size,), P(None), None),
+    }
+    if not config.tie_embeddings:
+        tree["head"] = Parameter((config.hidden_size, config.vocab_size), HEAD_SPEC, 0.02)
+    return tree
 
 
 def initial_parameters(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> Tree:
@@ -114,7 +105,6 @@ def initial_parameters(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DT
 
 
 def parameter_count(config: LlamaConfig) -> int:
-    """The number of all parameters."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters(config)))
 
 
@@ -162,7 +152,6 @@ def wide(x: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Root-mean-square norm."""
     mean_square = jnp.mean(jnp.square(wide(x)), axis=-1, keepdims=True)
     return (wide(x) * jax.lax.rsqrt(mean_square + epsilon) * scale).astype(x.dtype)
 
@@ -204,10 +193,9 @@ def mlp(matrices: Tree, x: jax.Array, pieces: int) -> jax.Array:
 
 def layer(config: LlamaConfig, x: jax.Array, weights: Tree) -> jax.Array:
     """`[B, T, H]` to `[B, T, H]`, with the weights of this layer gathered and no other's."""
+    described = layer_parameters(config)
     matrices = {
-        name: _gathered(weight, LAYER_SPECS[name], x.dtype)
-        for name, weight in weights.items()
-        if not name.endswith("norm")
+        name: _gathered(weights[name], each.spec, x.dtype) for name, each in described.items() if each.is_matrix
     }
     normed = rms_norm(x, weights["attention_norm"], config.norm_epsilon)
     query, key, value = (

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import options
-from grpo import PolicyConfig, policy_loss
+from grpo import GrpoConfig, policy_loss
 from language_model import HEADS, Head, language_model_loss
 from llama import LlamaConfig, Tree, initial_parameters, parameter_count
 from measuring import Records, in_words, measured, rates
@@ -40,7 +40,7 @@ CONFIGS = {
     "llama3.2-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, tie_embeddings=True),
 }
 POST_TRAINING = (*BETA, "grpo")
-GRPO = PolicyConfig(beta=0.04)
+GRPO = GrpoConfig(beta=0.04)
 # The MLP processes this many tokens of a sequence at a time.
 PIECE = 8192
 # What is to be measured, and how.
@@ -66,7 +66,6 @@ def loss_tasks(args: argparse.Namespace) -> Iterator[Task]:
 
 
 def measure_loss(args: argparse.Namespace, about: Record, chunk_size: int | None) -> Record:
-    """One loss alone."""
     config = replace(CONFIGS[args.config], vocab_size=args.vocab, dtype=about["dtype"])
     keys = jax.random.split(jax.random.key(0), 3)
     hidden = jax.random.normal(keys[0], (1, args.tokens, config.hidden_size), config.dtype)
@@ -95,7 +94,6 @@ def step_tasks(args: argparse.Namespace, what: str) -> Iterator[Task]:
 
 
 def measure_step(args: argparse.Namespace, what: str, length: int, microbatches: int) -> Record:
-    """One kind of step."""
     config = replace(CONFIGS[args.config], dtype=args.dtype, mlp_pieces=-(-length // PIECE))
     program, batch = program_of(args, config, what, length, microbatches)
     compiled = compile_step(program.step)
@@ -115,7 +113,6 @@ def measure_step(args: argparse.Namespace, what: str, length: int, microbatches:
 
 
 def program_of(args: argparse.Namespace, config: LlamaConfig, what: str, length: int, microbatches: int) -> Any:
-    """The step, and a batch."""
     head = Head(args.head, args.implementation, args.chunk_size)
     # A generator that is quick to compile and to run.
     keys = jax.random.split(jax.random.key(args.seed, impl="rbg"))
@@ -169,18 +166,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config", choices=list(CONFIGS), default="tiny", help="sizes of the model (%(default)s)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of a step's arithmetic (%(default)s)")
     add("--parameters", choices=DTYPES, default="float32", help="of parameters and AdamW's moments (%(default)s)")
-    add(
-        "--rows",
-        "--sequences",
-        type=COUNT,
-        default=1,
-        metavar="N",
-        help="sequences a step; two are a pair (%(default)s)",
-    )
+    add("--rows", "--sequences", type=COUNT, default=1, metavar="N", help="sequences a step (%(default)s)")
     add("--lengths", "--length", type=COUNT, nargs="+", default=[2048], metavar="N", help="tokens a sequence (2048)")
-    add(
-        "--prompt-length", type=COUNT_OR_ZERO, default=0, metavar="N", help="of which so many don't count (%(default)s)"
-    )
+    add("--prompt-length", type=COUNT_OR_ZERO, default=0, metavar="N", help="that don't count (%(default)s)")
     add("--microbatches", type=COUNT, nargs="+", default=[1], metavar="N", help="in a step (1)")
     add("--tokens", type=COUNT, default=8192, metavar="N", help="of the loss alone (%(default)s)")
     add("--vocab", type=COUNT, default=50_000, metavar="N", help="of the loss alone (%(default)s)")
@@ -191,7 +179,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--peak-tflops", type=NUMBER, metavar="X", help="of the device (default: known for H100 and H200)")
     add("--limit", type=NUMBER, metavar="GB", help="check that JAX may use no more of the device's memory than this")
     args = parser.parse_args(argv)
-    options.check_head(parser, args)
+    options.check(parser, args)
     for loss in set(args.what) & set(BETA):
         if args.rows % 2:
             parser.error(f"--rows {args.rows} must be even for {loss}: two are a pair")
@@ -201,7 +189,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures in ascending order, until something doesn't fit."""
     limit = device_memory("bytes_limit")
     if args.limit is not None and (limit is None or limit > 1e9 * args.limit):
         sys.exit(f"measure: error: --limit {args.limit:g} GB, and JAX may use {limit} bytes")

@@ -58,7 +58,7 @@ def rates(config: LlamaConfig, rows: int, length: int, seconds: float, peak_tflo
 
 def in_words(record: Record) -> str:
     """The time, speed and memory of a step, in one line."""
-    if record["out_of_memory"]:
+    if record.get("out_of_memory"):
         return f"out of memory ({record['reason']})"
     parts = [f"{record['milliseconds']:.1f} ms a step"]
     if "tokens_per_second" in record:

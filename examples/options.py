@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 from corpus import SMALLEST_VOCAB, Corpus, load_corpus
 from language_model import HEADS, Head
 from llama import LlamaConfig
@@ -52,7 +51,6 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> Any:
 
 
 def corpus_of(args: argparse.Namespace) -> Corpus:
-    """The corpus that the options ask for."""
     names = ("vocab_size", "max_bytes", "heldout_fraction", "cache_dir")
     return load_corpus(args.corpus, **{name: getattr(args, name) for name in names})
 
@@ -69,7 +67,6 @@ def add_model_options(parser: argparse.ArgumentParser, description: str | None =
 
 
 def model_of(args: argparse.Namespace, vocab_size: int, prefix: str = "") -> LlamaConfig:
-    """The decoder that the options ask for."""
     hidden, layers, heads = (getattr(args, prefix + name) for name in ("hidden_size", "layers", "heads"))
     # 8/3 of the hidden size, in multiples of 8: as many parameters as a plain MLP of 4 times the hidden size.
     mlp_size = 8 * math.ceil(hidden / 3)
@@ -86,9 +83,13 @@ def add_head_options(add: Any, chunk_size: int | None = None, choices: tuple[str
 
 
 def heads_of(args: argparse.Namespace) -> list[Head]:
-    """The heads that the options ask for."""
     names = HEADS if args.head == "both" else (args.head,)
     return [Head(name, args.implementation, args.chunk_size) for name in names]
+
+
+def jliger_head(args: argparse.Namespace) -> Head:
+    """The head of jliger, whatever the heads are that the options ask for."""
+    return Head("jliger", args.implementation, args.chunk_size)
 
 
 def add_training_options(parser: argparse.ArgumentParser, chunk_size: int | None = None) -> Any:
@@ -120,33 +121,34 @@ def add_run_options(parser: argparse.ArgumentParser, out: str, checkpoint_every:
 
 
 def add_eval_options(add: Any, every: int, batches: int) -> None:
-    """Adds how often to evaluate, and on how much."""
     add("--eval-every", type=COUNT, default=every, metavar="N", help="steps between evaluations (%(default)s)")
     add("--eval-batches", type=COUNT, default=batches, metavar="N", help="at most so many held-out ones (%(default)s)")
 
 
-def check_all(parser: argparse.ArgumentParser, args: argparse.Namespace, *more_steps: str) -> None:
-    """Checks the options of all groups above."""
-    check_corpus(parser, args)
-    check_size(parser, args)
-    check_head(parser, args)
-    check_warmup(parser, args, *more_steps)
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, *more_steps: str, share: int = 10) -> None:
+    """Ends the program with a message if options do not fit together, and sets `args.warmup_steps` if it is not given.
 
-
-def check_corpus(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Checks the options of the corpus."""
-    if args.vocab_size < SMALLEST_VOCAB:
-        parser.error(f"--vocab-size {args.vocab_size}: a byte-level BPE needs {SMALLEST_VOCAB} or more")
-    if args.heldout_fraction >= 1:
-        parser.error(f"--heldout-fraction {args.heldout_fraction}: must be below 1")
-
-
-def check_head(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Checks the seed, and whether there is a device for the backend."""
+    `more_steps` name the options with the steps of further trainings. The default warmup is the shortest training's
+    steps divided by `share`, and at most 10.
+    """
     if args.seed >= 2**31:
         parser.error(f"--seed {args.seed}: must be below 2**31")
-    if args.implementation == "triton" and jax.default_backend() != "gpu":
-        parser.error(f"--implementation triton needs a GPU; JAX's default backend here is {jax.default_backend()}")
+    if hasattr(args, "hidden_size"):
+        check_size(parser, args)
+    if hasattr(args, "heldout_fraction"):
+        if args.vocab_size < SMALLEST_VOCAB:
+            parser.error(f"--vocab-size {args.vocab_size}: a byte-level BPE needs {SMALLEST_VOCAB} or more")
+        if args.heldout_fraction >= 1:
+            parser.error(f"--heldout-fraction {args.heldout_fraction}: must be below 1")
+    if hasattr(args, "warmup_steps"):
+        steps = {name: getattr(args, name) for name in ("steps", *more_steps)}
+        if args.warmup_steps is None:
+            args.warmup_steps = min(10, min(steps.values()) // share)
+        for name, count in steps.items():
+            if args.warmup_steps >= count:
+                parser.error(f"--warmup-steps {args.warmup_steps} must be below --{name.replace('_', '-')} {count}")
+    if getattr(args, "stop_at", None) is not None and args.stop_at > args.steps:
+        parser.error(f"--stop-at {args.stop_at} is beyond --steps {args.steps}")
 
 
 def check_size(parser: argparse.ArgumentParser, args: argparse.Namespace, prefix: str = "") -> None:
@@ -154,19 +156,3 @@ def check_size(parser: argparse.ArgumentParser, args: argparse.Namespace, prefix
     hidden_size, heads = (getattr(args, f"{prefix}{name}".replace("-", "_")) for name in ("hidden_size", "heads"))
     if hidden_size % heads or (hidden_size // heads) % 2:
         parser.error(f"--{prefix}hidden-size {hidden_size} must be an even multiple of --{prefix}heads {heads}")
-
-
-def check_warmup(parser: argparse.ArgumentParser, args: argparse.Namespace, *more_steps: str, share: int = 10) -> None:
-    """Sets `args.warmup_steps` if it is not given, and checks that each training has more steps than that.
-
-    `more_steps` name the options with the steps of further trainings. The default is the shortest training's steps
-    divided by `share`, and at most 10.
-    """
-    steps = {name: getattr(args, name) for name in ("steps", *more_steps)}
-    if args.warmup_steps is None:
-        args.warmup_steps = min(10, min(steps.values()) // share)
-    for name, count in steps.items():
-        if args.warmup_steps >= count:
-            parser.error(f"--warmup-steps {args.warmup_steps} must be below --{name.replace('_', '-')} {count}")
-    if getattr(args, "stop_at", None) is not None and args.stop_at > args.steps:
-        parser.error(f"--stop-at {args.stop_at} is beyond --steps {args.steps}")

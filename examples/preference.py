@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from language_model import CURVE_TOLERANCE, HEADS, Head, inputs_and_labels, lang
 from llama import LlamaConfig, Tree
 from options import COUNT, NUMBER
 from runs import Events, Record
-from training import Program, Training, TrainingConfig, build_program, next_of, train
+from training import Training, TrainingConfig, build_program, text_training, train
 
 from jliger import losses
 from jliger.accumulation import AccumulatedLoss
@@ -76,6 +77,15 @@ class Preference:
         where &= jnp.arange(1, tokens.shape[1]) >= self.prompt_length
         return self.head.logprobs(self.config, params, inputs, labels, where=where).logprobs, where
 
+    def training(self, folder: Path, learning: TrainingConfig) -> Training:
+        """The training, without its data."""
+        batch = {"tokens": learning.tokens()}
+        if self.loss == "dpo":
+            batch["reference"] = jax.ShapeDtypeStruct((learning.batch_size,), jnp.float32)
+        create, optimizer = partial(learning.initial_parameters, self.config), learning.optimizer(self.config)
+        program = build_program(self, create, optimizer, batch)
+        return Training(self.head.name, folder, program, figures=lambda results, *_: figures(results[-1]))
+
     def batch(self, tokens: np.ndarray, reference: Tree) -> Tree:
         """Tokens `[2·B, T+1]` of pairs and, for DPO, their log-probabilities under the reference model."""
         if self.loss == "orpo":
@@ -107,7 +117,6 @@ class Pairs:
     pool: np.ndarray
 
     def __call__(self, rows: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-        """The rows, and a corrupted copy of each."""
         random = np.random.default_rng(seed)
         replaced = random.random(rows.shape) < self.corruption
         replaced[:, : self.prompt_length] = False
@@ -117,7 +126,6 @@ class Pairs:
 
 
 def figures(result: AccumulatedLoss) -> Record:
-    """What is logged of a batch."""
     metrics = result.aux
     return {
         "loss": float(result.loss),
@@ -126,15 +134,6 @@ def figures(result: AccumulatedLoss) -> Record:
         "chosen_reward": float(metrics.chosen_rewards),
         "rejected_reward": float(metrics.rejected_rewards),
     }
-
-
-def build_preference_program(preference: Preference, learning: TrainingConfig) -> Program:
-    """Traces the training step."""
-    batch = {"tokens": learning.tokens()}
-    if preference.loss == "dpo":
-        batch["reference"] = jax.ShapeDtypeStruct((learning.batch_size,), jnp.float32)
-    create = partial(learning.initial_parameters, preference.config)
-    return build_program(preference, create, learning.optimizer(preference.config), batch)
 
 
 def evaluate(preference: Preference, batches: Sequence[Tree], params: Tree) -> Record:
@@ -152,22 +151,21 @@ _loss = jax.jit(Preference.__call__, static_argnums=0)
 
 
 def report_of(events: dict[str, Events], summary: Record) -> list[str]:
-    """What was learned, and how much memory the step takes."""
     heldout = {
         f"held-out {name}": reporting.number(f"heldout/{name}", ".6f") for name in ("loss", "margin", "accuracy")
     }
     first, last = next(iter(summary["heldout_before"].values())), next(iter(summary["heads"].values()))["heldout"]
-    parts = [
+    return [
         reporting.curve_table(events, "Margin on held-out pairs", "eval", "margin", digits=6),
         reporting.curve_table(events, "Accuracy on held-out pairs", "eval", "accuracy", digits=4),
-        reporting.summary_table(summary, reporting.LAST_LOSS | heldout),
         f"On {last['pairs']} held-out pairs the margin went from {first['margin']:.4f} to {last['margin']:.4f}, the "
         f"accuracy from {first['accuracy']:.4f} to {last['accuracy']:.4f}.",
+        *reporting.summary_parts(
+            summary,
+            TOLERANCE_FACTOR[summary["loss"]] * CURVE_TOLERANCE[summary["dtype"]],
+            reporting.LAST_LOSS | heldout,
+        ),
     ]
-    if "comparison" in summary:
-        tolerance = TOLERANCE_FACTOR[summary["loss"]] * CURVE_TOLERANCE[summary["dtype"]]
-        parts.append(reporting.verdict(summary["comparison"], summary["dtype"], tolerance))
-    return parts
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -180,13 +178,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--loss", choices=list(BETA), default="orpo", help="of a pair (%(default)s)")
     default = ", ".join(f"{loss}: {beta}" for loss, beta in BETA.items())
     add("--beta", type=NUMBER, metavar="X", help=f"weight of the preference ({default})")
-    add(
-        "--prompt-length",
-        type=COUNT,
-        default=16,
-        metavar="N",
-        help="tokens of --length that a pair shares (%(default)s)",
-    )
+    add("--prompt-length", type=COUNT, default=16, metavar="N", help="of --length, that a pair shares (%(default)s)")
     add("--corruption", type=NUMBER, default=0.15, metavar="X", help="share of tokens replaced (%(default)s)")
     add("--pretraining-steps", type=COUNT, default=100, metavar="N", help="on the text as it is (%(default)s)")
     add("--pretraining-learning-rate", type=NUMBER, default=3e-3, metavar="X", help="the highest (%(default)s)")
@@ -194,7 +186,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(max_bytes=4_000_000, vocab_size=8192, steps=50, batch_size=32, length=48, learning_rate=2e-3)
     args = parser.parse_args(argv)
     args.beta = BETA[args.loss] if args.beta is None else args.beta
-    options.check_all(parser, args, "pretraining_steps")
+    options.check(parser, args, "pretraining_steps")
     if args.batch_size % 2:
         parser.error(f"--batch-size {args.batch_size} must be even: its sequences are pairs")
     if args.prompt_length > args.length:
@@ -205,24 +197,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Corpus, pretraining, training with both heads, report."""
     corpus = options.corpus_of(args)
     config, learning = options.model_of(args, corpus.vocab_size), TrainingConfig.of(args)
     names = ("loss", "beta", "prompt_length", "corruption", "pretraining_steps", "pretraining_learning_rate")
     own = {name: getattr(args, name) for name in names}
     settings = {"corpus": corpus.digest, **asdict(config), **asdict(learning), **own}
     # Whatever can be refused is refused before the folder is changed.
-    rows, end, seed = windows(corpus.train, learning.length), corpus.end_of_text, learning.seed
+    end, seed = corpus.end_of_text, learning.seed
     pretraining = replace(learning, steps=args.pretraining_steps, learning_rate=args.pretraining_learning_rate)
-    text_loss = language_model_loss(Head("jliger", args.implementation, args.chunk_size), config, end)
-    create = partial(learning.initial_parameters, config)
-    program = build_program(text_loss, create, pretraining.optimizer(config), learning.tokens())
-    batches = Batches(rows, learning.batch_size, seed)
-    first = Training(PRETRAINING, args.out / PRETRAINING, program, next_of(batches))
-    preferences = [
-        Preference(args.loss, head, config, args.beta, args.prompt_length, end) for head in options.heads_of(args)
-    ]
-    programs = [build_preference_program(preference, learning) for preference in preferences]
+    text_loss = language_model_loss(options.jliger_head(args), config, end)
+    first = text_training(PRETRAINING, args.out / PRETRAINING, text_loss, config, pretraining, corpus.train)
+    trainings = {}
+    for head in options.heads_of(args):
+        preference = Preference(args.loss, head, config, args.beta, args.prompt_length, end)
+        trainings[preference] = preference.training(args.out / head.name, learning)
     runs.open_folder(args, settings, (PRETRAINING, *HEADS), corpus.tokenizer)
     train([first], args, pretraining.steps)
 
@@ -230,26 +218,16 @@ def run(args: argparse.Namespace) -> None:
     pairs = Pairs(args.prompt_length, args.corruption, end, corpus.train)
     heldout = heldout_batches(corpus.heldout, learning.batch_size // 2, learning.length, args.eval_batches)
     # Not the rows that the pretraining began with.
-    order = Batches(rows, learning.batch_size // 2, seed + 1)
-    trainings = []
-    for preference, program in zip(preferences, programs, strict=True):
-        heldout_pairs = [preference.batch(pairs(part, [seed, 2, i]), pretrained) for i, part in enumerate(heldout)]
+    order = Batches(windows(corpus.train, learning.length), learning.batch_size // 2, seed + 1)
 
-        def next_batch(step: int, params: Tree, preference: Preference = preference) -> Tree:
-            return preference.batch(pairs(order[step - 1], [seed, 1, step]), pretrained)
+    def next_batch(preference: Preference, step: int, params: Tree) -> Tree:
+        return preference.batch(pairs(order[step - 1], [seed, 1, step]), pretrained)
 
-        trainings.append(
-            Training(
-                preference.head.name,
-                args.out / preference.head.name,
-                program,
-                next_batch,
-                partial(evaluate, preference, heldout_pairs),
-                lambda results, *_: figures(results[-1]),
-                begin_with=pretrained,
-            )
-        )
-    train(trainings, args, learning.steps)
+    for preference, training in trainings.items():
+        batches = [preference.batch(pairs(rows, [seed, 2, i]), pretrained) for i, rows in enumerate(heldout)]
+        training.begin_with, training.next_batch = pretrained, partial(next_batch, preference)
+        training.evaluate = partial(evaluate, preference, batches)
+    train(list(trainings.values()), args, learning.steps)
     events = runs.read_heads(args.out)
     before = {head: records["eval"][0] for head, records in events.items()}
     summary = reporting.summarize(events, settings) | {"heldout_before": before}

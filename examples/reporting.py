@@ -4,6 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,6 @@ def table_of(records: Sequence[Record], columns: Mapping[str, Column]) -> str:
     return table([list(columns), *([cell(record) for cell in columns.values()] for record in records)])
 
 
-def some_of(steps: Sequence[int], lines: int) -> list[int]:
-    """At most so many of the steps, evenly spread, with the first and the last."""
-    return sorted({steps[round(i * (len(steps) - 1) / (lines - 1))] for i in range(lines)}) if steps else []
-
-
 def curve_table(
     runs: Mapping[str, Events],
     title: str = "Training loss",
@@ -68,8 +64,10 @@ def curve_table(
 ) -> str:
     """A figure of an event at some ten steps, a column per run, and with two runs their difference."""
     curves = [events.get(event, {}) for events in runs.values()]
+    steps = sorted(set.intersection(*map(set, curves)))
+    shown = sorted({steps[round(i * (len(steps) - 1) / (lines - 1))] for i in range(lines)}) if steps else []
     rows = [["step", *(titles[name] for name in runs), *(["difference"] if len(runs) == 2 else [])]]
-    for step in some_of(sorted(set.intersection(*map(set, curves))), lines):
+    for step in shown:
         values = [curve[step][figure] for curve in curves]
         row = [str(step), *(f"{value:.{digits}f}" for value in values)]
         rows.append([*row, format(values[1] - values[0], difference)] if len(runs) == 2 else row)
@@ -109,19 +107,22 @@ def summary_table(summary: Mapping[str, Any], figures: Mapping[str, Column] = LO
     return table(rows)
 
 
-def verdict(comparison: Mapping[str, Any], dtype: str, tolerance: float) -> str:
-    """A sentence that says whether the two curves are the same."""
+def summary_parts(summary: Record, tolerance: float, figures: Mapping[str, Column] = LOSSES) -> list[str]:
+    """The summary's table and, with both heads, a sentence that says whether the two curves are the same."""
+    if "comparison" not in summary:
+        return [summary_table(summary, figures)]
+    comparison, dtype = summary["comparison"], summary.get("settings", summary)["dtype"]
     relative = comparison["largest_relative_difference"]
-    return (
+    verdict = (
         f"Over {comparison['steps']} steps the training losses differ by at most "
         f"{comparison['largest_difference']:.1e} ({relative:.1e} of the loss): "
         f"{'the same curve' if relative <= tolerance else 'NOT the same curve'} to {dtype} rounding "
         f"(bound: {tolerance:.0e} of the loss)."
     )
+    return [summary_table(summary, figures), verdict]
 
 
 def figures_of(events: Events) -> Record:
-    """The last figures of one training."""
     train, evaluation, compiled = events.get("train", {}), events.get("eval", {}), events["compiled"][0]
     last = max(train, default=0)
     return {
@@ -164,7 +165,6 @@ def report(out: Path, summary: Record, panels: Sequence[Callable[[Axes], None]],
 
 
 def plot(panels: Sequence[Callable[[Axes], None]], path: Path, width: float = 5, title: str | None = None) -> None:
-    """Writes a figure with the panels in a row."""
     figure = Figure(figsize=(width * len(panels), 4.5), layout="constrained")
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes)
@@ -196,39 +196,30 @@ def curves_panel(
     return draw
 
 
-def difference_panel(runs: Mapping[str, Events]) -> Callable[[Axes], None]:
+def difference(runs: Mapping[str, Events], axes: Axes) -> None:
     """How far apart the training losses of the two heads are."""
-
-    def draw(axes: Axes) -> None:
-        if len(runs) == 2:
-            full, fused = (runs[head].get("train", {}) for head in ("full", "jliger"))
-            steps = sorted(full.keys() & fused.keys())
-            # Equal losses have no place on a logarithmic axis.
-            apart = [abs(full[i]["loss"] - fused[i]["loss"]) / abs(full[i]["loss"]) or math.nan for i in steps]
-            axes.plot(steps, apart, ".-", color="black", linewidth=0.8)
-            axes.axhline(2.0**-23, color="gray", linestyle=":", label="float32 spacing, $2^{-23}$")
-            axes.set_yscale("log")
-            axes.legend()
-        else:
-            axes.text(0.5, 0.5, "needs both heads", ha="center", va="center", transform=axes.transAxes)
-        axes.set(title="Difference of the training losses", xlabel="step", ylabel="relative to the loss")
-
-    return draw
+    if len(runs) == 2:
+        full, fused = (runs[head].get("train", {}) for head in ("full", "jliger"))
+        steps = sorted(full.keys() & fused.keys())
+        # Equal losses have no place on a logarithmic axis.
+        apart = [abs(full[i]["loss"] - fused[i]["loss"]) / abs(full[i]["loss"]) or math.nan for i in steps]
+        axes.plot(steps, apart, ".-", color="black", linewidth=0.8)
+        axes.axhline(2.0**-23, color="gray", linestyle=":", label="float32 spacing, $2^{-23}$")
+        axes.set_yscale("log")
+        axes.legend()
+    else:
+        axes.text(0.5, 0.5, "needs both heads", ha="center", va="center", transform=axes.transAxes)
+    axes.set(title="Difference of the training losses", xlabel="step", ylabel="relative to the loss")
 
 
-def memory_panel(summary: Mapping[str, Any]) -> Callable[[Axes], None]:
-    """XLA's account of each head's step."""
-
-    def draw(axes: Axes) -> None:
-        for kind in ("temporary", "total"):
-            for head, figures in summary["heads"].items():
-                amount = figures["memory_bytes"][kind] / MIB
-                axes.bar_label(axes.bar(f"{kind}\n{TITLES[head]}", amount, color=COLORS[head]), fmt="%.0f")
-        axes.set(title="XLA memory of the training step", ylabel="MiB")
-
-    return draw
+def memory(summary: Mapping[str, Any], axes: Axes) -> None:
+    for kind in ("temporary", "total"):
+        for head, figures in summary["heads"].items():
+            amount = figures["memory_bytes"][kind] / MIB
+            axes.bar_label(axes.bar(f"{kind}\n{TITLES[head]}", amount, color=COLORS[head]), fmt="%.0f")
+    axes.set(title="XLA memory of the training step", ylabel="MiB")
 
 
 def comparison_panels(runs: Mapping[str, Events], summary: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
     """The difference of the two heads' losses, and the memory of their steps."""
-    return [difference_panel(runs), memory_panel(summary)]
+    return [partial(difference, runs), partial(memory, summary)]

@@ -31,7 +31,6 @@ class DeviceMemoryError(RunError):
 
 
 def say(text: str) -> None:
-    """Prints, in the first process."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
@@ -46,36 +45,27 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Record) -> None:
-    """Writes a JSON file."""
     with replaced(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Record:
-    """Reads a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-class MetricsFile:
-    """A file with one JSON record per line, flushed after each: a killed run loses no record.
+def write_metrics(folder: Path, event: str, step: int, **values: Any) -> None:
+    """Appends a record to the folder's metrics file, a JSON object on a line of its own; only the first process does.
 
-    Records are only ever appended. A resumed run writes the steps after its checkpoint again; the later record counts.
-    Only the first process writes.
+    Nothing is ever removed. A resumed run writes the steps after its checkpoint again; the later record counts.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # If a kill cut the last line off, the next record starts a line of its own.
-        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
-            with path.open("a") as file:
-                file.write("\n")
-
-    def write(self, event: str, step: int, **values: Any) -> None:
-        """Appends a record."""
-        if jax.process_index() == 0:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"event": event, "step": step, **values}, allow_nan=False) + "\n")
+    if jax.process_index() == 0:
+        path = folder / METRICS
+        folder.mkdir(parents=True, exist_ok=True)
+        # If a kill cut the last line off, this record starts a new one.
+        is_cut = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size
+        with path.open("a", encoding="utf-8") as file:
+            record = json.dumps({"event": event, "step": step, **values}, allow_nan=False)
+            file.write(f"\n{record}\n" if is_cut else f"{record}\n")
 
 
 def read_metrics(folder: Path) -> Events:

@@ -93,7 +93,6 @@ def text_of(results: Record, group: str, settings: Sequence[str]) -> str:
 
 
 def bars(records: Sequence[Record], group: str, is_memory: bool, axes: Axes) -> None:
-    """A bar per head in each group."""
     groups, width = list(dict.fromkeys(record[group] for record in records)), 0.4
     for place, head in enumerate(("jliger", "full")):
         own = [record for record in records if record["head"] == head]
@@ -113,7 +112,6 @@ def bars(records: Sequence[Record], group: str, is_memory: bool, axes: Axes) -> 
 
 
 def sweep_parser(name: str, doc: str | None, program: str, out: str, timeout: float) -> argparse.ArgumentParser:
-    """The options of a sweep."""
     parser = parser_of(name, doc)
     add = parser.add_argument
     add("--out", type=Path, default=Path(out), help="results; table and plot beside (%(default)s)")

@@ -10,16 +10,14 @@ take different time and memory. docs/train_lm.md has the options and says what a
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 
 import options
 import reporting
 import runs
-from corpus import Batches, Corpus, heldout_batches, windows
-from language_model import CURVE_TOLERANCE, HEADS, Evaluation, Head, language_model_loss
-from llama import LlamaConfig
+from corpus import heldout_batches
+from language_model import CURVE_TOLERANCE, HEADS, evaluation, language_model_loss
 from options import COUNT
-from training import Program, Training, TrainingConfig, build_program, next_of, train
+from training import TrainingConfig, text_training, train
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -31,49 +29,35 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_eval_options(add, 25, 8)
     add("--stop-at", type=COUNT, metavar="STEP", help="stop here, with the schedule of all --steps")
     args = parser.parse_args(argv)
-    options.check_all(parser, args)
+    options.check(parser, args)
     return args
 
 
-def program_of(head: Head, config: LlamaConfig, training: TrainingConfig, end_of_text: int) -> Program:
-    """The training step with one head."""
-    loss_fn = language_model_loss(head, config, end_of_text)
-    return build_program(
-        loss_fn, partial(training.initial_parameters, config), training.optimizer(config), training.tokens()
-    )
-
-
-def training_of(
-    head: Head, config: LlamaConfig, training: TrainingConfig, corpus: Corpus, args: argparse.Namespace
-) -> Training:
-    """The training with one head on the corpus."""
-    batches = Batches(windows(corpus.train, training.length), training.batch_size, training.seed)
-    heldout = heldout_batches(corpus.heldout, training.batch_size, training.length, args.eval_batches)
-    return Training(
-        head.name,
-        args.out / head.name,
-        program_of(head, config, training, corpus.end_of_text),
-        next_of(batches),
-        Evaluation(config, head, heldout, corpus.end_of_text),
-    )
-
-
 def run(args: argparse.Namespace) -> None:
-    """Corpus, training with both heads, report."""
     corpus = options.corpus_of(args)
-    config, training = options.model_of(args, corpus.vocab_size), TrainingConfig.of(args)
+    config, learning = options.model_of(args, corpus.vocab_size), TrainingConfig.of(args)
     # What shapes the curve: a run is only resumed with the same values.
-    settings = {"corpus": corpus.digest, **asdict(config), **asdict(training)}
+    settings = {"corpus": corpus.digest, **asdict(config), **asdict(learning)}
     # Whatever can be refused is refused before the folder is changed.
-    trainings = [training_of(head, config, training, corpus, args) for head in options.heads_of(args)]
+    end, heldout = corpus.end_of_text, heldout_batches(corpus.heldout, args.batch_size, args.length, args.eval_batches)
+    trainings = [
+        text_training(
+            head.name,
+            args.out / head.name,
+            language_model_loss(head, config, end),
+            config,
+            learning,
+            corpus.train,
+            evaluate=evaluation(config, head, heldout, end),
+        )
+        for head in options.heads_of(args)
+    ]
     runs.open_folder(args, settings, HEADS, corpus.tokenizer)
     last = args.steps if args.stop_at is None else args.stop_at
     train(trainings, args, last)
     events = runs.read_heads(args.out)
     summary = reporting.summarize(events, settings)
-    parts = [reporting.curve_table(events), reporting.summary_table(summary)]
-    if "comparison" in summary:
-        parts.append(reporting.verdict(summary["comparison"], args.dtype, CURVE_TOLERANCE[args.dtype]))
+    parts = [reporting.curve_table(events), *reporting.summary_parts(summary, CURVE_TOLERANCE[args.dtype])]
     if last < args.steps:
         parts.append(f"Stopped at step {last} of {args.steps}; --resume continues.")
     losses = reporting.curves_panel(events, "Loss", "loss", ("train", "eval"), "cross entropy (nats per token)")

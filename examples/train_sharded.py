@@ -9,7 +9,6 @@ under another mesh. docs/train_sharded.md has the options and says what a run le
 
 import argparse
 import math
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 import optax
 import options
+import reporting
 import runs
 from corpus import Batches, Corpus, windows
 from jax.experimental import multihost_utils
@@ -38,7 +38,6 @@ from training import (
     compile_step,
     device_memory,
     device_memory_errors,
-    next_of,
     train,
 )
 
@@ -54,32 +53,23 @@ CONFIGS = {
 DEFAULTS = {"tiny": (8, 128, 3e-3), "llama3-1b": (64, 512, 3e-4), "llama3-8b": (64, 512, 3e-4)}
 
 
-def program_of(
-    args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, batch_size: int, end_of_text: int
-) -> tuple[Program, TrainingConfig]:
+def program_of(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, batch_size: int, end_of_text: int) -> Program:
     """Traces the training step under the current mesh; nothing is compiled or run."""
     learning = TrainingConfig.of(argparse.Namespace(**{**vars(args), "batch_size": batch_size}))
     optimizer = learning.optimizer(config)
-    specs = jax.tree.map(lambda leaf: leaf.spec, parameters(config))
 
     def shardings(state: Tree) -> Tree:
+        specs = jax.tree.map(lambda leaf: leaf.spec, parameters(config))
         # The optimizer's state of a parameter is sharded like the parameter.
-        optimizer_specs = optax.tree_map_params(
+        others = optax.tree_map_params(
             optimizer, lambda _, spec: spec, state["optimizer"], specs, transform_non_params=lambda _: P()
         )
-        return jax.tree.map(partial(NamedSharding, mesh), {"parameters": specs, "optimizer": optimizer_specs})
+        return jax.tree.map(partial(NamedSharding, mesh), {"parameters": specs, "optimizer": others})
 
-    (head,) = options.heads_of(args)
+    loss_fn = language_model_loss(options.heads_of(args)[0], config, end_of_text)
     tokens = jax.ShapeDtypeStruct((batch_size, args.length + 1), np.int32, sharding=NamedSharding(mesh, P(BATCH)))
-    program = build_program(
-        language_model_loss(head, config, end_of_text),
-        partial(learning.initial_parameters, config),
-        optimizer,
-        tokens,
-        microbatches=args.accumulate,
-        shardings=shardings,
-    )
-    return program, learning
+    create = partial(learning.initial_parameters, config)
+    return build_program(loss_fn, create, optimizer, tokens, microbatches=args.accumulate, shardings=shardings)
 
 
 def on_devices(mesh: Mesh, batch: np.ndarray) -> jax.Array:
@@ -91,7 +81,7 @@ def train_run(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus:
     """Trains from the latest checkpoint, or from the seed, up to `--steps` or `--stop-at`."""
     (batch_size,) = args.batch
     batches = Batches(windows(corpus.train, args.length), batch_size, args.seed)
-    program, _ = program_of(args, config, mesh, batch_size, corpus.end_of_text)
+    program = program_of(args, config, mesh, batch_size, corpus.end_of_text)
     runs.check_folder(args.out, settings, resume=args.resume, overwrite=args.overwrite)
     # No process begins the folder before every process has checked it.
     multihost_utils.sync_global_devices("folder checked")
@@ -105,7 +95,7 @@ def train_run(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus:
         args.head,
         args.out,
         program,
-        next_of(batches, partial(on_devices, mesh)),
+        lambda step, params: on_devices(mesh, batches[step - 1]),
         figures=lambda results, batch, seconds: rates(config, batch_size, args.length, seconds, args.peak_tflops),
         about={"mesh": dict(mesh.shape), "accumulate": args.accumulate},
     )
@@ -113,26 +103,15 @@ def train_run(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus:
     if training.start >= last:
         say(f"the run in {args.out} is at step {training.start} already")
         return
-    events = runs.read_metrics(args.out)
-    steps = {step: record for step, record in events["train"].items() if training.start < step <= last}
-    # The median excludes the steps that the first calls or another process slowed down.
-    seconds = statistics.median(record["seconds"] for record in steps.values())
-    summary = {
-        "steps": last,
-        "train_loss": steps[last]["loss"],
-        "out_of_memory": False,
-        "milliseconds": 1e3 * seconds,
-        **rates(config, batch_size, args.length, seconds, args.peak_tflops),
-        "peak_bytes": device_memory("peak_bytes_in_use"),
-        "memory_bytes": training.compiled.memory,
-        "rows_by": training.compiled.rows_by,
-        "mesh": dict(mesh.shape),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-    }
-    if jax.process_index() == 0:
-        runs.write_json(args.out / runs.SUMMARY, {**settings, **summary})
-    say(f"step {last}: loss {steps[last]['loss']:.6f}; median of {len(steps)} steps: {in_words(summary)}")
+    if jax.process_index() != 0:
+        return
+    figures = reporting.figures_of(runs.read_metrics(args.out))
+    seconds = figures["step_seconds"]
+    figures |= {"milliseconds": 1e3 * seconds, "peak_bytes": device_memory("peak_bytes_in_use")}
+    figures |= rates(config, batch_size, args.length, seconds, args.peak_tflops)
+    about = {"mesh": dict(mesh.shape), "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    runs.write_json(args.out / runs.SUMMARY, {**settings, **figures, **about})
+    say(f"step {last}: loss {figures['train_loss']:.6f}; in the median {in_words(figures)}")
     if last < args.steps:
         say(f"Stopped at step {last} of {args.steps}; --resume continues.")
     say(f"metrics, checkpoints and {runs.SUMMARY} are in {args.out}")
@@ -150,8 +129,7 @@ def largest_batch(measurements: Sequence[tuple[int, int]], limit: int, multiple:
 
 
 def measure(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus: Corpus, batch_size: int) -> Record:
-    """The figures of one batch size."""
-    program, _ = program_of(args, config, mesh, batch_size, corpus.end_of_text)
+    program = program_of(args, config, mesh, batch_size, corpus.end_of_text)
     compiled = compile_step(program.step)
     tokens = on_devices(mesh, Batches(windows(corpus.train, args.length), batch_size, args.seed)[0])
     with device_memory_errors():
@@ -260,13 +238,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program with a message if options do not fit together."""
-    options.check_corpus(parser, args)
-    options.check_warmup(parser, args, share=3)
     if args.config != "tiny" and args.vocab_size > CONFIGS[args.config].vocab_size:
         parser.error(f"--vocab-size {args.vocab_size}: {args.config} has {CONFIGS[args.config].vocab_size}")
-    if args.seed >= 2**31:
-        parser.error(f"--seed {args.seed}: must be below 2**31")
+    options.check(parser, args, share=3)
     if len(args.batch) > 1 and args.benchmark is None:
         parser.error("several --batch sizes are for --benchmark; a run has one")
     if args.largest and (args.benchmark is None or len(args.batch) < 2):
@@ -292,7 +266,6 @@ def find_devices(args: argparse.Namespace) -> None:
 
 
 def make_mesh(sizes: dict[str, int] | None) -> Mesh:
-    """The mesh asked for, of all devices."""
     devices = jax.device_count()
     sizes = sizes or {"data": 1, "fsdp": devices, "tensor": 1}
     if math.prod(sizes.values()) != devices:
@@ -305,30 +278,23 @@ def make_mesh(sizes: dict[str, int] | None) -> Mesh:
 
 
 def check_sizes(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh) -> None:
-    """Refuses sizes that the mesh's axes do not divide."""
     data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
+    share = args.accumulate * data * fsdp
     for batch_size in args.batch:
-        if batch_size % (args.accumulate * data * fsdp):
+        if batch_size % share:
             raise RunError(
-                f"--batch {batch_size} must be a multiple of {args.accumulate * data * fsdp}: --accumulate "
-                f"{args.accumulate} times data={data} times fsdp={fsdp}"
+                f"--batch {batch_size} must be a multiple of {share}: --accumulate {args.accumulate} times data={data} "
+                f"times fsdp={fsdp}"
             )
-    for name in ("heads", "kv_heads", "mlp_size", "vocab_size"):
-        if getattr(config, name) % tensor:
-            raise RunError(f"--mesh: tensor={tensor} doesn't divide {name} {getattr(config, name)} of {args.config}")
-    if config.hidden_size % (fsdp * tensor):
-        raise RunError(
-            f"--mesh: fsdp={fsdp} times tensor={tensor} doesn't divide hidden_size {config.hidden_size} of {args.config}"
-        )
+    divisors = dict.fromkeys(("heads", "kv_heads", "mlp_size", "vocab_size"), tensor) | {"hidden_size": fsdp * tensor}
+    for name, divisor in divisors.items():
+        if getattr(config, name) % divisor:
+            raise RunError(f"--mesh: {divisor} devices can't share {name} {getattr(config, name)} of {args.config}")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Devices, corpus, then training or measuring."""
     find_devices(args)
-    is_cpu = jax.default_backend() == "cpu"
-    args.dtype = args.dtype or ("float32" if is_cpu else "bfloat16")
-    if args.implementation == "triton" and is_cpu:
-        raise RunError("--implementation triton needs a GPU; JAX's default backend here is cpu")
+    args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if args.largest and (device_memory("bytes_limit") is None or jax.process_count() > 1):
         raise RunError("--largest needs devices that say how much memory they have, all of one process")
     config = replace(CONFIGS[args.config], dtype=args.dtype)

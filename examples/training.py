@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from checkpoints import Checkpoints
+from corpus import Batches, windows
 from llama import LlamaConfig, Tree, initial_parameters, parameters
-from runs import CHECKPOINTS, METRICS, DeviceMemoryError, MetricsFile, Record, RunError, read_metrics, say
+from runs import CHECKPOINTS, DeviceMemoryError, Record, RunError, read_metrics, say, write_metrics
 from tqdm import tqdm
 
 import jliger
@@ -42,23 +44,18 @@ class TrainingConfig:
         """As the command line says (`options.add_training_options`)."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
-    def schedule(self) -> optax.Schedule:
-        """The learning rate: a linear warmup and a cosine decay."""
-        lowest = self.learning_rate / 10
-        return optax.warmup_cosine_decay_schedule(lowest, self.learning_rate, self.warmup_steps, self.steps, lowest)
-
     def optimizer(self, config: LlamaConfig) -> optax.GradientTransformation:
-        """AdamW after clipping, with weight decay for matrices."""
+        """AdamW after clipping, with a linear warmup, a cosine decay, and weight decay for matrices."""
+        low, high = self.learning_rate / 10, self.learning_rate
+        schedule = optax.warmup_cosine_decay_schedule(low, high, self.warmup_steps, self.steps, low)
         is_matrix = jax.tree.map(lambda leaf: leaf.is_matrix, parameters(config))
-        adamw = optax.adamw(self.schedule(), b2=0.95, weight_decay=self.weight_decay, mask=is_matrix)
+        adamw = optax.adamw(schedule, b2=0.95, weight_decay=self.weight_decay, mask=is_matrix)
         return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
     def initial_parameters(self, config: LlamaConfig) -> Tree:
-        """Those of the seed."""
         return initial_parameters(config, jax.random.key(self.seed))
 
     def tokens(self) -> jax.ShapeDtypeStruct:
-        """The shape of a batch."""
         return jax.ShapeDtypeStruct((self.batch_size, self.length + 1), jnp.int32)
 
 
@@ -192,7 +189,7 @@ class Training:
     name: str
     folder: Path
     program: Program
-    next_batch: Callable[[int, Tree], Tree]
+    next_batch: Callable[[int, Tree], Tree] | None = None
     evaluate: Callable[[Tree], Record] | None = None
     figures: Callable[[Sequence[AccumulatedLoss], Tree, float], Record] = lambda results, batch, seconds: {}
     given: tuple[Tree, ...] = ()
@@ -215,17 +212,14 @@ class Training:
                 self.state["parameters"] = jax.tree.map(jnp.copy, self.begin_with)
 
     def prepare(self) -> None:
-        """Compiles the step."""
         say(f"{self.name}: compiling the step ...")
         self.compiled = compile_step(self.program.step)
-        self.metrics = MetricsFile(self.folder / METRICS)
         about = {"seconds": self.compiled.seconds, "memory": self.compiled.memory, "rows_by": self.compiled.rows_by}
-        self.metrics.write("compiled", 0, **about, **self.about)
+        write_metrics(self.folder, "compiled", 0, **about, **self.about)
         if self.evaluate is not None and self.start == 0:
-            self.metrics.write("eval", 0, **self.evaluate(self.state["parameters"]))
+            write_metrics(self.folder, "eval", 0, **self.evaluate(self.state["parameters"]))
 
     def advance(self, step: int) -> Record:
-        """Makes one step and writes its record."""
         batch = self.next_batch(step, self.state["parameters"])
         began = time.perf_counter()
         results = []
@@ -240,7 +234,7 @@ class Training:
                 f"{self.folder}"
             )
         record = {"loss": loss, **self.figures(results, batch, seconds), "seconds": seconds}
-        self.metrics.write("train", step, **record)
+        write_metrics(self.folder, "train", step, **record)
         return record
 
 
@@ -272,13 +266,25 @@ def train(trainings: Sequence[Training], args: argparse.Namespace, last: int) ->
                 losses.append(training.advance(step)["loss"])
                 params = training.state["parameters"]
                 if training.evaluate is not None and (step % eval_every == 0 or step == last):
-                    training.metrics.write("eval", step, **training.evaluate(params))
+                    write_metrics(training.folder, "eval", step, **training.evaluate(params))
                 if save_every is not None and (step % save_every == 0 or step == last):
                     saved[training.name].save(step, training.state)
             bar.set_postfix(loss=", ".join(f"{loss:.4f}" for loss in losses), refresh=False)
             bar.update()
 
 
-def next_of(batches: Any, transform: Callable[[np.ndarray], Any] = lambda batch: batch) -> Callable[[int, Tree], Any]:
-    """A `Training.next_batch` that takes batches in their order."""
-    return lambda step, params: transform(batches[step - 1])
+def text_training(
+    name: str,
+    folder: Path,
+    loss_fn: Callable[..., tuple[Any, ...]],
+    config: LlamaConfig,
+    learning: TrainingConfig,
+    tokens: np.ndarray,
+    *given: Tree,
+    evaluate: Callable[[Tree], Record] | None = None,
+) -> Training:
+    """The training of a decoder on a stream of tokens."""
+    create, optimizer = partial(learning.initial_parameters, config), learning.optimizer(config)
+    program = build_program(loss_fn, create, optimizer, learning.tokens(), *given)
+    batches = Batches(windows(tokens, learning.length), learning.batch_size, learning.seed)
+    return Training(name, folder, program, lambda step, params: batches[step - 1], evaluate)

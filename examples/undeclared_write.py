@@ -79,7 +79,6 @@ def value_and_grads(rows, scan, hidden, kernel, bias, labels):
 
 
 def python_scan(step, carry, chunks):
-    """`jax.lax.scan`, op by op."""
     parts = []
     for chunk in zip(*chunks, strict=True):
         carry, part = step(carry, chunk)
