@@ -24,7 +24,7 @@ from llama import LlamaConfig, Tree, initial_parameters
 from reporting import TITLES
 from runs import Record, read_metrics
 from tqdm import tqdm
-from training import Training, build_program, next_of, train
+from training import Training, build_program, train
 
 import jliger
 from jliger.accumulation import AccumulatedLoss
@@ -208,17 +208,14 @@ def training_of(way: Way, sizes: Sizes, rows: np.ndarray, args: argparse.Namespa
         sums = np.sum([(float(result.loss * result.weight), float(result.weight)) for result in results], axis=0)
         return {"loss": float(sums[0] / max(sums[1], 1)), "counts": np.sum(batch[:, 1:] >= 0, axis=1).tolist()}
 
+    loss_fn = loss_fn if way.is_weighted else mean_of_means(loss_fn)
+    batch = jax.ShapeDtypeStruct((sizes.rows // way.calls, sizes.length + 1), jnp.int32)
+    create, batches = partial(sizes.parameters, 1), Batches(rows, sizes.rows, seed=2)
     return Training(
         way.name,
         folder / way.name,
-        build_program(
-            loss_fn if way.is_weighted else mean_of_means(loss_fn),
-            partial(sizes.parameters, 1),
-            optimizer,
-            jax.ShapeDtypeStruct((sizes.rows // way.calls, sizes.length + 1), jnp.int32),
-            microbatches=way.microbatches,
-        ),
-        next_of(Batches(rows, sizes.rows, seed=2)),
+        build_program(loss_fn, create, optimizer, batch, microbatches=way.microbatches),
+        lambda step, params: batches[step - 1],
         figures=figures,
         parts=lambda batch: [batch[i :: way.calls] for i in range(way.calls)],
     )
