@@ -31,8 +31,8 @@ def grpo(import_example) -> ModuleType:
 @pytest.fixture(scope="module")
 def options() -> list[str]:
     """A tiny run; options given after these count instead."""
-    text = "--depth 2 --kinds 2 --vocab-size 512 --hidden-size 32 --layers 1 --heads 2 --prompts 8 --group 16 --chunk-size 64"
-    text += f" --steps {STEPS} --learning-rate 0.006 --eval-every 10 --eval-prompts 16 --no-progress"
+    text = "--depth 2 --kinds 2 --vocab-size 512 --hidden-size 32 --layers 1 --heads 2 --prompts 8 --group 16"
+    text += f" --chunk-size 64 --steps {STEPS} --learning-rate 0.006 --eval-every 10 --eval-prompts 16 --no-progress"
     return text.split()
 
 
