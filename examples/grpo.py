@@ -114,7 +114,8 @@ class Policy:
 
     def __call__(self, params: Tree, batch: Tree) -> tuple[jax.Array, float, losses.PolicyMetrics]:
         """The loss, its weight, and metrics."""
-        loss, metrics = policy_loss(self.config, *self.logprobs(params, batch["tokens"]), batch)
+        result, where = self.logprobs(params, batch["tokens"])
+        loss, metrics = policy_loss(self.config, result, where, batch)
         return loss, 1.0, metrics
 
 

@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import options
-from grpo import GrpoConfig, policy_loss
+from grpo import GrpoConfig, Policy
 from language_model import HEADS, Head, language_model_loss
 from llama import LlamaConfig, Tree, initial_parameters, parameter_count
 from measuring import Records, in_words, measured, rates
 from options import COUNT, COUNT_OR_ZERO, DTYPES, NUMBER
-from preference import BETA, pair_loss
+from preference import BETA, Preference
 from runs import DeviceMemoryError, Record, run_program
 from training import build_program, compile_step, device_memory, device_memory_errors
 
@@ -40,7 +39,6 @@ CONFIGS = {
     "llama3.2-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, tie_embeddings=True),
 }
 POST_TRAINING = (*BETA, "grpo")
-GRPO = GrpoConfig(beta=0.04)
 # The MLP processes this many tokens of a sequence at a time.
 PIECE = 8192
 # What is to be measured, and how.
@@ -53,23 +51,28 @@ def text(count: int) -> np.ndarray:
     return np.resize(np.frombuffer(modules, np.uint8), count).astype(np.int32)
 
 
-def loss_tasks(args: argparse.Namespace) -> Iterator[Task]:
-    """The loss of `[tokens, hidden]` and its two gradients, in each dtype and with each chunk size."""
-    size = CONFIGS[args.config].hidden_size
-    for dtype in ("bfloat16", "float32"):
-        for chunk_size in [*args.chunk_sizes, None] if args.head == "jliger" else [None]:
-            about = {"what": "loss", "dtype": dtype, "tokens": args.tokens, "hidden_size": size}
-            yield (
-                about | {"vocab_size": args.vocab, "chunk_size": chunk_size},
-                partial(measure_loss, args, about, chunk_size),
-            )
+def tasks_of(args: argparse.Namespace, what: str) -> Iterator[Task]:
+    """The loss alone in each dtype and with each chunk size, or steps of each length and number of microbatches."""
+    if what == "loss":
+        about = {"what": what, "tokens": args.tokens, "vocab_size": args.vocab}
+        for dtype in ("bfloat16", "float32"):
+            for size in [*args.chunk_sizes, None] if args.head == "jliger" else [None]:
+                yield {**about, "dtype": dtype, "chunk_size": size}, partial(measure_loss, args, dtype, size)
+        return
+    about = {"what": what, "dtype": args.dtype, "parameters": args.parameters, "rows": args.rows}
+    if what != "step":
+        about |= {"loss": what, "sequences": args.rows, "prompt_length": args.prompt_length}
+    for length in sorted(args.lengths):
+        for count in sorted(args.microbatches, reverse=True):
+            yield {**about, "length": length, "microbatches": count}, partial(measure_step, args, what, length, count)
 
 
-def measure_loss(args: argparse.Namespace, about: Record, chunk_size: int | None) -> Record:
-    config = replace(CONFIGS[args.config], vocab_size=args.vocab, dtype=about["dtype"])
+def measure_loss(args: argparse.Namespace, dtype: str, chunk_size: int | None) -> Record:
+    """The loss of `[tokens, hidden]` and its two gradients."""
+    config = replace(CONFIGS[args.config], vocab_size=args.vocab, dtype=dtype)
     keys = jax.random.split(jax.random.key(0), 3)
-    hidden = jax.random.normal(keys[0], (1, args.tokens, config.hidden_size), config.dtype)
-    kernel = 0.02 * jax.random.normal(keys[1], (args.vocab, config.hidden_size), config.dtype)
+    hidden = jax.random.normal(keys[0], (1, args.tokens, config.hidden_size), dtype)
+    kernel = 0.02 * jax.random.normal(keys[1], (args.vocab, config.hidden_size), dtype)
     labels = jax.random.randint(keys[2], (1, args.tokens), 0, args.vocab)
     head = Head(args.head, args.implementation, chunk_size)
 
@@ -81,19 +84,8 @@ def measure_loss(args: argparse.Namespace, about: Record, chunk_size: int | None
     return measured(compiled, partial(compiled.step, hidden, kernel, labels), args.timed_steps, args.timed_seconds)
 
 
-def step_tasks(args: argparse.Namespace, what: str) -> Iterator[Task]:
-    """Whole training steps, with AdamW's update, for each length and number of microbatches."""
-    for length in sorted(args.lengths):
-        for microbatches in sorted(args.microbatches, reverse=True):
-            about = {"dtype": args.dtype, "parameters": args.parameters, "length": length}
-            if what == "step":
-                about |= {"what": what, "rows": args.rows, "microbatches": microbatches}
-            else:
-                about |= {"loss": what, "sequences": args.rows, "prompt_length": args.prompt_length}
-            yield about, partial(measure_step, args, what, length, microbatches)
-
-
 def measure_step(args: argparse.Namespace, what: str, length: int, microbatches: int) -> Record:
+    """A whole training step, with AdamW's update."""
     config = replace(CONFIGS[args.config], dtype=args.dtype, mlp_pieces=-(-length // PIECE))
     program, batch = program_of(args, config, what, length, microbatches)
     compiled = compile_step(program.step)
@@ -122,23 +114,11 @@ def program_of(args: argparse.Namespace, config: LlamaConfig, what: str, length:
         loss_fn = language_model_loss(head, config)
         batch = jax.device_put(text(args.rows * (length + 1)).reshape(args.rows, length + 1))
     else:
-        loss_fn = post_training_loss(what, head, config, args.prompt_length)
+        loss_fn = Preference(what, head, config, BETA.get(what, 0.0), args.prompt_length, end_of_text=-1)
+        if what == "grpo":
+            loss_fn = Policy(head, config, GrpoConfig(beta=0.04), args.prompt_length)
         batch = jax.jit(random_batch, static_argnums=(0, 1, 2, 3))(what, config, args.rows, length, keys[1])
     return build_program(loss_fn, create, optimizer, batch, microbatches=microbatches), batch
-
-
-def post_training_loss(what: str, head: Head, config: LlamaConfig, prompt_length: int) -> Callable[..., Any]:
-    """The loss of ORPO, DPO or GRPO; a pair's chosen sequence is in the first half of the batch."""
-
-    def loss_fn(params: Tree, batch: Tree) -> tuple[jax.Array, float]:
-        inputs, labels = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        where = jnp.broadcast_to(jnp.arange(1, labels.shape[1] + 1) >= prompt_length, labels.shape)
-        result = head.logprobs(config, params, inputs, labels, where=where)
-        if what == "grpo":
-            return policy_loss(GRPO, result, where, batch)[0], 1.0
-        return pair_loss(what, result.logprobs, where, BETA[what], batch.get("reference"))[0], 1.0
-
-    return loss_fn
 
 
 def random_batch(what: str, config: LlamaConfig, rows: int, length: int, key: jax.Array) -> Tree:
@@ -195,7 +175,7 @@ def run(args: argparse.Namespace) -> None:
     records = Records(args.out, parameters=parameter_count(CONFIGS[args.config]))
     common = {"head": args.head, "config": args.config, "limit_gb": args.limit}
     for what in args.what:
-        for about, measure in loss_tasks(args) if what == "loss" else step_tasks(args, what):
+        for about, measure in tasks_of(args, what):
             record = records.add({**common, **about}, measure)
             print(f"{what}, {args.head}: {in_words(record)}", flush=True)
             if record["out_of_memory"]:

@@ -178,7 +178,7 @@ class Training:
       folder: for metrics and checkpoints.
       program: the step.
       next_batch: the batch of a step, from its number (the first is 1) and the parameters.
-      evaluate: figures of parameters, for the metrics; None to evaluate nothing.
+      evaluate: figures of parameters, for the metrics, if there are any.
       figures: more figures of a step, from the results of its updates, its batch and its seconds.
       given: what the step is called with after state and batch.
       parts: of a batch, one for each call of the step; a batch as a whole, if nothing is given.
@@ -189,8 +189,8 @@ class Training:
     name: str
     folder: Path
     program: Program
-    next_batch: Callable[[int, Tree], Tree] | None = None
-    evaluate: Callable[[Tree], Record] | None = None
+    next_batch: Callable[[int, Tree], Tree] = lambda step, params: None
+    evaluate: Callable[[Tree], Record] = lambda params: {}
     figures: Callable[[Sequence[AccumulatedLoss], Tree, float], Record] = lambda results, batch, seconds: {}
     given: tuple[Tree, ...] = ()
     parts: Callable[[Tree], Sequence[Tree]] = lambda batch: [batch]
@@ -216,8 +216,12 @@ class Training:
         self.compiled = compile_step(self.program.step)
         about = {"seconds": self.compiled.seconds, "memory": self.compiled.memory, "rows_by": self.compiled.rows_by}
         write_metrics(self.folder, "compiled", 0, **about, **self.about)
-        if self.evaluate is not None and self.start == 0:
-            write_metrics(self.folder, "eval", 0, **self.evaluate(self.state["parameters"]))
+        if self.start == 0:
+            self.write_evaluation(0)
+
+    def write_evaluation(self, step: int) -> None:
+        if figures := self.evaluate(self.state["parameters"]):
+            write_metrics(self.folder, "eval", step, **figures)
 
     def advance(self, step: int) -> Record:
         batch = self.next_batch(step, self.state["parameters"])
@@ -264,9 +268,8 @@ def train(trainings: Sequence[Training], args: argparse.Namespace, last: int) ->
             losses = []
             for training in (training for training in going if training.start < step):
                 losses.append(training.advance(step)["loss"])
-                params = training.state["parameters"]
-                if training.evaluate is not None and (step % eval_every == 0 or step == last):
-                    write_metrics(training.folder, "eval", step, **training.evaluate(params))
+                if step % (eval_every or last) == 0 or step == last:
+                    training.write_evaluation(step)
                 if save_every is not None and (step % save_every == 0 or step == last):
                     saved[training.name].save(step, training.state)
             bar.set_postfix(loss=", ".join(f"{loss:.4f}" for loss in losses), refresh=False)
@@ -281,7 +284,7 @@ def text_training(
     learning: TrainingConfig,
     tokens: np.ndarray,
     *given: Tree,
-    evaluate: Callable[[Tree], Record] | None = None,
+    evaluate: Callable[[Tree], Record] = lambda params: {},
 ) -> Training:
     """The training of a decoder on a stream of tokens."""
     create, optimizer = partial(learning.initial_parameters, config), learning.optimizer(config)

@@ -234,6 +234,6 @@ def test_a_program_that_needs_more_than_there_is_does_not_run(monkeypatch):
     measuring = import_example("measure")
     monkeypatch.setattr(import_example("measuring"), "device_memory", lambda figure: 1)
     args = measuring.parse_args(["--head", "full", "--what", "loss", "--tokens", "8", "--vocab", "64", "--out", "x"])
-    (_, measure), _ = measuring.loss_tasks(args)
+    (_, measure), _ = measuring.tasks_of(args, "loss")
     with pytest.raises(measuring.DeviceMemoryError, match=r"needs \d+ bytes of 1"):
         measure()

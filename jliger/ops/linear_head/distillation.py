@@ -1,4 +1,4 @@
-"""Distillation: how far a student's linear head is from a teacher's, without either's logits ever existing whole."""
+"""Distillation: how far a student's linear head is from a teacher's, without storing either's logits whole."""
 
 import functools
 from typing import Literal, NamedTuple, Unpack, overload
