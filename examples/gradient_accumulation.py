@@ -24,8 +24,7 @@ import accumulation_studies as studies
 import options
 from language_model import HEADS
 from llama import LlamaConfig
-from measure import CONFIGS
-from options import COUNT, DTYPES, NUMBER
+from options import COUNT, NUMBER
 from reporting import number, table_of
 from runs import Record, read_json, run_program, write_json
 from sweeps import run_child, run_children
@@ -104,40 +103,36 @@ def train(args: argparse.Namespace, command: str) -> Record:
     return in_process(records, command, args, "rows length microbatches steps", **more)
 
 
-def measured(
-    args: argparse.Namespace, command: str, runs: Sequence[Run], names: Sequence[str], more: Sequence[Any] = ()
-) -> Record:
-    """What measure.py finds in a process for each run, with the options of these names."""
-    for name in ("config", "dtype", "parameters", "timed_steps", "timed_seconds", *names):
-        value = getattr(args, name)
-        more = [*more, f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
-    by_name = {f"{i}: {run.head}": run for i, run in enumerate(runs)}
+def measured(args: argparse.Namespace, command: str) -> Record:
+    """What measure.py finds, in a process for each run."""
+    runs = {f"{i}: {run.head}": run for i, run in enumerate(args.runs)}
 
     def child(name: str) -> Record | None:
-        run = by_name[name]
+        run = runs[name]
         limit = [] if run.limit_gb is None else ["--limit", f"{run.limit_gb:g}"]
-        arguments = [*more, "--head", run.head, "--lengths", *run.lengths, *limit, "--out"]
+        lengths = ["--lengths", *run.lengths] if run.lengths else []
+        defaults = MEASURE_OPTIONS[args.command, args.on_gpu].split()
+        arguments = [*defaults, *args.rest, "--head", run.head, *lengths, *limit, "--out"]
         return run_child(name, "measure.py", arguments, args.timeout, variables_for(run.limit_gb))
 
-    return run_children(dict.fromkeys(by_name, child), command, args.no_progress)
-
-
-def memory(args: argparse.Namespace, command: str) -> Record:
-    runs = [Run(head, None, [args.length]) for head in HEADS]
-    names = ("rows", "microbatches", "tokens", "vocab", "chunk_sizes")
-    return measured(args, command, runs, names, ["--what", "loss", "step"])
-
-
-def long_context(args: argparse.Namespace, command: str) -> Record:
-    return measured(args, command, args.runs, ())
+    return run_children(dict.fromkeys(runs, child), command, args.no_progress)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, str], Record]] = {
     "exactness": exactness,
     "stability": stability,
     "train": train,
-    "memory": memory,
-    "long-context": long_context,
+    "memory": measured,
+    "long-context": measured,
+}
+# The options of measure.py by command, and by whether there is a GPU.
+MEASURE_OPTIONS = {
+    ("memory", True): "--what loss step --config small --rows 8 --lengths 1024 --microbatches 1 8 --chunk-sizes 1024 "
+    "--timed-steps 3 --timed-seconds 3",
+    ("memory", False): "--what loss step --dtype float32 --rows 8 --lengths 256 --microbatches 1 8 --chunk-sizes 256 "
+    "--tokens 4096 --vocab 8192 --timed-steps 3 --timed-seconds 3",
+    ("long-context", True): "--config llama3.2-1b --parameters bfloat16 --timed-steps 3 --timed-seconds 3",
+    ("long-context", False): "--dtype float32 --timed-steps 3 --timed-seconds 3",
 }
 
 
@@ -160,62 +155,51 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     on_gpu = os.environ.get("JAX_PLATFORMS") != "cpu" and gpu_mebibytes() is not None
 
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=text, description=text, parents=[common])
+    def command(name: str, text: str) -> Any:
+        return commands.add_parser(name, help=text, description=text, parents=[common]).add_argument
 
-    def small(parser: argparse.ArgumentParser, length: int, microbatches: Any) -> None:
-        add = parser.add_argument
+    def sizes(add: Any, length: int) -> None:
         add("--rows", type=COUNT, default=16, metavar="N", help="sequences a batch (%(default)s)")
         add("--length", type=COUNT, default=length, metavar="N", help="tokens a sequence (%(default)s)")
-        nargs = "+" if isinstance(microbatches, list) else None
-        add("--microbatches", type=COUNT, nargs=nargs, default=microbatches, metavar="N", help="(%(default)s)")
 
-    def add_measuring(parser: argparse.ArgumentParser, config: str) -> None:
-        add, dtype = parser.add_argument, "bfloat16" if on_gpu else "float32"
-        add("--config", choices=list(CONFIGS), default=config if on_gpu else "tiny", help="(%(default)s)")
-        add("--dtype", choices=DTYPES, default=dtype, help="of the arithmetic (%(default)s)")
-        add("--parameters", choices=DTYPES, default=dtype, help="of parameters and AdamW's moments (%(default)s)")
-        add("--timed-steps", type=COUNT, default=3, metavar="N", help="calls to time (%(default)s)")
-        add("--timed-seconds", type=NUMBER, default=3.0, metavar="X", help="no more of them after this (%(default)s)")
-        add("--timeout", type=NUMBER, default=300.0, metavar="S", help="seconds of one process (%(default)s)")
+    add = command("exactness", "loss and gradients of each way against the whole batch")
+    sizes(add, 32)
+    add("--vocab-size", type=COUNT, default=1024, metavar="N", help="(%(default)s)")
+    add("--microbatches", type=COUNT, nargs="+", default=[1, 2, 4, 8, 16], metavar="N", help="(%(default)s)")
+    add("--dtypes", nargs="+", choices=studies.DTYPES, default=list(studies.DTYPES))
 
-    exact = command("exactness", "loss and gradients of each way against the whole batch")
-    small(exact, 32, [1, 2, 4, 8, 16])
-    exact.add_argument("--vocab-size", type=COUNT, default=1024, metavar="N", help="(%(default)s)")
-    exact.add_argument("--dtypes", nargs="+", choices=studies.DTYPES, default=list(studies.DTYPES))
+    add = command("stability", "variance over accumulation cycles and seeds")
+    sizes(add, 32)
+    add("--vocab-size", type=COUNT, default=1024, metavar="N", help="(%(default)s)")
+    add("--microbatches", type=COUNT, default=8, metavar="N", help="(%(default)s)")
+    add("--seeds", type=COUNT, default=5, metavar="N", help="models (%(default)s)")
+    add("--cycles", type=COUNT, default=10, metavar="N", help="batches for each (%(default)s)")
 
-    stable = command("stability", "variance over accumulation cycles and seeds")
-    small(stable, 32, 8)
-    stable.add_argument("--vocab-size", type=COUNT, default=1024, metavar="N", help="(%(default)s)")
-    stable.add_argument("--seeds", type=COUNT, default=5, metavar="N", help="models (%(default)s)")
-    stable.add_argument("--cycles", type=COUNT, default=10, metavar="N", help="batches for each (%(default)s)")
+    add = command("train", "the same training on real text in six ways")
+    sizes(add, 64)
+    options.add_corpus_options(commands.choices["train"])
+    commands.choices["train"].set_defaults(vocab_size=4096, max_bytes=2_000_000)
+    add("--microbatches", type=COUNT, default=8, metavar="N", help="(%(default)s)")
+    add("--steps", type=COUNT, default=60, metavar="N", help="updates (%(default)s)")
+    add("--learning-rate", type=NUMBER, default=3e-3, metavar="X", help="the highest (%(default)s)")
 
-    training = command("train", "the same training on real text in six ways")
-    small(training, 64, 8)
-    options.add_corpus_options(training)
-    training.set_defaults(vocab_size=4096, max_bytes=2_000_000)
-    training.add_argument("--steps", type=COUNT, default=60, metavar="N", help="updates (%(default)s)")
-    training.add_argument("--learning-rate", type=NUMBER, default=3e-3, metavar="X", help="the highest (%(default)s)")
+    more = "; other options go to measure.py"
+    add = command("memory", f"memory of the loss, and of whole steps with and without microbatches{more}")
+    add("--timeout", type=NUMBER, default=300.0, metavar="S", help="seconds of one head's process (%(default)s)")
+    commands.choices["memory"].set_defaults(runs=[Run(head, None, []) for head in HEADS])
 
-    losses = command("memory", "memory of the loss, and of whole steps with and without microbatches")
-    add_measuring(losses, "small")
-    small(losses, 1024 if on_gpu else 256, [1, 8])
-    add = losses.add_argument
-    add("--tokens", type=COUNT, default=8192 if on_gpu else 4096, metavar="N", help="of the loss alone (%(default)s)")
-    add("--vocab", type=COUNT, default=50_000 if on_gpu else 8192, metavar="N", help="of the loss alone (%(default)s)")
-    add("--chunk-sizes", type=COUNT, nargs="*", default=[1024 if on_gpu else 256], metavar="N", help="of jliger's loss")
-    losses.set_defaults(rows=8, parameters="float32")
-
+    add = command("long-context", f"whole steps on one long sequence, each run in a process of its own{more}")
     runs = "jliger:1024,2048 full:1024,2048"
     if on_gpu:
         runs = "jliger@24:16384,32768,65536 jliger@80:131072 full:16384,32768,65536,131072"
-    text = "whole steps on one long sequence, each head and memory limit in a process of its own"
-    long = command("long-context", text)
     default = [parse_run(run) for run in runs.split()]
-    long.add_argument("--runs", type=parse_run, nargs="+", default=default, metavar="HEAD[@GB]:LENGTHS")
-    add_measuring(long, "llama3.2-1b")
+    add("--runs", type=parse_run, nargs="+", default=default, metavar="HEAD[@GB]:LENGTHS", help=f"({runs})")
+    add("--timeout", type=NUMBER, default=300.0, metavar="S", help="seconds of one process (%(default)s)")
 
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    args.rest, args.on_gpu = rest, on_gpu
+    if args.rest and COMMANDS[args.command] is not measured:
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     if args.command == "stability" and args.cycles < 2:
         parser.error(f"--cycles {args.cycles}: a variance needs 2 or more")
     counts = getattr(args, "microbatches", [])

@@ -222,7 +222,7 @@ def report_of(events: dict[str, Events], summary: Record) -> list[str]:
         reporting.curve_table(events, "Loss"),
         reporting.summary_table(summary, reporting.LAST_LOSS | solved),
         f"The mean reward went from {first:.4f} to {last:.4f}. Of the likeliest answers {before['solved']:.4f} were "
-        f"all right at first ({'  '.join(before['answers'])}), and {after['solved']:.4f} at last "
+        f"all right at first ({'  '.join(before['answers'])}), and {after['solved']:.4f} at the end "
         f"({'  '.join(after['answers'])}).",
     ]
     if "comparison" in summary:

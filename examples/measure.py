@@ -24,11 +24,11 @@ import options
 from grpo import GrpoConfig, Policy
 from language_model import HEADS, Head, language_model_loss
 from llama import LlamaConfig, Tree, initial_parameters, parameter_count
-from measuring import Records, in_words, measured, rates
+from measuring import Records, in_words, measured, measured_steps
 from options import COUNT, COUNT_OR_ZERO, DTYPES, NUMBER
 from preference import BETA, Preference
 from runs import DeviceMemoryError, Record, run_program
-from training import build_program, compile_step, device_memory, device_memory_errors
+from training import build_program, compile_step, device_memory
 
 # All with the embedding as last layer.
 CONFIGS = {
@@ -88,20 +88,7 @@ def measure_step(args: argparse.Namespace, what: str, length: int, microbatches:
     """A whole training step, with AdamW's update."""
     config = replace(CONFIGS[args.config], dtype=args.dtype, mlp_pieces=-(-length // PIECE))
     program, batch = program_of(args, config, what, length, microbatches)
-    compiled = compile_step(program.step)
-    with device_memory_errors():
-        state = jax.block_until_ready(program.initial_state())
-    losses = []
-
-    def run() -> Any:
-        nonlocal state
-        state, result = compiled.step(state, batch)
-        losses.append(result.loss)
-        return state, result
-
-    record = measured(compiled, run, args.timed_steps, args.timed_seconds)
-    speed = rates(config, args.rows, length, record["milliseconds"] / 1e3, args.peak_tflops)
-    return {**record, **speed, "losses": [float(loss) for loss in losses]}
+    return measured_steps(program, batch, config, (args.rows, length), args)
 
 
 def program_of(args: argparse.Namespace, config: LlamaConfig, what: str, length: int, microbatches: int) -> Any:

@@ -1,5 +1,6 @@
 """Measures a compiled step: time, memory, tokens per second; and keeps records of measurements in a file."""
 
+import argparse
 import math
 import statistics
 import time
@@ -8,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from llama import LlamaConfig, flops_per_token
+from llama import LlamaConfig, Tree, flops_per_token
 from reporting import MIB
 from runs import DeviceMemoryError, Record, write_json
-from training import Compiled, device_memory, device_memory_errors
+from training import Compiled, Program, compile_step, device_memory, device_memory_errors
 
 from jliger.bench.report import environment
 
 # Dense bfloat16 operations per second of an H100 or H200 (SXM) according to NVIDIA's data sheets, in 10¹².
 HOPPER_TFLOPS = 989.0
+Size = tuple[int, int]  # rows and their length
 
 
 def measured(compiled: Compiled, run: Callable[[], Any], steps: int, seconds: float) -> Record:
@@ -44,14 +46,32 @@ def measured(compiled: Compiled, run: Callable[[], Any], steps: int, seconds: fl
     }
 
 
-def rates(config: LlamaConfig, rows: int, length: int, seconds: float, peak_tflops: float | None = None) -> Record:
+def measured_steps(program: Program, batch: Tree, config: LlamaConfig, size: Size, args: argparse.Namespace) -> Record:
+    """The figures of a training step; `args` has `timed_steps`, `timed_seconds` and `peak_tflops`."""
+    compiled = compile_step(program.step)
+    with device_memory_errors():
+        state = jax.block_until_ready(program.initial_state())
+    losses = []
+
+    def run() -> Any:
+        nonlocal state
+        state, result = compiled.step(state, batch)
+        losses.append(result.loss)
+        return state, result
+
+    record = measured(compiled, run, args.timed_steps, args.timed_seconds)
+    speed = rates(config, size, record["milliseconds"] / 1e3, args.peak_tflops)
+    return {**record, **speed, "losses": [float(loss) for loss in losses]}
+
+
+def rates(config: LlamaConfig, size: Size, seconds: float, peak_tflops: float | None = None) -> Record:
     """Tokens per second and, if the devices' peak is known, the model's share of its operations."""
-    tokens_per_second = rows * length / seconds
+    tokens_per_second = math.prod(size) / seconds
     if peak_tflops is None and any(name in jax.devices()[0].device_kind for name in ("H100", "H200")):
         peak_tflops = HOPPER_TFLOPS
     utilisation = None
     if peak_tflops is not None:
-        needed = flops_per_token(config, length) * tokens_per_second
+        needed = flops_per_token(config, size[1]) * tokens_per_second
         utilisation = needed / (peak_tflops * 1e12 * jax.device_count())
     return {"tokens_per_second": tokens_per_second, "model_flop_utilisation": utilisation}
 

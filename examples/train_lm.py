@@ -3,7 +3,7 @@
     python examples/train_lm.py
 
 The text is the running Python's own library and documentation, through a byte-level BPE trained on the spot. The two
-trainings share model, seed and data, and advance in turn, a step each. Their loss curves agree to rounding; their steps
+trainings share model, seed and data, and alternate, one step each. Their loss curves agree to rounding; their steps
 take different time and memory. docs/train_lm.md has the options and says what a run leaves behind.
 """
 
@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import loading  # noqa: F401
 import options
 import reporting
 import runs

@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from language_model import language_model_loss
 from llama import AXES, BATCH, LlamaConfig, Tree, flops_per_token, parameter_count, parameters
-from measuring import HOPPER_TFLOPS, Records, in_words, measured, rates
+from measuring import HOPPER_TFLOPS, Records, in_words, measured_steps, rates
 from options import COUNT, COUNT_OR_ZERO, DTYPES, NUMBER, NUMBER_OR_ZERO
 from runs import DeviceMemoryError, Record, RunError, say
 from training import (
@@ -35,9 +35,7 @@ from training import (
     Training,
     TrainingConfig,
     build_program,
-    compile_step,
     device_memory,
-    device_memory_errors,
     train,
 )
 
@@ -80,6 +78,7 @@ def on_devices(mesh: Mesh, batch: np.ndarray) -> jax.Array:
 def train_run(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus: Corpus, settings: Record) -> None:
     """Trains from the latest checkpoint, or from the seed, up to `--steps` or `--stop-at`."""
     (batch_size,) = args.batch
+    size = (batch_size, args.length)
     batches = Batches(windows(corpus.train, args.length), batch_size, args.seed)
     program = program_of(args, config, mesh, batch_size, corpus.end_of_text)
     runs.check_folder(args.out, settings, resume=args.resume, overwrite=args.overwrite)
@@ -96,7 +95,7 @@ def train_run(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus:
         args.out,
         program,
         lambda step, params: on_devices(mesh, batches[step - 1]),
-        figures=lambda results, batch, seconds: rates(config, batch_size, args.length, seconds, args.peak_tflops),
+        figures=lambda results, batch, seconds: rates(config, size, seconds, args.peak_tflops),
         about={"mesh": dict(mesh.shape), "accumulate": args.accumulate},
     )
     train([training], args, last)
@@ -108,7 +107,7 @@ def train_run(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus:
     figures = reporting.figures_of(runs.read_metrics(args.out))
     seconds = figures["step_seconds"]
     figures |= {"milliseconds": 1e3 * seconds, "peak_bytes": device_memory("peak_bytes_in_use")}
-    figures |= rates(config, batch_size, args.length, seconds, args.peak_tflops)
+    figures |= rates(config, size, seconds, args.peak_tflops)
     about = {"mesh": dict(mesh.shape), "device": jax.devices()[0].device_kind, "jax": jax.__version__}
     runs.write_json(args.out / runs.SUMMARY, {**settings, **figures, **about})
     say(f"step {last}: loss {figures['train_loss']:.6f}; in the median {in_words(figures)}")
@@ -130,21 +129,8 @@ def largest_batch(measurements: Sequence[tuple[int, int]], limit: int, multiple:
 
 def measure(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus: Corpus, batch_size: int) -> Record:
     program = program_of(args, config, mesh, batch_size, corpus.end_of_text)
-    compiled = compile_step(program.step)
     tokens = on_devices(mesh, Batches(windows(corpus.train, args.length), batch_size, args.seed)[0])
-    with device_memory_errors():
-        state = jax.block_until_ready(program.initial_state())
-
-    def run() -> jax.Array:
-        nonlocal state, loss
-        state, result = compiled.step(state, tokens)
-        loss = result.loss
-        return loss
-
-    loss = None
-    record = measured(compiled, run, args.timed_steps, args.timed_seconds)
-    speed = rates(config, batch_size, args.length, record["milliseconds"] / 1e3, args.peak_tflops)
-    return {**record, **speed, "loss": float(loss)}
+    return measured_steps(program, tokens, config, (batch_size, args.length), args)
 
 
 def benchmark(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus: Corpus) -> None:

@@ -1,6 +1,6 @@
 """Training: a step that is traced by itself, and the one loop, with metrics, evaluations and checkpoints.
 
-Several trainings, such as those of two heads, advance in turn, a step each: a busy machine slows all of them alike.
+Several trainings, such as those of two heads, alternate, one step each: a busy machine slows all of them alike.
 """
 
 import argparse
@@ -243,7 +243,7 @@ class Training:
 
 
 def train(trainings: Sequence[Training], args: argparse.Namespace, last: int) -> None:
-    """Trains up to step `last`, from the latest checkpoints if there are any; all trainings advance in turn.
+    """Trains up to step `last`, from the latest checkpoints if there are any; all trainings alternate, one step each.
 
     `args` has `no_progress`, and may have `resume`, `eval_every`, `checkpoint_every` and `keep_checkpoints`.
     """
