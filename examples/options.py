@@ -70,9 +70,7 @@ def model_of(args: argparse.Namespace, vocab_size: int, prefix: str = "") -> Lla
     hidden, layers, heads = (getattr(args, prefix + name) for name in ("hidden_size", "layers", "heads"))
     # 8/3 of the hidden size, in multiples of 8: as many parameters as a plain MLP of 4 times the hidden size.
     mlp_size = 8 * math.ceil(hidden / 3)
-    sizes = (vocab_size, hidden, mlp_size, layers, heads, heads, args.tie_embeddings, args.dtype)
-    # For short sequences, positions must differ sooner than in Llama 3.
-    return LlamaConfig(*sizes, rope_base=10_000.0)
+    return LlamaConfig(vocab_size, hidden, mlp_size, layers, heads, heads, args.tie_embeddings, args.dtype)
 
 
 def add_head_options(add: Any, chunk_size: int | None = None, choices: tuple[str, ...] = ("both", *HEADS)) -> None:
