@@ -45,11 +45,14 @@ class TrainingConfig:
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
     def optimizer(self, config: LlamaConfig) -> optax.GradientTransformation:
-        """AdamW after clipping, with a linear warmup, a cosine decay, and weight decay for matrices."""
+        """AdamW after clipping, with a linear warmup, a cosine decay, and weight decay for matrices.
+
+        Its epsilon keeps it from making whole steps of gradients that are little more than rounding errors.
+        """
         low, high = self.learning_rate / 10, self.learning_rate
         schedule = optax.warmup_cosine_decay_schedule(low, high, self.warmup_steps, self.steps, low)
         is_matrix = jax.tree.map(lambda leaf: leaf.is_matrix, parameters(config))
-        adamw = optax.adamw(schedule, b2=0.95, weight_decay=self.weight_decay, mask=is_matrix)
+        adamw = optax.adamw(schedule, b2=0.95, eps=1e-6, weight_decay=self.weight_decay, mask=is_matrix)
         return optax.chain(optax.clip_by_global_norm(1.0), adamw)
 
     def initial_parameters(self, config: LlamaConfig) -> Tree:
