@@ -245,7 +245,7 @@ def test_out_of_memory_is_a_record_and_a_code(train_sharded, options, tmp_path, 
     def refuse(program):
         raise train_sharded.DeviceMemoryError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
 
-    monkeypatch.setattr(train_sharded, "compile_step", refuse)
+    monkeypatch.setattr(sys.modules["measuring"], "compile_step", refuse)
     monkeypatch.setattr(train_sharded, "find_devices", lambda args: None)
     file = tmp_path / "record.json"
     with pytest.raises(SystemExit) as ended:
