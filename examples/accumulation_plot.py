@@ -1,42 +1,34 @@
-"""Plots of what gradient_accumulation.py found: a panel for each section that a results file has."""
+"""Plots of what gradient_accumulation.py found: a panel for each section of a results file."""
 
 import math
-import os
+from functools import partial
 from pathlib import Path
 
+import reporting
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from reporting import COLORS, TITLES, Record
+from reporting import COLORS, GIB, TITLES
+from runs import Record
+from sweeps import memory_of
 
-GIB = 2**30
 LABELS = {**TITLES, "means": "mean of means"}
 ALL_COLORS = {**COLORS, "means": "tab:red"}
 
 
-def plot(found: Record, path: Path) -> None:
-    """Writes a figure with all panels in a row."""
-    panels = [panel for panel in PANELS if panel[0] in found]
-    if not panels:
-        return
-    figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
-    for axes, (section, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw(axes, found[section])
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    figure.savefig(beside, dpi=110)
-    beside.replace(path)
+def plot(results: Record, path: Path) -> None:
+    panels = [partial(draw, section=results[name]) for name, draw in PANELS.items() if name in results]
+    reporting.plot(panels, path, width=5.2)
 
 
 def exactness(axes: Axes, section: Record) -> None:
-    """Distance of the gradients from the whole batch's, with unequal tokens."""
     markers = {"float64": "o", "float32": "s", "bfloat16": "^"}
     for way in ("full", "jliger", "means"):
         for dtype, marker in markers.items():
             records = [r for r in section["records"] if r["dtype"] == dtype and r["tokens"] == "unequal" and way in r]
-            # What is equal has no place on a logarithmic axis.
+            # Equal gradients have no place on a logarithmic axis.
             points = [(r["microbatches"], r[way]["gradient"] or math.nan) for r in records]
             if points:
                 style = {"marker": marker, "color": ALL_COLORS[way]}
-                # Below the other head's, which they coincide with.
+                # A wide line below the other head's, which lies on it.
                 style |= {"markersize": 11, "fillstyle": "none", "linewidth": 4, "alpha": 0.6} if way == "full" else {}
                 label = LABELS[way] if way == "means" else f"{LABELS[way]}, {dtype}"
                 axes.plot(*zip(*points, strict=True), label=label, **style)
@@ -47,7 +39,6 @@ def exactness(axes: Axes, section: Record) -> None:
 
 
 def stability(axes: Axes, section: Record) -> None:
-    """The variance of the loss over cycles, for each seed."""
     for way, marker in (("full", "o"), ("jliger", "x"), ("means", "+")):
         points = [(r["seed"], r["loss_variance"]) for r in section["records"] if r["way"] == way]
         axes.plot(*zip(*points, strict=True), marker, color=ALL_COLORS[way], label=LABELS[way], markersize=9)
@@ -57,7 +48,6 @@ def stability(axes: Axes, section: Record) -> None:
 
 
 def train(axes: Axes, section: Record) -> None:
-    """How far each training's losses are from the first's."""
     first = section["records"][0]["losses"]
     for record in section["records"][1:]:
         pairs = zip(record["losses"], first, strict=True)
@@ -69,16 +59,20 @@ def train(axes: Axes, section: Record) -> None:
     axes.legend(fontsize="x-small")
 
 
+def kind_of(record: Record) -> str:
+    """What a record of memory is of, apart from the head."""
+    parts = [record["what"], record["dtype"]]
+    parts += [f"chunks of {record['chunk_size']}"] if record.get("chunk_size") else []
+    parts += [f"{record['microbatches']} microbatches"] if record.get("microbatches", 1) > 1 else []
+    return ", ".join(parts)
+
+
 def memory(axes: Axes, section: Record) -> None:
-    """XLA's temporary memory of each program."""
     names, amounts, colors = [], [], []
     for record in section["records"]:
         if record["out_of_memory"]:
             continue
-        what = [record["what"], record["dtype"], TITLES[record["head"]]]
-        what += [f"chunks of {record['chunk_size']}"] if record.get("chunk_size") else []
-        what += [f"{record['microbatches']} microbatches"] if record.get("microbatches", 1) > 1 else []
-        names.append(", ".join(what))
+        names.append(f"{kind_of(record)}, {TITLES[record['head']]}")
         amounts.append(record["memory_bytes"]["temporary"] / GIB)
         colors.append(COLORS[record["head"]])
     bars = axes.barh(names[::-1], amounts[::-1], color=colors[::-1])
@@ -89,7 +83,6 @@ def memory(axes: Axes, section: Record) -> None:
 
 
 def long_context(axes: Axes, section: Record) -> None:
-    """Memory of whole steps against the length."""
     for head in ("full", "jliger"):
         records = [r for r in section["records"] if r["head"] == head and not r["out_of_memory"]]
         points = sorted((r["length"], memory_of(r) / GIB) for r in records)
@@ -111,15 +104,10 @@ def long_context(axes: Axes, section: Record) -> None:
     axes.legend()
 
 
-def memory_of(record: Record) -> int:
-    """Bytes of the device at most in use; where devices don't say (CPUs), XLA's account."""
-    return record["memory_bytes"]["total"] if record["peak_bytes"] is None else record["peak_bytes"]
-
-
-PANELS = (
-    ("exactness", exactness),
-    ("stability", stability),
-    ("train", train),
-    ("memory", memory),
-    ("long_context", long_context),
-)
+PANELS = {
+    "exactness": exactness,
+    "stability": stability,
+    "train": train,
+    "memory": memory,
+    "long_context": long_context,
+}

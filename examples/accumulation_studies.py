@@ -1,168 +1,154 @@
 """Studies of gradient accumulation that run in one process: exactness, stability, and training on real text.
 
-"Full" is full logits, "means" the usual fault: the mean of microbatches' means, where tokens should count alike.
+"Full" is full logits. "Means" is the usual mistake: the mean of the microbatches' means, which does not weight tokens
+equally.
 """
 
+import argparse
 import math
 import statistics
-import time
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import decoder
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from accumulation_losses import HEADS, Sums, sums_of
-from corpus import Corpus
-from llama import LlamaConfig, Tree
-from reporting import Record, memory_of
+from corpus import Batches, Corpus
+from language_model import HEADS, Head, evaluation, language_model_loss
+from llama import LlamaConfig, Tree, initial_parameters
+from reporting import TITLES
+from runs import Record, read_metrics
 from tqdm import tqdm
+from training import Training, build_program, train
 
 import jliger
+from jliger.accumulation import AccumulatedLoss
 
-DTYPES = {"float64": jnp.float64, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = ("float64", "float32", "bfloat16")
 TOKENS = ("equal", "unequal")
-Step = Callable[[Tree, Tree], tuple[jax.Array, Tree]]
+LossFn = Callable[[Tree, jax.Array], tuple[jax.Array, Any]]
+Step = Callable[[Tree, Any], tuple[AccumulatedLoss, Tree]]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a batch and a model."""
+    """The sizes of a batch and a model."""
 
     config: LlamaConfig
     rows: int
     length: int
 
-    def batch(self, tokens: str, seed: int) -> dict[str, np.ndarray]:
-        """Random tokens and labels `[rows, length]`; with unequal tokens a random number of each row's count."""
+    def loss_fn(self, head: str, dtype: str = "float32") -> LossFn:
+        return language_model_loss(Head(head), replace(self.config, dtype=dtype))
+
+    def parameters(self, seed: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Tree:
+        return initial_parameters(self.config, jax.random.key(seed), dtype)
+
+    def batch(self, tokens: str, seed: int) -> np.ndarray:
+        """Random tokens `[rows, length + 1]`; with unequal tokens, a random number of each row counts."""
         rng = np.random.default_rng(seed)
-        ids, labels = rng.integers(0, self.config.vocab_size, (2, self.rows, self.length), np.int32)
-        # Short rows and long ones, as texts are: few have about the mean.
+        ids = rng.integers(0, self.config.vocab_size, (self.rows, self.length + 1), np.int32)
+        # As of texts, many rows are short and some are long.
         counts = np.ceil(self.length * rng.random((self.rows, 1)) ** 3) if tokens == "unequal" else self.length
-        return {"tokens": ids, "labels": np.where(np.arange(self.length) < counts, labels, -1).astype(np.int32)}
+        return np.where(np.arange(self.length + 1) <= counts, ids, -1)
 
 
-def accumulated(sums: Sums, microbatches: int) -> Step:
-    """Loss and gradients of a batch, by tokens."""
-    step = jliger.accumulate_gradients(sums, microbatches)
-
-    def loss_and_gradients(params: Tree, batch: Tree) -> tuple[jax.Array, Tree]:
-        found, gradients = step(params, batch)
-        return found.loss, gradients
-
-    return jax.jit(loss_and_gradients)
+def accumulated(loss_fn: LossFn, microbatches: int) -> Step:
+    """The loss and gradients of a batch, weighted by tokens."""
+    return jax.jit(jliger.accumulate_gradients(loss_fn, microbatches))
 
 
-def mean_of_means(sums: Sums, microbatches: int) -> Step:
-    """The fault: each microbatch's mean counts as much as any other's."""
+def mean_of_means(loss_fn: LossFn) -> LossFn:
+    """The mistake: the mean of a microbatch, with weight 1."""
 
-    def means(params: Tree, batch: Tree) -> tuple[jax.Array, jax.Array]:
-        loss, weight = sums(params, batch)
-        return loss / jnp.maximum(weight, 1), jnp.ones(())
+    def means(params: Tree, tokens: jax.Array) -> tuple[jax.Array, float]:
+        loss, weight = loss_fn(params, tokens)
+        return loss / jnp.maximum(weight, 1), 1.0
 
-    return accumulated(means, microbatches)
+    return means
 
 
 def norm(tree: Tree) -> float:
-    """Of all arrays together, in float64."""
+    """The norm of all arrays together, in float64."""
     return math.sqrt(sum(float(np.sum(np.square(np.asarray(leaf, np.float64)))) for leaf in jax.tree.leaves(tree)))
 
 
 def difference(one: Tree, other: Tree) -> Tree:
-    """In float64."""
     return jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b, np.float64), one, other)
 
 
-def distances(found: tuple[jax.Array, Tree], truth: tuple[jax.Array, Tree]) -> dict[str, float]:
-    """How far loss and gradients are from the truth, relative to it."""
+def distances(result: tuple[AccumulatedLoss, Tree], truth: tuple[AccumulatedLoss, Tree]) -> dict[str, float]:
+    """The distances of loss and gradients from the truth, relative to it."""
+    loss, true_loss = float(result[0].loss), float(truth[0].loss)
     return {
-        "loss": abs(float(found[0]) - float(truth[0])) / abs(float(truth[0])),
-        "gradient": norm(difference(found[1], truth[1])) / norm(truth[1]),
+        "loss": abs(loss - true_loss) / abs(true_loss),
+        "gradient": norm(difference(result[1], truth[1])) / norm(truth[1]),
     }
 
 
-# ---- exactness -------------------------------------------------------------------------------------------------
-
-
-def exactness(sizes: Sizes, dtypes: Sequence[str], microbatches: Sequence[int], progress: bool) -> list[Record]:
+def exactness(sizes: Sizes, dtypes: Sequence[str], microbatches: Sequence[int], quiet: bool) -> list[Record]:
     """Each way of accumulating against full logits of the whole batch, in each dtype.
 
-    Parameters are float32 (float64 for float64), and the arithmetic is of the dtype. The means, which are no matter of
-    rounding, are of the first dtype alone.
+    Parameters are float32 (float64 for float64), the arithmetic is of the dtype. The means, which are wrong whatever
+    the dtype is, are of the first dtype alone.
     """
     records = []
-    bar = tqdm(total=len(dtypes) * len(microbatches), desc="exactness", disable=not progress)
-    for dtype in dtypes:
-        with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
-            width = jnp.promote_types(DTYPES[dtype], jnp.float32)
-            params = decoder.initial_parameters(sizes.config, jax.random.key(0), width)
-            batches = {tokens: sizes.batch(tokens, seed=0) for tokens in TOKENS}
-            sums = {head: sums_of(head, sizes.config, DTYPES[dtype]) for head in HEADS}
-            whole = accumulated(sums["full"], 1)
-            truth = {tokens: whole(params, batch) for tokens, batch in batches.items()}
-            for count in microbatches:
-                ways = {
-                    "full": whole if count == 1 else accumulated(sums["full"], count),
-                    "jliger": accumulated(sums["jliger"], count),
-                }
+    with tqdm(total=len(dtypes) * len(microbatches), desc="exactness", disable=quiet) as bar:
+        for dtype in dtypes:
+            with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
+                params = sizes.parameters(0, jnp.promote_types(dtype, jnp.float32))
+                batches = {tokens: sizes.batch(tokens, seed=0) for tokens in TOKENS}
+                loss_fns = {head: sizes.loss_fn(head, dtype) for head in HEADS}
+                whole = accumulated(loss_fns["full"], 1)
+                truth = {tokens: whole(params, batch) for tokens, batch in batches.items()}
                 if dtype == dtypes[0]:
-                    ways["means"] = whole if count == 1 else mean_of_means(sums["full"], count)
-                for tokens, batch in batches.items():
-                    found = {way: distances(step(params, batch), truth[tokens]) for way, step in ways.items()}
-                    records.append({"dtype": dtype, "tokens": tokens, "microbatches": count, **found})
-                bar.update()
-    bar.close()
+                    loss_fns["means"] = mean_of_means(loss_fns["full"])
+                for count in microbatches:
+                    steps = {way: accumulated(loss_fn, count) for way, loss_fn in loss_fns.items()}
+                    for tokens, batch in batches.items():
+                        found = {way: distances(step(params, batch), truth[tokens]) for way, step in steps.items()}
+                        records.append({"dtype": dtype, "tokens": tokens, "microbatches": count, **found})
+                    bar.update()
     return records
 
 
-# ---- stability -------------------------------------------------------------------------------------------------
+def stability(sizes: Sizes, microbatches: int, seeds: int, cycles: int, quiet: bool) -> list[Record]:
+    """The variance of loss and gradients over accumulation cycles of a constant model: a record per seed and way.
 
-
-def stability(sizes: Sizes, microbatches: int, seeds: int, cycles: int, progress: bool) -> list[Record]:
-    """How loss and gradients vary over accumulation cycles of a model that stays as it is: a record a seed and way.
-
-    Each cycle has a batch of its own, with unequal tokens; all ways see the same. The first cycle is done twice.
+    Each cycle has a batch of its own, with unequal tokens, the same for all ways. The first cycle is done twice.
     """
-    sums = {head: sums_of(head, sizes.config, jnp.float32) for head in HEADS}
-    whole = accumulated(sums["full"], 1)
-    ways = {head: accumulated(sums[head], microbatches) for head in HEADS}
-    ways["means"] = mean_of_means(sums["full"], microbatches)
+    loss_fns = {head: sizes.loss_fn(head) for head in HEADS}
+    whole = accumulated(loss_fns["full"], 1)
+    loss_fns["means"] = mean_of_means(loss_fns["full"])
+    ways = {way: accumulated(loss_fn, microbatches) for way, loss_fn in loss_fns.items()}
     records = []
-    bar = tqdm(total=seeds * cycles, desc="stability", disable=not progress)
-    with jax.default_matmul_precision("highest"):
+    with tqdm(total=seeds * cycles, desc="stability", disable=quiet) as bar, jax.default_matmul_precision("highest"):
         for seed in range(seeds):
-            params = decoder.initial_parameters(sizes.config, jax.random.key(seed), jnp.float32)
-            found: dict[str, list[tuple[float, Tree]]] = {way: [] for way in ways}
+            params = sizes.parameters(seed)
+            results: dict[str, list[tuple[AccumulatedLoss, Tree]]] = {way: [] for way in ways}
             apart: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-            repeats = {}
             for cycle in range(cycles):
                 batch = sizes.batch("unequal", seed=1000 * seed + cycle)
                 truth = whole(params, batch)
                 for way, step in ways.items():
-                    loss, gradients = step(params, batch)
-                    found[way].append((float(loss), jax.tree.map(np.asarray, gradients)))
-                    apart[way].append(distances((loss, gradients), truth))
-                    if cycle == 0:
-                        again = step(params, batch)
-                        repeats[way] = max(distances(again, (loss, gradients)).values())
+                    results[way].append(jax.device_get(step(params, batch)))
+                    apart[way].append(distances(results[way][-1], truth))
                 bar.update()
-            records += [
-                {
-                    "seed": seed,
-                    "way": way,
-                    "loss_mean": statistics.mean(loss for loss, _ in found[way]),
-                    "loss_variance": statistics.variance([loss for loss, _ in found[way]]),
-                    "gradient_variance": variance_of([gradients for _, gradients in found[way]]),
-                    "largest_loss_difference": max(each["loss"] for each in apart[way]),
-                    "largest_gradient_difference": max(each["gradient"] for each in apart[way]),
-                    "repeat_difference": repeats[way],
-                }
-                for way in ways
-            ]
-    bar.close()
+            again = {way: step(params, sizes.batch("unequal", seed=1000 * seed)) for way, step in ways.items()}
+            for way in ways:
+                losses = [float(result.loss) for result, _ in results[way]]
+                record = {"seed": seed, "way": way, "loss_mean": statistics.mean(losses)}
+                record["loss_variance"] = statistics.variance(losses)
+                record["gradient_variance"] = variance_of([gradients for _, gradients in results[way]])
+                for name in ("loss", "gradient"):
+                    record[f"largest_{name}_difference"] = max(each[name] for each in apart[way])
+                record["repeat_difference"] = max(distances(again[way], results[way][0]).values())
+                records.append(record)
     return records
 
 
@@ -173,43 +159,22 @@ def variance_of(trees: Sequence[Tree]) -> float:
     return squares / norm(mean) ** 2
 
 
-# ---- training --------------------------------------------------------------------------------------------------
-
-
-def paragraph_ends(corpus: Corpus) -> np.ndarray:
-    """The tokens that end a paragraph: those with a blank line in them, and that between documents."""
-    # In a byte-level BPE's tokens a new line is written as Ċ.
+def rows_of_paragraphs(stream: np.ndarray, corpus: Corpus, length: int) -> np.ndarray:
+    """Rows `[n, length + 1]` of one paragraph each, or a piece of one, filled up with -1."""
+    # Paragraphs end with a token that has a blank line in it. In a byte-level BPE's tokens a new line is written as Ċ.
     blank = [index for token, index in corpus.tokenizer.get_vocab().items() if "ĊĊ" in token]
-    return np.asarray([*blank, corpus.end_of_text])
-
-
-def rows_of_paragraphs(stream: np.ndarray, ends: np.ndarray, length: int) -> np.ndarray:
-    """Rows `[n, length + 1]` of one paragraph each, or a piece of one: what it doesn't fill is −1."""
+    ends = np.flatnonzero(np.isin(stream, [*blank, corpus.end_of_text]))
     rows = []
-    for paragraph in np.split(stream, np.flatnonzero(np.isin(stream, ends)) + 1):
+    for paragraph in np.split(stream, ends + 1):
         for start in range(0, len(paragraph) - 1, length):
             piece = paragraph[start : start + length + 1]
             rows.append(np.pad(piece, (0, length + 1 - len(piece)), constant_values=-1))
     return np.stack(rows).astype(np.int32)
 
 
-def batches_of(rows: np.ndarray, size: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of shuffled rows, epoch after epoch."""
-    rng = np.random.default_rng(seed)
-    while True:
-        order = rng.permutation(len(rows))
-        for start in range(0, len(rows) - size + 1, size):
-            yield as_batch(rows[order[start : start + size]])
-
-
-def as_batch(rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Tokens and their successors; where there is none, a label that doesn't count."""
-    return {"tokens": np.maximum(rows[:, :-1], 0), "labels": rows[:, 1:]}
-
-
 @dataclass(frozen=True)
 class Way:
-    """One way of training: a head, how a batch is split, and what of a batch the optimizer sees at once."""
+    """One way of training: a head, how a batch is split, and what part of a batch the optimizer gets at once."""
 
     head: str
     microbatches: int = 1
@@ -218,104 +183,77 @@ class Way:
 
     @property
     def name(self) -> str:
-        """For people."""
-        title = {"full": "full logits", "jliger": "jliger"}[self.head]
         if not self.is_weighted:
-            return f"{title}, mean of {self.microbatches} means"
+            return f"{TITLES[self.head]}, mean of {self.microbatches} means"
         if self.calls > 1:
-            return f"{title}, {self.calls} calls of the optimizer"
-        return f"{title}, {self.microbatches} microbatches" if self.microbatches > 1 else f"{title}, whole batch"
+            return f"{TITLES[self.head]}, {self.calls} calls of the optimizer"
+        return f"{TITLES[self.head]}, {f'{self.microbatches} microbatches' if self.microbatches > 1 else 'whole batch'}"
 
 
-def ways_of_training(microbatches: int) -> list[Way]:
-    """The others are compared with the first."""
-    return [
-        Way("full"),
-        Way("full", microbatches),
-        Way("jliger"),
-        Way("jliger", microbatches),
-        Way("jliger", calls=microbatches),
-        Way("jliger", microbatches, is_weighted=False),
-    ]
+def ways_of_training(microbatches: int) -> Iterator[Way]:
+    yield from (Way("full"), Way("full", microbatches), Way("jliger"), Way("jliger", microbatches))
+    yield from (Way("jliger", calls=microbatches), Way("jliger", microbatches, is_weighted=False))
 
 
-def train(
-    corpus: Corpus, sizes: Sizes, microbatches: int, steps: int, learning_rate: float, progress: bool
-) -> list[Record]:
+def training_of(way: Way, sizes: Sizes, rows: np.ndarray, args: argparse.Namespace, folder: Path) -> Training:
+    loss_fn = sizes.loss_fn(way.head)
+    highest = args.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(highest / 10, highest, args.steps // 10, args.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95))
+    if way.calls > 1:
+        optimizer = jliger.weighted_multi_steps(optimizer, way.calls)
+
+    def figures(results: Sequence[AccumulatedLoss], batch: np.ndarray, seconds: float) -> Record:
+        del seconds
+        sums = np.sum([(float(result.loss * result.weight), float(result.weight)) for result in results], axis=0)
+        return {"loss": float(sums[0] / max(sums[1], 1)), "counts": np.sum(batch[:, 1:] >= 0, axis=1).tolist()}
+
+    loss_fn = loss_fn if way.is_weighted else mean_of_means(loss_fn)
+    batch = jax.ShapeDtypeStruct((sizes.rows // way.calls, sizes.length + 1), jnp.int32)
+    create, batches = partial(sizes.parameters, 1), Batches(rows, sizes.rows, seed=2)
+    return Training(
+        way.name,
+        folder / way.name,
+        build_program(loss_fn, create, optimizer, batch, microbatches=way.microbatches),
+        lambda step, params: batches[step - 1],
+        figures=figures,
+        parts=lambda batch: [batch[i :: way.calls] for i in range(way.calls)],
+    )
+
+
+def train_in_all_ways(corpus: Corpus, sizes: Sizes, args: argparse.Namespace) -> list[Record]:
     """The same training in each way: a record with its curve."""
     sizes = replace(sizes, config=replace(sizes.config, vocab_size=corpus.vocab_size))
-    ends = paragraph_ends(corpus)
-    rows = rows_of_paragraphs(corpus.train, ends, sizes.length)
-    # An even sample of them, as many as make whole batches.
-    heldout = rows_of_paragraphs(corpus.heldout, ends, sizes.length)
-    count = min(len(heldout) // sizes.rows, 16) * sizes.rows
-    heldout = heldout[np.linspace(0, len(heldout), count, endpoint=False).astype(int)]
-    records = []
-    with jax.default_matmul_precision("highest"):
-        evaluate = jax.jit(sums_of("jliger", sizes.config, jnp.float32))
-        for way in ways_of_training(microbatches):
-            params, record = _train_one(way, sizes, rows, steps, learning_rate, progress)
-            found = [
-                evaluate(params, as_batch(heldout[i : i + sizes.rows])) for i in range(0, len(heldout), sizes.rows)
-            ]
-            heldout_loss = sum(float(loss) for loss, _ in found) / sum(float(weight) for _, weight in found)
-            records.append({**record, "heldout_loss": heldout_loss})
+    rows, heldout = (rows_of_paragraphs(part, corpus, sizes.length) for part in (corpus.train, corpus.heldout))
+    # An even sample, of as many as make whole batches.
+    count = min(len(heldout) // sizes.rows, 16)
+    heldout = heldout[np.linspace(0, len(heldout), count * sizes.rows, endpoint=False).astype(int)]
+    evaluate = evaluation(sizes.config, Head("jliger"), np.split(heldout, count), end_of_text=-1)
+    ways, records = list(ways_of_training(args.microbatches)), []
+    with jax.default_matmul_precision("highest"), tempfile.TemporaryDirectory() as folder:
+        trainings = [training_of(way, sizes, rows, args, Path(folder)) for way in ways]
+        train(trainings, args, args.steps)
+        for way, training in zip(ways, trainings, strict=True):
+            steps = list(read_metrics(training.folder)["train"].values())
+            losses = [step["loss"] for step in steps]
+            first = records[0]["losses"] if records else losses
+            counts = np.concatenate([step["counts"] for step in steps])
+            records.append(
+                {
+                    "way": way.name,
+                    "head": way.head,
+                    "is_weighted": way.is_weighted,
+                    "losses": losses,
+                    "last_loss": losses[-1],
+                    "largest_difference": max(abs(a - b) / b for a, b in zip(losses, first, strict=True)),
+                    "milliseconds": 1e3 * statistics.median(step["seconds"] for step in steps),
+                    "memory_bytes": training.compiled.memory,
+                    "tokens_per_row": {
+                        "least": int(counts.min()),
+                        "mean": float(counts.mean()),
+                        "most": int(counts.max()),
+                    },
+                    "heldout_loss": evaluate(training.state["parameters"])["loss"],
+                }
+            )
     return records
-
-
-def _train_one(
-    way: Way, sizes: Sizes, rows: np.ndarray, steps: int, learning_rate: float, progress: bool
-) -> tuple[Tree, Record]:
-    sums = sums_of(way.head, sizes.config, jnp.float32)
-    gradients_of = jliger.accumulate_gradients(sums, way.microbatches)
-    if not way.is_weighted:
-        means = mean_of_means(sums, way.microbatches)
-    schedule = optax.warmup_cosine_decay_schedule(learning_rate / 10, learning_rate, steps // 10, steps)
-    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95))
-    optimizer = jliger.weighted_multi_steps(inner, way.calls) if way.calls > 1 else optax.with_extra_args_support(inner)
-
-    def step(state: Tree, batch: Tree) -> tuple[Tree, tuple[jax.Array, jax.Array]]:
-        params, optimizer_state = state
-        if way.is_weighted:
-            found, gradients = gradients_of(params, batch)
-            loss, weight = found.loss, found.weight
-        else:
-            loss, gradients = means(params, batch)
-            weight = jnp.ones(())
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params, weight=weight)
-        return (optax.apply_updates(params, updates), optimizer_state), (loss, weight)
-
-    params = decoder.initial_parameters(sizes.config, jax.random.key(1), jnp.float32)
-    state = (params, optimizer.init(params))
-    batches = batches_of(rows, sizes.rows, seed=2)
-
-    def parts_of(batch: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-        return [{name: array[i :: way.calls] for name, array in batch.items()} for i in range(way.calls)]
-
-    first = parts_of(next(batches_of(rows, sizes.rows, seed=2)))[0]
-    compiled = jax.jit(step, donate_argnums=0).lower(state, first).compile()
-    losses, times, counts = [], [], []
-    for _ in tqdm(range(steps), desc=way.name, disable=not progress):
-        began = time.perf_counter()
-        batch = next(batches)
-        found = []
-        for part in parts_of(batch):
-            state, (loss, weight) = compiled(state, part)
-            found.append((float(loss), float(weight)))
-        losses.append(sum(loss * weight for loss, weight in found) / max(sum(weight for _, weight in found), 1))
-        times.append(time.perf_counter() - began)
-        counts.append(np.sum(batch["labels"] >= 0, axis=1))
-    return state[0], {
-        "way": way.name,
-        "head": way.head,
-        "is_weighted": way.is_weighted,
-        "losses": losses,
-        "milliseconds": 1e3 * statistics.median(times),
-        "memory_bytes": memory_of(compiled.memory_analysis()),
-        "tokens_per_row": summary_of(np.concatenate(counts)),
-    }
-
-
-def summary_of(counts: np.ndarray) -> dict[str, Any]:
-    """Least, mean and most."""
-    return {"least": int(counts.min()), "mean": float(counts.mean()), "most": int(counts.max())}

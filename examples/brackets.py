@@ -1,4 +1,4 @@
-"""A task whose answers can be checked: to close brackets. `([{(` is completed by `)}])`."""
+"""A task whose answers can be checked: to close brackets. `([{(=` is completed by `)}])`."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ OPENING, CLOSING, END = "([{<", ")]}>", "="
 
 @dataclass(frozen=True)
 class Brackets:
-    """Prompts of `depth` opening brackets and a sign to begin; an answer closes them, the last one first.
+    """Prompts of `depth` opening brackets and `=`; an answer closes them, the last one first.
 
-    Tokens are the opening brackets, then the closing ones, then the sign; a vocabulary may have any others after these.
+    Tokens are the opening brackets, the closing ones, `=`, and any others that a vocabulary has.
     """
 
     depth: int
@@ -19,7 +19,6 @@ class Brackets:
 
     @property
     def tokens(self) -> int:
-        """How many tokens the task needs."""
         return 2 * self.kinds + 1
 
     def prompts(self, count: int, random: np.random.Generator) -> np.ndarray:
@@ -28,11 +27,11 @@ class Brackets:
         return np.pad(brackets, ((0, 0), (0, 1)), constant_values=2 * self.kinds).astype(np.int32)
 
     def rewards(self, tokens: np.ndarray) -> np.ndarray:
-        """Of prompts with completions, `[count, 2 * depth + 1]`, the share of brackets that are right: `[count]`."""
+        """The share of brackets that are right, `[count]`, in prompts with completions `[count, 2 * depth + 1]`."""
         opening, completions = tokens[:, : self.depth], tokens[:, self.depth + 1 :]
         return np.mean(opening[:, ::-1] + self.kinds == completions, axis=1, dtype=np.float32)
 
     def text(self, tokens: np.ndarray) -> str:
-        """Tokens as one reads them; `·` for one that is not of the task."""
+        """Tokens as text, with `·` for those that are not the task's."""
         names = OPENING[: self.kinds] + CLOSING[: self.kinds] + END
         return "".join(names[token] if token < len(names) else "·" for token in tokens)

@@ -1,414 +1,246 @@
-"""Distills a larger language model into a smaller one, and trains the same small one without a teacher beside it.
+"""Distills a larger language model into a smaller one, and trains the same small one without a teacher.
 
     python examples/distill.py
 
 The teacher learns from the whole text, the students from the beginning of it: one from the labels alone, one from
-labels and teacher, under the same seed on the same batches. The latter is trained with full logits of both models and
+labels and teacher, with the same seed on the same batches. The latter is trained with full logits of both models and
 with jliger, whose curves agree to rounding. docs/train_distill.md has the options and says what a run leaves behind.
 """
 
 import argparse
 import hashlib
 import json
-import os
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-from checkpoints import CheckpointError, Checkpoints
-from corpus import Batches, Corpus, heldout_batches
-from flax import nnx
-from language_model import LanguageModel, ModelConfig
-from matplotlib.figure import Figure
-from options import (
-    COUNT,
-    NUMBER,
-    NUMBER_OR_ZERO,
-    add_corpus_options,
-    add_model_options,
-    add_run_options,
-    add_training_options,
-    check_options,
-    check_size,
-    corpus_of,
-)
-from reporting import (
-    Events,
-    Record,
-    curve_table,
-    draw_difference,
-    draw_memory,
-    read_metrics,
-    save_figure,
-    summarize,
-    summary_table,
-    table,
-    verdict,
-    write_json,
-)
-from runs import METRICS, SUMMARY, TOKENIZER, begin_folder, check_folder, inputs_and_labels
-from train_lm import CURVE_TOLERANCE, HEADS, PLOT, jliger_loss
-from training import Program, TrainingConfig, build_program, evaluate, run_program, train
+import options
+import reporting
+import runs
+from checkpoints import CheckpointError
+from corpus import Corpus, heldout_batches
+from language_model import CURVE_TOLERANCE, Head, evaluation, inputs_and_labels, language_model_loss
+from llama import LlamaConfig, Tree, hidden_states, last_layer, parameter_count
+from matplotlib.axes import Axes
+from options import COUNT, NUMBER, NUMBER_OR_ZERO
+from runs import Events, Record
+from training import Training, TrainingConfig, text_training, train
 
-from jliger import losses
+import jliger
 
-# Folders in a run's own; that of the distilled student has one for each head.
+# Folders in the run's own; the distilled student's has one for each head.
 TEACHER, ALONE, DISTILLED = "teacher", "alone", "distilled"
 STUDENTS = {ALONE: "labels alone", DISTILLED: "with teacher"}
-# Part of the cached teacher's key: to be raised when the same settings would give another teacher.
-CACHE_VERSION = 1
-
-
-# ---- loss ------------------------------------------------------------------------------------------------------
+# Part of the cached teacher's key: raise it if the same settings would give another teacher.
+CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
 class DistillationConfig:
-    """A token's loss: `hard_weight` of the cross entropy, the rest of the divergence times `temperature ** 2`."""
+    """A token's loss: `hard_weight · cross entropy + (1 − hard_weight) · temperature² · divergence`."""
 
     divergence: str
     beta: float
     temperature: float
     hard_weight: float
 
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Self:
-        """As the command line has it."""
-        return cls(args.divergence, args.beta, args.temperature, args.hard_weight)
-
-    @property
-    def soft_weight(self) -> float:
-        """The divergence's gradients get smaller with the temperature's square, which this makes up for."""
-        return (1 - self.hard_weight) * self.temperature**2
-
-
-def full_loss(
-    student: LanguageModel,
-    tokens: jax.Array,
-    teacher: nnx.State,
-    *,
-    graphdef: Any,
-    config: DistillationConfig,
-    end_of_text: int,
-) -> jax.Array:
-    """Mean loss the usual way: `[B, T, V]` logits of both models in memory."""
-    inputs, labels, where = inputs_and_labels(tokens, end_of_text)
-    z = student.full_logits(inputs)
-    u = jax.lax.stop_gradient(nnx.merge(graphdef, teacher).full_logits(inputs))
-    p, r = (jax.nn.log_softmax(logits / config.temperature) for logits in (z, u))
-    if config.divergence == "forward":
-        divergence = jnp.sum(jnp.exp(r) * (r - p), axis=-1)
-    elif config.divergence == "reverse":
-        divergence = jnp.sum(jnp.exp(p) * (p - r), axis=-1)
-    else:
-        m = jnp.logaddexp(jnp.log(config.beta) + r, jnp.log1p(-config.beta) + p)
-        of_teacher, of_student = (jnp.sum(jnp.exp(q) * (q - m), axis=-1) for q in (r, p))
-        divergence = config.beta * of_teacher + (1 - config.beta) * of_student
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels(z, labels)
-    loss = config.soft_weight * divergence + config.hard_weight * cross_entropy
-    return jnp.sum(loss, where=where) / jnp.maximum(jnp.sum(where), 1)
-
-
-def fused_loss(
-    student: LanguageModel,
-    tokens: jax.Array,
-    teacher: nnx.State,
-    *,
-    graphdef: Any,
-    config: DistillationConfig,
-    end_of_text: int,
-    **options: Any,
-) -> jax.Array:
-    """The same mean through jliger: the logits of both models exist a chunk at a time."""
-    inputs, labels, where = inputs_and_labels(tokens, end_of_text)
-    frozen = nnx.merge(graphdef, teacher)
-    kernel, layout = student.last_layer()
-    teacher_kernel, teacher_layout = frozen.last_layer()
-    if config.divergence == "jsd":
-        divergence = partial(losses.fused_linear_jsd, beta=config.beta)
-    else:
-        divergence = partial(losses.fused_linear_kl, direction=config.divergence)
-    return divergence(
-        student(inputs),
-        kernel,
-        frozen(inputs),
-        teacher_kernel,
-        temperature=config.temperature,
-        labels=labels,
-        hard_weight=config.hard_weight,
-        soft_weight=config.soft_weight,
-        where=where,
-        student_kernel_layout=layout,
-        teacher_kernel_layout=teacher_layout,
-        **options,
-    )
-
-
-# ---- the steps -------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
-class Programs:
-    """The teacher's step, the student's without it, and the student's with it, by head."""
+class Distillation:
+    """The loss of a student beside a teacher, with one head."""
 
-    teacher: Program
-    alone: Program
-    distilled: dict[str, Program]
+    head: Head
+    student: LlamaConfig
+    teacher: LlamaConfig
+    config: DistillationConfig
+    end_of_text: int
+
+    def __call__(self, params: Tree, tokens: jax.Array, teacher_params: Tree) -> tuple[jax.Array, jax.Array]:
+        """The sum of the token losses, and the number of tokens."""
+        inputs, labels, where = inputs_and_labels(tokens, self.end_of_text)
+        kernel, layout = last_layer(self.student, params)
+        teacher_kernel, teacher_layout = last_layer(self.teacher, teacher_params)
+        # The reference has `[B, T, V]` logits of both models in memory.
+        library = jliger.reference if self.head.name == "full" else jliger.losses
+        config = self.config
+        if config.divergence == "jsd":
+            divergence = partial(library.fused_linear_jsd, beta=config.beta)
+        else:
+            divergence = partial(library.fused_linear_kl, direction=config.divergence)
+        loss = divergence(
+            hidden_states(self.student, params, inputs),
+            kernel,
+            hidden_states(self.teacher, teacher_params, inputs),
+            teacher_kernel,
+            temperature=config.temperature,
+            labels=labels,
+            hard_weight=config.hard_weight,
+            # The square makes up for gradients that shrink with the temperature.
+            soft_weight=(1 - config.hard_weight) * config.temperature**2,
+            where=where,
+            reduction="sum",
+            student_kernel_layout=layout,
+            teacher_kernel_layout=teacher_layout,
+            **self.head.options(self.student),
+        )
+        return loss, jnp.sum(where)
 
 
-def build_programs(args: argparse.Namespace, vocab_size: int, end_of_text: int) -> Programs:
-    """Traces every step; the teacher's parameters are among the arguments of the student's with it."""
-    student = ModelConfig(vocab_size, args.hidden_size, args.layers, args.heads, args.tie_embeddings, args.dtype)
-    teacher = replace(
-        student, hidden_size=args.teacher_hidden_size, layers=args.teacher_layers, heads=args.teacher_heads
-    )
+def build_trainings(args: argparse.Namespace, corpus: Corpus) -> tuple[Training, Training, dict[str, Training]]:
+    """Traces the teacher's training, the student's without it, and the student's with it, by head."""
+    student, teacher = (options.model_of(args, corpus.vocab_size, prefix) for prefix in ("", "teacher_"))
     learning = TrainingConfig.of(args)
     teaching = replace(learning, steps=args.teacher_steps, learning_rate=args.teacher_learning_rate)
-    options = {"implementation": args.implementation, "chunk_size": args.chunk_size}
-    labels_alone = partial(jliger_loss, end_of_text=end_of_text, **options)
-    of_teacher = build_program(labels_alone, teacher, teaching, end_of_text, **options)
-    shared = {"graphdef": of_teacher.graphdef, "config": DistillationConfig.of(args), "end_of_text": end_of_text}
-    with_teacher = {"full": partial(full_loss, **shared), "jliger": partial(fused_loss, **shared, **options)}
-    parameters = of_teacher.parameters_of(of_teacher.abstract_state)
-    return Programs(
-        teacher=of_teacher,
-        alone=build_program(labels_alone, student, learning, end_of_text, **options),
-        distilled={
-            head: build_program(with_teacher[head], student, learning, end_of_text, parameters, **options)
-            for head in (HEADS if args.head == "both" else (args.head,))
-        },
-    )
+    heldout = heldout_batches(corpus.heldout, learning.batch_size, learning.length, args.eval_batches)
+    end, text, jliger_head = corpus.end_of_text, corpus.train[: args.student_tokens], options.jliger_head(args)
+    # The cached teacher lies under a hash of everything that shapes it.
+    key = json.dumps([CACHE_VERSION, corpus.digest, asdict(teacher), asdict(teaching)])
+    folder = args.cache_dir / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    loss_fn, evaluate = language_model_loss(jliger_head, teacher, end), evaluation(teacher, jliger_head, heldout, end)
+    of_teacher = text_training(TEACHER, folder, loss_fn, teacher, teaching, corpus.train, evaluate=evaluate)
+    loss_fn, evaluate = language_model_loss(jliger_head, student, end), evaluation(student, jliger_head, heldout, end)
+    folder = args.out / ALONE
+    alone = text_training(STUDENTS[ALONE], folder, loss_fn, student, learning, text, evaluate=evaluate)
+    config = DistillationConfig(args.divergence, args.beta, args.temperature, args.hard_weight)
+    teacher_params, distilled = of_teacher.program.abstract_state["parameters"], {}
+    for head in options.heads_of(args):
+        loss_fn = Distillation(head, student, teacher, config, end)
+        name, folder = f"{STUDENTS[DISTILLED]}, {head.name}", args.out / DISTILLED / head.name
+        distilled[head.name] = text_training(
+            name, folder, loss_fn, student, learning, text, teacher_params, evaluate=evaluate
+        )
+    return of_teacher, alone, distilled
 
 
-# ---- the teacher -----------------------------------------------------------------------------------------------
-
-
-def trained_teacher(
-    program: Program, corpus: Corpus, heldout: Sequence[np.ndarray], args: argparse.Namespace
-) -> nnx.State:
-    """The teacher's parameters: from the cache, under a hash of all that shapes them, or trained and put there."""
-    key = [CACHE_VERSION, corpus.digest, asdict(program.model_config), asdict(program.config)]
-    folder = args.cache_dir / f"teacher-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
-    parameters = read_teacher(folder, program.parameters_of(program.abstract_state))
-    if parameters is not None:
-        print(f"teacher: from {folder}")
-        return parameters
-    parameters = train("teacher", args.out / TEACHER, program, corpus.train, heldout, args)
-    # Beside its place first: a killed run leaves no half teacher there.
-    beside = folder.with_name(f".{os.getpid()}-{folder.name}")
-    with Checkpoints(beside, keep=1) as checkpoints:
-        checkpoints.save(program.config.steps, nnx.to_pure_dict(parameters), position=0)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.replace(folder)
-    return parameters
-
-
-def read_teacher(folder: Path, abstract: nnx.State) -> nnx.State | None:
-    """The parameters in a folder of the cache, or None where there are none that can be read."""
-    if not folder.is_dir():
-        return None
+def train_teacher(teacher: Training, args: argparse.Namespace) -> Tree:
+    """The teacher's parameters, from the cache if it is there."""
     try:
-        with Checkpoints(folder, keep=1) as checkpoints:
-            restored = checkpoints.restore_latest(nnx.to_pure_dict(abstract))
-    # A cache holds nothing that can't be made again.
+        train([teacher], args, args.teacher_steps)
     except CheckpointError:
-        return None
-    if restored is None:
-        return None
-    _, tree, _ = restored
-    parameters = jax.tree.map(lambda leaf: leaf, abstract)
-    nnx.replace_by_pure_dict(parameters, tree)
-    return parameters
+        shutil.rmtree(teacher.folder)
+        train([teacher], args, args.teacher_steps)
+    if teacher.start == args.teacher_steps:
+        runs.say(f"teacher: from {teacher.folder}")
+    return teacher.state["parameters"]
 
 
-# ---- the report ------------------------------------------------------------------------------------------------
-
-
-def heldout_table(students: Mapping[str, Events], lines: int = 11) -> str:
-    """Held-out loss of each student at some ten steps."""
-    curves = [events["eval"] for events in students.values()]
-    common = sorted(set.intersection(*(set(curve) for curve in curves)))
-    shown = sorted({common[round(i * (len(common) - 1) / (lines - 1))] for i in range(lines)})
-    rows = [["step", *(STUDENTS[name] for name in students), "difference"]]
-    for step in shown:
-        alone, distilled = (curve[step]["loss"] for curve in curves)
-        rows.append([str(step), f"{alone:.4f}", f"{distilled:.4f}", f"{distilled - alone:+.4f}"])
-    return "The student's held-out loss, nats per token\n" + table(rows)
-
-
-def gain_of(students: Mapping[str, Events]) -> Record:
-    """How much lower the distilled student's held-out loss is: after the last step, and each one's lowest."""
-    alone, distilled = (
-        [record["loss"] for _, record in sorted(students[name]["eval"].items())] for name in (ALONE, DISTILLED)
-    )
-    return {"last": alone[-1] - distilled[-1], "lowest": min(alone) - min(distilled)}
-
-
-def model_summary(program: Program, tokens: np.ndarray, heldout: Record) -> Record:
-    """How large a model is, what it learned from, and what came of it."""
-    parameters = program.parameters_of(program.abstract_state)
-    return {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(parameters)),
-        "steps": program.config.steps,
-        "tokens_per_step": program.config.batch_size * program.config.length,
-        "tokens": len(tokens),
-        "heldout": heldout,
-    }
-
-
-def report(students: Mapping[str, Events], runs: Mapping[str, Events], summary: Record) -> str:
-    """Who learned from what, what the student has of its teacher, and what the head makes of the step's memory."""
+def report_of(students: Mapping[str, Events], runs: Mapping[str, Events], summary: Record) -> list[str]:
+    """Who learned from what, what the student has of its teacher, and how much memory the step takes."""
     gain = summary["gain"]
-    rows = [["", "parameters", "steps", "tokens a step", "of", "held-out loss", "accuracy"]]
-    for name, model in summary["models"].items():
-        title = f"student, {STUDENTS[name]}" if name in STUDENTS else name
-        sizes = [model[key] for key in ("parameters", "steps", "tokens_per_step", "tokens")]
-        loss, accuracy = model["heldout"]["loss"], model["heldout"]["accuracy"]
-        rows.append([title, *(f"{size:,}" for size in sizes), f"{loss:.4f}", f"{accuracy:.4f}"])
-    better = "lower" if gain["last"] > 0 else "NOT lower"
-    parts = [
-        table(rows),
-        heldout_table(students),
-        f"With the teacher the student's held-out loss is {better}: {-gain['last']:+.4f} nats after the last step, "
-        f"{-gain['lowest']:+.4f} at the lowest of each.",
-        f"The training with the teacher, by last layer. {curve_table(runs)}",
-        summary_table(summary),
+    titles = {TEACHER: TEACHER} | {name: f"student, {title}" for name, title in STUDENTS.items()}
+    columns = {"": lambda model: titles[model["name"]]}
+    columns |= {name: reporting.number(name, ",") for name in ("parameters", "steps", "tokens_per_step", "tokens")}
+    columns |= {f"held-out {name}": reporting.number(f"heldout/{name}", ".4f") for name in ("loss", "accuracy")}
+    title, form = "The student's held-out loss, nats per token", {"digits": 4, "difference": "+.4f"}
+    return [
+        reporting.table_of([{"name": name, **model} for name, model in summary["models"].items()], columns),
+        reporting.curve_table(students, title, "eval", titles=STUDENTS, lines=11, **form),
+        f"With the teacher the student's held-out loss is {'lower' if gain['last'] > 0 else 'NOT lower'}: "
+        f"{-gain['last']:+.4f} nats after the last step, {-gain['lowest']:+.4f} at the lowest of each.",
+        f"The training with the teacher, by last layer. {reporting.curve_table(runs)}",
+        *reporting.summary_parts(summary, CURVE_TOLERANCE[summary["settings"]["dtype"]]),
     ]
-    if "comparison" in summary:
-        dtype = summary["settings"]["dtype"]
-        parts.append(verdict(summary["comparison"], dtype, CURVE_TOLERANCE[dtype]))
-    return "\n\n".join(["", *parts])
 
 
-def plot(students: Mapping[str, Events], runs: Mapping[str, Events], summary: Record, path: Path) -> None:
-    """Writes the held-out curves, the difference that the head makes, and the memory of the step."""
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    curves, difference, memory = figure.subplots(1, 3)
+def students_panel(students: Mapping[str, Events], teacher: Record, axes: Axes) -> None:
+    """The held-out curves of both students, and the teacher's last loss."""
     for (name, events), color in zip(students.items(), ("tab:gray", "tab:green"), strict=True):
         steps = sorted(events["eval"])
-        curves.plot(steps, [events["eval"][step]["loss"] for step in steps], ".-", color=color, label=STUDENTS[name])
-    teacher = summary["models"][TEACHER]
+        axes.plot(steps, [events["eval"][step]["loss"] for step in steps], ".-", color=color, label=STUDENTS[name])
     label = f"the teacher, after its {teacher['steps']} steps"
-    curves.axhline(teacher["heldout"]["loss"], color="black", linestyle=":", label=label)
-    curves.set(title="Held-out loss", xlabel="step", ylabel="cross entropy (nats per token)")
+    axes.axhline(teacher["heldout"]["loss"], color="black", linestyle=":", label=label)
+    axes.set(title="Held-out loss", xlabel="step", ylabel="cross entropy (nats per token)")
     # Room for the legend below the teacher's line.
-    curves.margins(y=0.4)
-    curves.legend(loc="lower left")
-    draw_difference(difference, runs)
-    draw_memory(memory, summary)
-    save_figure(figure, path)
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------
+    axes.margins(y=0.4)
+    axes.legend(loc="lower left")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Reads and checks the command line; a bad argument ends the program with a message."""
-    parser = argparse.ArgumentParser(prog="distill", description=(__doc__ or "").partition("\n")[0])
-    add_corpus_options(parser)
-    add_model_options(parser).description = "The student's; kind of last layer and dtype are the teacher's, too."
+    parser = options.parser_of("distill", __doc__)
+    options.add_corpus_options(parser)
+    options.add_model_options(parser, "The student's. The teacher has the same kind of last layer and the same dtype.")
 
-    group = parser.add_argument_group("teacher", "Data, batches, warmup, weight decay and seed are as the student's.")
-    add = group.add_argument
+    text = "Data, batches, warmup, weight decay and seed are the student's."
+    add = parser.add_argument_group("teacher", text).add_argument
     add("--teacher-hidden-size", type=COUNT, default=128, metavar="N", help="size of a hidden state (%(default)s)")
-    add("--teacher-layers", type=COUNT, default=2, metavar="N", help="transformer blocks (%(default)s)")
-    add("--teacher-heads", type=COUNT, default=4, metavar="N", help="attention heads per block (%(default)s)")
+    add("--teacher-layers", type=COUNT, default=2, metavar="N", help="layers (%(default)s)")
+    add("--teacher-heads", type=COUNT, default=4, metavar="N", help="attention heads per layer (%(default)s)")
     add("--teacher-steps", type=COUNT, default=200, metavar="N", help="optimizer steps (%(default)s)")
     add("--teacher-learning-rate", type=NUMBER, default=3e-3, metavar="X", help="the highest (%(default)s)")
 
-    group = parser.add_argument_group("distillation")
-    add = group.add_argument
+    add = parser.add_argument_group("distillation").add_argument
     add("--divergence", choices=["forward", "reverse", "jsd"], default="forward", help="from the teacher (%(default)s)")
     add("--beta", type=NUMBER, default=0.5, metavar="X", help="the teacher's share in jsd's mixture (%(default)s)")
     add("--temperature", type=NUMBER, default=1.0, metavar="X", help="of both models' logits (%(default)s)")
     add("--hard-weight", type=NUMBER_OR_ZERO, default=0.5, metavar="X", help="share of the labels (%(default)s)")
     add("--student-tokens", type=COUNT, default=49152, metavar="N", help="of the text, for the students (%(default)s)")
 
-    # At this vocabulary what fits the device would be the whole batch.
-    add_training_options(parser, HEADS, chunk_size=128)
-    add_run_options(parser, Path("runs/distill"))
-    # About two minutes of two CPU cores.
-    parser.set_defaults(max_bytes=2_000_000, vocab_size=8192, hidden_size=32, heads=2)
-    parser.set_defaults(steps=100, learning_rate=1e-2, eval_every=20, eval_batches=4)
+    # At this vocabulary, what fits the device would be the whole batch.
+    options.add_training_options(parser, chunk_size=128)
+    options.add_eval_options(options.add_run_options(parser, "runs/distill", checkpoint_every=50), 20, 4)
+    # About two minutes on two CPU cores.
+    parser.set_defaults(max_bytes=2_000_000, vocab_size=8192, hidden_size=32, heads=2, steps=100, learning_rate=1e-2)
     args = parser.parse_args(argv)
-    check_options(parser, args, "teacher_steps")
-    check_size(parser, args.teacher_hidden_size, args.teacher_heads, "teacher-")
+    options.check(parser, args, "teacher_steps")
+    options.check_size(parser, args, "teacher-")
     if args.beta >= 1:
-        parser.error(f"--beta {args.beta}: must be below 1; --divergence reverse is what it nears there")
+        parser.error(f"--beta {args.beta}: must be below 1; its limit there is --divergence reverse")
     if args.hard_weight > 1:
         parser.error(f"--hard-weight {args.hard_weight}: must be at most 1, which is labels alone")
     return args
 
 
 def run(args: argparse.Namespace) -> None:
-    """Corpus, teacher, students, report."""
-    began = time.perf_counter()
-    corpus = corpus_of(args)
-    # Everything that can be refused is refused before the folder is touched.
-    student_tokens = corpus.train[: args.student_tokens]
-    Batches(student_tokens, args.batch_size, args.length, args.seed)
-    programs = build_programs(args, corpus.vocab_size, corpus.end_of_text)
-    # What shapes the curves: a run is only ever resumed under the same values.
+    corpus = options.corpus_of(args)
+    # Whatever can be refused is refused before the folder is changed.
+    teacher, alone, distilled = build_trainings(args, corpus)
+    names = ("student_tokens", "divergence", "beta", "temperature", "hard_weight")
+    # What shapes the curves: a run is only resumed with the same values.
     settings = {
         "corpus": corpus.digest,
-        "student_tokens": args.student_tokens,
-        **asdict(programs.alone.model_config),
-        **asdict(programs.alone.config),
-        **asdict(DistillationConfig.of(args)),
-        **{name: value for name, value in vars(args).items() if name.startswith("teacher_")},
+        **asdict(options.model_of(args, corpus.vocab_size)),
+        **asdict(TrainingConfig.of(args)),
+        **{name: value for name, value in vars(args).items() if name in names or name.startswith("teacher_")},
     }
-    check_folder(args.out, settings, resume=args.resume, overwrite=args.overwrite)
-    if not args.resume:
-        begin_folder(args.out, settings, (TEACHER, ALONE, DISTILLED, TOKENIZER, SUMMARY, PLOT))
-    corpus.tokenizer.save(str(args.out / TOKENIZER))
-    device = jax.devices()[0]
-    print(f"device: {device.platform} ({device.device_kind}), JAX {jax.__version__}")
-    heldout = heldout_batches(corpus.heldout, args.batch_size, args.length, args.eval_batches)
+    runs.open_folder(args, settings, (ALONE, DISTILLED), corpus.tokenizer)
+    teacher_params = train_teacher(teacher, args)
+    train([alone], args, args.steps)
+    for training in distilled.values():
+        training.given = (teacher_params,)
+    train(list(distilled.values()), args, args.steps)
 
-    teacher = trained_teacher(programs.teacher, corpus, heldout, args)
-    train(STUDENTS[ALONE], args.out / ALONE, programs.alone, student_tokens, heldout, args)
-    for head, program in programs.distilled.items():
-        name = f"{STUDENTS[DISTILLED]}, {head}"
-        train(name, args.out / DISTILLED / head, program, student_tokens, heldout, args, teacher)
+    events = runs.read_heads(args.out / DISTILLED)
+    # Of two heads, the last one's student stands for both.
+    students = {ALONE: runs.read_metrics(args.out / ALONE), DISTILLED: events[list(distilled)[-1]]}
 
-    # A head that an earlier call trained in this folder is part of the report.
-    found = {head: read_metrics(args.out / DISTILLED / head / METRICS) for head in HEADS}
-    runs = {head: events for head, events in found.items() if "compiled" in events}
-    # Of two heads the last one's student stands for both.
-    *_, head = programs.distilled
-    students = {ALONE: read_metrics(args.out / ALONE / METRICS), DISTILLED: runs[head]}
-    summary = {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "settings": settings,
-        "models": {
-            TEACHER: model_summary(programs.teacher, corpus.train, evaluate(programs.teacher, teacher, heldout)),
-            **{
-                name: model_summary(programs.alone, student_tokens, events["eval"][args.steps])
-                for name, events in students.items()
-            },
-        },
-        "gain": gain_of(students),
-        **summarize(runs),
-    }
-    write_json(args.out / SUMMARY, summary)
-    plot(students, runs, summary, args.out / PLOT)
-    print(report(students, runs, summary))
-    elapsed = time.perf_counter() - began
-    print(f"{elapsed:.0f} s in all; metrics, checkpoints, {SUMMARY} and {PLOT} are in {args.out}")
+    def model(prefix: str, steps: int, tokens: int, heldout: Record) -> Record:
+        parameters = parameter_count(options.model_of(args, corpus.vocab_size, prefix))
+        per_step = args.batch_size * args.length
+        return {
+            "parameters": parameters,
+            "steps": steps,
+            "tokens_per_step": per_step,
+            "tokens": tokens,
+            "heldout": heldout,
+        }
+
+    models = {TEACHER: model("teacher_", args.teacher_steps, len(corpus.train), teacher.evaluate(teacher_params))}
+    curves = {}
+    for name, student in students.items():
+        tokens = min(args.student_tokens, len(corpus.train))
+        models[name] = model("", args.steps, tokens, student["eval"][args.steps])
+        curves[name] = [record["loss"] for _, record in sorted(student["eval"].items())]
+    gain = {"last": curves[ALONE][-1] - curves[DISTILLED][-1], "lowest": min(curves[ALONE]) - min(curves[DISTILLED])}
+    summary = {**reporting.summarize(events, {"settings": settings}), "models": models, "gain": gain}
+    panels = [partial(students_panel, students, models[TEACHER]), *reporting.comparison_panels(events, summary)]
+    reporting.report(args.out, summary, panels, report_of(students, events, summary))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    run_program("distill", run, parse_args(argv))
+    runs.run_program("distill", run, parse_args(argv), "--resume continues from the latest checkpoint")
 
 
 if __name__ == "__main__":

@@ -6,16 +6,14 @@
     python examples/gradient_accumulation.py memory        # of the loss, and of whole steps
     python examples/gradient_accumulation.py long-context  # whole steps on one long sequence, within memory limits
 
-Each writes its part of one results file, named after the device, and draws the plot beside it anew. On a CPU sizes are
+Each writes its section of one results file, named after the device, and draws the plot beside it. On a CPU sizes are
 small. docs/accumulation_study.md says what was found.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,20 +21,23 @@ from typing import Any, NamedTuple
 
 import accumulation_plot
 import accumulation_studies as studies
-import decoder
-from accumulation_losses import HEADS
-from corpus import CorpusError, load_corpus
-from language_model import DTYPES
-from reporting import Record, table, write_json
-from runs import interruptible, positive
+import options
+from language_model import HEADS
+from llama import LlamaConfig
+from options import COUNT, NUMBER
+from reporting import number, table_of
+from runs import Record, read_json, run_program, write_json
+from sweeps import run_child, run_children
 
 from jliger.bench.report import environment
 
-GIB = 2**30
+# The models that are compared and trained.
+COMPARED = LlamaConfig(1024, 32, 96, 2, 4, 2, tie_embeddings=True)
+TRAINED = LlamaConfig(4096, 64, 192, 2, 4, 2, tie_embeddings=True)
 
 
 class Run(NamedTuple):
-    """One process of `long-context`: a head, what memory is limited to, and the lengths to measure."""
+    """One process of `long-context`: a head, a limit to the GPU's memory, and the lengths to measure."""
 
     head: str
     limit_gb: float | None
@@ -48,25 +49,18 @@ def parse_run(text: str) -> Run:
     name, _, lengths = text.partition(":")
     head, _, limit = name.partition("@")
     try:
-        found = Run(head, float(limit) if limit else None, [int(length) for length in lengths.split(",")])
+        run = Run(head, float(limit) if limit else None, [int(length) for length in lengths.split(",")])
     except ValueError:
-        found = None
-    if found is None or head not in HEADS or min(found.lengths) < 1:
+        run = None
+    if run is None or head not in HEADS or min(run.lengths) < 1:
         raise argparse.ArgumentTypeError(
             f"{text!r}: write HEAD:LENGTHS or HEAD@GB:LENGTHS, as in jliger@24:16384,65536"
         )
-    return found
+    return run
 
 
-# ---- processes of their own ------------------------------------------------------------------------------------
-
-
-def has_gpu() -> bool:
-    """Without JAX, which would take the GPU's memory from the processes to come."""
-    return os.environ.get("JAX_PLATFORMS") != "cpu" and _gpu_mebibytes() is not None
-
-
-def _gpu_mebibytes() -> float | None:
+def gpu_mebibytes() -> float | None:
+    """The memory of the first GPU; None if there is none."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
@@ -77,289 +71,160 @@ def _gpu_mebibytes() -> float | None:
 
 def variables_for(limit_gb: float | None) -> dict[str, str]:
     """The environment of a process whose GPU memory is limited."""
-    variables = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", **os.environ}
-    if limit_gb is not None:
-        mebibytes = _gpu_mebibytes()
-        if mebibytes is None:
-            sys.exit("gradient_accumulation: error: a memory limit is for GPUs, and nvidia-smi finds none")
-        variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{limit_gb * 1e9 / (mebibytes * 2**20):.5f}"
-    return variables
+    if limit_gb is None:
+        return {}
+    mebibytes = gpu_mebibytes()
+    if mebibytes is None:
+        sys.exit("gradient_accumulation: error: a memory limit is for GPUs, and nvidia-smi finds none")
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{limit_gb * 1e9 / (mebibytes * 2**20):.5f}"}
 
 
-def measured(options: Sequence[str], limit_gb: float | None, timeout: float) -> Record | None:
-    """What accumulation_memory.py found in a process of its own, as far as it came."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "records.json")
-        program = Path(__file__).with_name("accumulation_memory.py")
-        command = [sys.executable, str(program), "--out", str(file), *options]
-        command += [] if limit_gb is None else ["--limit", f"{limit_gb:g}"]
-        try:
-            ended = subprocess.run(command, env=variables_for(limit_gb), timeout=timeout, check=False).returncode
-            how = f"ended with code {ended}"
-        except subprocess.TimeoutExpired:
-            ended, how = None, f"took longer than {timeout:.0f} s"
-        if ended != 0:
-            print(f"gradient_accumulation: {' '.join(options)} {how}; what it had measured is kept", file=sys.stderr)
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
-def sections_of(parts: Sequence[Record | None], command: str) -> Record:
-    """The records of several processes as one section."""
-    found = [part for part in parts if part is not None]
-    if not found:
-        sys.exit("gradient_accumulation: error: nothing was measured")
-    records = [
-        {**record, "bytes_limit": part["environment"]["bytes_limit"]} for part in found for record in part["records"]
-    ]
-    about = {name: value for name, value in found[0]["environment"].items() if name != "bytes_limit"}
-    return {"environment": {**about, "command": command}, "records": records}
-
-
-# ---- commands: each returns its section of the results file ------------------------------------------------------
-
-
-def in_process(records: list[Record], command: str, **settings: Any) -> Record:
-    """A section that was found in this process."""
+def in_process(records: list[Record], command: str, args: argparse.Namespace, names: str, **more: Any) -> Record:
+    settings = {name: getattr(args, name) for name in names.split()} | more
     return {"environment": {**environment(), "command": command}, "settings": settings, "records": records}
 
 
 def exactness(args: argparse.Namespace, command: str) -> Record:
-    sizes = small_sizes(args)
-    records = studies.exactness(sizes, args.dtypes, args.microbatches, not args.no_progress)
-    return in_process(records, command, rows=sizes.rows, length=sizes.length, vocab_size=sizes.config.vocab_size)
+    sizes = studies.Sizes(replace(COMPARED, vocab_size=args.vocab_size), args.rows, args.length)
+    records = studies.exactness(sizes, args.dtypes, args.microbatches, args.no_progress)
+    return in_process(records, command, args, "rows length vocab_size")
 
 
 def stability(args: argparse.Namespace, command: str) -> Record:
-    sizes = small_sizes(args)
-    records = studies.stability(sizes, args.microbatches, args.seeds, args.cycles, not args.no_progress)
-    settings = {"rows": sizes.rows, "length": sizes.length, "vocab_size": sizes.config.vocab_size}
-    return in_process(
-        records, command, **settings, microbatches=args.microbatches, seeds=args.seeds, cycles=args.cycles
-    )
-
-
-def small_sizes(args: argparse.Namespace) -> studies.Sizes:
-    """Of the model that loss and gradients are compared on."""
-    config = replace(decoder.CONFIGS["tiny"], vocab_size=args.vocab_size, hidden_size=32, mlp_size=96)
-    return studies.Sizes(config, args.rows, args.length)
+    sizes = studies.Sizes(replace(COMPARED, vocab_size=args.vocab_size), args.rows, args.length)
+    records = studies.stability(sizes, args.microbatches, args.seeds, args.cycles, args.no_progress)
+    return in_process(records, command, args, "rows length vocab_size microbatches seeds cycles")
 
 
 def train(args: argparse.Namespace, command: str) -> Record:
-    corpus = load_corpus(
-        args.corpus,
-        vocab_size=args.vocab_size,
-        max_bytes=args.max_bytes,
-        heldout_fraction=0.05,
-        cache_dir=args.cache_dir,
-    )
-    sizes = studies.Sizes(decoder.CONFIGS["tiny"], args.rows, args.length)
-    records = studies.train(corpus, sizes, args.microbatches, args.steps, args.learning_rate, not args.no_progress)
-    settings = {"rows": args.rows, "length": args.length, "microbatches": args.microbatches, "steps": args.steps}
-    return in_process(records, command, **settings, vocab_size=corpus.vocab_size, documents=corpus.documents)
+    corpus = options.corpus_of(args)
+    records = studies.train_in_all_ways(corpus, studies.Sizes(TRAINED, args.rows, args.length), args)
+    more = {"vocab_size": corpus.vocab_size, "documents": corpus.documents}
+    return in_process(records, command, args, "rows length microbatches steps", **more)
 
 
-def memory(args: argparse.Namespace, command: str) -> Record:
-    options = ["--what", "loss", "step", "--config", args.config, "--dtype", args.dtype, "--rows", str(args.rows)]
-    options += ["--lengths", str(args.length), "--microbatches", *map(str, args.microbatches)]
-    options += ["--tokens", str(args.tokens), "--vocab", str(args.vocab), "--chunk-sizes", *map(str, args.chunk_sizes)]
-    return sections_of([measured([*options, "--head", head], None, args.timeout) for head in HEADS], command)
+def measured(args: argparse.Namespace, command: str) -> Record:
+    """What measure.py finds, in a process for each run."""
+    runs = {f"{i}: {run.head}": run for i, run in enumerate(args.runs)}
 
+    def child(name: str) -> Record | None:
+        run = runs[name]
+        limit = [] if run.limit_gb is None else ["--limit", f"{run.limit_gb:g}"]
+        lengths = ["--lengths", *run.lengths] if run.lengths else []
+        defaults = MEASURE_OPTIONS[args.command, args.on_gpu].split()
+        arguments = [*defaults, *args.rest, "--head", run.head, *lengths, *limit, "--out"]
+        return run_child(name, "measure.py", arguments, args.timeout, variables_for(run.limit_gb))
 
-def long_context(args: argparse.Namespace, command: str) -> Record:
-    options = ["--config", args.config, "--dtype", args.dtype, "--parameters", args.parameters]
-    options += ["--timed-steps", str(args.timed_steps), "--timed-seconds", str(args.timed_seconds)]
-    parts = [
-        measured([*options, "--head", run.head, "--lengths", *map(str, run.lengths)], run.limit_gb, args.timeout)
-        for run in args.runs
-    ]
-    return sections_of(parts, command)
+    return run_children(dict.fromkeys(runs, child), command, args.no_progress)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, str], Record]] = {
     "exactness": exactness,
     "stability": stability,
     "train": train,
-    "memory": memory,
-    "long-context": long_context,
+    "memory": measured,
+    "long-context": measured,
+}
+# The options of measure.py by command, and by whether there is a GPU.
+MEASURE_OPTIONS = {
+    ("memory", True): "--what loss step --config small --rows 8 --lengths 1024 --microbatches 1 8 --chunk-sizes 1024 "
+    "--timed-steps 3 --timed-seconds 3",
+    ("memory", False): "--what loss step --dtype float32 --rows 8 --lengths 256 --microbatches 1 8 --chunk-sizes 256 "
+    "--tokens 4096 --vocab 8192 --timed-steps 3 --timed-seconds 3",
+    ("long-context", True): "--config llama3.2-1b --parameters bfloat16 --timed-steps 3 --timed-seconds 3",
+    ("long-context", False): "--dtype float32 --timed-steps 3 --timed-seconds 3",
 }
 
 
-# ---- what is printed ---------------------------------------------------------------------------------------------
-
-
-def table_of(name: str, section: Record) -> str:
-    """A section's records, a line each."""
-    return table({"exactness": _exactness, "stability": _stability, "train": _train}.get(name, _memory)(section))
-
-
-def _exactness(section: Record) -> list[list[str]]:
-    rows = [["dtype", "tokens", "microbatches", *(f"{way}: {what}" for way in WAYS for what in ("loss", "gradient"))]]
-    for record in section["records"]:
-        found = [record.get(way) for way in WAYS]
-        figures = [f"{each[what]:.1e}" if each else "-" for each in found for what in ("loss", "gradient")]
-        rows.append([record["dtype"], record["tokens"], str(record["microbatches"]), *figures])
-    return rows
-
-
-WAYS = ("full", "jliger", "means")
-
-
-def _stability(section: Record) -> list[list[str]]:
-    names = (
-        "loss_mean",
-        "loss_variance",
-        "gradient_variance",
-        "largest_loss_difference",
-        "largest_gradient_difference",
-    )
-    rows = [["seed", "way", *(name.replace("_", " ") for name in names), "repeat difference"]]
-    for record in section["records"]:
-        figures = [f"{record[name]:.6g}" for name in names[:3]] + [f"{record[name]:.1e}" for name in names[3:]]
-        rows.append([str(record["seed"]), record["way"], *figures, f"{record['repeat_difference']:.1e}"])
-    return rows
-
-
-def _train(section: Record) -> list[list[str]]:
-    rows = [["way", "last loss", "held-out loss", "largest difference", "ms a step", "temporary MiB"]]
-    first = section["records"][0]
-    for record in section["records"]:
-        pairs = zip(record["losses"], first["losses"], strict=True)
-        apart = max(abs(one - other) / other for one, other in pairs)
-        memory = record["memory_bytes"]["temporary"] / 2**20
-        figures = [f"{record['losses'][-1]:.6f}", f"{record['heldout_loss']:.6f}", f"{apart:.1e}"]
-        rows.append([record["way"], *figures, f"{record['milliseconds']:.0f}", f"{memory:.1f}"])
-    return rows
-
-
-def _memory(section: Record) -> list[list[str]]:
-    rows = [["what", "head", "limit GB", "tokens", "ms", "tokens/s", "XLA: temporary GiB", "all GiB", "peak GiB"]]
-    for record in section["records"]:
-        tokens = record["tokens"] if record["what"] == "loss" else record["rows"] * record["length"]
-        what = [record["what"], record["dtype"]]
-        what += [f"chunks of {record['chunk_size']}"] if record.get("chunk_size") else []
-        what += [f"{record['microbatches']} microbatches"] if record.get("microbatches", 1) > 1 else []
-        limit = "-" if record["limit_gb"] is None else f"{record['limit_gb']:g}"
-        row = [", ".join(what), record["head"], limit, f"{tokens:,}"]
-        if record["out_of_memory"]:
-            rows.append([*row, "out of memory", *["-"] * 4])
-            continue
-        speed = f"{1e3 * tokens / record['milliseconds']:,.0f}"
-        amounts = [record["memory_bytes"]["temporary"], record["memory_bytes"]["total"], record["peak_bytes"]]
-        figures = ["-" if amount is None else f"{amount / GIB:.3f}" for amount in amounts]
-        rows.append([*row, f"{record['milliseconds']:.1f}", speed, *figures])
-    return rows
-
-
-# ---- the command line --------------------------------------------------------------------------------------------
+# The figures of each section that are printed.
+COLUMNS = {
+    "exactness": "dtype tokens microbatches full/loss full/gradient jliger/loss jliger/gradient means/gradient",
+    "stability": "seed way loss_mean loss_variance gradient_variance largest_gradient_difference repeat_difference",
+    "train": "way last_loss heldout_loss largest_difference milliseconds memory_bytes/temporary",
+    "memory": "head what dtype microbatches chunk_size tokens length milliseconds memory_bytes/temporary peak_bytes",
+    "long-context": "head limit_gb length out_of_memory milliseconds tokens_per_second memory_bytes/total peak_bytes",
+}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line; what isn't given depends on whether there is a GPU."""
-    parser = argparse.ArgumentParser(prog="gradient_accumulation", description=(__doc__ or "").partition("\n")[0])
-    count, number = positive(int), positive(float)
+    parser = options.parser_of("gradient_accumulation", __doc__)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--out", type=Path, metavar="FILE", help="results (results/gradient_accumulation_DEVICE.json)")
     common.add_argument("--no-progress", action="store_true", help="draw no progress bars")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    on_gpu = os.environ.get("JAX_PLATFORMS") != "cpu" and gpu_mebibytes() is not None
 
     def command(name: str, text: str) -> Any:
         return commands.add_parser(name, help=text, description=text, parents=[common]).add_argument
 
-    def sizes(add: Any, vocab: int, rows: int, length: int) -> None:
-        add("--vocab-size", type=count, default=vocab, metavar="N", help="(%(default)s)")
-        add("--rows", type=count, default=rows, metavar="N", help="sequences a batch (%(default)s)")
-        add("--length", type=count, default=length, metavar="N", help="tokens a sequence (%(default)s)")
+    def sizes(add: Any, length: int) -> None:
+        add("--rows", type=COUNT, default=16, metavar="N", help="sequences a batch (%(default)s)")
+        add("--length", type=COUNT, default=length, metavar="N", help="tokens a sequence (%(default)s)")
 
     add = command("exactness", "loss and gradients of each way against the whole batch")
-    sizes(add, 1024, 16, 32)
-    add("--dtypes", nargs="+", choices=list(studies.DTYPES), default=list(studies.DTYPES))
-    add("--microbatches", type=count, nargs="+", default=[1, 2, 4, 8, 16], metavar="N")
+    sizes(add, 32)
+    add("--vocab-size", type=COUNT, default=1024, metavar="N", help="(%(default)s)")
+    add("--microbatches", type=COUNT, nargs="+", default=[1, 2, 4, 8, 16], metavar="N", help="(%(default)s)")
+    add("--dtypes", nargs="+", choices=studies.DTYPES, default=list(studies.DTYPES))
 
     add = command("stability", "variance over accumulation cycles and seeds")
-    sizes(add, 1024, 16, 32)
-    add("--microbatches", type=count, default=8, metavar="N", help="(%(default)s)")
-    add("--seeds", type=count, default=5, metavar="N", help="models (%(default)s)")
-    add("--cycles", type=count, default=10, metavar="N", help="batches for each, at least 2 (%(default)s)")
+    sizes(add, 32)
+    add("--vocab-size", type=COUNT, default=1024, metavar="N", help="(%(default)s)")
+    add("--microbatches", type=COUNT, default=8, metavar="N", help="(%(default)s)")
+    add("--seeds", type=COUNT, default=5, metavar="N", help="models (%(default)s)")
+    add("--cycles", type=COUNT, default=10, metavar="N", help="batches for each (%(default)s)")
 
     add = command("train", "the same training on real text in six ways")
-    sizes(add, 4096, 16, 64)
-    add("--microbatches", type=count, default=8, metavar="N", help="(%(default)s)")
-    add("--steps", type=count, default=60, metavar="N", help="updates (%(default)s)")
-    add("--learning-rate", type=number, default=3e-3, metavar="X", help="the highest, after warmup (%(default)s)")
-    add("--corpus", type=Path, nargs="+", metavar="PATH", help="files and folders of text (default: Python's library)")
-    add("--max-bytes", type=count, default=2_000_000, metavar="N", help="read this much text at most (%(default)s)")
-    add("--cache-dir", type=Path, default=Path("runs/cache"), help="keeps tokenizers and tokens (%(default)s)")
+    sizes(add, 64)
+    options.add_corpus_options(commands.choices["train"])
+    commands.choices["train"].set_defaults(vocab_size=4096, max_bytes=2_000_000)
+    add("--microbatches", type=COUNT, default=8, metavar="N", help="(%(default)s)")
+    add("--steps", type=COUNT, default=60, metavar="N", help="updates (%(default)s)")
+    add("--learning-rate", type=NUMBER, default=3e-3, metavar="X", help="the highest (%(default)s)")
 
-    on_gpu = has_gpu()
-    add = command("memory", "memory of the loss, and of whole steps with and without microbatches")
-    add("--config", choices=list(decoder.CONFIGS), default="small" if on_gpu else "tiny", help="(%(default)s)")
-    add("--dtype", choices=list(DTYPES), default="bfloat16" if on_gpu else "float32", help="(%(default)s)")
-    add("--rows", type=count, default=8, metavar="N", help="sequences a step (%(default)s)")
-    add("--length", type=count, default=1024 if on_gpu else 256, metavar="N", help="tokens a sequence (%(default)s)")
-    add("--microbatches", type=count, nargs="+", default=[1, 8], metavar="N", help="of a step")
-    add("--tokens", type=count, default=8192 if on_gpu else 4096, metavar="N", help="of the loss alone (%(default)s)")
-    add("--vocab", type=count, default=50_000 if on_gpu else 8192, metavar="N", help="of the loss alone (%(default)s)")
-    add("--chunk-sizes", type=count, nargs="*", default=[1024 if on_gpu else 256], metavar="N", help="of jliger's loss")
-    add("--timeout", type=number, default=300.0, metavar="S", help="of one head's process (%(default)s)")
+    more = "; other options go to measure.py"
+    add = command("memory", f"memory of the loss, and of whole steps with and without microbatches{more}")
+    add("--timeout", type=NUMBER, default=300.0, metavar="S", help="seconds of one head's process (%(default)s)")
+    commands.choices["memory"].set_defaults(runs=[Run(head, None, []) for head in HEADS])
 
-    runs = (
-        "jliger@24:16384,32768,65536 jliger@80:131072 full:16384,32768,65536,131072"
-        if on_gpu
-        else "jliger:1024,2048 full:1024,2048"
-    )
-    add = command(
-        "long-context", "whole steps on one long sequence, each head and memory limit in a process of its own"
-    )
-    add(
-        "--runs",
-        type=parse_run,
-        nargs="+",
-        default=[parse_run(run) for run in runs.split()],
-        metavar="HEAD[@GB]:LENGTHS",
-    )
-    add("--config", choices=list(decoder.CONFIGS), default="llama3.2-1b" if on_gpu else "tiny", help="(%(default)s)")
-    add("--dtype", choices=list(DTYPES), default="bfloat16" if on_gpu else "float32", help="(%(default)s)")
-    add(
-        "--parameters",
-        choices=list(DTYPES),
-        default="bfloat16" if on_gpu else "float32",
-        help="of parameters and AdamW's moments (%(default)s)",
-    )
-    add("--timed-steps", type=count, default=3, metavar="N", help="steps to time (%(default)s)")
-    add("--timed-seconds", type=number, default=3.0, metavar="X", help="but no more of them after this (%(default)s)")
-    add("--timeout", type=number, default=300.0, metavar="S", help="of one process (%(default)s)")
+    add = command("long-context", f"whole steps on one long sequence, each run in a process of its own{more}")
+    runs = "jliger:1024,2048 full:1024,2048"
+    if on_gpu:
+        runs = "jliger@24:16384,32768,65536 jliger@80:131072 full:16384,32768,65536,131072"
+    default = [parse_run(run) for run in runs.split()]
+    add("--runs", type=parse_run, nargs="+", default=default, metavar="HEAD[@GB]:LENGTHS", help=f"({runs})")
+    add("--timeout", type=NUMBER, default=300.0, metavar="S", help="seconds of one process (%(default)s)")
 
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    args.rest, args.on_gpu = rest, on_gpu
+    if args.rest and COMMANDS[args.command] is not measured:
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     if args.command == "stability" and args.cycles < 2:
         parser.error(f"--cycles {args.cycles}: a variance needs 2 or more")
-    for microbatches in (
-        [args.microbatches]
-        if isinstance(getattr(args, "microbatches", None), int)
-        else getattr(args, "microbatches", [])
-    ):
+    counts = getattr(args, "microbatches", [])
+    for microbatches in counts if isinstance(counts, list) else [counts]:
         if args.rows % microbatches:
             parser.error(f"--microbatches {microbatches} doesn't divide --rows {args.rows}")
     return args
 
 
-@interruptible("gradient_accumulation")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
     args = parse_args(argv)
-    given = sys.argv[1:] if argv is None else list(argv)
-    command = " ".join(["python", "examples/gradient_accumulation.py", *given])
-    try:
+    command = " ".join(["python", "examples/gradient_accumulation.py", *(sys.argv[1:] if argv is None else argv)])
+
+    def run(args: argparse.Namespace) -> None:
         section = COMMANDS[args.command](args, command)
-    except CorpusError as error:
-        sys.exit(f"gradient_accumulation: error: {error}")
-    name = section["environment"]["device"].lower().replace("nvidia", "").strip().replace(" ", "_")
-    out: Path = args.out or Path(f"results/gradient_accumulation_{name}.json")
-    found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
-    found[args.command.replace("-", "_")] = section
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, found)
-    accumulation_plot.plot(found, out.with_suffix(".png"))
-    print(f"{table_of(args.command, section)}\n\nwritten: {out}, and the plot beside it")
+        name = section["environment"]["device"].lower().replace("nvidia", "").strip().replace(" ", "_")
+        out: Path = args.out or Path(f"results/gradient_accumulation_{name}.json")
+        results = read_json(out) if out.exists() else {}
+        results[args.command.replace("-", "_")] = section
+        write_json(out, results)
+        accumulation_plot.plot(results, out.with_suffix(".png"))
+        columns = {name.replace("_", " "): number(name) for name in COLUMNS[args.command].split()}
+        print(f"{table_of(section['records'], columns)}\n\nwritten: {out}, and the plot beside it")
+
+    run_program("gradient_accumulation", run, args, "nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,95 +1,103 @@
-"""A small decoder-only language model in Flax NNX that ends at its hidden states."""
+"""The loss of a language model, its log-probabilities and its evaluation, with full logits or with jliger."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
+import optax
+from llama import LlamaConfig, Tree, full_logits, hidden_states, last_layer
+from runs import Record
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+import jliger
+
+HEADS = ("full", "jliger")
+# How far apart the two heads' losses may be, relative to the loss, to be called the same curve. The first losses differ
+# by a few units in the last place. AdamW then divides each gradient by its own size: an entry that is only a rounding
+# error moves by a whole learning rate in either run, and the difference grows with the steps.
+CURVE_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+def inputs_and_labels(tokens: jax.Array, end_of_text: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`[B, T+1]` tokens to inputs, labels, and which labels count, each `[B, T]`.
+
+    Two kinds of labels do not count: the first token of a document, which does not follow from the document before it,
+    and -1, which is no token.
+    """
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
+    where = (inputs != end_of_text) & (inputs >= 0) & (labels >= 0)
+    return jnp.maximum(inputs, 0), jnp.maximum(labels, 0), where
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of the language model."""
+class Head:
+    """The last layer and what follows it: `"full"`, with logits `[B, T, V]` in memory, or `"jliger"`."""
 
-    vocab_size: int
-    hidden_size: int
-    layers: int
-    heads: int
-    tie_embeddings: bool
-    dtype: str
+    name: str
+    implementation: str | None = None
+    chunk_size: int | None = None
 
+    def options(self, config: LlamaConfig) -> Record:
+        """The options of jliger, whose Triton kernels take no float64."""
+        implementation = "xla" if config.dtype == "float64" else self.implementation
+        return {"implementation": implementation, "chunk_size": self.chunk_size}
 
-def rotary(x: jax.Array, base: float = 10000.0) -> jax.Array:
-    """Rotary position embedding of `[B, T, heads, head size]`, computed in float32."""
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-class Block(nnx.Module):
-    """Pre-norm causal attention and MLP."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        size, dtype = config.hidden_size, DTYPES[config.dtype]
-        self.heads = config.heads
-        self.attention_norm = nnx.RMSNorm(size, dtype=dtype, rngs=rngs)
-        self.qkv = nnx.Linear(size, 3 * size, use_bias=False, dtype=dtype, rngs=rngs)
-        self.attention_out = nnx.Linear(size, size, use_bias=False, dtype=dtype, rngs=rngs)
-        self.mlp_norm = nnx.RMSNorm(size, dtype=dtype, rngs=rngs)
-        self.mlp_in = nnx.Linear(size, 4 * size, use_bias=False, dtype=dtype, rngs=rngs)
-        self.mlp_out = nnx.Linear(4 * size, size, use_bias=False, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, T, H]` to `[B, T, H]`."""
-        qkv = self.qkv(self.attention_norm(x))
-        q, k, v = (part.reshape(*x.shape[:2], self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
-        attended = jax.nn.dot_product_attention(rotary(q), rotary(k), v, is_causal=True)
-        x = x + self.attention_out(attended.reshape(x.shape))
-        return x + self.mlp_out(jax.nn.gelu(self.mlp_in(self.mlp_norm(x))))
-
-
-class LanguageModel(nnx.Module):
-    """Decoder-only transformer that ends at the hidden states; the last layer is left to the loss."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        size, dtype = config.hidden_size, DTYPES[config.dtype]
-        self.dtype = dtype
-        self.embedding = nnx.Embed(
-            config.vocab_size, size, embedding_init=nnx.initializers.normal(0.02), dtype=dtype, rngs=rngs
-        )
-        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
-        self.norm = nnx.RMSNorm(size, dtype=dtype, rngs=rngs)
-        kernel_init = nnx.initializers.normal(0.02)
-        self.head = (
-            None
-            if config.tie_embeddings
-            else nnx.Linear(size, config.vocab_size, use_bias=False, kernel_init=kernel_init, rngs=rngs)
+    def loss_sum(
+        self, config: LlamaConfig, params: Tree, hidden: jax.Array, labels: jax.Array, where: jax.Array
+    ) -> jax.Array:
+        if self.name == "full":
+            logits = full_logits(config, params, hidden)
+            return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, labels), where=where)
+        kernel, layout = last_layer(config, params)
+        return jliger.fused_linear_cross_entropy(
+            hidden, kernel, labels, where=where, kernel_layout=layout, reduction="sum", **self.options(config)
         )
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """`[B, T]` tokens to `[B, T, H]` hidden states."""
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+    def logprobs(
+        self, config: LlamaConfig, params: Tree, inputs: jax.Array, labels: jax.Array, **options: Any
+    ) -> jliger.LinearLogprobs:
+        """The log-probabilities of `labels` `[B, T]`, each after its input and those before it."""
+        hidden = hidden_states(config, params, inputs)
+        kernel, layout = last_layer(config, params)
+        if self.name == "full":
+            return jliger.reference.linear_logprobs(hidden, kernel, labels, kernel_layout=layout, **options)
+        return jliger.linear_logprobs(hidden, kernel, labels, kernel_layout=layout, **self.options(config), **options)
 
-    def last_layer(self) -> tuple[jax.Array, str]:
-        """The last layer's kernel and its layout: `[H, V]`, or the embedding's `[V, H]` where tied."""
-        if self.head is None:
-            return self.embedding.embedding[...].astype(self.dtype), "vh"
-        return self.head.kernel[...].astype(self.dtype), "hv"
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states `[..., H]` to float32 logits `[..., V]`, all of them in memory."""
-        kernel, layout = self.last_layer()
-        logits = jnp.einsum("...h,hv->...v" if layout == "hv" else "...h,vh->...v", hidden, kernel)
-        return logits.astype(jnp.float32)
+def language_model_loss(
+    head: Head, config: LlamaConfig, end_of_text: int = -1
+) -> Callable[[Tree, jax.Array], tuple[jax.Array, jax.Array]]:
+    """A function of parameters and `[B, T+1]` tokens: the sum of the token losses, and the number of tokens."""
 
-    def full_logits(self, tokens: jax.Array) -> jax.Array:
-        """`[B, T]` tokens to float32 logits `[B, T, V]`."""
-        return self.logits(self(tokens))
+    def loss_fn(params: Tree, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inputs, labels, where = inputs_and_labels(tokens, end_of_text)
+        hidden = hidden_states(config, params, inputs)
+        return head.loss_sum(config, params, hidden, labels, where), jnp.sum(where)
+
+    return loss_fn
+
+
+def evaluation(
+    config: LlamaConfig, head: Head, batches: Sequence[np.ndarray], end_of_text: int
+) -> Callable[[Tree], Record]:
+    """A function of parameters: mean loss, perplexity and accuracy over the counted tokens, through jliger."""
+
+    @jax.jit
+    def sums(params: Tree, tokens: jax.Array) -> jax.Array:
+        inputs, labels, where = inputs_and_labels(tokens, end_of_text)
+        kernel, layout = last_layer(config, params)
+        hidden, own = hidden_states(config, params, inputs), {"kernel_layout": layout, **head.options(config)}
+        loss, metrics = jliger.fused_linear_cross_entropy(
+            hidden, kernel, labels, where=where, reduction="sum", return_metrics=True, **own
+        )
+        return jnp.stack([loss, metrics.accuracy * metrics.weight, metrics.weight])
+
+    def evaluate(params: Tree) -> Record:
+        loss, correct, tokens = np.sum([np.asarray(sums(params, batch), np.float64) for batch in batches], axis=0)
+        mean = float(loss / max(tokens, 1))
+        # JSON has no number beyond float64.
+        return {"loss": mean, "perplexity": float(np.exp(min(mean, 700))), "accuracy": float(correct / max(tokens, 1))}
+
+    return evaluate

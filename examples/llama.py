@@ -1,19 +1,18 @@
-"""A Llama-shaped decoder that ends at its hidden states, its parameters sharded over a mesh of three axes.
+"""A Llama-shaped decoder that ends at its hidden states, on one device or on a mesh of three axes.
 
-Parameters are a plain tree of float32 arrays, the layers' stacked. The batch is sharded over `data` and `fsdp`;
-parameters over `fsdp`, and over `tensor` by heads, by the MLP's inner columns and by the vocabulary. All functions
-here run under `jax.set_mesh` with a mesh of `AXES`.
+Parameters are a plain tree of arrays, with the layers' stacked. Under `jax.set_mesh` with a mesh of `AXES` the batch is
+sharded over `data` and `fsdp`, the parameters over `fsdp`, and over `tensor` by heads, by the MLP's inner columns and
+by the vocabulary. Without a mesh nothing is sharded.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.lax import with_sharding_constraint
 from jax.sharding import PartitionSpec as P
-from language_model import rotary
 
 AXES = ("data", "fsdp", "tensor")
 # The axes that share a batch's sequences.
@@ -21,12 +20,12 @@ BATCH = ("data", "fsdp")
 HIDDEN = P(BATCH, None, None)
 HEADS = P(BATCH, None, "tensor", None)
 
-Tree = dict[str, Any]
+Tree = Any
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a decoder."""
+    """Sizes of a decoder, and the dtype of its arithmetic."""
 
     vocab_size: int
     hidden_size: int
@@ -34,27 +33,17 @@ class LlamaConfig:
     layers: int
     heads: int
     kv_heads: int
+    tie_embeddings: bool = False
+    dtype: str = "float32"
+    # The MLP processes the sequence in this many pieces, to save memory.
+    mlp_pieces: int = 1
     rope_base: float = 500_000.0
     norm_epsilon: float = 1e-5
-
-    @property
-    def head_size(self) -> int:
-        """Size of one attention head."""
-        return self.hidden_size // self.heads
-
-
-CONFIGS = {
-    # Trains in seconds on a CPU.
-    "tiny": LlamaConfig(32768, 128, 384, 4, 8, 4),
-    # Llama 3.2 1B, but for a head of its own, where the original's is the embedding.
-    "llama3-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8),
-    "llama3-8b": LlamaConfig(128256, 4096, 14336, 32, 32, 8),
-}
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """How one parameter is made and where its parts lie; `deviation` is that of its random numbers (None: ones)."""
+    """The shape and sharding of a parameter, and the standard deviation of its random numbers (None: ones)."""
 
     shape: tuple[int, ...]
     spec: P
@@ -62,156 +51,182 @@ class Parameter:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is part of a matrix product or a table of rows, not a norm's scale."""
+        """Whether it is a matrix or an embedding, not the scale of a norm."""
         return self.deviation is not None
 
 
-# Specs of one layer's parameters; the stacked ones have a dimension more in front.
-LAYER_SPECS = {
-    "attention_norm": P(None),
-    "query": P("fsdp", "tensor", None),
-    "key": P("fsdp", "tensor", None),
-    "value": P("fsdp", "tensor", None),
-    "attention_out": P("tensor", None, "fsdp"),
-    "mlp_norm": P(None),
-    "gate": P("fsdp", "tensor"),
-    "up": P("fsdp", "tensor"),
-    "down": P("tensor", "fsdp"),
-}
-# By columns alone: each device looks its columns up for the tokens of all that share the table, and they swap.
+# Sharded by columns alone: each device looks up its columns for the tokens of all devices, which then exchange them.
 EMBEDDING_SPEC = P(None, ("fsdp", "tensor"))
 HEAD_SPEC = P("fsdp", "tensor")
 
 
-def parameters(config: LlamaConfig) -> Tree:
-    """The tree of all parameters' descriptions."""
-    hidden, mlp, head_size = config.hidden_size, config.mlp_size, config.head_size
-    shapes = {
-        "attention_norm": (hidden,),
-        "query": (hidden, config.heads, head_size),
-        "key": (hidden, config.kv_heads, head_size),
-        "value": (hidden, config.kv_heads, head_size),
-        "attention_out": (config.heads, head_size, hidden),
-        "mlp_norm": (hidden,),
-        "gate": (hidden, mlp),
-        "up": (hidden, mlp),
-        "down": (mlp, hidden),
-    }
-    # What adds to the residual stream, 2 times a layer, starts smaller (GPT-2).
-    deviations = dict.fromkeys(shapes, 0.02) | {
-        "attention_norm": None,
-        "mlp_norm": None,
-        "attention_out": 0.02 / (2 * config.layers) ** 0.5,
-        "down": 0.02 / (2 * config.layers) ** 0.5,
-    }
+def layer_parameters(config: LlamaConfig) -> dict[str, Parameter]:
+    """The descriptions of one layer's parameters."""
+    hidden, mlp, size = config.hidden_size, config.mlp_size, config.hidden_size // config.heads
+    # The residual stream gets 2 sums per layer, whose weights start smaller (GPT-2).
+    residual = 0.02 / (2 * config.layers) ** 0.5
     return {
-        "embedding": Parameter((config.vocab_size, hidden), EMBEDDING_SPEC, 0.02),
-        "layers": {
-            name: Parameter((config.layers, *shape), P(None, *LAYER_SPECS[name]), deviations[name])
-            for name, shape in shapes.items()
-        },
-        "norm": Parameter((hidden,), P(None), None),
-        "head": Parameter((hidden, config.vocab_size), HEAD_SPEC, 0.02),
+        "attention_norm": Parameter((hidden,), P(None), None),
+        "query": Parameter((hidden, config.heads, size), P("fsdp", "tensor", None), 0.02),
+        "key": Parameter((hidden, config.kv_heads, size), P("fsdp", "tensor", None), 0.02),
+        "value": Parameter((hidden, config.kv_heads, size), P("fsdp", "tensor", None), 0.02),
+        "attention_out": Parameter((config.heads, size, hidden), P("tensor", None, "fsdp"), residual),
+        "mlp_norm": Parameter((hidden,), P(None), None),
+        "gate": Parameter((hidden, mlp), P("fsdp", "tensor"), 0.02),
+        "up": Parameter((hidden, mlp), P("fsdp", "tensor"), 0.02),
+        "down": Parameter((mlp, hidden), P("tensor", "fsdp"), residual),
     }
 
 
-def initial_parameters(config: LlamaConfig, key: jax.Array) -> Tree:
-    """Random parameters in float32; what they are doesn't depend on the mesh."""
+def parameters(config: LlamaConfig) -> Tree:
+    tree: Tree = {
+        "embedding": Parameter((config.vocab_size, config.hidden_size), EMBEDDING_SPEC, 0.02),
+        "layers": {
+            name: Parameter((config.layers, *each.shape), P(None, *each.spec), each.deviation)
+            for name, each in layer_parameters(config).items()
+        },
+        "norm": Parameter((config.hidden_size,), P(None), None),
+    }
+    if not config.tie_embeddings:
+        tree["head"] = Parameter((config.hidden_size, config.vocab_size), HEAD_SPEC, 0.02)
+    return tree
+
+
+def initial_parameters(config: LlamaConfig, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32) -> Tree:
+    """Random parameters, the same on any mesh."""
     leaves, tree = jax.tree.flatten(parameters(config))
     keys = jax.random.split(key, len(leaves))
     return tree.unflatten(
-        jnp.ones(leaf.shape) if leaf.deviation is None else leaf.deviation * jax.random.normal(key, leaf.shape)
+        jnp.ones(leaf.shape, dtype)
+        if leaf.deviation is None
+        else (leaf.deviation * jax.random.normal(key, leaf.shape)).astype(dtype)
         for leaf, key in zip(leaves, keys, strict=True)
     )
 
 
-def flops_per_token(config: LlamaConfig, length: int) -> int:
-    """Floating-point operations that a training step needs for each token: forward, and twice that backward.
+def parameter_count(config: LlamaConfig) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters(config)))
 
-    Six for each parameter in a matrix product (the embedding is a table of rows) and `6·length·hidden` for each
-    layer's causal attention. What is computed a second time to save memory is not counted.
+
+def flops_per_token(config: LlamaConfig, length: int) -> int:
+    """The floating-point operations of a training step for each token: the forward pass, and twice that backward.
+
+    There are six for each parameter in a matrix product (the last layer's included, the lookup of an embedding not) and
+    `6·length·hidden` for each layer's causal attention. What is computed a second time to save memory does not count.
     """
-    tree = parameters(config)
-    matrices = [tree["head"], *tree["layers"].values()]
-    weights = sum(size_of(leaf) for leaf in matrices if leaf.is_matrix)
+    matrices = [leaf for leaf in parameters(config)["layers"].values() if leaf.is_matrix]
+    weights = sum(math.prod(leaf.shape) for leaf in matrices) + config.vocab_size * config.hidden_size
     return 6 * weights + 6 * config.layers * config.hidden_size * length
 
 
-def parameter_count(config: LlamaConfig) -> int:
-    """All parameters."""
-    return sum(size_of(leaf) for leaf in jax.tree.leaves(parameters(config)))
-
-
-def size_of(parameter: Parameter) -> int:
-    """Numbers in it."""
-    size = 1
-    for length in parameter.shape:
-        size *= length
-    return size
+def sharded(x: jax.Array, spec: P) -> jax.Array:
+    """The array, sharded if there is a mesh."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gathered(weight: jax.Array, spec: P, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """A float32 weight in `dtype`, whole over `fsdp`: the cast comes first, so that half the bytes travel.
+def _gathered(weight: jax.Array, spec: P, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A weight in `dtype`, gathered over `fsdp` after the cast, so that half as many bytes are sent.
 
-    Its gradient is summed over the batch's axes straight into the weight's own sharding.
+    Its gradient is summed over the batch's axes directly into the sharding of the weight.
     """
     whole = P(*(None if axis == "fsdp" else axis for axis in spec))
-    return with_sharding_constraint(with_sharding_constraint(weight.astype(dtype), spec), whole)
+    return sharded(sharded(weight.astype(dtype), spec), whole)
 
 
-def _gathered_forward(weight: jax.Array, spec: P, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, None]:
-    return gathered(weight, spec, dtype), None
+def _gathered_forward(weight: jax.Array, spec: P, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array]:
+    return _gathered(weight, spec, dtype), jnp.zeros((0,), weight.dtype)
 
 
-def _gathered_backward(spec: P, dtype: jax.typing.DTypeLike, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
+def _gathered_backward(spec: P, dtype: Any, like: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
     del dtype
-    return (with_sharding_constraint(cotangent, spec).astype(jnp.float32),)
+    return (sharded(cotangent, spec).astype(like.dtype),)
 
 
-gathered.defvjp(_gathered_forward, _gathered_backward)
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """The array in float32, or in float64 if it is that."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Root-mean-square norm, computed in float32."""
-    wide = x.astype(jnp.float32)
-    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    return (wide * scale).astype(x.dtype)
+    mean_square = jnp.mean(jnp.square(wide(x)), axis=-1, keepdims=True)
+    return (wide(x) * jax.lax.rsqrt(mean_square + epsilon) * scale).astype(x.dtype)
+
+
+def rotary(x: jax.Array, base: float) -> jax.Array:
+    """Rotary position embedding of `[B, T, heads, head size]`."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half) / half)
+    angle = wide(jnp.arange(x.shape[1]))[:, None, None] * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(wide(x), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Causal grouped-query attention: cuDNN's on a GPU, for the dtypes that it has."""
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    implementation = "cudnn" if half and jax.default_backend() == "gpu" else None
-    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=implementation)
+    """Causal grouped-query attention: cuDNN's on a GPU in 16 bits, else with all weights in memory."""
+    if query.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu":
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+    batch, length, heads, size = query.shape
+    grouped = query.reshape(batch, length, key.shape[2], -1, size)
+    scores = wide(jnp.einsum("btkgd,bskd->bkgts", grouped, key)) * size**-0.5
+    scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, length, heads, size)
+
+
+def mlp(matrices: Tree, x: jax.Array, pieces: int) -> jax.Array:
+    """SwiGLU of `[B, T, H]`; of several pieces of the sequence one at a time, computed again in the backward pass."""
+
+    def of_piece(x: jax.Array) -> jax.Array:
+        return (jax.nn.silu(x @ matrices["gate"]) * (x @ matrices["up"])) @ matrices["down"]
+
+    if pieces == 1:
+        return of_piece(x)
+    batch, length, size = x.shape
+    split = x.reshape(batch, pieces, length // pieces, size).swapaxes(0, 1)
+    return jax.lax.map(jax.checkpoint(of_piece, prevent_cse=False), split).swapaxes(0, 1).reshape(x.shape)
 
 
 def layer(config: LlamaConfig, x: jax.Array, weights: Tree) -> jax.Array:
-    """`[B, T, H]` to `[B, T, H]`, gathering this layer's weights and no other's."""
+    """`[B, T, H]` to `[B, T, H]`, with the weights of this layer gathered and no other's."""
+    described = layer_parameters(config)
     matrices = {
-        name: gathered(weight, LAYER_SPECS[name], x.dtype)
-        for name, weight in weights.items()
-        if not name.endswith("norm")
+        name: _gathered(weights[name], each.spec, x.dtype) for name, each in described.items() if each.is_matrix
     }
     normed = rms_norm(x, weights["attention_norm"], config.norm_epsilon)
     query, key, value = (
-        with_sharding_constraint(jnp.einsum("bth,hnd->btnd", normed, matrices[name]), HEADS)
-        for name in ("query", "key", "value")
+        sharded(jnp.einsum("bth,hnd->btnd", normed, matrices[name]), HEADS) for name in ("query", "key", "value")
     )
     attended = attention(rotary(query, config.rope_base), rotary(key, config.rope_base), value)
-    x = with_sharding_constraint(x + jnp.einsum("btnd,ndh->bth", attended, matrices["attention_out"]), HIDDEN)
-    normed = rms_norm(x, weights["mlp_norm"], config.norm_epsilon)
-    gated = jax.nn.silu(normed @ matrices["gate"]) * (normed @ matrices["up"])
-    return with_sharding_constraint(x + gated @ matrices["down"], HIDDEN)
+    x = sharded(x + jnp.einsum("btnd,ndh->bth", attended, matrices["attention_out"]), HIDDEN)
+    return sharded(x + mlp(matrices, rms_norm(x, weights["mlp_norm"], config.norm_epsilon), config.mlp_pieces), HIDDEN)
 
 
-def hidden_states(config: LlamaConfig, params: Tree, tokens: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`[B, T]` tokens to the last hidden states `[B, T, H]`; of a layer, only its input is kept for its gradient."""
-    shared = with_sharding_constraint(tokens, P("data", None))
-    columns = with_sharding_constraint(params["embedding"][shared], P("data", None, ("fsdp", "tensor"))).astype(dtype)
-    # One axis at a time: XLA would do both at once by way of an array that is whole on every device.
-    x = with_sharding_constraint(with_sharding_constraint(columns, P("data", None, "fsdp")), HIDDEN)
-    # A scan's body is compiled once, and its own loop keeps the second forward pass from being merged into the first.
-    body = jax.checkpoint(partial(layer, config), prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
+def hidden_states(config: LlamaConfig, params: Tree, tokens: jax.Array) -> jax.Array:
+    """`[B, T]` tokens to the last hidden states `[B, T, H]`; for the gradient, only each layer's input is kept."""
+    shared = sharded(tokens, P("data", None))
+    columns = sharded(params["embedding"][shared], P("data", None, ("fsdp", "tensor"))).astype(config.dtype)
+    # One axis at a time: for both at once, XLA would make an array that is whole on every device.
+    x = sharded(sharded(columns, P("data", None, "fsdp")), HIDDEN)
+    # The body of a scan is compiled once, and XLA cannot merge the second forward pass into the first.
+    body = jax.checkpoint(partial(layer, config), prevent_cse=False)
     x, _ = jax.lax.scan(lambda x, weights: (body(x, weights), None), x, params["layers"])
     return rms_norm(x, params["norm"], config.norm_epsilon)
+
+
+def last_layer(config: LlamaConfig, params: Tree) -> tuple[jax.Array, str]:
+    """The last layer's kernel and its layout: `[H, V]`, or the embedding's `[V, H]` if tied."""
+    if config.tie_embeddings:
+        return params["embedding"].astype(config.dtype), "vh"
+    return sharded(params["head"].astype(config.dtype), HEAD_SPEC), "hv"
+
+
+def full_logits(config: LlamaConfig, params: Tree, hidden: jax.Array) -> jax.Array:
+    """Hidden states `[..., H]` to logits `[..., V]` in float32 or float64, all of them in memory."""
+    if config.tie_embeddings:
+        return wide(jnp.einsum("...h,vh->...v", hidden, params["embedding"].astype(config.dtype)))
+    return wide(hidden @ _gathered(params["head"], HEAD_SPEC, config.dtype))

@@ -1,8 +1,8 @@
-"""What the training examples share beside the model: command-line numbers, a run's folder, labels of tokens."""
+"""A run's folder: what is written to it, what is read from it, and how a program ends."""
 
 import argparse
 import json
-import math
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,75 +11,86 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from reporting import write_json
 
-# Files that every run's folder has.
-CONFIG, TOKENIZER, SUMMARY = "config.json", "tokenizer.json", "summary.json"
+Record = dict[str, Any]
+Events = dict[str, dict[int, Record]]
+
+# Files and folders of a run.
+CONFIG, TOKENIZER, SUMMARY, PLOT = "config.json", "tokenizer.json", "summary.json", "plot.png"
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
-# 128 and the number of SIGINT.
-INTERRUPTED_EXIT = 130
+# Exit codes: 128 plus the number of SIGINT, and a device's memory that does not suffice.
+INTERRUPTED_EXIT, OUT_OF_MEMORY_EXIT = 130, 3
 
 
 class RunError(Exception):
-    """The run can't start or go on; the message says why and what to do."""
+    """The run cannot start or continue; the message says why and what to do."""
 
 
-def inputs_and_labels(tokens: jax.Array, end_of_text: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`[B, T+1]` tokens to inputs, labels and which labels count, each `[B, T]`.
-
-    The first token of a document doesn't follow from the end of another one, and -1 is no token: neither
-    counts.
-    """
-    inputs, labels = tokens[:, :-1], tokens[:, 1:]
-    where = (inputs != end_of_text) & (inputs >= 0) & (labels >= 0)
-    return jnp.maximum(inputs, 0), jnp.maximum(labels, 0), where
+class DeviceMemoryError(RunError):
+    """The step, or the state, does not fit into a device's memory."""
 
 
-def positive(convert: Callable[[str], Any], zero: bool = False) -> Callable[[str], Any]:
-    """An argparse type for finite numbers above 0 (with `zero`, also 0)."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-            kind = "a whole number" if convert is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind} {'of 0 or more' if zero else 'above 0'}")
-        return value
-
-    return parse
-
-
-def fit_warmup(parser: argparse.ArgumentParser, args: argparse.Namespace, *trainings: str, share: int = 10) -> None:
-    """Sets `args.warmup_steps` where it isn't given; ends the program with a message where it is too long.
-
-    `trainings` name the options that say how many steps a training has. The default is the shortest one's steps
-    divided by `share`, and at most 10.
-    """
-    steps = {name: getattr(args, name) for name in trainings}
-    if args.warmup_steps is None:
-        args.warmup_steps = min(10, min(steps.values()) // share)
-    for name, count in steps.items():
-        if args.warmup_steps >= count:
-            parser.error(f"--warmup-steps {args.warmup_steps} must be below --{name.replace('_', '-')} {count}")
+def say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 @contextmanager
-def interruptible(name: str, then: str = "") -> Iterator[None]:
-    """Ends a program that Ctrl-C interrupts with a line, not a traceback, and the exit status that shells expect."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted{then and '; '}{then}", file=sys.stderr)
-        sys.exit(INTERRUPTED_EXIT)
+def replaced(path: Path) -> Iterator[Path]:
+    """A path to write to instead; the file then moves to `path`, so that nobody reads half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    yield temporary
+    temporary.replace(path)
 
 
-def check_folder(out: Path, settings: dict[str, Any], *, resume: bool | None, overwrite: bool) -> None:
-    """Refuses a folder that this run may not go on in or begin in; changes nothing.
+def write_json(path: Path, content: Record) -> None:
+    with replaced(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    `resume` is None for a program that has no such option.
+
+def read_json(path: Path) -> Record:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_metrics(folder: Path, event: str, step: int, **values: Any) -> None:
+    """Appends a record to the folder's metrics file, a JSON object on a line of its own; only the first process does.
+
+    Nothing is ever removed. A resumed run writes the steps after its checkpoint again; the later record counts.
+    """
+    if jax.process_index() == 0:
+        path = folder / METRICS
+        folder.mkdir(parents=True, exist_ok=True)
+        # If a kill cut the last line off, this record starts a new one.
+        is_cut = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size
+        with path.open("a", encoding="utf-8") as file:
+            record = json.dumps({"event": event, "step": step, **values}, allow_nan=False)
+            file.write(f"\n{record}\n" if is_cut else f"{record}\n")
+
+
+def read_metrics(folder: Path) -> Events:
+    """The records of a folder's metrics file by event and step, without a line that a kill cut off."""
+    events: Events = {}
+    path = folder / METRICS
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+            events.setdefault(record["event"], {})[record["step"]] = record
+        except (ValueError, KeyError, TypeError):
+            continue
+    return events
+
+
+def read_heads(folder: Path) -> dict[str, Events]:
+    """The records of each head that has been trained in a folder, by this call or an earlier one."""
+    metrics = {name: read_metrics(folder / name) for name in ("full", "jliger")}
+    return {name: events for name, events in metrics.items() if "compiled" in events}
+
+
+def check_folder(out: Path, settings: Record, *, resume: bool | None = None, overwrite: bool) -> None:
+    """Refuses a folder in which this run may not begin or continue; changes nothing.
+
+    `resume` is None if the program has no such option.
     """
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file")
@@ -88,28 +99,60 @@ def check_folder(out: Path, settings: dict[str, Any], *, resume: bool | None, ov
         if not is_run:
             raise RunError(f"--resume: {out} holds no run (there is no {CONFIG} in it)")
         try:
-            earlier = json.loads((out / CONFIG).read_text(encoding="utf-8"))
-            differing = {key: earlier.get(key) for key in settings if earlier.get(key) != settings[key]}
+            earlier = read_json(out / CONFIG)
+            changes = [
+                f"{key} was {earlier.get(key)} and is {value}"
+                for key, value in settings.items()
+                if earlier.get(key) != value
+            ]
         except (ValueError, AttributeError) as error:
-            raise RunError(f"{out / CONFIG} can't be read ({error}); nothing was changed") from error
-        if differing:
-            changes = ", ".join(f"{key} was {value} and is {settings[key]}" for key, value in differing.items())
-            raise RunError(f"--resume: the run in {out} has other settings: {changes}. Nothing was changed")
-        return
-    if is_run and not overwrite:
-        goes_on = "" if resume is None else "--resume goes on with it, "
-        raise RunError(f"{out} holds a run: {goes_on}--overwrite removes it, --out names another folder")
-    if not is_run and out.exists() and any(out.iterdir()):
+            raise RunError(f"{out / CONFIG} cannot be read ({error}); nothing was changed") from error
+        if changes:
+            raise RunError(f"--resume: the run in {out} has other settings: {', '.join(changes)}. Nothing was changed")
+    elif is_run and not overwrite:
+        resuming = "" if resume is None else "--resume continues it, "
+        raise RunError(f"{out} holds a run: {resuming}--overwrite removes it, --out names another folder")
+    elif not is_run and out.exists() and any(out.iterdir()):
         raise RunError(f"{out} holds files that are no run of this program; --out names another folder")
 
 
-def begin_folder(out: Path, settings: dict[str, Any], contents: Sequence[str]) -> None:
+def begin_folder(out: Path, settings: Record, contents: Sequence[str]) -> None:
     """Removes an earlier run's `contents` (and nothing else) and writes this run's configuration."""
-    # The configuration goes last: a folder in which it is left is still known as a run.
+    # The configuration is removed last: as long as it is there, the folder is known to hold a run.
     for name in (*contents, CONFIG):
         if (out / name).is_dir():
             shutil.rmtree(out / name, ignore_errors=True)
         else:
             (out / name).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / CONFIG, settings)
+
+
+def open_folder(args: argparse.Namespace, settings: Record, contents: Sequence[str], tokenizer: Any = None) -> None:
+    """Checks the folder `--out` and, unless the run is resumed, begins it."""
+    resume = getattr(args, "resume", None)
+    check_folder(args.out, settings, resume=resume, overwrite=args.overwrite)
+    if not resume:
+        begin_folder(args.out, settings, (*contents, TOKENIZER, SUMMARY, PLOT))
+        if tokenizer is not None:
+            tokenizer.save(str(args.out / TOKENIZER))
+    device = jax.devices()[0]
+    say(f"device: {device.platform} ({device.device_kind}), JAX {jax.__version__}")
+
+
+def run_program(
+    name: str, run: Callable[[Any], None], args: argparse.Namespace, if_interrupted: str = "--overwrite begins again"
+) -> None:
+    """Runs a program; a user's mistake, Ctrl-C and too little memory end it with one line and an exit code."""
+    # GPUs would otherwise round float32 operands of products to fewer bits, and curves could not be compared.
+    precision = "highest" if getattr(args, "dtype", None) == "float32" else "default"
+    try:
+        with jax.default_matmul_precision(precision):
+            run(args)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; {if_interrupted}", file=sys.stderr)
+        sys.exit(INTERRUPTED_EXIT)
+    except DeviceMemoryError as error:
+        print(f"{name}: out of memory: {error}. Try a smaller batch", file=sys.stderr)
+        sys.exit(OUT_OF_MEMORY_EXIT)
+    except (RunError, OSError) as error:
+        sys.exit(f"{name}: error: {error}")

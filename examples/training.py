@@ -1,11 +1,14 @@
-"""Training of the small language model: a step traced by itself, and a loop with metrics, evaluation, checkpoints."""
+"""Training: a step that is traced by itself, and the one loop, with metrics, evaluations and checkpoints.
+
+Several trainings, such as those of two heads, alternate, one step each: a busy machine slows all of them alike.
+"""
 
 import argparse
 import math
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -14,24 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from checkpoints import CheckpointError, Checkpoints
-from corpus import Batches, CorpusError
-from flax import nnx
-from language_model import LanguageModel, ModelConfig
-from reporting import MetricsFile, read_metrics
-from runs import CHECKPOINTS, METRICS, RunError, inputs_and_labels, interruptible
-from steps import compile_step
+from checkpoints import Checkpoints
+from corpus import Batches, windows
+from llama import LlamaConfig, Tree, initial_parameters, parameters
+from runs import CHECKPOINTS, DeviceMemoryError, Record, RunError, read_metrics, say, write_metrics
 from tqdm import tqdm
 
 import jliger
-
-# Of a model, tokens `[B, T+1]`, and what else the step is given.
-Loss = Callable[..., jax.Array]
+from jliger.accumulation import AccumulatedLoss
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What shapes the curve, beside model, data and loss."""
+    """What shapes the curve, apart from model, data and loss."""
 
     steps: int
     batch_size: int
@@ -43,197 +41,256 @@ class TrainingConfig:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Self:
-        """As the command line has it (`options.add_training_options`)."""
+        """As the command line says (`options.add_training_options`)."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
-    def schedule(self) -> optax.Schedule:
-        """The learning rate: up in a line, down in a cosine."""
-        return optax.warmup_cosine_decay_schedule(
-            init_value=self.learning_rate / 10,
-            peak_value=self.learning_rate,
-            warmup_steps=self.warmup_steps,
-            decay_steps=self.steps,
-            end_value=self.learning_rate / 10,
-        )
+    def optimizer(self, config: LlamaConfig) -> optax.GradientTransformation:
+        """AdamW after clipping, with a linear warmup, a cosine decay, and weight decay for matrices.
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """AdamW, after gradients are clipped."""
-        # Weight decay is for matrices: a norm's scale is a vector.
-        adamw = optax.adamw(
-            self.schedule(),
-            b2=0.95,
-            weight_decay=self.weight_decay,
-            mask=partial(jax.tree.map, lambda leaf: leaf.ndim > 1),
-        )
+        Its epsilon keeps it from making whole steps of gradients that are little more than rounding errors.
+        """
+        low, high = self.learning_rate / 10, self.learning_rate
+        schedule = optax.warmup_cosine_decay_schedule(low, high, self.warmup_steps, self.steps, low)
+        is_matrix = jax.tree.map(lambda leaf: leaf.is_matrix, parameters(config))
+        adamw = optax.adamw(schedule, b2=0.95, eps=1e-6, weight_decay=self.weight_decay, mask=is_matrix)
         return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+    def initial_parameters(self, config: LlamaConfig) -> Tree:
+        return initial_parameters(config, jax.random.key(self.seed))
+
+    def tokens(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.batch_size, self.length + 1), jnp.int32)
 
 
 @dataclass(frozen=True)
 class Program:
-    """A training step and what belongs to it; the state is model and optimizer in one."""
+    """A training step, not compiled yet; its state is `{"parameters", "optimizer"}`."""
 
-    model_config: ModelConfig
-    config: TrainingConfig
     step: jax.stages.Traced
-    abstract_state: nnx.State
-    initial_state: Callable[[], nnx.State]
-    # The model without its parameters, and a state's parameters without the optimizer's.
-    graphdef: nnx.GraphDef[LanguageModel]
-    parameters_of: Callable[[nnx.State], nnx.State]
-    heldout_sums: Callable[[nnx.State, np.ndarray], tuple[jax.Array, jax.Array, jax.Array]]
-
-
-def heldout_sums(
-    model: LanguageModel, tokens: jax.Array, end_of_text: int, **options: Any
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Summed cross entropy, right predictions and counted tokens of a held-out batch."""
-    inputs, labels, where = inputs_and_labels(tokens, end_of_text)
-    hidden = model(inputs)
-    kernel, layout = model.last_layer()
-    loss, metrics = jliger.fused_linear_cross_entropy(
-        hidden,
-        kernel,
-        labels,
-        where=where,
-        kernel_layout=layout,
-        reduction="sum",
-        return_metrics=True,
-        **options,
-    )
-    return loss, metrics.accuracy * metrics.weight, metrics.weight
+    abstract_state: Tree
+    initial_state: Callable[..., Tree]
 
 
 def build_program(
-    loss: Loss, model_config: ModelConfig, config: TrainingConfig, end_of_text: int, *given: Any, **options: Any
+    loss_fn: Callable[..., tuple[Any, ...]],
+    create: Callable[[], Tree],
+    optimizer: optax.GradientTransformation,
+    batch: Tree,
+    *given: Tree,
+    microbatches: int = 1,
+    shardings: Callable[[Tree], Tree] | None = None,
 ) -> Program:
-    """Traces a training step; nothing is compiled, run or written yet.
+    """Traces a training step from the shapes of its arguments; nothing is compiled or run.
 
-    `given` are trees of arrays, or of their shapes, that the step is called with after state and tokens, and the loss
-    after model and tokens. `options` are jliger's, for the evaluation.
+    Args:
+      loss_fn: of parameters, a batch and what is `given`: the sum of losses, the sum of weights and, if wanted, aux.
+      create: makes the initial parameters.
+      optimizer: gets the weight of the batch too, if it takes one.
+      batch: the shapes of a batch.
+      *given: the shapes of what the step is called with after state and batch.
+      microbatches: the number of parts that the batch is processed in.
+      shardings: of the state, from its shapes.
     """
-    transformation = config.optimizer()
+    loss_and_gradients = jliger.accumulate_gradients(loss_fn, microbatches)
+    optimizer = optax.with_extra_args_support(optimizer)
 
-    def create() -> tuple[LanguageModel, nnx.Optimizer]:
-        model = LanguageModel(model_config, nnx.Rngs(config.seed))
-        return model, nnx.Optimizer(model, transformation, wrt=nnx.Param)
+    def initial_state() -> Tree:
+        params = create()
+        return {"parameters": params, "optimizer": optimizer.init(params)}
 
-    abstract = nnx.eval_shape(create)
-    training_graphdef, abstract_state = nnx.split(abstract)
-    graphdef = nnx.graphdef(abstract[0])
+    def step(state: Tree, batch: Tree, *given: Tree) -> tuple[Tree, AccumulatedLoss]:
+        result, gradients = loss_and_gradients(state["parameters"], batch, *given)
+        updates, optimizer_state = optimizer.update(
+            gradients, state["optimizer"], state["parameters"], weight=result.weight
+        )
+        return {"parameters": optax.apply_updates(state["parameters"], updates), "optimizer": optimizer_state}, result
 
-    def step(state: nnx.State, tokens: jax.Array, *given: Any) -> tuple[nnx.State, jax.Array]:
-        model, optimizer = nnx.merge(training_graphdef, state)
-        value, gradients = nnx.value_and_grad(loss)(model, tokens, *given)
-        optimizer.update(model, gradients)
-        return nnx.state((model, optimizer)), value
-
-    def parameters_of(state: nnx.State) -> nnx.State:
-        return nnx.state(nnx.merge(training_graphdef, state)[0])
-
-    def heldout(parameters: nnx.State, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return heldout_sums(nnx.merge(graphdef, parameters), tokens, end_of_text, **options)
-
-    batch = jax.ShapeDtypeStruct((config.batch_size, config.length + 1), jnp.int32)
+    abstract_state, where = jax.eval_shape(initial_state), None
+    if shardings is not None:
+        where = shardings(abstract_state)
+        abstract_state = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract_state,
+            where,
+        )
+    # The new state takes over the memory of the old one.
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=None if where is None else (where, None))
     try:
-        # The step's result takes over the memory of the state that it replaces.
-        traced = jax.jit(step, donate_argnums=0).trace(abstract_state, batch, *given)
-    # What jliger refuses, it names with the argument and what to do instead.
+        traced = jitted.trace(abstract_state, batch, *given)
+    # jliger names the argument that it refuses, and says what to do instead.
     except (ValueError, NotImplementedError) as error:
         raise RunError(str(error)) from error
-    return Program(
-        model_config=model_config,
-        config=config,
-        step=traced,
-        abstract_state=abstract_state,
-        initial_state=jax.jit(lambda: nnx.state(create())),
-        graphdef=graphdef,
-        parameters_of=parameters_of,
-        heldout_sums=jax.jit(heldout),
-    )
+    return Program(traced, abstract_state, jax.jit(initial_state, out_shardings=where))
 
 
-def evaluate(program: Program, parameters: nnx.State, batches: Sequence[np.ndarray]) -> dict[str, float]:
-    """Mean loss, perplexity and accuracy over the counted tokens of all batches."""
-    sums = np.sum([[float(value) for value in program.heldout_sums(parameters, batch)] for batch in batches], axis=0)
-    loss, right, tokens = (float(value) for value in sums)
-    mean = loss / max(tokens, 1.0)
-    # A perplexity beyond float64 would be no JSON number.
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "accuracy": right / max(tokens, 1.0)}
+@contextmanager
+def device_memory_errors() -> Iterator[None]:
+    """Raises XLA's out-of-memory errors, of compilation or of a run, as DeviceMemoryError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        raise DeviceMemoryError(str(error).strip().splitlines()[0]) from None
 
 
-def train(
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled step, and what the compiler says about it; memory is in bytes, of one device."""
+
+    step: Callable[..., Any]
+    seconds: float
+    memory: dict[str, int]
+    rows_by: str
+
+
+def compile_step(traced: jax.stages.Traced) -> Compiled:
+    """Compiles a step.
+
+    XLA's `temporary` memory is what the step needs beside its arguments and results. The `total` counts the training
+    state once, since the new one takes over the memory of the old one.
+    """
+    began = time.perf_counter()
+    with device_memory_errors():
+        step = traced.lower().compile()
+    # Read from the program itself, not from the options.
+    rows_by = "triton" if "triton_kernel_call" in step.as_text() else "xla"
+    analysis = step.memory_analysis()
+    memory = {
+        "temporary": analysis.temp_size_in_bytes,
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes,
+        "aliased": analysis.alias_size_in_bytes,
+    }
+    memory["total"] = memory["temporary"] + memory["arguments"] + memory["outputs"] - memory["aliased"]
+    return Compiled(step, time.perf_counter() - began, memory, rows_by)
+
+
+def device_memory(figure: str) -> int | None:
+    """The largest of a figure of `memory_stats` over this process's devices; None if they have none (CPUs)."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max((each[figure] for each in stats if figure in each), default=None)
+
+
+@dataclass
+class Training:
+    """One training, and where it is.
+
+    Attributes:
+      name: for people.
+      folder: for metrics and checkpoints.
+      program: the step.
+      next_batch: the batch of a step, from its number (the first is 1) and the parameters.
+      evaluate: figures of parameters, for the metrics, if there are any.
+      figures: more figures of a step, from the results of its updates, its batch and its seconds.
+      given: what the step is called with after state and batch.
+      parts: of a batch, one for each call of the step; a batch as a whole, if nothing is given.
+      begin_with: parameters to begin with in place of the program's own.
+      about: more figures for the record of the compilation.
+    """
+
+    name: str
+    folder: Path
+    program: Program
+    next_batch: Callable[[int, Tree], Tree] = lambda step, params: None
+    evaluate: Callable[[Tree], Record] = lambda params: {}
+    figures: Callable[[Sequence[AccumulatedLoss], Tree, float], Record] = lambda results, batch, seconds: {}
+    given: tuple[Tree, ...] = ()
+    parts: Callable[[Tree], Sequence[Tree]] = lambda batch: [batch]
+    begin_with: Tree = None
+    about: Record = field(default_factory=dict)
+    state: Tree = None
+    start: int = 0
+
+    def begin(self, checkpoints: Checkpoints | None, resume: bool) -> None:
+        """Gets the state of the latest checkpoint, or the initial one."""
+        if checkpoints is not None:
+            self.start, self.state = checkpoints.restore_latest(self.program.abstract_state)
+        if resume:
+            say(f"{self.name}: {f'continues from step {self.start}' if self.start else 'begins with step 1'}")
+        if self.state is None:
+            self.state = self.program.initial_state()
+            if self.begin_with is not None:
+                # A copy, because a step takes over the memory of its state.
+                self.state["parameters"] = jax.tree.map(jnp.copy, self.begin_with)
+
+    def prepare(self) -> None:
+        say(f"{self.name}: compiling the step ...")
+        self.compiled = compile_step(self.program.step)
+        about = {"seconds": self.compiled.seconds, "memory": self.compiled.memory, "rows_by": self.compiled.rows_by}
+        write_metrics(self.folder, "compiled", 0, **about, **self.about)
+        if self.start == 0:
+            self.write_evaluation(0)
+
+    def write_evaluation(self, step: int) -> None:
+        if figures := self.evaluate(self.state["parameters"]):
+            write_metrics(self.folder, "eval", step, **figures)
+
+    def advance(self, step: int) -> Record:
+        batch = self.next_batch(step, self.state["parameters"])
+        began = time.perf_counter()
+        results = []
+        for part in self.parts(batch):
+            self.state, result = self.compiled.step(self.state, part, *self.given)
+            results.append(result)
+        loss = float(results[-1].loss)
+        seconds = time.perf_counter() - began
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss of {self.name} is {loss} at step {step}: try a lower learning rate. The steps before are in "
+                f"{self.folder}"
+            )
+        record = {"loss": loss, **self.figures(results, batch, seconds), "seconds": seconds}
+        write_metrics(self.folder, "train", step, **record)
+        return record
+
+
+def train(trainings: Sequence[Training], args: argparse.Namespace, last: int) -> None:
+    """Trains up to step `last`, from the latest checkpoints if there are any; all trainings alternate, one step each.
+
+    `args` has `no_progress`, and may have `resume`, `eval_every`, `checkpoint_every` and `keep_checkpoints`.
+    """
+    eval_every, save_every = (getattr(args, f"{name}_every", None) for name in ("eval", "checkpoint"))
+    with ExitStack() as stack, device_memory_errors():
+        saved = {}
+        for training in trainings:
+            if save_every is not None:
+                folder = Checkpoints(training.folder / CHECKPOINTS, args.keep_checkpoints)
+                saved[training.name] = stack.enter_context(folder)
+            training.begin(saved.get(training.name), getattr(args, "resume", False))
+        going = [each for each in trainings if each.start < last or "compiled" not in read_metrics(each.folder)]
+        if not going:
+            return
+        for training in going:
+            training.prepare()
+        first = min(training.start for training in going)
+        name = " and ".join(training.name for training in going)
+        disable = args.no_progress or jax.process_index() != 0
+        bar = stack.enter_context(tqdm(total=last, initial=first, desc=name, unit="step", disable=disable))
+        for step in range(first + 1, last + 1):
+            losses = []
+            for training in (training for training in going if training.start < step):
+                losses.append(training.advance(step)["loss"])
+                if step % (eval_every or last) == 0 or step == last:
+                    training.write_evaluation(step)
+                if save_every is not None and (step % save_every == 0 or step == last):
+                    saved[training.name].save(step, training.state)
+            bar.set_postfix(loss=", ".join(f"{loss:.4f}" for loss in losses), refresh=False)
+            bar.update()
+
+
+def text_training(
     name: str,
     folder: Path,
-    program: Program,
+    loss_fn: Callable[..., tuple[Any, ...]],
+    config: LlamaConfig,
+    learning: TrainingConfig,
     tokens: np.ndarray,
-    heldout: Sequence[np.ndarray],
-    args: argparse.Namespace,
-    *given: Any,
-    stop_at: int | None = None,
-) -> nnx.State:
-    """Trains on a stream of tokens, from the latest checkpoint in the folder or the seed; gives the last parameters.
-
-    `args` has what `options.add_run_options` adds. `stop_at` is a step to stop at under the schedule of all.
-    """
-    config, schedule = program.config, program.config.schedule()
-    batches = Batches(tokens, config.batch_size, config.length, config.seed)
-    last = config.steps if stop_at is None else stop_at
-    with Checkpoints(folder / CHECKPOINTS, args.keep_checkpoints) as checkpoints:
-        restored = checkpoints.restore_latest(nnx.to_pure_dict(program.abstract_state))
-        if restored is None:
-            start, state = 0, program.initial_state()
-        else:
-            start, tree, batches.position = restored
-            state = jax.tree.map(lambda leaf: leaf, program.abstract_state)
-            nnx.replace_by_pure_dict(state, tree)
-        if args.resume:
-            print(f"{name}: {f'goes on from step {start}' if start else 'begins with step 1, as it has no checkpoint'}")
-        if start >= last and "compiled" in read_metrics(folder / METRICS):
-            return program.parameters_of(state)
-        compiled = compile_step(program.step.lower())
-        with (
-            MetricsFile(folder / METRICS) as metrics,
-            tqdm(total=last, initial=start, desc=name, unit="step", disable=args.no_progress) as bar,
-        ):
-            metrics.write("compiled", 0, **compiled.record())
-            for step in range(start + 1, last + 1):
-                began = time.perf_counter()
-                state, value = compiled.step(state, next(batches), *given)
-                loss = float(value)
-                seconds = time.perf_counter() - began
-                if not math.isfinite(loss):
-                    raise RunError(
-                        f"the loss of {name} is {loss} at step {step}: try a lower learning rate. "
-                        f"The steps before are in {folder}"
-                    )
-                metrics.write(
-                    "train",
-                    step,
-                    loss=loss,
-                    learning_rate=float(schedule(step - 1)),
-                    tokens=config.batch_size * config.length,
-                    seconds=seconds,
-                )
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                bar.update()
-                if step % args.eval_every == 0 or step == last:
-                    metrics.write("eval", step, **evaluate(program, program.parameters_of(state), heldout))
-                if step % args.checkpoint_every == 0 or step == last:
-                    checkpoints.save(step, nnx.to_pure_dict(state), batches.position)
-    return program.parameters_of(state)
-
-
-def run_program(
-    name: str,
-    run: Callable[[argparse.Namespace], None],
-    args: argparse.Namespace,
-    interrupted: str = "--resume goes on from the latest checkpoint, where there is one",
-) -> None:
-    """Runs a program whose user's mistakes, and interruption, end in one line, not in a traceback."""
-    # GPUs would otherwise round float32 products to fewer bits, which is not what curves are compared under.
-    precision = "highest" if args.dtype == "float32" else "default"
-    try:
-        with interruptible(name, interrupted), jax.default_matmul_precision(precision):
-            run(args)
-    except (RunError, CheckpointError, CorpusError, OSError) as error:
-        sys.exit(f"{name}: error: {error}")
+    *given: Tree,
+    evaluate: Callable[[Tree], Record] = lambda params: {},
+) -> Training:
+    """The training of a decoder on a stream of tokens."""
+    create, optimizer = partial(learning.initial_parameters, config), learning.optimizer(config)
+    program = build_program(loss_fn, create, optimizer, learning.tokens(), *given)
+    batches = Batches(windows(tokens, learning.length), learning.batch_size, learning.seed)
+    return Training(name, folder, program, lambda step, params: batches[step - 1], evaluate)

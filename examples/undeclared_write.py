@@ -38,19 +38,11 @@ def undeclared_write(logits_ptr, labels_ptr, loss_ptr, V: tl.constexpr):
 
 def row_functions(compute_capability: int | None = None) -> dict[str, Callable]:
     """Functions of logits and labels that give losses and logit gradients, by how they are written."""
+    about = {"num_warps": 8, "compute_capability": compute_capability, "backend_options": {"enable_fp_fusion": True}}
 
     def call(kernel, out_type, logits, labels):
-        return jax_triton.triton_call(
-            logits,
-            labels,
-            kernel=kernel,
-            out_type=out_type,
-            grid=(logits.shape[0],),
-            num_warps=8,
-            compute_capability=compute_capability,
-            backend_options={"enable_fp_fusion": True},
-            V=logits.shape[1],
-        )
+        grid, columns = (logits.shape[0],), logits.shape[1]
+        return jax_triton.triton_call(logits, labels, kernel=kernel, out_type=out_type, grid=grid, V=columns, **about)
 
     def wrong(logits, labels):
         loss = call(undeclared_write, jax.ShapeDtypeStruct(labels.shape, logits.dtype), logits, labels)
@@ -79,7 +71,6 @@ def value_and_grads(rows, scan, hidden, kernel, bias, labels):
 
 
 def python_scan(step, carry, chunks):
-    """`jax.lax.scan`, op by op."""
     parts = []
     for chunk in zip(*chunks, strict=True):
         carry, part = step(carry, chunk)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from example_runs import content, interruption, losses
-from flax import nnx
 
 import jliger
 
@@ -88,21 +86,23 @@ def test_resuming_a_finished_run_shows_its_report_again(distill, options, finish
     ],
 )
 def test_both_losses_are_one(distill, config, tie_embeddings):
-    # Embedding, norm and head are enough of a model.
-    configs = [distill.ModelConfig(96, size, 0, 2, tie_embeddings, "float32") for size in (16, 24)]
-    student, teacher = (distill.LanguageModel(config, nnx.Rngs(seed)) for seed, config in enumerate(configs))
+    from llama import initial_parameters
+
+    configs = [distill.LlamaConfig(96, size, 8, 1, 2, 2, tie_embeddings) for size in (16, 24)]
+    student, teacher = (initial_parameters(each, jax.random.key(seed)) for seed, each in enumerate(configs))
     # Larger, so that the two are far apart.
-    nnx.update(teacher, jax.tree.map(lambda leaf: 4 * leaf, nnx.state(teacher)))
-    tokens = np.random.default_rng(0).integers(0, 96, (3, 21))
+    teacher = jax.tree.map(lambda leaf: 4 * leaf, teacher)
+    tokens = np.random.default_rng(0).integers(1, 96, (3, 21))
     # Ends of text, and what has no token.
     tokens[1, 5], tokens[2, 9:] = 0, -1
-    graphdef, parameters = nnx.split(teacher)
-    shared = {"graphdef": graphdef, "config": distill.DistillationConfig(*config), "end_of_text": 0}
+    heads = (distill.Head("full"), distill.Head("jliger", chunk_size=8))
+    of_heads = [distill.Distillation(head, *configs, distill.DistillationConfig(*config), 0) for head in heads]
     with jax.default_matmul_precision("highest"):
-        (full, full_grads), (fused, fused_grads) = (
-            nnx.value_and_grad(partial(loss, **shared))(student, jnp.asarray(tokens), parameters)
-            for loss in (distill.full_loss, partial(distill.fused_loss, chunk_size=8))
+        ((full, count), full_grads), ((fused, _), fused_grads) = (
+            jax.value_and_grad(loss, has_aux=True)(student, jnp.asarray(tokens), teacher) for loss in of_heads
         )
+    # Neither the label after an end of text counts, nor one that is no token.
+    assert count == 20 + 19 + 8
     np.testing.assert_allclose(fused, full, rtol=2e-6)
     for one, other in zip(jax.tree.leaves(fused_grads), jax.tree.leaves(full_grads), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
@@ -112,8 +112,9 @@ def test_a_gpu_gets_triton_by_itself(distill, options):
     pytest.importorskip("jax_triton")
     pytest.importorskip("jax_cuda13_plugin")
     with jliger.compute_capability(90):
-        programs = distill.build_programs(distill.parse_args([*options, "--head", "jliger"]), 512, 0)
-        step = programs.distilled["jliger"].step
+        args = distill.parse_args([*options, "--head", "jliger"])
+        _, _, distilled = distill.build_trainings(args, distill.options.corpus_of(args))
+        step = distilled["jliger"].program.step
         assert "triton_kernel_call" in step.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -126,7 +127,6 @@ def test_another_run_in_its_place_takes_the_teacher_from_the_cache(distill, opti
     assert "teacher: from " in capsys.readouterr().out
     assert losses(out / "alone") == losses(finished / "alone")
     assert losses(out / "distilled" / "jliger") != losses(finished / "distilled" / "jliger")
-    assert not (out / "teacher").exists()
     assert not (out / "distilled" / "full").exists()
     assert (out / "notes.txt").read_text() == "mine"
     summary, before = (json.loads((run / "summary.json").read_text()) for run in (out, finished))
@@ -144,7 +144,7 @@ def test_a_teacher_that_cannot_be_read_is_trained_anew(distill, options, finishe
     out = tmp_path / "run"
     distill.main([*options, "--out", str(out), "--cache-dir", str(copied), "--head", "jliger"])
     assert "teacher: from " not in capsys.readouterr().out
-    assert losses(out / "teacher") == losses(finished / "teacher")
+    assert losses(teacher) == losses(next(cache.glob("teacher-*")))
     assert losses(out / "distilled" / "jliger") == losses(finished / "distilled" / "jliger")
     assert [path.name for path in copied.glob("*teacher-*")] == [teacher.name]
 
@@ -153,19 +153,19 @@ def test_a_teacher_that_cannot_be_read_is_trained_anew(distill, options, finishe
 def test_resuming_a_killed_run_gives_the_uninterrupted_curves(
     distill, options, finished, tmp_path, monkeypatch, capsys
 ):
-    from reporting import MetricsFile
+    import training
 
     out = tmp_path / "run"
-    write = MetricsFile.write
+    write = training.write_metrics
 
-    def kill(self, event, step, **values):
+    def kill(folder, event, step, **values):
         if event == "train" and step == 11 and (out / "distilled").exists():
             raise KeyboardInterrupt
-        write(self, event, step, **values)
+        write(folder, event, step, **values)
 
     arguments = [*options, "--out", str(out), "--head", "jliger"]
     with monkeypatch.context() as patch:
-        patch.setattr(MetricsFile, "write", kill)
+        patch.setattr(training, "write_metrics", kill)
         assert "--resume" in interruption(distill, arguments, capsys)
     assert list(losses(out / "distilled" / "jliger")) == list(range(1, 11))
     distill.main([*arguments, "--resume"])
@@ -179,7 +179,7 @@ def test_a_run_is_not_overwritten_unasked(distill, options, finished, tmp_path):
     arguments = [*options, "--out", str(finished)]
     with pytest.raises(SystemExit, match=r"--resume.*--overwrite"):
         distill.main(arguments)
-    with pytest.raises(SystemExit, match=r"temperature was 1\.0 and is 2\.0, teacher_steps was 60 and is 70"):
+    with pytest.raises(SystemExit, match=r"teacher_steps was 60 and is 70, temperature was 1\.0 and is 2\.0"):
         distill.main([*arguments, "--resume", "--temperature", "2", "--teacher-steps", "70"])
     assert content(finished) == before
     (tmp_path / "thesis.txt").write_text("the only copy")

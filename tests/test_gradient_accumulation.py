@@ -197,41 +197,43 @@ def test_bad_arguments(program, capsys, arguments, message):
 
 def test_a_limit_is_a_fraction_of_the_gpus_memory(program, monkeypatch):
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    monkeypatch.setattr(program, "_gpu_mebibytes", lambda: 100_000.0)
-    assert program.variables_for(None)["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.95"
+    monkeypatch.setattr(program, "gpu_mebibytes", lambda: 100_000.0)
+    assert program.variables_for(None) == {}
     fraction = float(program.variables_for(24.0)["XLA_PYTHON_CLIENT_MEM_FRACTION"])
     assert fraction * 100_000 * 2**20 == pytest.approx(24e9, rel=1e-4)
-    monkeypatch.setattr(program, "_gpu_mebibytes", lambda: None)
+    monkeypatch.setattr(program, "gpu_mebibytes", lambda: None)
     with pytest.raises(SystemExit, match="a memory limit is for GPUs"):
         program.variables_for(24.0)
 
 
 def test_out_of_memory_is_a_record(tmp_path, monkeypatch):
-    measuring = import_example("accumulation_memory")
+    measuring = import_example("measure")
 
-    def refuse(args, compiled, run):
+    def refuse(*_):
         raise measuring.DeviceMemoryError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
 
     monkeypatch.setattr(measuring, "measured", refuse)
     out = tmp_path / "records.json"
     options = ["--head", "jliger", "--what", "loss", "--tokens", "8", "--vocab", "64", "--chunk-sizes", "4"]
-    measuring.main([*options, "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        measuring.main([*options, "--out", str(out)])
+    assert ended.value.code == 3
     (record,) = json.loads(out.read_text())["records"]
     assert record["out_of_memory"] is True
     assert "RESOURCE_EXHAUSTED" in record["reason"]
 
 
 def test_a_limit_that_is_not_kept_is_refused(tmp_path, monkeypatch):
-    measuring = import_example("accumulation_memory")
+    measuring = import_example("measure")
     monkeypatch.setattr(measuring, "device_memory", lambda figure: 30 * 10**9)
     with pytest.raises(SystemExit, match="--limit 24 GB, and JAX may use 30000000000 bytes"):
         measuring.main(["--head", "full", "--limit", "24", "--out", str(tmp_path / "records.json")])
 
 
 def test_a_program_that_needs_more_than_there_is_does_not_run(monkeypatch):
-    measuring = import_example("accumulation_memory")
-    monkeypatch.setattr(measuring, "device_memory", lambda figure: 1)
+    measuring = import_example("measure")
+    monkeypatch.setattr(import_example("measuring"), "device_memory", lambda figure: 1)
     args = measuring.parse_args(["--head", "full", "--what", "loss", "--tokens", "8", "--vocab", "64", "--out", "x"])
-    (_, measure), _ = measuring.loss_tasks(args)
+    (_, measure), _ = measuring.tasks_of(args, "loss")
     with pytest.raises(measuring.DeviceMemoryError, match=r"needs \d+ bytes of 1"):
         measure()

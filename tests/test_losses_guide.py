@@ -1,4 +1,4 @@
-"""What docs/losses.md shows, runs."""
+"""The code of docs/preferences.md and docs/reinforcement_learning.md runs."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-GUIDE = (Path(__file__).parent.parent / "docs" / "losses.md").read_text()
+DOCS = Path(__file__).parent.parent / "docs"
+GUIDE = "".join((DOCS / f"{page}.md").read_text() for page in ("preferences", "reinforcement_learning"))
 
 
 def test_the_code_of_the_guide_runs():

@@ -1,6 +1,7 @@
-"""examples/measure_post_training.py and the sweep over it, with a tiny model."""
+"""examples/measure.py with losses after pretraining, and the sweep over it, with a tiny model."""
 
 import json
+from dataclasses import replace
 from types import ModuleType
 
 import jax
@@ -21,7 +22,7 @@ FIGURES = {"milliseconds": 1.0, "tokens_per_second": 100.0, "model_flop_utilisat
 
 @pytest.fixture(scope="module")
 def measure(import_example) -> ModuleType:
-    return import_example("measure_post_training")
+    return import_example("measure")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_both_heads_take_the_same_steps(measure, tmp_path, loss, capsys):
         file = tmp_path / f"{head}.json"
         # GPUs round float32 operands of products otherwise.
         with jax.default_matmul_precision("highest"):
-            measure.main([*SMALL, "--loss", loss, "--head", head, "--prompt-length", "8", "--out", str(file)])
+            measure.main([*SMALL, "--what", loss, "--head", head, "--prompt-length", "8", "--out", str(file)])
         found = json.loads(file.read_text())
         (records[head],) = found["records"]
         assert f"{loss}, {head}: " in capsys.readouterr().out
@@ -56,22 +57,24 @@ def test_both_heads_take_the_same_steps(measure, tmp_path, loss, capsys):
 def test_a_gpu_gets_triton_by_itself(measure):
     pytest.importorskip("jax_triton")
     pytest.importorskip("jax_cuda13_plugin")
-    args = measure.parse_args([*SMALL, "--loss", "grpo", "--head", "jliger", "--out", "record.json"])
-    args.dtype = "bfloat16"
+    args = measure.parse_args([*SMALL, "--what", "grpo", "--head", "jliger", "--out", "record.json"])
+    config = replace(measure.CONFIGS["tiny"], dtype="bfloat16")
     with jliger.compute_capability(90):
-        traced, _ = measure.build_step(args, measure.decoder.CONFIGS["tiny"])
-        assert "triton_kernel_call" in traced.lower(lowering_platforms=("cuda",)).as_text()
+        program, _ = measure.program_of(args, config, "grpo", 32, 1)
+        assert "triton_kernel_call" in program.step.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_out_of_memory_is_a_record_and_a_code(measure, tmp_path, monkeypatch):
+    import runs
+
     def refuse(*_):
         raise measure.DeviceMemoryError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
 
     monkeypatch.setattr(measure, "compile_step", refuse)
     file = tmp_path / "record.json"
     with pytest.raises(SystemExit) as ended:
-        measure.main([*SMALL, "--loss", "orpo", "--head", "full", "--out", str(file)])
-    assert ended.value.code == measure.OUT_OF_MEMORY_EXIT
+        measure.main([*SMALL, "--what", "orpo", "--head", "full", "--out", str(file)])
+    assert ended.value.code == runs.OUT_OF_MEMORY_EXIT
     (record,) = json.loads(file.read_text())["records"]
     assert record["out_of_memory"] is True
     assert "RESOURCE_EXHAUSTED" in record["reason"]
@@ -80,10 +83,10 @@ def test_out_of_memory_is_a_record_and_a_code(measure, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--loss", "orpo", "--sequences", "3"], "must be even for --loss orpo"),
-        (["--loss", "grpo", "--prompt-length", "33"], "leaves nothing of --length 32"),
-        (["--loss", "kto"], "invalid choice"),
-        (["--loss", "grpo", "--config", "llama9"], "invalid choice"),
+        (["--what", "orpo", "--sequences", "3"], "must be even for orpo"),
+        (["--what", "grpo", "--prompt-length", "33"], "leaves nothing of --length 32"),
+        (["--what", "kto"], "invalid choice"),
+        (["--what", "grpo", "--config", "llama9"], "invalid choice"),
     ],
 )
 def test_bad_arguments(measure, tmp_path, capsys, arguments, message):
@@ -106,7 +109,7 @@ def test_a_sweep_of_processes_that_wait_for_one_another(measure, sweep, tmp_path
     assert found["environment"]["command"].startswith("python examples/sweep_post_training.py --out")
     text = file.with_suffix(".txt").read_text()
     # The head's own line, with the share that it saves.
-    assert text.splitlines()[1].endswith(" %")
+    assert text.splitlines()[1].endswith("%")
     assert "full logits" in text.splitlines()[2]
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="--overwrite replaces it"):
@@ -123,16 +126,16 @@ def test_a_sweep_whose_processes_fail(sweep, tmp_path, capfd):
 
 
 def test_the_saving_is_of_the_peak_with_full_logits(sweep):
+    import sweeps
+
     records = [
-        {"loss": "orpo", "head": "jliger", "peak_bytes": 30 * sweep.GIB},
-        {"loss": "orpo", "head": "full", "peak_bytes": 60 * sweep.GIB},
+        {"loss": "orpo", "head": "jliger", "peak_bytes": 30 * sweeps.GIB},
+        {"loss": "orpo", "head": "full", "peak_bytes": 60 * sweeps.GIB},
         {"loss": "grpo", "head": "jliger", "peak_bytes": None},
         {"loss": "grpo", "head": "full", "out_of_memory": True},
     ]
-    memory = {"temporary": sweep.GIB, "total": 2 * sweep.GIB}
+    memory = {"temporary": sweeps.GIB, "total": 2 * sweeps.GIB}
     records = [{"out_of_memory": False, "memory_bytes": memory, **FIGURES, **record} for record in records]
-    lines = sweep.summary_table(records).splitlines()
-    assert lines[1].endswith("30.00  50.0 %")
-    assert lines[2].endswith("60.00       -")
-    assert lines[3].split()[-2:] == ["2.00", "-"]
-    assert "out of memory" in lines[4]
+    saved = [sweeps.saving(records, "loss", record) for record in records]
+    assert saved == ["50.0%", "-", "-", "-"]
+    assert sweeps.memory_of(records[2]) == 2 * sweeps.GIB

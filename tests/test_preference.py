@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from example_runs import content, records, refusal
-from flax import nnx
 
 import jliger
 
@@ -109,7 +108,7 @@ def test_pairs_part_after_the_prompt(preference):
     windows = np.arange(200, dtype=np.int32).reshape(10, 20)
     windows[:, 15], windows[:, 19] = 0, -1
     pairs = preference.Pairs(prompt_length=5, corruption=0.5, end_of_text=0, pool=np.arange(1000, 1100, dtype=np.int32))
-    chosen, rejected = np.split(pairs(windows, np.random.default_rng(0)), 2)
+    chosen, rejected = np.split(pairs(windows, [0]), 2)
     np.testing.assert_array_equal(chosen, windows)
     changed = rejected != windows
     assert not changed[:, [0, 1, 2, 3, 4, 15, 19]].any()
@@ -119,28 +118,28 @@ def test_pairs_part_after_the_prompt(preference):
 
 @pytest.mark.parametrize("loss", [pytest.param("orpo", marks=pytest.mark.exhaustive), "dpo"])
 def test_only_completions_count(preference, loss):
-    import post_training
-    from language_model import LanguageModel, ModelConfig
+    from llama import LlamaConfig, full_logits, hidden_states, initial_parameters
 
-    model = LanguageModel(ModelConfig(64, 16, 1, 2, False, "float32"), nnx.Rngs(0))
+    config = LlamaConfig(64, 16, 48, 1, 2, 2)
+    params = initial_parameters(config, jax.random.key(1))
     tokens = jax.random.randint(jax.random.key(0), (6, 13), 1, 64)
     of_head = {
-        head: preference.Preference(loss, post_training.Head(head), 0.3, prompt_length=4, end_of_text=0)
+        head: preference.Preference(loss, preference.Head(head), config, 0.3, prompt_length=4, end_of_text=0)
         for head in HEADS
     }
-    logprobs, where = of_head["full"].logprobs(model, tokens)
+    logprobs, where = of_head["full"].logprobs(params, tokens)
     # Of 12 labels, the tokens from the second on, the first 3 are the prompt's.
     np.testing.assert_array_equal(where, np.broadcast_to(np.arange(12) >= 3, (6, 12)))
-    log_p = jax.nn.log_softmax(model.full_logits(tokens[:, :-1]))
+    log_p = jax.nn.log_softmax(full_logits(config, params, hidden_states(config, params, tokens[:, :-1])))
     wanted = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
     np.testing.assert_allclose(logprobs[:, 3:], wanted[:, 3:], rtol=1e-5)
 
     batch = {"tokens": tokens}
     if loss == "dpo":
         reference = wanted[:, 3:].sum(axis=1)
-        np.testing.assert_allclose(of_head["jliger"].reference(model, tokens), reference, rtol=1e-5)
+        np.testing.assert_allclose(of_head["jliger"].batch(tokens, params)["reference"], reference, rtol=1e-5)
         batch["reference"] = reference + jnp.array([0.5, -1, 2, 0, 1, -0.5])
-    (full, _), (fused, _) = (of_head[head](model, batch) for head in HEADS)
+    (full, *_), (fused, *_) = (of_head[head](params, batch) for head in HEADS)
     np.testing.assert_allclose(fused, full, rtol=1e-6)
     if loss == "dpo":
         # The policy is the reference but for what was added to it: chosen less rejected.
@@ -151,16 +150,13 @@ def test_only_completions_count(preference, loss):
 def test_a_gpu_gets_triton_by_itself(preference):
     pytest.importorskip("jax_triton")
     pytest.importorskip("jax_cuda13_plugin")
-    from language_model import LanguageModel, ModelConfig
-    from post_training import Head
+    from llama import LlamaConfig
     from training import TrainingConfig
 
-    graphdef, parameters = nnx.split(LanguageModel(ModelConfig(512, 16, 1, 2, False, "float32"), nnx.Rngs(0)))
-    config = TrainingConfig(4, 4, 16, 1e-3, 1, 0.1, 0)
+    config, learning = LlamaConfig(512, 16, 48, 1, 2, 2), TrainingConfig(4, 4, 16, 1e-3, 1, 0.1, 0)
     with jliger.compute_capability(90):
-        program = preference.build_program(
-            preference.Preference("orpo", Head("jliger"), 1.0, 4, 0), config, graphdef, parameters
-        )
+        of_pairs = preference.Preference("orpo", preference.Head("jliger"), config, 1.0, 4, 0)
+        program = of_pairs.training(Path("unused"), learning).program
         assert "triton_kernel_call" in program.step.lower(lowering_platforms=("cuda",)).as_text()
 
 

@@ -64,7 +64,7 @@ def environment() -> Record:
         "command": command(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "python": platform.python_version(),
-        "versions": {name: found for name in packages if (found := version(name))},
+        "versions": {name: value for name in packages if (value := version(name))},
         "device": devices[0].device_kind,
         "devices": len(devices),
         "driver": _driver() if devices[0].platform == "gpu" else None,
@@ -99,9 +99,9 @@ def read_json(path: Path) -> Record:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_json(path: Path, found: Record) -> None:
+def write_json(path: Path, result: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # The fields that are medians over processes. Other fields come from the first process that has them.
@@ -144,22 +144,22 @@ def merged(parts: Sequence[Record]) -> dict[str, Record]:
 
 
 def _merged_record(records: Sequence[Record]) -> Record:
-    found: Record = {}
+    result: Record = {}
     for record in records:
-        found = record | found  # the first record that has a field gives it
-    found.pop("what")
+        result = record | result  # the first record that has a field gives it
+    result.pop("what")
     bursts = [burst for record in records for burst in record.get("bursts", ())]
-    found.pop("bursts", None)
+    result.pop("bursts", None)
     for name in MEASURED:
         values = [record[name] for record in records if record.get(name) is not None]
         if values:
-            found[name] = statistics.median(values)
+            result[name] = statistics.median(values)
             if name in SPREAD and len(values) > 1:
-                found[f"{name}_spread"] = [min(values), max(values)]
+                result[f"{name}_spread"] = [min(values), max(values)]
     if bursts:
-        found |= {"processes": sum("bursts" in record for record in records), "bursts": len(bursts)}
-        found |= {"fastest_milliseconds": min(bursts), "slowest_milliseconds": max(bursts)}
-    return found
+        result |= {"processes": sum("bursts" in record for record in records), "bursts": len(bursts)}
+        result |= {"fastest_milliseconds": min(bursts), "slowest_milliseconds": max(bursts)}
+    return result
 
 
 def table(records: Sequence[Record], columns: dict[str, str]) -> str:

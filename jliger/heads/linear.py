@@ -33,7 +33,7 @@ class HeadMethods:
     """The operations of what makes a `LinearHead` of itself: modules of both of flax's libraries, and that itself."""
 
     def linear_head(self, hidden: Any) -> "LinearHead":
-        """Parameters, and how they make logits of such hidden states."""
+        """The parameters, and how logits of such hidden states are computed from them."""
         raise NotImplementedError
 
     @overload

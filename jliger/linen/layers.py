@@ -1,4 +1,4 @@
-"""layers: heads that a model already has, made of flax's own layers, as `LinearHead`."""
+"""layers: converts flax's own layers to `LinearHead`."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from jliger.heads.linear import LinearHead, Promote
 
 @functools.singledispatch
 def linear_head(module: Any, hidden: Float[Array, "*B H"]) -> LinearHead:
-    """What `module` computes of hidden states: its parameters, and how they make logits."""
+    """The head that `module` is: its parameters, and how logits are computed from them."""
     raise NotImplementedError(
         f"module got a {type(module).__name__}; pass a jliger.linen.LMHead, flax's Dense, DenseGeneral, Einsum or "
         "Embed, variables of one of them, or the head's arrays to jliger.fused_linear_cross_entropy."
@@ -56,7 +56,7 @@ def _(module: nn.Embed, hidden: Array) -> LinearHead:
 
 @linear_head.register
 def _(module: Mapping, hidden: Array) -> LinearHead:
-    """Variables alone say nothing of dtypes: products are taken in hidden's."""
+    """Variables alone do not say which dtype to use: products are computed in hidden's."""
     params = meta.unbox(module.get("params", module))
     if set(params) == {"embedding"}:
         return LinearHead(kernel=params["embedding"], kernel_layout="vh", dtype=hidden.dtype)
@@ -75,7 +75,7 @@ def of_embed(module: nn.Embed, hidden: Array, **changes: Any) -> LinearHead:
 
 
 def of_params(module: Any, params: Mapping[str, Array], **changes: Any) -> LinearHead:
-    """A layer's parameters, without the boxes of `nn.with_partitioning`, and how it casts them."""
+    """The head of a layer's parameters, which are unboxed (`nn.with_partitioning`)."""
     return LinearHead(
         kernel=params["kernel"],
         bias=params.get("bias"),
@@ -93,13 +93,13 @@ def _params(module: nn.Module, name: str, call: Callable[[Array], Any], hidden: 
             f"module got an unbound {type(module).__name__}; pass module.bind(variables), or its variables themselves."
         )
     if not module.has_variable("params", name):
-        # The model is being initialised, and nothing has called this layer yet.
+        # The model is being initialised, and this layer has not been called yet.
         call(jnp.zeros((*(1,) * (hidden.ndim - 1), hidden.shape[-1]), hidden.dtype))
     return meta.unbox(module.variables["params"])
 
 
 def _promote(module: Any) -> Promote | None:
-    """What flax's `promote_dtype` does is known; another may do anything, and is called."""
+    """None for flax's `promote_dtype`, whose effect is known; any other function is called."""
     if module.promote_dtype is dtypes.promote_dtype:
         return None
 

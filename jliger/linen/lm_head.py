@@ -10,7 +10,7 @@ from jliger.linen import layers
 
 
 class LMHead(HeadMethods, nn.Dense):
-    r"""`flax.linen.Dense` that also gives the loss, without the logits `[tokens, V]` ever existing whole.
+    r"""`flax.linen.Dense` that also computes the loss, without storing the logits `[tokens, V]` whole.
 
     Logits are $\mathrm{softcap}(s \cdot (\mathrm{hidden} \cdot \mathrm{kernel} + \mathrm{bias}))$. Parameters, their
     initial values and boxes, and dtypes are those of `flax.linen.Dense`, so that a checkpoint of one loads into the
@@ -57,7 +57,7 @@ class LMHead(HeadMethods, nn.Dense):
 
     @nn.compact
     def linear_head(self, hidden: Float[Array, "*B H"]) -> LinearHead:
-        """Parameters, and how they make logits."""
+        """The parameters, and how logits are computed from them."""
         heads.check_product(self, self.dot_general, self.dot_general_cls)
         hidden = checks.as_array("hidden", hidden)
         params = {"kernel": self.param("kernel", self.kernel_init, (hidden.shape[-1], self.features), self.param_dtype)}
@@ -69,7 +69,7 @@ class LMHead(HeadMethods, nn.Dense):
 
 
 class TiedLMHead(HeadMethods, nn.Module):
-    """The head of an embedding: `LMHead.tied` makes it. It has no parameter but that of `embed`.
+    """The head of an embedding; `LMHead.tied` creates it. It has no parameters except the embedding's.
 
     Attributes:
       embed: the embedding.
@@ -88,7 +88,7 @@ class TiedLMHead(HeadMethods, nn.Module):
         return self.linear_head(hidden).logits(hidden)
 
     def linear_head(self, hidden: Float[Array, "*B H"]) -> LinearHead:
-        """Parameters, and how they make logits."""
+        """The parameters, and how logits are computed from them."""
         return layers.of_embed(
             self.embed,
             hidden,

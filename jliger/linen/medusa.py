@@ -16,19 +16,19 @@ from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics, CrossEntro
 
 
 class MedusaHeads(nn.Module):
-    r"""Heads beside a model's own that predict later tokens (Cai et al., 2024, arXiv:2401.10774).
+    r"""Additional heads that predict later tokens (Cai et al., 2024, arXiv:2401.10774).
 
     The model's head predicts the next token, $t + 1$. Head $i = 1 \ldots K$ here predicts token $t + i + 1$ from the
-    same hidden state: through residual blocks $x + \mathrm{silu}(x W + b)$, which begin as the identity, and a head of
-    its own. The loss is computed head by head, each with its gradients, so memory beside parameters and their
-    gradients does not grow with $K$ (except in float16).
+    same hidden state. It has residual blocks $x + \mathrm{silu}(x W + b)$, initially the identity, and a linear head of
+    its own. The loss and its gradients are computed one head at a time, so that memory, apart from parameters and their
+    gradients, does not grow with $K$ (except in float16).
 
-    Stage 1 of Medusa freezes the model: with hidden states that are not differentiated, or behind
-    `jax.lax.stop_gradient`, no gradient of them is computed, and heads and blocks still learn. Stage 2 adds this loss,
-    times some small number, to the model's.
+    Stage 1 of Medusa freezes the model: if the hidden states are not differentiated, or pass through
+    `jax.lax.stop_gradient`, their gradients are not computed, and heads and blocks still learn. Stage 2 adds this loss,
+    times a small number, to the model's.
 
-    Parameters are `heads/kernel` `[K, H, V]`, with a bias `heads/bias` `[K, V]`, and of each block, counted from 0,
-    `blocks_0/kernel` `[K, H, H]` and `blocks_0/bias` `[K, H]`.
+    The parameters are `heads/kernel` `[K, H, V]` and, with a bias, `heads/bias` `[K, V]`; each block, counted from 0,
+    has `blocks_0/kernel` `[K, H, H]` and `blocks_0/bias` `[K, H]`.
 
     Attributes:
       num_heads: `K`.
@@ -140,10 +140,10 @@ class MedusaHeads(nn.Module):
 
     @nn.compact
     def medusa_heads(self, hidden: Float[Array, "*B H"]) -> medusa.MedusaHeads:
-        """Parameters, and how they make logits."""
+        """The parameters, and how logits are computed from them."""
 
         def stacked(features: int, **options: Any) -> LinearHead:
-            """Of each head, a layer's parameters."""
+            """A layer with the parameters of all heads, stacked."""
             layers = nn.vmap(
                 LMHead,
                 in_axes=None,

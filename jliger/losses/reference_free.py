@@ -40,7 +40,7 @@ def orpo(
 
     where $\alpha$ is `nll_weight` and $\beta$, the paper's $\lambda$, is `beta`. The likelihood term is the paper's:
     that of the chosen completion, averaged over its tokens and then over pairs. TRL and Liger average it over all
-    tokens of the batch: to get that, pass `nll_weight=0` and add the term yourself (docs/losses.md).
+    tokens of the batch: to get that, pass `nll_weight=0` and add the term yourself (docs/preferences.md).
 
     At $\ell = 0$ the odds are infinite. A mean closer to 0 than the machine epsilon (1.2e-7 in float32) is replaced by
     minus the epsilon, and its gradient is that at minus the epsilon, so that both are finite.
@@ -101,7 +101,7 @@ def cpo(
 
     where $\varepsilon$ is `label_smoothing` and $\alpha$ is `nll_weight`. The likelihood term is the paper's: that of
     the whole chosen completion. TRL and Liger average it over all tokens of the batch: to get that, pass `nll_weight=0`
-    and add the term yourself (docs/losses.md).
+    and add the term yourself (docs/preferences.md).
 
     Args:
       chosen_logprobs: log-probabilities of the chosen completions, `[B]`: sums over tokens, see `sequence_logprobs`.

@@ -158,7 +158,7 @@ def test_pairs_with_a_fully_masked_sequence(function):
 
 
 def test_the_likelihood_term_over_all_tokens_of_the_batch():
-    # TRL's likelihood term, which docs/losses.md says how to add.
+    # TRL's likelihood term, which docs/preferences.md says how to add.
     tokens = np.random.default_rng(3).uniform(-3, -0.1, (2, 3, 4)).astype(np.float32)
     where = np.random.default_rng(4).random((2, 3, 4)) < 0.7
     where[..., 0] = True

@@ -1,4 +1,4 @@
-"""functions: the operations of a head that is a module, in one line and without a new module."""
+"""functions: losses and log-probabilities of a head that is a Flax module."""
 
 from typing import Any, Literal, Unpack, overload
 
@@ -48,28 +48,29 @@ def fused_linear_cross_entropy(
 def fused_linear_cross_entropy(
     module: nnx.Module, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Any
 ) -> Any:
-    """The loss of `module(hidden)`, without the logits `[tokens, V]` ever existing whole.
+    """The loss of `module(hidden)`, without storing the logits `[tokens, V]` whole.
 
-    Kernel, bias, and dtype and precision of the products are the module's. Flax's own layers neither scale nor cap
-    logits: where the model does so after them, pass `logit_scale` and `logit_softcap`. `jliger.nnx.LMHead` has its own.
+    The kernel, the bias, and the dtype and precision of the products are the module's. Flax's own layers neither scale
+    nor cap logits: if the model does so after them, pass `logit_scale` and `logit_softcap`. `jliger.nnx.LMHead` has its
+    own.
 
-    Parameters are cast as the module casts them, with two exceptions, for the better: the bias is added in its own
-    dtype, and float32 parameters get gradients that were summed in float32.
+    Parameters are cast as the module casts them, with two exceptions, both more precise: the bias is added in its own
+    dtype, and the gradients of float32 parameters are summed in float32.
 
     Args:
       module: the head, from `[*B, H]` to `[*B, V]`: `jliger.nnx.LMHead` or `TiedLMHead`; `flax.nnx.Linear`;
-        `flax.nnx.LinearGeneral` or `Einsum` that take one last axis to another; `flax.nnx.Embed`, whose `attend` is
-        meant; `flax.nnx.LoRALinear`, or a `flax.nnx.LoRA` whose `base_module` is a linear one of these. A LoRA's
-        kernels are never merged, and its products are taken in the base's dtype.
+        `flax.nnx.LinearGeneral` or `Einsum` that map one last axis to another; `flax.nnx.Embed`, used as by its
+        `attend`; `flax.nnx.LoRALinear`, or a `flax.nnx.LoRA` whose `base_module` is a linear one of these. A LoRA's
+        kernels are never merged, and its products are computed in the base's dtype.
       hidden: the model's last hidden states, `[*B, H]`.
       labels: the label of each token, `[*B]`. They are not shifted here.
-      **options: those of `jliger.fused_linear_cross_entropy`. They come before what the module says.
+      **options: those of `jliger.fused_linear_cross_entropy`. They override the module's own.
 
     Returns:
       As `jliger.fused_linear_cross_entropy`.
 
     Raises:
-      NotImplementedError: a module that is no such head.
+      NotImplementedError: a module of another kind.
       TypeError: an array as `module`; an option that is the module's own, such as `bias`; what
         `jliger.fused_linear_cross_entropy` raises.
       ValueError: what `jliger.fused_linear_cross_entropy` raises.
@@ -90,19 +91,19 @@ def fused_linear_cross_entropy(
 def linear_logprobs(
     module: nnx.Module, hidden: Float[Array, "*B H"], labels: Int[Array, "*B"], **options: Unpack[LogprobsOptions]
 ) -> LinearLogprobs:
-    """Log-probabilities, log-sum-exps, entropies and predictions of `module(hidden)`, a token each, without its logits.
+    """Log-probabilities, log-sum-exps, entropies and predictions of the tokens, without storing the logits whole.
 
     Args:
       module: the head, as `jliger.nnx.fused_linear_cross_entropy` takes it.
       hidden: the model's last hidden states, `[*B, H]`.
       labels: the label of each token, `[*B]`. They are not shifted here.
-      **options: those of `jliger.linear_logprobs`. They come before what the module says.
+      **options: those of `jliger.linear_logprobs`. They override the module's own.
 
     Returns:
       `jliger.LinearLogprobs`.
 
     Raises:
-      NotImplementedError: a module that is no such head.
+      NotImplementedError: a module of another kind.
       TypeError: an array as `module`; an option that is the module's own, such as `bias`; what
         `jliger.linear_logprobs` raises.
       ValueError: what `jliger.linear_logprobs` raises.

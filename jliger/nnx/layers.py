@@ -1,4 +1,4 @@
-"""layers: heads that a model already has, made of flax's own layers, as `LinearHead`."""
+"""layers: converts flax's own layers to `LinearHead`."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from jliger.ops.linear_head.adapter import LinearAdapter
 
 @functools.singledispatch
 def linear_head(module: Any, hidden: Float[Array, "*B H"]) -> LinearHead:
-    """What `module` computes of hidden states: its parameters, and how they make logits."""
+    """The head that `module` is: its parameters, and how logits are computed from them."""
     raise NotImplementedError(
         f"module got a {type(module).__name__}; pass a jliger.nnx.LMHead or flax's Linear, LinearGeneral, Einsum, "
         "Embed, LoRALinear or LoRA, or the head's arrays to jliger.fused_linear_cross_entropy."
@@ -54,7 +54,7 @@ def _(module: nnx.Embed, hidden: Array) -> LinearHead:
 def _(module: nnx.LoRALinear, hidden: Array) -> LinearHead:
     heads.check_own_method(module, nnx.LoRALinear, "__call__")
     base, adapter = of_linear(module), _adapter(module.lora)
-    # What the adapter adds may be of more precision than the base's logits; then so is the sum.
+    # The adapter's product may be more precise than the base's logits; then the sum is, too.
     dtype = promoted_dtype(base.logits_dtype or base.product_dtype(hidden), _lora_dtype(module.lora, hidden, adapter))
     return dataclasses.replace(base, adapter=adapter, logits_dtype=dtype)
 
@@ -66,7 +66,7 @@ def _(module: nnx.LoRA, hidden: Array) -> LinearHead:
     if module.base_module is None or isinstance(module.base_module, nnx.Embed):
         kind = type(module.base_module).__name__
         raise NotImplementedError(f"module got a LoRA with base_module {kind}; as a head it needs a linear one.")
-    # The base gets hidden states as the adapter casts them.
+    # The adapter casts the hidden states before the base gets them.
     hidden = hidden.astype(_lora_dtype(module, hidden, adapter))
     base = linear_head(module.base_module, hidden)
     if base.adapter is not None:
@@ -106,7 +106,7 @@ def _head(module: Any, kernel: nnx.Variable, bias: nnx.Variable | None = None, *
 
 
 def _promote(module: Any) -> Promote | None:
-    """What flax's `promote_dtype` does is known; another may do anything, and is called."""
+    """None for flax's `promote_dtype`, whose effect is known; any other function is called."""
     if module.promote_dtype is dtypes.promote_dtype:
         return None
 

@@ -16,7 +16,7 @@ from jliger.nnx import layers
 
 
 class LMHead(HeadMethods, nnx.Linear):
-    r"""`flax.nnx.Linear` that also gives the loss, without the logits `[tokens, V]` ever existing whole.
+    r"""`flax.nnx.Linear` that also computes the loss, without storing the logits `[tokens, V]` whole.
 
     Logits are $\mathrm{softcap}(s \cdot (\mathrm{hidden} \cdot \mathrm{kernel} + \mathrm{bias}))$. Parameters, their
     initial values and metadata, and dtypes are those of `flax.nnx.Linear`, so that a checkpoint of one loads into the
@@ -105,7 +105,7 @@ class LMHead(HeadMethods, nnx.Linear):
         return self.linear_head(inputs).logits(inputs, out_sharding)
 
     def linear_head(self, hidden: Any = None) -> LinearHead:
-        """Parameters, and how they make logits; of hidden states it wants to know nothing."""
+        """The parameters, and how logits are computed from them; hidden states do not matter."""
         del hidden
         return layers.of_linear(
             self, logit_scale=self.logit_scale, logit_softcap=self.logit_softcap, vocab_size=self.vocab_size
@@ -113,11 +113,11 @@ class LMHead(HeadMethods, nnx.Linear):
 
 
 class TiedLMHead(HeadMethods, nnx.Module):
-    """The head of an embedding: `LMHead.tied` makes it. It has no parameter but that of `embed`.
+    """The head of an embedding; `LMHead.tied` creates it. It has no parameters except the embedding's.
 
-    Make it where it is used, `LMHead.tied(self.embed).loss(hidden, labels)`, which costs nothing. Kept as an attribute
-    of the model it would be a second path to the embedding's parameter. Of several paths flax's checkpoints have the
-    first in alphabetical order, and `jax.grad` of a module, other than `nnx.grad`, takes them for two parameters.
+    Create it where it is used, `LMHead.tied(self.embed).loss(hidden, labels)`, which costs nothing. As an attribute of
+    the model, it would be a second path to the embedding's parameter: flax's checkpoints use the path that comes first
+    in alphabetical order, and `jax.grad` of a module, unlike `nnx.grad`, treats the two paths as two parameters.
 
     Attributes:
       embed: the embedding.
@@ -145,7 +145,7 @@ class TiedLMHead(HeadMethods, nnx.Module):
         return self.linear_head(inputs).logits(inputs, out_sharding)
 
     def linear_head(self, hidden: Any = None) -> LinearHead:
-        """Parameters, and how they make logits; of hidden states it wants to know nothing."""
+        """The parameters, and how logits are computed from them; hidden states do not matter."""
         del hidden
         return layers.of_embed(
             self.embed, logit_scale=self.logit_scale, logit_softcap=self.logit_softcap, vocab_size=self.vocab_size

@@ -18,16 +18,16 @@ from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics, CrossEntro
 
 
 class MedusaHeads(nnx.Module):
-    r"""Heads beside a model's own that predict later tokens (Cai et al., 2024, arXiv:2401.10774).
+    r"""Additional heads that predict later tokens (Cai et al., 2024, arXiv:2401.10774).
 
     The model's head predicts the next token, $t + 1$. Head $i = 1 \ldots K$ here predicts token $t + i + 1$ from the
-    same hidden state: through residual blocks $x + \mathrm{silu}(x W + b)$, which begin as the identity, and a head of
-    its own. The loss is computed head by head, each with its gradients, so memory beside parameters and their
-    gradients does not grow with $K$ (except in float16).
+    same hidden state. It has residual blocks $x + \mathrm{silu}(x W + b)$, initially the identity, and a linear head of
+    its own. The loss and its gradients are computed one head at a time, so that memory, apart from parameters and their
+    gradients, does not grow with $K$ (except in float16).
 
-    Stage 1 of Medusa freezes the model: with hidden states that are not differentiated, or behind
-    `jax.lax.stop_gradient`, no gradient of them is computed, and heads and blocks still learn. Stage 2 adds this loss,
-    times some small number, to the model's.
+    Stage 1 of Medusa freezes the model: if the hidden states are not differentiated, or pass through
+    `jax.lax.stop_gradient`, their gradients are not computed, and heads and blocks still learn. Stage 2 adds this loss,
+    times a small number, to the model's.
 
     Args:
       num_heads: `K`.
@@ -41,7 +41,7 @@ class MedusaHeads(nnx.Module):
       dtype: of the products; None for what hidden states and parameters promote to.
       param_dtype: of the parameters.
       precision: of the products.
-      kernel_init: makes the heads' kernels. The paper begins with the model's own: `lambda *_: head.kernel[...]`.
+      kernel_init: makes the heads' kernels. In the paper, they start as the model's own: `lambda *_: head.kernel[...]`.
       bias_init: makes the heads' biases.
       block_init: makes the blocks' kernels.
       rngs: random keys.
@@ -185,7 +185,7 @@ class MedusaHeads(nnx.Module):
         return medusa.loss(heads, hidden, labels, head_weights=head_weights, return_metrics=return_metrics, **options)
 
     def medusa_heads(self, hidden: Float[Array, "*B H"]) -> medusa.MedusaHeads:
-        """Parameters, and how they make logits."""
+        """The parameters, and how logits are computed from them."""
         return medusa.MedusaHeads(
             tuple(linear_head(block, hidden) for block in self.blocks), linear_head(self.heads, hidden)
         )

@@ -180,11 +180,11 @@ def exact_and_rounding(problem: Problem) -> tuple[dict[str, Any], dict[str, floa
     """
     if "student_bias" not in problem.inputs:
         return exact(problem), {}
-    found = exact(_with_own_bias(problem))
-    logit_grads = found["student_bias"].reshape(-1, found["student_bias"].shape[-1])
-    found["student_bias"] = logit_grads.sum(axis=0)
+    result = exact(_with_own_bias(problem))
+    logit_grads = result["student_bias"].reshape(-1, result["student_bias"].shape[-1])
+    result["student_bias"] = logit_grads.sum(axis=0)
     half_unit = float(jnp.finfo(problem.inputs["student_hidden"].dtype).eps) / 2
-    return found, {"student_bias": half_unit * float(np.sqrt(np.mean(np.square(logit_grads).sum(axis=0))))}
+    return result, {"student_bias": half_unit * float(np.sqrt(np.mean(np.square(logit_grads).sum(axis=0))))}
 
 
 def _with_own_bias(problem: Problem) -> Problem:
@@ -208,7 +208,7 @@ def rounding_of_divergence(problem: Problem, oracle: dict[str, Any]) -> dict[str
 
 
 def check(problem: Problem, implementation: str, what: str = "") -> dict[str, Any]:
-    """Holds jliger to the rule of two on a problem; returns what it found."""
+    """Holds jliger to the rule of two on a problem; returns its results."""
     ours, theirs = fused(problem, implementation), unfused(problem)
     oracle, rounding = exact_and_rounding(problem)
     for name in ("predictions", "teacher_predictions"):

@@ -216,10 +216,10 @@ def exact_and_rounding(problem: Problem) -> tuple[dict[str, Any], dict[str, floa
             "hidden": jnp.asarray(np.concatenate([hidden, own], axis=-1)),
             "kernel": jnp.asarray(np.concatenate([kernel, weights], axis=1 - vocab_dim)),
         }
-        found = exact(problem.replace(inputs=inputs))
-    grads, size = found["kernel"], hidden.shape[-1]
-    found["hidden"] = found["hidden"][..., :size]
-    found["kernel"] = grads[:size] if vocab_dim == 1 else grads[:, :size]
+        result = exact(problem.replace(inputs=inputs))
+    grads, size = result["kernel"], hidden.shape[-1]
+    result["hidden"] = result["hidden"][..., :size]
+    result["kernel"] = grads[:size] if vocab_dim == 1 else grads[:, :size]
     squares = np.square(grads[size:] if vocab_dim == 1 else grads[:, size:].T)  # [N, V]
     half_unit = float(jnp.finfo(problem.inputs["hidden"].dtype).eps) / 2
     sums = {"bias": squares.sum(axis=0)} if "bias" in problem.inputs else {}
@@ -229,7 +229,7 @@ def exact_and_rounding(problem: Problem) -> tuple[dict[str, Any], dict[str, floa
             "hidden": squares @ np.square(kernel).T,
             "kernel": np.square(hidden).reshape(num_tokens, -1).T @ squares,
         }
-    return found, {name: half_unit * float(np.sqrt(np.mean(value))) for name, value in sums.items()}
+    return result, {name: half_unit * float(np.sqrt(np.mean(value))) for name, value in sums.items()}
 
 
 def assert_rule_of_two(
@@ -291,7 +291,7 @@ def assert_predictions(problem: Problem, predictions: Any) -> None:
 
 
 def check(problem: Problem, implementation: str, what: str = "") -> dict[str, Any]:
-    """Holds jliger to the rule of two on a problem; returns what it found."""
+    """Holds jliger to the rule of two on a problem; returns its results."""
     ours, theirs = fused(problem, implementation), unfused(problem)
     oracle, rounding = exact_and_rounding(problem)
     assert_rule_of_two(ours, theirs, oracle, what, rounding)

@@ -1,4 +1,4 @@
-"""adapter: a low-rank addition to the kernel, which is never added to it."""
+"""adapter: a low-rank term of the head, which is never merged into the kernel."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from jliger.ops.linear_head.types import HeadConfig, Operands
 class LinearAdapter(NamedTuple):
     """A LoRA adapter of a linear head (Hu et al., 2021, arXiv:2106.09685): `hidden · (kernel + scale · a · b)`.
 
-    The sum in brackets is never formed: `hidden · a` is as small as the rank, and `b` is one more term of each product.
-    With a frozen kernel nothing is computed for the kernel's gradient.
+    The sum in brackets is never computed: `hidden · a` has only as many columns as the rank, and `b` adds one more term
+    to each product. If the kernel is frozen, its gradient is not computed.
 
     Attributes:
       a: `[H, R]`, whatever the kernel's layout; hidden's dtype or float32.

@@ -1,4 +1,4 @@
-"""What the operations' arguments have in common: checks, defaults, and which tokens count."""
+"""Arguments that all operations share: checks, defaults, and which tokens count."""
 
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -17,7 +17,7 @@ from jliger.ops.logits import StatsWanted
 
 
 class HeadOptions(TypedDict, total=False):
-    """The options that every operation on a linear head takes; `jliger.linear_logprobs` says what each does."""
+    """The options that every operation on a linear head takes; `jliger.linear_logprobs` documents them."""
 
     bias: Float[Array, " V"] | None
     where: Bool[Array, "*B"] | None
@@ -54,7 +54,7 @@ HEAD_DEFAULTS = HeadOptions(
 
 
 class Arguments(NamedTuple):
-    """Checked arguments, as arrays, and what is known of them when the operation is traced."""
+    """Checked arguments: arrays, and the static configuration."""
 
     config: HeadConfig
     operands: Operands
@@ -73,9 +73,9 @@ def head_arguments(
     whose: str = "",
     **options: Unpack[HeadOptions],
 ) -> Arguments:
-    """The arguments that every operation on a linear head takes, checked; errors name what is wrong with which.
+    """Checks the arguments that every operation on a linear head takes; errors name the argument.
 
-    `whose` is what the names of the head's own arguments begin with, where there are two heads.
+    `whose` is the prefix of the head's own arguments, if there are two heads.
     """
     for name in options:
         if name not in HEAD_DEFAULTS:
@@ -115,7 +115,7 @@ def head_arguments(
 
 
 def _config(options: HeadOptions, arrays: tuple[Any, ...], stats_wanted: StatsWanted) -> HeadConfig:
-    """What of checked options is no array; `arrays` are the operation's, hidden states first."""
+    """The static part of checked options; `arrays` are the operation's, hidden states first."""
     hidden, implementation = arrays[0], options["implementation"]
     logits_dtype = head_checks.as_logits_dtype(options["logits_dtype"], hidden, implementation)
     choice: Choice | None = implementation
@@ -161,7 +161,7 @@ def _adapter(adapter: Any, hidden: Any, kernel: Any, vocab_dim: int, whose: str)
 
 
 def inverse_temperature_of(temperature: Any, labels: Any, dtype: Any) -> Float[Array, "*B"] | None:
-    """`1 / T` of each token, NaN where an array holds a `T` that is not above 0; None for 1."""
+    """`1 / T` of each token, NaN if an array has a `T` that is not above 0; None for 1."""
     if isinstance(temperature, int | float | np.number):
         if not np.isfinite(temperature) or temperature <= 0:
             raise ValueError(f"temperature got {temperature!r}; pass a finite number above 0.")
@@ -176,7 +176,7 @@ def inverse_temperature_of(temperature: Any, labels: Any, dtype: Any) -> Float[A
         )
     temperature = temperature.astype(dtype)
     inverse = _one_or_nan(temperature > 0, dtype) / jnp.where(temperature > 0, temperature, 1)
-    # Spread over devices as the labels are.
+    # Sharded like the labels.
     return inverse if inverse.shape == labels.shape else inverse * jnp.ones_like(labels, dtype)
 
 
@@ -188,7 +188,7 @@ def with_tokens(
     ignore_index: int | None,
     vocab_size: int,
 ) -> Operands:
-    """The operands with what concerns each token: its column, and whether it counts; nothing of those that don't."""
+    """Adds each token's column, and whether it counts; tokens that don't count get neutral values."""
     # None: all tokens count, and the passes know it when they are traced.
     counted = None if where is None and ignore_index is None else counted_tokens(labels, where, ignore_index)
     inverse_temperature = operands.inverse_temperature
@@ -201,7 +201,7 @@ def with_tokens(
 def counted_tokens(
     labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int | None
 ) -> Bool[Array, "*B"]:
-    """Those where `where` is true and the label is not `ignore_index`."""
+    """Tokens for which `where` is true and the label is not `ignore_index`."""
     limits = jnp.iinfo(labels.dtype)
     # A dtype that cannot hold ignore_index has no label equal to it; a comparison would wrap it around.
     can_occur = ignore_index is not None and limits.min <= ignore_index <= limits.max
@@ -210,7 +210,7 @@ def counted_tokens(
 
 
 def label_columns(labels: Int[Array, "*B"], counted: Bool[Array, "*B"] | None, vocab_size: int) -> Int[Array, "*B"]:
-    """Labels as int32 columns: −1 where a label that counts is none, 0 where a token doesn't count."""
+    """Labels as int32 columns: −1 if out of range, 0 if the token doesn't count."""
     inside = (labels >= 0) & (labels <= min(vocab_size - 1, jnp.iinfo(labels.dtype).max))
     return if_counted(counted, jnp.where(inside, labels.astype(jnp.int32), -1), 0)
 
@@ -226,5 +226,5 @@ def column_validity(columns: Int[Array, "*B"], dtype: jax.typing.DTypeLike) -> F
 
 
 def _one_or_nan(is_one: Bool[Array, "*B"], dtype: jax.typing.DTypeLike) -> Float[Array, "*B"]:
-    # The root of −1: a NaN constant would trip `jax_debug_nans` without jit, whatever there is.
+    # The root of −1, because without jit a NaN constant would always trigger `jax_debug_nans`.
     return jnp.sqrt(jnp.where(is_one, 1, -1).astype(dtype))

@@ -24,7 +24,7 @@ def check_logit_options(
     implementation: Any,
     whose: str = "",
 ) -> None:
-    """What `HeadConfig` is made of; `whose` is what the names of the head's own arguments begin with."""
+    """Checks the options in `HeadConfig`; `whose` is the prefix of the head's own arguments."""
     check_choice(f"{whose}kernel_layout", kernel_layout, tuple(_LAYOUTS))
     check_number(f"{whose}logit_scale", logit_scale, instead=f", or multiply {whose}hidden and {whose}bias by it")
     if logit_softcap is not None:
@@ -52,7 +52,7 @@ def check_operands(
     implementation: str | None,
     whose: str = "",
 ) -> None:
-    """The arrays that make logits, and the labels; `whose` is what the names of all but the labels begin with."""
+    """Checks the arrays of the logits, and the labels; `whose` is the prefix of all names but the labels'."""
     check_floating(f"{whose}hidden", hidden)
     check_floating(f"{whose}kernel", kernel)
     if hidden.ndim < 1:
@@ -101,7 +101,7 @@ def check_operands(
 
 
 def check_adapter(adapter: Any, hidden: Any, kernel: Any, vocab_dim: int, whose: str = "") -> None:
-    """A `LinearAdapter` that fits the head; `whose` is as in `check_operands`."""
+    """Checks that a `LinearAdapter` fits the head; `whose` is as in `check_operands`."""
     for name, side, dim, size, what in (
         ("a", adapter.a, 0, hidden.shape[-1], "[H, R]"),
         ("b", adapter.b, 1, kernel.shape[vocab_dim], "[R, V]"),
@@ -147,7 +147,7 @@ def as_logits_dtype(dtype: Any, hidden: Any, implementation: str | None) -> np.d
 
 
 def triton_takes(hidden: Any, logits_dtype: np.dtype) -> bool:
-    """Whether the Triton kernels take what these checks let through if no implementation is named."""
+    """Whether the Triton kernels support these arguments, if no implementation is named."""
     return (
         hidden.dtype != np.dtype("float64")
         and logits_dtype in _TRITON_DTYPES

@@ -1,4 +1,4 @@
-"""api: `fused_linear_cross_entropy`, its checks and defaults, and one jit around it all."""
+"""cross_entropy: `fused_linear_cross_entropy`, with its checks and defaults, in one jit."""
 
 import dataclasses
 import functools
@@ -30,13 +30,13 @@ Reduction = Literal["mean", "sum", "none"]
 
 
 class CrossEntropyMetrics(NamedTuple):
-    """What a training loop logs beside the loss. None of it carries a gradient.
+    """Figures to log beside the loss. None of them carries a gradient.
 
     Attributes:
-      weight: `[]`, the weights of the tokens that count, summed; their number, without `weights`.
+      weight: `[]`, the sum of the weights of the tokens that count; without `weights`, their number.
       cross_entropy: the loss without its z-loss, reduced like the loss.
       z_loss: the z-loss, reduced like the loss.
-      accuracy: `[]`, the share of `weight` that is on tokens predicted right; 0 when nothing counts.
+      accuracy: `[]`, the share of `weight` on tokens that are predicted correctly; 0 if nothing counts.
       predictions: int32 `[*B]`, the first column with the largest logit; −1 for a token that doesn't count.
     """
 
@@ -51,7 +51,7 @@ Loss = Float[Array, ""] | Float[Array, "*B"]
 
 
 class CrossEntropyOptions(HeadOptions, total=False):
-    """The options of `fused_linear_cross_entropy`, but for `return_metrics`, by which its result differs."""
+    """The options of `fused_linear_cross_entropy` except `return_metrics`, which changes its result."""
 
     weights: Float[Array, "*B"] | None
     label_smoothing: float
@@ -121,7 +121,7 @@ def fused_linear_cross_entropy(
     adapter: LinearAdapter | None = None,
     implementation: Implementation | None = None,
 ) -> Loss | tuple[Loss, CrossEntropyMetrics]:
-    r"""Cross entropy of a linear head, without the logits `[tokens, V]` ever existing whole.
+    r"""Cross entropy of a linear head, without storing the logits `[tokens, V]` whole.
 
     For each token, with logits
     $z = \mathrm{softcap}(s \cdot (\mathrm{hidden} \cdot \mathrm{kernel} + \mathrm{bias})) / T$,
@@ -132,39 +132,39 @@ def fused_linear_cross_entropy(
 
     with `logit_scale` $s$, `logit_softcap` $c$, `temperature` $T$, `label_smoothing` $\alpha$ (Szegedy et al., 2016,
     arXiv:1512.00567), `class_weights` $w$ and `z_loss` $\lambda$ (Chowdhery et al., 2022, arXiv:2204.02311).
-    Differentiable once, in reverse mode, in `hidden`, `kernel` and `bias`; nothing is computed for those that are not
-    differentiated, and no gradient at all where none is asked for. Gradients have their argument's dtype and are summed
-    in float32. With `implementation="xla"`, on one device, `jax.jvp` of `jax.grad` and `jax.hessian` work too.
+    Differentiable once, in reverse mode, in `hidden`, `kernel` and `bias`; only the gradients that are needed are
+    computed. Gradients have their argument's dtype and are summed in float32. With `implementation="xla"`, on one
+    device, `jax.jvp` of `jax.grad` and `jax.hessian` work too.
 
-    A token counts if `where` is true and its label is not `ignore_index`. Those that don't cost no time, give loss 0,
-    gradient 0 and prediction −1, and what their hidden states hold does not matter. A label outside `[0, V)` that
-    counts makes the loss and the gradients NaN.
+    A token counts if `where` is true and its label is not `ignore_index`. The others cost no time and give loss 0,
+    gradient 0 and prediction −1, whatever their hidden states are. A label outside `[0, V)` that counts makes the loss
+    and the gradients NaN.
 
-    With `"mean"` and `"sum"` gradients are computed together with the loss, over chunks of tokens: three matrix
-    products in all (Hsu et al., 2024, arXiv:2410.10989). With `"none"` logits are computed again in the backward pass,
-    over blocks of the vocabulary: four products, any cotangent.
+    With `"mean"` and `"sum"`, gradients are computed together with the loss, over chunks of tokens, with three matrix
+    products (Hsu et al., 2024, arXiv:2410.10989). With `"none"`, logits are recomputed in the backward pass, over
+    blocks of the vocabulary, with four products.
 
     Memory beside arguments, results and their gradients, with `b` bytes a value of `hidden`, `C` tokens a chunk:
 
       * `"mean"`, `"sum"`: `2·b·C·V` for logits and their gradients, `b·H·V` for the kernel in hidden's dtype if it has
         another, `4·H·V` for a float32 sum of kernel gradients if the kernel is not float32. Not differentiated:
         `b·C·V`, and `b·H·V` as before.
-      * `"none"`: about 0.5 GiB on a GPU, whatever `V`, and a few numbers a token; `4·H·V` for that sum, if the kernel
+      * `"none"`: about 0.5 GiB on a GPU for any `V`, and a few numbers per token; `4·H·V` for that sum, if the kernel
         is not float32 and there is more than one chunk.
 
-    Under `jax.vmap` each example has a kernel gradient of its own, `4·H·V`, even where `jax.grad` around it only needs
-    their sum. On a mesh each device has those of its own examples. Where the sum is enough, pass the tokens of all
-    examples as `[*B]`, without `jax.vmap`, and say in `weights` what each example counts: see the last example below.
+    Under `jax.vmap`, each example has its own kernel gradient, `4·H·V`, even if `jax.grad` around it only needs their
+    sum. On a mesh, each device has those of its own examples. If the sum is enough, pass the tokens of all examples as
+    `[*B]`, without `jax.vmap`, and weight the examples with `weights`: see the last example below.
 
     Args:
       hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only). Products are
-        taken in this dtype.
+        computed in this dtype.
       kernel: the head's weights, `[H, V]`, or `[V, H]` with `kernel_layout="vh"` (a tied embedding): hidden's dtype or
         float32.
       labels: the label of each token, `[*B]`, integers. They are not shifted here.
       bias: `[V]`, added to the logits in float32. A column with −∞ has probability 0. Do not combine it with
-        `label_smoothing`, which gives every column a share: the loss is then infinite, or NaN where `class_weights` has
-        a 0 there. A softcap makes `−c` of −∞, so that the column is not masked.
+        `label_smoothing`, which gives every column a share: the loss is then infinite, or NaN if the column's class
+        weight is 0. A softcap turns −∞ into `−c`, so that the column is not masked.
       where: bools `[*B]`, the tokens that count.
       weights: a weight for each token, `[*B]`. It carries no gradient.
       ignore_index: a label equal to it doesn't count. None, without `where`, says that all tokens count: none are
@@ -174,8 +174,8 @@ def fused_linear_cross_entropy(
       logit_scale: `s`, a Python number.
       logit_softcap: `c`, a Python number, or None for no cap.
       temperature: `T`, which divides logits after scale and softcap, before anything else: a Python number above 0, a
-        scalar array, or one number for each token, `[*B]`. It carries no gradient. In an array a number that is not
-        above 0 makes its tokens' losses and gradients NaN.
+        scalar array, or one number for each token, `[*B]`. It carries no gradient. An array element that is not above 0
+        makes its tokens' losses and gradients NaN.
       vocab_size: $V'$, a Python integer, if the kernel is padded: its columns from $V'$ on do not exist. They have no
         probability and no share in the smoothing ($\alpha / V'$), are never predicted, and their gradients are 0; a
         label among them is out of range. `bias` and `class_weights` stay `[V]`. Products are still taken of all
@@ -184,31 +184,33 @@ def fused_linear_cross_entropy(
       z_loss: `λ`, at least 0.
       class_weights: `w`, `[V]`. It carries no gradient.
       reduction: `"mean"` divides the weighted sum by the weights of the tokens that count (with `class_weights`, its
-        cross-entropy part by the sum of weight times `w_y`, as PyTorch does), and gives 0 where that is 0; `"sum"`
-        doesn't divide; `"none"` gives each token's weighted loss.
+        cross-entropy part by the sum of weight times `w_y`, as PyTorch does), and gives 0 if that is 0; `"sum"` doesn't
+        divide; `"none"` gives each token's weighted loss.
       normalizer: with `"mean"`, the divisor to use instead, such as the global token count when accumulating
         microbatches. It carries no gradient.
       return_metrics: also return `CrossEntropyMetrics`.
-      logits_dtype: what logits are rounded to before the loss reads them, in both passes; None for hidden's dtype.
+      logits_dtype: the dtype that logits are rounded to before the loss reads them, in both passes; None for hidden's
+        dtype.
       precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.
-      chunk_size: tokens a chunk. None is a rule that measured best on an H200: as many as make `2²⁸ / V`, rounded down
-        to a power of two, at least 2048 and at most 8192 (`"none"`: 8192), in chunks of one size; on other devices
-        `2²³ / V`, between 128 and 1024 (`"none"`: 1024).
-      vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, over which the kernel's columns (and bias and
-        class weights) are spread; labels are columns of the whole. Elsewhere shardings are followed by themselves.
+      chunk_size: tokens per chunk. None for a rule that was fastest on an H200: `2²⁸ / V`, rounded down to a power of
+        two, at least 2048 and at most 8192 (`"none"`: 8192), in chunks of equal size; on other devices `2²³ / V`,
+        between 128 and 1024 (`"none"`: 1024).
+      vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, that shard the kernel's columns (and bias and
+        class weights); labels are columns of the whole vocabulary. Elsewhere the arrays' shardings are used
+        automatically.
       adapter: a `jliger.LinearAdapter`: logits become those of `hidden · (kernel + scale · a · b)`, and gradients flow
         to `a`, `b` and `scale` too.
-      implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None takes what fits the device
-        that the arrays are on, or under `jax.jit` the platform that is compiled for.
+      implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None selects by the device that
+        the arrays are on, or under `jax.jit` by the platform that is compiled for.
 
     Returns:
       The loss, float32 (float64 for float64 hidden states): `[]`, or `[*B]` with `"none"`. With `return_metrics`, that
       and the metrics.
 
     Raises:
-      ValueError: a shape that doesn't fit, an option out of its range, or `"triton"` where there is no GPU.
-      TypeError: something that is no array, a dtype that isn't supported, or an option that is not a Python number.
-      NotImplementedError: a combination that isn't supported.
+      ValueError: a shape that doesn't fit, an option out of its range, or `"triton"` without a GPU.
+      TypeError: an argument that is not an array, an unsupported dtype, or an option that is not a Python number.
+      NotImplementedError: an unsupported combination.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jliger
@@ -274,7 +276,7 @@ def _check_loss_options(label_smoothing: Any, z_loss: Any, reduction: Any, norma
 def _weights(
     arguments: Arguments, weights: Any, class_weights: Any, normalizer: Any
 ) -> tuple[Array | None, Array | None, Array | None]:
-    """What tokens and columns weigh and what their sum is divided by, checked, as arrays."""
+    """Checks the weights of tokens and columns, and the normalizer; converts them to arrays."""
     config, operands = arguments.config, arguments.operands
     if weights is not None:
         weights = checks.as_array("weights", weights)
@@ -290,7 +292,7 @@ def _weights(
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """Everything about a call that is not an array."""
+    """The static part of a call."""
 
     config: HeadConfig
     label_smoothing: float

@@ -1,4 +1,4 @@
-"""Distillation: how far a student's linear head is from a teacher's, without either's logits ever existing whole."""
+"""Distillation: how far a student's linear head is from a teacher's, without storing either's logits whole."""
 
 import functools
 from typing import Literal, NamedTuple, Unpack, overload
@@ -19,15 +19,15 @@ from jliger.ops.logits.objectives import Distillation, DistillationWeights, Labe
 
 
 class DistillationMetrics(NamedTuple):
-    """What a training loop logs beside the loss. None of it carries a gradient.
+    """Figures to log beside the loss. None of them carries a gradient.
 
     Attributes:
-      weight: `[]`, the weights of the tokens that count, summed; their number, without `weights`.
-      divergence: `[]`, reduced like the loss, and not yet times `soft_weight`.
-      cross_entropy: `[]`, reduced like the loss, and not yet times `hard_weight`; None without a hard part.
-      accuracy: `[]`, the share of `weight` that is on tokens whose label the student predicts; None without labels.
-      agreement: `[]`, the share of `weight` that is on tokens for which student and teacher predict the same. Where
-        nothing counts, it and the accuracy are 0.
+      weight: `[]`, the sum of the weights of the tokens that count; without `weights`, their number.
+      divergence: `[]`, reduced like the loss, without the factor `soft_weight`.
+      cross_entropy: `[]`, reduced like the loss, without the factor `hard_weight`; None without a hard part.
+      accuracy: `[]`, the share of `weight` on tokens whose label the student predicts; None without labels.
+      agreement: `[]`, the share of `weight` on tokens for which student and teacher predict the same. If nothing
+        counts, it and the accuracy are 0.
       predictions: int32 `[*B]`, the first column with the student's largest logit; −1 for a token that doesn't count.
       teacher_predictions: int32 `[*B]`, likewise the teacher's.
     """
@@ -93,7 +93,7 @@ def fused_linear_kl(
     return_metrics: bool = False,
     **options: Unpack[DistillationOptions],
 ) -> Loss | tuple[Loss, DistillationMetrics]:
-    r"""Kullback-Leibler divergence between a teacher's linear head and a student's, and a gradient for the student.
+    r"""Kullback-Leibler divergence between a teacher's linear head and a student's, with gradients for the student.
 
     With student logits $z$ and teacher logits $u$, both as in `jliger.fused_linear_cross_entropy`, temperature $\tau$,
     $p = \mathrm{softmax}(z / \tau)$ and $r = \mathrm{softmax}(u / \tau)$, a token's loss is
@@ -102,34 +102,33 @@ def fused_linear_kl(
       D = \mathrm{KL}(r \,\|\, p) = \sum_v r_v \log \frac{r_v}{p_v}
       \quad \text{or} \quad \mathrm{KL}(p \,\|\, r)$$
 
-    forward, as in distillation (Hinton et al., 2015, arXiv:1503.02531), which has the student cover all that the
-    teacher may say, or reverse (Gu et al., 2023, arXiv:2306.08543), which has it keep to what the teacher is likely to
-    say. The hard part, the cross entropy with labels $y$, is at temperature 1.
+    forward, as in distillation (Hinton et al., 2015, arXiv:1503.02531), which makes the student cover everything that
+    the teacher may say, or reverse (Gu et al., 2023, arXiv:2306.08543), which makes it concentrate on what the teacher
+    is likely to say. The hard part, the cross entropy with labels $y$, is at temperature 1.
 
-    $D$ is not multiplied by $\tau^2$, as it is not in TRL and Liger. Its gradients get smaller as $1 / \tau^2$; where
-    the hard part's weight is to mean the same at every temperature, as in Hinton's paper, pass
-    `soft_weight=temperature**2`.
+    As in TRL and Liger, $D$ is not multiplied by $\tau^2$. Its gradients shrink as $1 / \tau^2$; to keep the balance
+    with the hard part at every temperature, as in Hinton's paper, pass `soft_weight=temperature**2`.
 
     Differentiable once, in reverse mode, in `student_hidden`, `student_kernel`, `student_bias` and `student_adapter`;
-    nothing is computed for those that are not differentiated. The teacher carries no gradient. Gradients have their
-    argument's dtype and are summed in float32. With gradients there are four matrix products: both logits, and the
-    student's hidden and kernel gradients.
+    only the gradients that are needed are computed. The teacher carries no gradient. Gradients have their argument's
+    dtype and are summed in float32. With gradients there are four matrix products: both logits, and the student's
+    hidden and kernel gradients.
 
-    A token counts if `where` is true and its label, if there are labels, is not `ignore_index`. Those that don't cost
-    no time, give loss 0 and gradient 0, and what their hidden states hold does not matter. A label outside `[0, V)`
-    that counts makes the loss and the gradients NaN, if there is a hard part. A column that one model masks with a bias
-    of −∞ and the other does not can make $D$ infinite; one that both mask does not matter. A softcap makes `−c` of −∞,
-    so that the column is not masked.
+    A token counts if `where` is true and its label, if there are labels, is not `ignore_index`. The others cost no time
+    and give loss 0 and gradient 0, whatever their hidden states are. A label outside `[0, V)` that counts makes the
+    loss and the gradients NaN, if there is a hard part. A column that one model masks with a bias of −∞ and the other
+    does not can make $D$ infinite; one that both mask does not matter. A softcap turns −∞ into `−c`, so that the column
+    is not masked.
 
     Memory beside arguments, results and their gradients, with `b` bytes a value of `student_hidden`, `C` tokens a
     chunk, on a GPU: `3·b·C·V` for two sets of logits and the gradients of one, either kernel in its hidden states'
-    dtype if it has another, `4·H·V` for a float32 sum of kernel gradients if `student_kernel` is not float32. It does
-    not grow with the number of tokens, but for a few numbers each. Under `jax.vmap` each example has a kernel gradient
-    of its own; pass `[*B]` tokens with `weights` instead, which need one.
+    dtype if it has another, `4·H·V` for a float32 sum of kernel gradients if `student_kernel` is not float32. Apart
+    from a few numbers per token, it does not grow with the number of tokens. Under `jax.vmap`, each example has its own
+    kernel gradient; `[*B]` tokens with `weights` need only one.
 
     Args:
       student_hidden: the student's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only).
-        Products are taken in this dtype.
+        Products are computed in this dtype.
       student_kernel: the student's head, `[H, V]`, or `[V, H]` with `student_kernel_layout="vh"`: hidden's dtype or
         float32.
       teacher_hidden: the teacher's last hidden states for the same tokens, `[*B, G]`; its size and dtype may be others.
@@ -154,29 +153,29 @@ def fused_linear_kl(
       student_logit_softcap: `c` in `c · tanh(z / c)`, a Python number, or None for no cap.
       teacher_logit_softcap: likewise.
       student_adapter: a `jliger.LinearAdapter` of `student_kernel`.
-      reduction: `"mean"`, the default, divides the weighted sum by the weights of the tokens that count, and gives 0
-        where that is 0; `"sum"` doesn't divide.
+      reduction: `"mean"`, the default, divides the weighted sum by the weights of the tokens that count, and gives 0 if
+        that is 0; `"sum"` doesn't divide.
       normalizer: with `"mean"`, the divisor to use instead, such as the global token count when accumulating
         microbatches. It carries no gradient.
       return_metrics: also return `DistillationMetrics`.
       vocab_size: how many columns exist, a Python integer, if both kernels are padded; None, the default, for all of
         them. The others have no probability under either model, and their gradients are 0. Biases stay `[V]`. What the
         padding holds must be finite.
-      logits_dtype: what both models' logits are rounded to before they are compared; None for the dtypes of their
-        hidden states.
+      logits_dtype: the dtype that both models' logits are rounded to before they are compared; None for the dtypes of
+        their hidden states.
       precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.
-      chunk_size: tokens a chunk, or None for the rule that `fused_linear_cross_entropy` names.
-      vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, over which both kernels' columns are spread.
-      implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None takes what fits the device
-        that the arrays are on, or under `jax.jit` the platform that is compiled for.
+      chunk_size: tokens per chunk, or None for the rule of `fused_linear_cross_entropy`.
+      vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, that shard both kernels' columns.
+      implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None selects by the device that
+        the arrays are on, or under `jax.jit` by the platform that is compiled for.
 
     Returns:
       The loss, float32 (float64 for float64 hidden states), `[]`. With `return_metrics`, that and the metrics.
 
     Raises:
-      ValueError: a shape that doesn't fit, an option out of its range, or `"triton"` where there is no GPU.
-      TypeError: something that is no array, a dtype that isn't supported, or an option that is not a Python number.
-      NotImplementedError: a combination that isn't supported.
+      ValueError: a shape that doesn't fit, an option out of its range, or `"triton"` without a GPU.
+      TypeError: an argument that is not an array, an unsupported dtype, or an option that is not a Python number.
+      NotImplementedError: an unsupported combination.
 
     Examples:
       >>> import jax, jax.numpy as jnp

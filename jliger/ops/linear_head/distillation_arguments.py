@@ -1,4 +1,4 @@
-"""What `fused_linear_kl` and `fused_linear_jsd` have in common: their options, checks and defaults."""
+"""The options, checks and defaults that `fused_linear_kl` and `fused_linear_jsd` share."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple, TypedDict, Unpack
@@ -20,7 +20,7 @@ from jliger.ops.logits import StatsWanted
 
 
 class DistillationOptions(TypedDict, total=False):
-    """The options of `fused_linear_kl` and `fused_linear_jsd`, but for those in which they differ.
+    """The options that `fused_linear_kl` and `fused_linear_jsd` share.
 
     What begins with `student_` or `teacher_` is an option of that head; the defaults are those of any head.
     """
@@ -53,7 +53,7 @@ class DistillationOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Everything about a call that is not an array."""
+    """The static part of a call."""
 
     config: HeadConfig
     reduction: Literal["mean", "sum"]
@@ -61,7 +61,7 @@ class Call:
 
 
 class DistillationArguments(NamedTuple):
-    """Checked arguments, as arrays, and what is known of them when the operation is traced."""
+    """Checked arguments: arrays, and the static configuration."""
 
     call: Call
     operands: Operands
@@ -83,7 +83,7 @@ def distillation_arguments(
     beta: float,
     **options: Unpack[DistillationOptions],
 ) -> DistillationArguments:
-    """The arguments of both losses, checked."""
+    """Checks the arguments of both losses."""
     for name in options:
         if name not in DistillationOptions.__annotations__:
             raise TypeError(f"{name} is no option here; pass one of {', '.join(DistillationOptions.__annotations__)}.")
@@ -136,7 +136,7 @@ _OF_THE_LOSS = ("temperature", "labels", "hard_weight", "soft_weight", "weights"
 
 
 def _head_options(options: DistillationOptions) -> tuple[Any, Any]:
-    """Each head's own options and those that both share; which tokens count the student's arguments say."""
+    """Each head's own options and the shared ones; the student's arguments say which tokens count."""
     student, teacher = {}, {}
     for name, value in options.items():
         if name not in (*_OF_THE_LOSS, "where") and not name.startswith("student_"):

@@ -1,4 +1,4 @@
-"""Gradients: which pass computes them, and for which operands. Knows nothing of devices, chunks or kernels.
+"""Gradients: which pass computes them, and for which operands. Independent of devices, chunks and kernels.
 
 There are three differentiable functions. `weighted_loss` and `unit_loss` are scalars whose gradients the fused pass
 computes together with the loss; their cotangent only scales them. `token_stats` returns statistics of
@@ -129,7 +129,7 @@ def _sum_of_losses(result: Result) -> tuple[Float[Array, ""], list[Array]]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def token_stats(config: HeadConfig, operands: Operands) -> RowStats:
-    """The tokens' statistics, differentiable in all but `max`, a mere shift of `log_sum`, and `prediction`."""
+    """The tokens' statistics. All but `max`, which only shifts `log_sum`, and `prediction` are differentiable."""
     stats = _run(LossPass("stats", config, low_memory=True), operands).stats
     assert isinstance(stats, RowStats)
     return stats
@@ -143,7 +143,7 @@ def _token_stats_fwd(config: HeadConfig, operands: Any) -> tuple[RowStats, Any]:
     stats, logits = result.stats, result.logits
     assert isinstance(stats, RowStats)
     flags = Differentiable(*(jnp.ones((1,), jnp.bool) if flag else None for flag in perturbed))
-    # The row functions need only max and log-sum to compute every probability again.
+    # The row functions recompute all probabilities from max and log-sum.
     residuals = operands._replace(logits=logits), stats.max, stats.log_sum, stats.mean_logit, encode_absent(flags)
     return stats, residuals
 
@@ -194,7 +194,7 @@ def _unscaled_dtypes(operands: Operands) -> GradientDtypes:
 def _normalize_float16(coefficients: Any, hidden: Array) -> tuple[Any, Float[Array, ""] | None]:
     """Coefficients divided by the largest of them, and that divisor; None, and nothing divided, unless in float16.
 
-    Float16 holds nothing below 6e-8, and 1 / tokens is soon as small.
+    Float16 has no numbers below 6e-8, and 1 / tokens can be as small.
     """
     if hidden.dtype != jnp.float16:
         return coefficients, None
@@ -223,7 +223,7 @@ def _scaled(
     like: Gradients,
     scales: Float[Array, "*B"] | None = None,
 ) -> Operands:
-    """Cotangents of the operands: gradients times `factor`, rounded once, of their operands' types.
+    """Cotangents of the operands: gradients times `factor`, rounded once to their operands' dtypes.
 
     Gradients of tokens are also multiplied by `scales`.
     """

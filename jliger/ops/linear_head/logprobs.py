@@ -1,4 +1,4 @@
-"""logprobs: `linear_logprobs`, what reinforcement learning, preferences and distillation want of a linear head."""
+"""logprobs: `linear_logprobs`, for reinforcement learning and preferences."""
 
 import dataclasses
 import functools
@@ -49,30 +49,29 @@ def linear_logprobs(
     keep_logits: bool = False,
     implementation: Implementation | None = None,
 ) -> LinearLogprobs:
-    r"""Log-probabilities of labels under a linear head, with log-sum-exp and entropy, without logits `[tokens, V]`.
+    r"""Log-probabilities of labels under a linear head, with log-sum-exp and entropy, without storing logits whole.
 
     With logits $z$ as in `jliger.fused_linear_cross_entropy` and $p = \mathrm{softmax}(z)$,
 
     $$\log p_y = z_y - \mathrm{lse}, \qquad \mathrm{lse} = \log \sum_v e^{z_v}, \qquad
       \mathrm{H} = \mathrm{lse} - \sum_v p_v z_v.$$
 
-    Every loss on log-probabilities stands on these: see `jliger.losses`. `logprobs`, `logsumexp` and `entropy` are
-    differentiable once, in reverse mode, with any cotangents together, in `hidden`, `kernel` and `bias`:
-    $\partial z = (g_{lse} - g_{\log p})\, p + g_{\log p}\, [v = y] - g_H\, p\, (\log p + \mathrm{H})$. Nothing is
-    computed for arguments that are not differentiated, for tokens that don't count, or in the backward pass for an
-    entropy that is not used.
+    The losses in `jliger.losses` are functions of these. `logprobs`, `logsumexp` and `entropy` are differentiable once,
+    in reverse mode, with any cotangents, in `hidden`, `kernel` and `bias`:
+    $\partial z = (g_{lse} - g_{\log p})\, p + g_{\log p}\, [v = y] - g_H\, p\, (\log p + \mathrm{H})$. Arguments that
+    are not differentiated, tokens that don't count, and in the backward pass an unused entropy cost nothing.
 
-    Logits are computed again in the backward pass, over blocks of the vocabulary: four products, and the memory of
+    Logits are recomputed in the backward pass, over blocks of the vocabulary, with four products and the memory of
     `fused_linear_cross_entropy` with `reduction="none"`. With `keep_logits` they are kept, in `logits_dtype`: three
-    products, and `tokens · V` of memory. Under `jax.vmap` each
-    example has a kernel gradient of its own; pass `[*B]` tokens instead, which need one.
+    products, and `tokens · V` of memory. Under `jax.vmap`, each example has its own kernel gradient; `[*B]` tokens need
+    only one.
 
     Args:
       hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only).
       kernel: the head's weights, `[H, V]`, or `[V, H]` with `kernel_layout="vh"`: hidden's dtype or float32.
-      labels: the token whose log-probability is asked for, `[*B]`, integers.
+      labels: the tokens whose log-probabilities to compute, `[*B]`, integers.
       bias: `[V]`, added to the logits in float32. A column with −∞ has probability 0, unless there is a softcap, which
-        makes `−c` of it.
+        turns it into `−c`.
       where: bools `[*B]`, the tokens that count.
       ignore_index: a label equal to it doesn't count. None, without `where`, says that all tokens count, which saves
         looking for those that do.
@@ -80,42 +79,42 @@ def linear_logprobs(
       logit_scale: multiplies the logits, before the softcap, a Python number.
       logit_softcap: `c` in `c · tanh(z / c)`, a Python number, or None for no cap.
       temperature: divides logits after scale and softcap, as the sampler that drew the labels did: a Python number
-        above 0, a scalar array, or one number for each token, `[*B]`. It carries no gradient. In an array a number that
-        is not above 0 makes its tokens' results and gradients NaN.
+        above 0, a scalar array, or one number for each token, `[*B]`. It carries no gradient. An array element that is
+        not above 0 makes its tokens' results and gradients NaN.
       vocab_size: how many columns exist, a Python integer, if the kernel is padded; None for all of them. The others
         have no probability and are never predicted, their gradients are 0, and a label among them is out of range.
         `bias` stays `[V]`. What the padding holds must be finite.
-      logits_dtype: what logits are rounded to before anything reads them, in both passes; None for hidden's dtype.
+      logits_dtype: the dtype that logits are rounded to before they are used, in both passes; None for hidden's dtype.
       precision: of the matrix products, as in `jax.lax.dot_general`; None for `jax.default_matmul_precision`.
-      chunk_size: tokens a chunk, or None for the rule that `fused_linear_cross_entropy` names.
-      vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, over which the kernel's columns are spread.
+      chunk_size: tokens per chunk, or None for the rule of `fused_linear_cross_entropy`.
+      vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, that shard the kernel's columns.
       adapter: a `jliger.LinearAdapter`: logits become those of `hidden · (kernel + scale · a · b)`, and gradients flow
         to `a`, `b` and `scale` too.
-      keep_logits: keep the logits for the backward pass, where memory allows. Tokens that don't count then take as
-        much time and memory as others. Where nothing is differentiated it has no effect.
-      implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None takes what fits the device
-        that the arrays are on, or under `jax.jit` the platform that is compiled for.
+      keep_logits: keep the logits for the backward pass, if memory allows. Tokens that don't count then take as much
+        time and memory as others. It has no effect if nothing is differentiated.
+      implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None selects by the device that
+        the arrays are on, or under `jax.jit` by the platform that is compiled for.
 
     Returns:
       `LinearLogprobs`, float32 (float64 for float64 hidden states) and int32, `[*B]`.
 
     Raises:
-      ValueError: a shape that doesn't fit, an option out of its range, or `"triton"` where there is no GPU.
-      TypeError: something that is no array, a dtype that isn't supported, or an option that is not a Python number.
-      NotImplementedError: a combination that isn't supported.
+      ValueError: a shape that doesn't fit, an option out of its range, or `"triton"` without a GPU.
+      TypeError: an argument that is not an array, an unsupported dtype, or an option that is not a Python number.
+      NotImplementedError: an unsupported combination.
 
     Examples:
       >>> import jax, jax.numpy as jnp, jliger
       >>> hidden = jax.random.normal(jax.random.key(0), (2, 5, 8))
       >>> kernel = jax.random.normal(jax.random.key(1), (8, 32))
       >>> labels = jnp.array([[3, 1, 4, 1, 5], [9, 2, 6, -100, -100]])
-      >>> found = jliger.linear_logprobs(hidden, kernel, labels)
+      >>> result = jliger.linear_logprobs(hidden, kernel, labels)
       >>> log_p = jax.nn.log_softmax(hidden @ kernel)
-      >>> print(bool(jnp.allclose(found.logprobs[0], log_p[0, jnp.arange(5), labels[0]], atol=1e-5)))
+      >>> print(bool(jnp.allclose(result.logprobs[0], log_p[0, jnp.arange(5), labels[0]], atol=1e-5)))
       True
-      >>> print(bool(jnp.allclose(found.entropy[0], -jnp.sum(jnp.exp(log_p) * log_p, -1)[0], atol=1e-5)))
+      >>> print(bool(jnp.allclose(result.entropy[0], -jnp.sum(jnp.exp(log_p) * log_p, -1)[0], atol=1e-5)))
       True
-      >>> print(found.logprobs[1, 3:], found.predictions[1, 3:])
+      >>> print(result.logprobs[1, 3:], result.predictions[1, 3:])
       [0. 0.] [-1 -1]
     """
     config, operands, labels, where, adapter, ignore_index = head_arguments(

@@ -1,4 +1,4 @@
-"""What an operation on a linear head is made of: its static configuration, and its arrays with their dimensions."""
+"""The static configuration of an operation on a linear head, its arrays, and their dimensions."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -40,16 +40,16 @@ class HeadConfig:
       kernel_layout: `"hv"` for a kernel `[H, V]`, `"vh"` for `[V, H]`.
       logit_scale: multiplies the logits.
       logit_softcap: `c` in `c · tanh(z / c)`, or None.
-      logits_dtype: what products are rounded to before the row functions read them.
-      precision: of every product, resolved: the backward pass may be traced where the user's default is another.
+      logits_dtype: the dtype that products are rounded to before the row functions read them.
+      precision: of every product, resolved: the backward pass may be traced under another default.
       chunk_size: tokens a chunk, or None for the rule in `jliger.ops.linear_head.chunks`.
       implementation: the backend of the row functions; below `sharding.shard` it is never `"by platform"`.
       compute_capability: the GPU to compile for, or None for the one present.
-      stats_wanted: which of the stats that not every loss needs.
+      stats_wanted: which optional statistics to compute.
       keep_logits: whether per-token stats keep logits for their backward pass, rather than compute them again.
-      vocab_axes: inside a user's `shard_map`, the manual axes over which the kernel's columns are spread.
+      vocab_axes: inside a user's `shard_map`, the manual axes that shard the kernel's columns.
       vocab_size: how many of the whole kernel's columns exist; the rest is padding. None for all.
-      teacher: the head that this one is to learn from, or None.
+      teacher: the teacher's head, or None.
     """
 
     kernel_layout: KernelLayout
@@ -117,9 +117,9 @@ class Operands(NamedTuple):
       labels: each token's column; negative if it is out of range.
       counted: which tokens count; None if it is known beforehand that all do.
       class_weights: weights of the columns in label smoothing.
-      inverse_temperature: `1 / T`, which multiplies a token's logits after all else; None for 1.
+      inverse_temperature: `1 / T`, which multiplies a token's logits last; None for 1.
       teacher_hidden, teacher_kernel, teacher_bias: a second head to compare with, for distillation.
-      logits: the products, where an earlier pass kept them.
+      logits: the products, if an earlier pass kept them.
       num_columns: how many of a shard's columns exist, if devices differ in that. Only `sharding.shard` sets it.
     """
 
@@ -153,9 +153,9 @@ class Operands(NamedTuple):
 
 
 class Differentiable[T](NamedTuple):
-    """One thing for each operand that can be differentiated: its gradient, or that gradient's dtype.
+    """A value for each operand that can be differentiated: its gradient, or that gradient's dtype.
 
-    None stands for an operand that is absent or not differentiated, and nothing is computed for it.
+    None for an operand that is absent or not differentiated; nothing is computed for it.
     """
 
     hidden: T | None = None
@@ -190,7 +190,7 @@ DIMS: Mapping[str, str] = {
 
 
 def operand_dims(config: HeadConfig) -> dict[str, str]:
-    """`DIMS`, with kernels in the layouts that `config` says."""
+    """`DIMS`, with the kernel layouts of `config`."""
     dims = dict(DIMS)
     if config.kernel_layout == "vh":
         dims["kernel"] = "vh"

@@ -1,0 +1,149 @@
+"""Runs measuring programs, each in a process of its own, and keeps their records in one file.
+
+Nothing here uses JAX's devices: JAX would take some of a GPU's memory for this process, too.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from options import NUMBER, parser_of
+from reporting import COLORS, GIB, TITLES, Column, number, plot, table_of
+from runs import OUT_OF_MEMORY_EXIT, Record, read_json, write_json
+from tqdm import tqdm
+
+Child = Callable[[str], Record | None]
+
+
+def run_child(
+    name: str, program: str, arguments: Sequence[object], timeout: float, variables: Mapping[str, str] | None = None
+) -> Record | None:
+    """What a program of this folder writes to the file after the last of its arguments, as far as it came."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "records.json")
+        command = [sys.executable, str(Path(__file__).with_name(program)), *map(str, arguments), str(file)]
+        # By default JAX would leave a quarter of a GPU's memory to other processes.
+        environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", **os.environ, **(variables or {})}
+        try:
+            code = subprocess.run(command, env=environment, timeout=timeout, check=False).returncode
+            how = f"ended with code {code}"
+        except subprocess.TimeoutExpired:
+            code, how = None, f"took longer than {timeout:.0f} s"
+        if code not in (0, OUT_OF_MEMORY_EXIT):
+            print(f"the process of {name} {how}; what it had measured is kept", file=sys.stderr)
+        return read_json(file) if file.exists() else None
+
+
+def run_children(children: Mapping[str, Child], command: str, quiet: bool, out: Path | None = None) -> Record:
+    """The records of all children together; they are written to `out` after each child."""
+    results: Record = {"environment": {}, "records": []}
+    for name, child in (bar := tqdm(children.items(), unit="process", disable=quiet)):
+        bar.set_description(name)
+        part = child(name)
+        if part is not None:
+            limit = part["environment"]["bytes_limit"]
+            results["environment"] = {**part["environment"], "command": command}
+            results["records"] += [{**record, "bytes_limit": limit} for record in part["records"]]
+            if out is not None:
+                write_json(out, results)
+    if not results["records"]:
+        sys.exit("error: nothing was measured")
+    return results
+
+
+def memory_of(record: Record) -> float:
+    """Bytes of a device at most in use; XLA's account if the device does not say (CPUs)."""
+    return record["memory_bytes"]["total"] if record["peak_bytes"] is None else record["peak_bytes"]
+
+
+def saving(records: Sequence[Record], group: str, record: Record) -> str:
+    """How much less memory jliger needs than full logits in the same group."""
+    full = [each for each in records if each["head"] == "full" and each[group] == record[group]]
+    if record["head"] == "full" or any(each["out_of_memory"] for each in (record, *full)) or not full:
+        return "-"
+    return f"{1 - memory_of(record) / memory_of(full[0]):.1%}"
+
+
+def text_of(results: Record, group: str, settings: Sequence[str]) -> str:
+    """Every record, a line each, and what the figures were measured with."""
+    about, first = results["environment"], results["records"][0]
+    columns: dict[str, Column] = {
+        group: number(group, ""),
+        "head": lambda record: TITLES[record["head"]],
+        "ms a step": number("milliseconds", ".0f"),
+        "tokens/s": number("tokens_per_second", ",.0f"),
+        "model-flop utilisation": number("model_flop_utilisation", ".1%"),
+        "XLA temporary GiB": number("memory_bytes/temporary", ".2f", GIB),
+        "GiB": lambda record: "out of memory" if record["out_of_memory"] else f"{memory_of(record) / GIB:.2f}",
+        "saved": partial(saving, results["records"], group),
+    }
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    sizes = ", ".join(f"{name} {first[name]}" for name in settings)
+    return (
+        f"{table_of(results['records'], columns)}\n\n{first['config']} ({about['parameters']:,} parameters), {sizes}\n"
+        f"{about['devices']} x {about['device']}, Python {about['python']}, {versions}, "
+        f"XLA_FLAGS={about['xla_flags'] or '(none)'}\n{about['command']}"
+    )
+
+
+def bars(records: Sequence[Record], group: str, is_memory: bool, axes: Axes) -> None:
+    groups, width = list(dict.fromkeys(record[group] for record in records)), 0.4
+    for place, head in enumerate(("jliger", "full")):
+        own = [record for record in records if record["head"] == head]
+        fitting = [record for record in own if not record["out_of_memory"]]
+        at = {id(record): groups.index(record[group]) + (place - 0.5) * width for record in own}
+        amounts = [memory_of(record) / GIB if is_memory else record["tokens_per_second"] for record in fitting]
+        drawn = axes.bar([at[id(each)] for each in fitting], amounts, width, color=COLORS[head], label=TITLES[head])
+        axes.bar_label(drawn, fmt="{:.1f}" if is_memory else "{:,.0f}")
+        for record in own:
+            if record["out_of_memory"]:
+                axes.text(at[id(record)], 0, "out of memory", rotation=90, ha="center", color=COLORS[head])
+    axes.set_xticks(range(len(groups)), [str(each).upper() for each in groups])
+    is_peak = all(record["out_of_memory"] or record["peak_bytes"] is not None for record in records)
+    name = f"{'peak' if is_peak else 'XLA'} memory, GiB a device" if is_memory else "tokens per second"
+    axes.set(xlabel=group, ylabel=name, ylim=(0, 1.25 * axes.get_ylim()[1]))
+    axes.legend(loc="upper right", ncols=2)
+
+
+def sweep_parser(name: str, doc: str | None, program: str, out: str, timeout: float) -> argparse.ArgumentParser:
+    parser = parser_of(name, doc)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path(out), help="results; table and plot beside (%(default)s)")
+    add("--timeout", type=NUMBER, default=timeout, metavar="S", help="seconds of one process (%(default)s)")
+    add("--overwrite", action="store_true", help="replace the results file, if there is one")
+    add("--plot-only", action="store_true", help="measure nothing; make table and plot of --out again")
+    add("--no-progress", action="store_true", help="draw no progress bar")
+    add("rest", nargs="*", metavar="-- OPTIONS", help=f"options of {program}, after --")
+    return parser
+
+
+def sweep(
+    name: str,
+    args: argparse.Namespace,
+    argv: Sequence[str] | None,
+    children: Mapping[str, Child],
+    group: str,
+    settings: Sequence[str],
+) -> None:
+    """Measures, or reads what had been measured, and writes results, table and plot; `group` is a record's key."""
+    if args.plot_only:
+        if not args.out.exists():
+            sys.exit(f"{name}: error: there is no {args.out}")
+        results = read_json(args.out)
+    else:
+        if args.out.exists() and not args.overwrite:
+            sys.exit(f"{name}: error: {args.out} exists: --overwrite replaces it, --out names another file")
+        command = " ".join(["python", f"examples/{name}.py", *(sys.argv[1:] if argv is None else argv)])
+        results = run_children(children, command, args.no_progress, args.out)
+    text = text_of(results, group, settings)
+    args.out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    records = sorted(results["records"], key=lambda record: record.get("batch", 0))
+    panels = [partial(bars, records, group, is_memory) for is_memory in (False, True)]
+    plot(panels, args.out.with_suffix(".png"), title=f"{records[0]['config']} on {results['environment']['device']}")
+    print(f"{text}\n\nwritten: {args.out}, and .txt and .png beside it")
