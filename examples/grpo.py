@@ -64,26 +64,24 @@ def group_advantages(rewards: np.ndarray, group: int) -> np.ndarray:
 
 
 def policy_loss(
-    config: GrpoConfig, result: LinearLogprobs, where: jax.Array, batch: Tree
+    config: GrpoConfig, head: Head, model: LlamaConfig, params: Tree, batch: Tree, where: jax.Array
 ) -> tuple[jax.Array, losses.PolicyMetrics]:
-    """The loss of completions, from the log-probabilities `[B, T]` of their tokens.
+    """The loss of completions: of the tokens after the first of `[B, T+1]` for which `where` `[B, T]` is true.
 
-    The batch has `"advantages"` `[B]`, and log-probabilities `[B, T]`: `"old"`, of the policy that sampled, and, if
-    `config.beta` is not 0, `"reference"`.
+    The batch has `"tokens"`, `"advantages"` `[B]`, and log-probabilities `[B, T]`: `"old"`, of the policy that sampled,
+    and, if `config.beta` is not 0, `"reference"`.
     """
+    inputs, labels, advantages = batch["tokens"][:, :-1], batch["tokens"][:, 1:], batch["advantages"]
+    given = {"old_logprobs": batch["old"], "ref_logprobs": batch.get("reference"), "loss_type": "grpo"}
+    given |= {"beta": config.beta, "entropy_coef": config.entropy_coef, "where": where}
+    if head.name == "jliger":
+        hidden, kernel, how = head.last_layer(model, params, inputs)
+        how |= {"entropy_metric": True, "temperature": config.temperature}
+        return losses.fused_linear_grpo(hidden, kernel, labels, advantages, **given, **how)
+    result = head.logprobs(model, params, inputs, labels, where=where, temperature=config.temperature)
     # If the entropy is only logged, the backward pass need not compute it.
     entropy = result.entropy if config.entropy_coef else jax.lax.stop_gradient(result.entropy)
-    return losses.grpo(
-        result.logprobs,
-        batch["advantages"],
-        where=where,
-        old_logprobs=batch["old"],
-        ref_logprobs=batch.get("reference"),
-        entropy=entropy,
-        loss_type="grpo",
-        beta=config.beta,
-        entropy_coef=config.entropy_coef,
-    )
+    return losses.grpo(result.logprobs, advantages, entropy=entropy, **given)
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,12 @@ class Policy:
     @partial(jax.jit, static_argnums=0)
     def logprobs(self, params: Tree, tokens: jax.Array) -> tuple[LinearLogprobs, jax.Array]:
         """Those `[B, T]` of the tokens after the first of `[B, T+1]`, and which of them belong to a completion."""
-        where = jnp.broadcast_to(jnp.arange(1, tokens.shape[1]) >= self.prompt_length, tokens[:, 1:].shape)
+        where = self.where(tokens)
         logit_options = {"where": where, "temperature": self.config.temperature}
         return self.head.logprobs(self.model, params, tokens[:, :-1], tokens[:, 1:], **logit_options), where
+
+    def where(self, tokens: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(jnp.arange(1, tokens.shape[1]) >= self.prompt_length, tokens[:, 1:].shape)
 
     def program(self, completion_length: int) -> Program:
         count, length = self.config.prompts * self.config.group, self.prompt_length + completion_length
@@ -114,8 +115,8 @@ class Policy:
 
     def __call__(self, params: Tree, batch: Tree) -> tuple[jax.Array, float, losses.PolicyMetrics]:
         """The loss, its weight, and metrics."""
-        result, where = self.logprobs(params, batch["tokens"])
-        loss, metrics = policy_loss(self.config, result, where, batch)
+        where = self.where(batch["tokens"])
+        loss, metrics = policy_loss(self.config, self.head, self.model, params, batch, where)
         return loss, 1.0, metrics
 
 

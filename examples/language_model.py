@@ -55,6 +55,13 @@ class Head:
             hidden, kernel, labels, where=where, kernel_layout=layout, reduction="sum", **self.options(config)
         )
 
+    def last_layer(
+        self, config: LlamaConfig, params: Tree, inputs: jax.Array
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        """Hidden states, kernel and options, for a loss of jliger that is fused with the head."""
+        kernel, layout = last_layer(config, params)
+        return hidden_states(config, params, inputs), kernel, {"kernel_layout": layout, **self.options(config)}
+
     def logprobs(
         self, config: LlamaConfig, params: Tree, inputs: jax.Array, labels: jax.Array, **options: Any
     ) -> jliger.LinearLogprobs:

@@ -45,19 +45,31 @@ def sequence_logprobs(loss: str, logprobs: jax.Array, where: jax.Array) -> losse
 
 
 def pair_loss(
-    loss: str, logprobs: jax.Array, where: jax.Array, beta: float, reference: jax.Array | None = None
+    loss: str,
+    head: Head,
+    config: LlamaConfig,
+    params: Tree,
+    tokens: tuple[jax.Array, jax.Array, jax.Array],
+    beta: float,
+    reference: jax.Array | None = None,
 ) -> tuple[jax.Array, losses.PreferenceMetrics]:
-    """The loss of pairs, from log-probabilities `[2·B, T]` of tokens, the chosen sequences first.
+    """The loss of pairs, from inputs, labels and the mask of labels, each `[2·B, T]`, the chosen sequences first.
 
     `reference` is for DPO: log-probabilities `[2·B]` of the sequences under the model that training began with.
     """
-    sequences = sequence_logprobs(loss, logprobs, where)
+    inputs, labels, where = tokens
+    references = () if loss == "orpo" else jnp.split(reference, 2)
+    if head.name == "jliger":
+        hidden, kernel, how = head.last_layer(config, params, inputs)
+        # Both sequences of a pair side by side: [B, 2, T].
+        hidden, labels, where = (jnp.stack(jnp.split(array, 2), axis=1) for array in (hidden, labels, where))
+        fused = losses.fused_linear_orpo if loss == "orpo" else losses.fused_linear_dpo
+        return fused(hidden, kernel, labels, *references, beta=beta, where=where, **how)
+    sequences = sequence_logprobs(loss, head.logprobs(config, params, inputs, labels, where=where).logprobs, where)
     chosen, rejected = jnp.split(sequences.logprobs, 2)
     counted = (sequences.counts > 0).reshape(2, -1).all(axis=0)
-    if loss == "orpo":
-        return losses.orpo(chosen, rejected, beta=beta, where=counted)
-    ref_chosen, ref_rejected = jnp.split(reference, 2)
-    return losses.dpo(chosen, rejected, ref_chosen, ref_rejected, beta=beta, where=counted)
+    flat = losses.orpo if loss == "orpo" else losses.dpo
+    return flat(chosen, rejected, *references, beta=beta, where=counted)
 
 
 @dataclass(frozen=True)
@@ -73,9 +85,13 @@ class Preference:
 
     def logprobs(self, params: Tree, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Log-probabilities `[2·B, T]` of the tokens after the first, and which belong to a completion."""
-        inputs, labels, where = inputs_and_labels(tokens, self.end_of_text)
-        where &= jnp.arange(1, tokens.shape[1]) >= self.prompt_length
+        inputs, labels, where = self.of_tokens(tokens)
         return self.head.logprobs(self.config, params, inputs, labels, where=where).logprobs, where
+
+    def of_tokens(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Inputs, labels, and which labels belong to a completion, of `[2·B, T+1]` tokens."""
+        inputs, labels, where = inputs_and_labels(tokens, self.end_of_text)
+        return inputs, labels, where & (jnp.arange(1, tokens.shape[1]) >= self.prompt_length)
 
     def training(self, folder: Path, learning: TrainingConfig) -> Training:
         """The training, without its data."""
@@ -94,8 +110,8 @@ class Preference:
 
     def __call__(self, params: Tree, batch: Tree) -> tuple[jax.Array, float, losses.PreferenceMetrics]:
         """The loss, its weight, and metrics."""
-        logprobs, where = self.logprobs(params, batch["tokens"])
-        loss, metrics = pair_loss(self.loss, logprobs, where, self.beta, batch.get("reference"))
+        tokens, reference = self.of_tokens(batch["tokens"]), batch.get("reference")
+        loss, metrics = pair_loss(self.loss, self.head, self.config, params, tokens, self.beta, reference)
         return loss, 1.0, metrics
 
 
