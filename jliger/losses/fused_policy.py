@@ -113,19 +113,15 @@ def fused_linear_grpo(
     check_arguments(flat, head.hidden, head.tokens.shape, head.tokens.shape)
     arrays: dict[str, Any] = {"advantages": advantages, **of_tokens}
     counts = head.counted.sum(axis=-1)
+    of_unit = {**given, "with_entropy": with_entropy}
     if importance_sampling_level == "sequence":
-        # Of one sequence, the first axis is that of rows too.
-        single = head.tokens.ndim == 1
-        rows = _with_row_axis(head) if single else head
-        arrays = {name: array[None] for name, array in arrays.items()} if single else arrays
-        total, result = rows.summed(_grpo_of_row, {**given, "with_entropy": with_entropy}, arrays, "rows")
-        result = jax.tree.map(lambda field: field[0], result) if single else result
+        total, result = _grpo_of_rows(head, of_unit, arrays)
     else:
         if advantages.shape != head.tokens.shape:
             arrays["advantages"] = jnp.broadcast_to(advantages[..., None], head.tokens.shape)
         if loss_type in MEANS_OF_SEQUENCES:
             arrays["shares"] = divided(head.counted.astype(accumulator_dtype(head.hidden.dtype)), counts[..., None])
-        total, result = head.summed(_grpo_of_token, {**given, "with_entropy": with_entropy}, arrays, "tokens")
+        total, result = head.summed(_grpo_of_token, of_unit, arrays, "tokens")
     count = (counts > 0).sum() if loss_type in PER_SEQUENCE else counts.sum()
     return mean_over(total, count, normalizer), flat(*result)[1]
 
@@ -201,6 +197,17 @@ def fused_linear_ppo_clip(
     check_arguments(flat, head.hidden, head.tokens.shape, head.tokens.shape)
     total, result = head.summed(_ppo_clip_of_token, {**given, "with_entropy": with_entropy}, arrays, "tokens")
     return mean_over(total, head.counted.sum(), normalizer), flat(*result)[1]
+
+
+def _grpo_of_rows(
+    head: HeadTokens, given: Mapping[str, Any], arrays: Mapping[str, Array]
+) -> tuple[Float[Array, ""], tuple[Array, Array | None]]:
+    if head.tokens.ndim > 1:
+        return head.summed(_grpo_of_row, given, arrays, "rows")
+    # Of one sequence, the first axis is not that of rows.
+    arrays = {name: array[None] for name, array in arrays.items()}
+    total, result = _with_row_axis(head).summed(_grpo_of_row, given, arrays, "rows")
+    return total, jax.tree.map(lambda field: field[0], result)
 
 
 # ---- the losses of one unit: the flat losses, of one token or one row ------------------------------------------
