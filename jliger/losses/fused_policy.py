@@ -201,7 +201,7 @@ def fused_linear_ppo_clip(
 
 def _grpo_of_rows(
     head: HeadTokens, given: Mapping[str, Any], arrays: Mapping[str, Array]
-) -> tuple[Float[Array, ""], tuple[Array, Array | None]]:
+) -> tuple[Float[Array, ""], Any]:
     if head.tokens.ndim > 1:
         return head.summed(_grpo_of_row, given, arrays, "rows")
     # Of one sequence, the first axis is not that of rows.

@@ -156,20 +156,16 @@ def _metrics(
         return mean(flags.astype(weights.dtype), units)
 
     mean_weight = mean(weights, units)
-    extremes = (
-        jnp.where(units.any(), function(ratios, initial=start, where=units), 0)
-        for function, start in ((jnp.min, jnp.inf), (jnp.max, 0))
+    metrics = SamplerMetrics(
+        count=units.sum(dtype=jnp.int32),
+        mean_ratio=mean(ratios, units),
+        min_ratio=jnp.where(units.any(), jnp.min(ratios, initial=jnp.inf, where=units), 0),
+        max_ratio=jnp.max(ratios, initial=0, where=units),
+        mean_weight=mean_weight,
+        fraction_low=share(bounded.below),
+        fraction_high=share(bounded.above),
+        effective_fraction=divided(jnp.square(mean_weight), mean(jnp.square(weights), units)),
+        kl=mean(k3(log_ratios), counted),
+        kl_k1=mean(-log_ratios, counted),
     )
-    return jax.lax.stop_gradient(
-        SamplerMetrics(
-            units.sum(dtype=jnp.int32),
-            mean(ratios, units),
-            *extremes,
-            mean_weight,
-            share(bounded.below),
-            share(bounded.above),
-            divided(jnp.square(mean_weight), mean(jnp.square(weights), units)),
-            mean(k3(log_ratios), counted),
-            mean(-log_ratios, counted),
-        )
-    )
+    return jax.lax.stop_gradient(metrics)
