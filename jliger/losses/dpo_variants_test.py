@@ -119,7 +119,6 @@ def test_every_type_is_tested():
 
 # f'(u) of the paper's table 1 (arXiv:2309.16240), as functions of u = π(y) / π_ref(y).
 DERIVATIVES = {
-    ("reverse_kl", None): lambda u: np.log(u) + 1,
     ("forward_kl", None): lambda u: -1 / u,
     ("js", None): lambda u: np.log(2 * u / (1 + u)),
     ("alpha", 0.3): lambda u: (1 - u**-0.3) / 0.3,
@@ -136,9 +135,12 @@ def test_divergences(divergence, alpha):
     def formula(w, r):
         return -log_sigmoid(BETA * slope(np.exp(w)) - BETA * slope(np.exp(r)))
 
-    (_, (loss, metrics)), grads = jax.value_and_grad(
-        lambda arrays: (lambda result: (result[0].sum(), result))(each("sigmoid", arrays, **options)), has_aux=True
-    )(arrays)
+    @jax.jit
+    def loss_and_grads(arrays):
+        loss, pull_back, metrics = jax.vjp(lambda arrays: each("sigmoid", arrays, **options), arrays, has_aux=True)
+        return loss, metrics, *pull_back(jnp.ones_like(loss))
+
+    loss, metrics, grads = loss_and_grads(arrays)
     np.testing.assert_allclose(loss, formula(w, r), rtol=1e-5, atol=1e-6)
     # Rewards are 0 where the policy is the reference.
     np.testing.assert_allclose(metrics.chosen_rewards, BETA * (slope(np.exp(w)) - slope(1)).mean(), rtol=1e-5)
@@ -176,7 +178,7 @@ def test_extreme_divergences_by_hand(options, log_ratios, margin):
     def loss(chosen, rejected):
         return losses.dpo(chosen, rejected, ref_chosen, ref_rejected, beta=1.0, **options)
 
-    (value, metrics), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(chosen, rejected)
+    (value, metrics), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(chosen, rejected)
     np.testing.assert_allclose(metrics.margins, margin, rtol=1e-6)
     np.testing.assert_allclose(value, np.logaddexp(0, -margin), rtol=1e-6)
     assert np.isfinite(grads).all()

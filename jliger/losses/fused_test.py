@@ -141,14 +141,17 @@ def test_ppo_clip():
 @pytest.mark.parametrize(
     ("name", "sequence_reduction", "given"),
     cases(
-        ("dpo", "sum", {"label_smoothing": 0.1, "beta": jnp.float32(0.3)}),
+        (
+            "dpo",
+            "sum",
+            {"beta": jnp.float32(0.3), "divergence": "alpha", "divergence_alpha": 0.4, "excess_weight": 0.3},
+        ),
         ("orpo", "mean", {}),
-        ("dpo", "sum", {"divergence": "alpha", "divergence_alpha": 0.4, "excess_weight": 0.3}),
         exhaustive=[
             ("dpo", "mean", {"loss_type": "bco_pair", "reward_shift": jnp.float32(0.3), "reduction": "sum"}),
             ("cpo", "sum", {"nll_weight": 0.5, "normalizer": 5.0}),
             ("simpo", "mean", {"gamma": 0.2, "nll_weight": 0.3, "excess_weight": 0.5}),
-            ("dpo", "sum", {"divergence": "forward_kl"}),
+            ("dpo", "sum", {"label_smoothing": 0.1, "divergence": "forward_kl"}),
             ("dpo", "mean", {"divergence": "js", "excess_weight": 0.0}),
             ("simpo", "sum", {"label_smoothing": 0.1, "reduction": "sum"}),
         ],

@@ -139,7 +139,7 @@ def test_the_gradient_of_gspo(advantages):
     assert (wanted == 0)[WHERE].any()
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", ["token", pytest.param("sequence", marks=pytest.mark.exhaustive)])
 def test_sapo(level):
     # arXiv:2511.20347, eq. 5 to 9: sigmoid gates, and their derivative 4 p (1 − p) r.
     log_ratios = FLOAT64["logprobs"] - FLOAT64["old"]
@@ -147,7 +147,7 @@ def test_sapo(level):
     tau = np.where(PER_TOKEN > 0, 0.7, 2.0)
     p = 1 / (1 + np.exp(-tau * (ratios - 1)))
     options = {"loss_type": "sapo", "importance_sampling_level": level, "sapo_tau_pos": 0.7, "sapo_tau_neg": 2.0}
-    (loss, metrics), grad = jax.value_and_grad(lambda logprobs: grpo(logprobs, **options), has_aux=True)(LOGPROBS)
+    (loss, metrics), grad = jax.jit(jax.value_and_grad(lambda x: grpo(x, **options), has_aux=True))(LOGPROBS)
     np.testing.assert_allclose(loss, aggregated(-4 / tau * p * PER_TOKEN, "grpo"), rtol=2e-6, atol=1e-6)
     wanted = np.where(WHERE, -4 * p * (1 - p) * ratios * PER_TOKEN, 0) / np.maximum(WHERE.sum(-1, keepdims=True), 1) / 5
     np.testing.assert_allclose(grad, wanted, rtol=2e-5, atol=1e-8)
@@ -161,7 +161,9 @@ def test_temperatures_of_sapo_by_hand():
     np.testing.assert_allclose(loss, (-4 * 0.7310586 + 4 / 1.05 * 0.7407749) / 2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo"])
+@pytest.mark.parametrize(
+    "loss_type", ["cispo", *(pytest.param(loss_type, marks=pytest.mark.exhaustive) for loss_type in ("dapo", "sapo"))]
+)
 def test_weights_are_factors_of_the_policy_loss_alone(loss_type):
     weights = np.where(WHERE, np.abs(TOKEN_ADVANTAGES), np.nan).astype(np.float32)
     weights[0, np.flatnonzero(WHERE[0])[0]] = 0
@@ -170,20 +172,21 @@ def test_weights_are_factors_of_the_policy_loss_alone(loss_type):
     def loss(logprobs, weights, advantages=TOKEN_ADVANTAGES):
         return grpo(logprobs, advantages, weights=weights, **options)
 
-    (value, metrics), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(LOGPROBS, weights)
+    (value, metrics), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(LOGPROBS, weights)
     # As if advantages were multiplied, since no weight is negative.
-    wanted, grad = jax.value_and_grad(loss, has_aux=True)(LOGPROBS, None, TOKEN_ADVANTAGES * np.nan_to_num(weights))
-    np.testing.assert_allclose(value, wanted[0], rtol=1e-5)
+    unweighted = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (wanted, _), grad = unweighted(LOGPROBS, None, TOKEN_ADVANTAGES * np.nan_to_num(weights))
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
     np.testing.assert_allclose(grads[0], grad, rtol=1e-5, atol=1e-8)
     np.testing.assert_array_equal(grads[1], 0)
     assert metrics.count == WHERE.sum()
-    assert metrics.clip_fraction_high == loss(LOGPROBS, None)[1].clip_fraction_high
+    assert metrics.clip_fraction_high == unweighted(LOGPROBS, None)[0][1].clip_fraction_high
 
 
 def test_a_weight_of_0_drops_an_impossible_token():
     weights, logprobs = np.float32([[1, 0]]), np.float32([[-1, -np.inf]])
     options = {"weights": weights, "loss_type": "cispo"}
-    value, grad = jax.value_and_grad(lambda x: losses.grpo(x, np.ones(1, np.float32), **options)[0])(logprobs)
+    value, grad = jax.jit(jax.value_and_grad(lambda x: losses.grpo(x, np.ones(1, np.float32), **options)[0]))(logprobs)
     assert value == 0.5
     np.testing.assert_array_equal(grad, [[-0.5, 0]])
 

@@ -67,7 +67,7 @@ def test_the_excess_of_the_longer_sequence_is_weighted(reduction):
     logprobs, where, cotangent = LOGPROBS[:, :2].copy(), WHERE[:, :2].copy(), np.float32([[1, 2], [3, 4], [5, 6]])
     where[1], where[2] = [[0, 1, 1, 0, 1, 1], [1, 0, 0, 1, 0, 0]], [[1, 0, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0]]
     logprobs[2, 1, 4] = -np.inf
-    (_, result), grad = jax.value_and_grad(loss, has_aux=True)(np.where(where, logprobs, np.nan))
+    (_, result), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(np.where(where, logprobs, np.nan))
     np.testing.assert_array_equal(result.counts, where.sum(axis=-1))
     for pair, sequence in np.ndindex(3, 2):
         common = where[pair].sum(axis=-1).min()
