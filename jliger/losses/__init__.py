@@ -1,9 +1,9 @@
 """Preference losses, policy-gradient losses and distillation losses.
 
 Preference and policy losses are plain JAX functions of log-probabilities, such as those that `jliger.linear_logprobs`
-returns, and do not depend on a model. They return `(loss, metrics)`. A log-probability may be −∞, for example that of
-a masked token: values and gradients are then their limits, if the limits are finite. The difference of two equal
-infinities is 0.
+returns, and do not depend on a model. They return `(loss, metrics)`; `sampler_correction` returns `(weights, metrics)`.
+A log-probability may be −∞, for example that of a masked token: values and gradients are then their limits, if the
+limits are finite. The difference of two equal infinities is 0.
 
 The losses that are called `fused_linear_...` are the same, fused with a linear head: three matrix products instead of
 four.

@@ -301,6 +301,10 @@ def test_options_of_float64_leave_the_loss_in_float32(make):
                 delta=20 * python, beta=some, entropy_coef=some, loss_type="dr_grpo",
                 max_completion_length=np.int64(3), normalizer=some,
             ),
+            losses.grpo(tokens, pair, loss_type="sapo", sapo_tau_pos=some, sapo_tau_neg=some, weights=tokens),
+            losses.sampler_correction(tokens, tokens, level="sequence", low=some, high=some),
+            losses.sequence_logprobs(tokens, excess_weight=python),
+            losses.dpo(pair, pair, pair, pair, divergence="alpha", divergence_alpha=python),
             losses.ppo_clip(
                 tokens, tokens, tokens, entropy=tokens, epsilon_low=some, epsilon_high=some, entropy_coef=some
             ),

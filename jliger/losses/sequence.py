@@ -52,7 +52,8 @@ def sequence_logprobs(
       where: bools `[*B, T]`, True for counted tokens: those of the completion, without prompt and padding. Values of
         other tokens, even NaN, are ignored.
       reduction: `"sum"` or `"mean"`.
-      excess_weight: `α` in [0, 1], a Python number, or None for 1, which needs no pairs.
+      excess_weight: `α` in [0, 1], a Python number, or None for 1, which needs no pairs. With `α`, Explicit mesh axes
+        must not shard the last dimension.
 
     Returns:
       `SequenceLogprobs`.
