@@ -123,9 +123,9 @@ def test_ppo_clip():
     with jax.enable_x64(True):
         hidden, kernel, tokens, where = make(4, 5)
         old = jliger.linear_logprobs(hidden, kernel, tokens).logprobs + normal(4, 5, seed=5) / 3
+        advantages, weights = normal(4, 5, seed=6), np.abs(normal(4, 5, seed=9))
         given = {"entropy_coef": jnp.asarray(0.1), "epsilon_high": 0.3, "delta": 2.0, "normalizer": 7.0}
-        given["weights"] = np.abs(normal(4, 5, seed=9))
-        advantages = normal(4, 5, seed=6)
+        given = {**given, "weights": jnp.asarray(weights)}
 
         def fused(hidden, kernel):
             return losses.fused_linear_ppo_clip(hidden, kernel, tokens, old, advantages, where=where, **given)
