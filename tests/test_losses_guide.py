@@ -26,7 +26,7 @@ def test_the_code_of_the_guide_runs():
         "advantages": jnp.asarray(random.normal(size=4).astype(np.float32)),
     }
     blocks = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     for block in blocks:
         exec(block, names)
     for found in ("loss", "grads"):
@@ -44,6 +44,12 @@ def test_the_code_of_the_guide_runs():
     )
     assert np.isfinite(loss)
     assert metrics.kl > 0
+    loss, (metrics, mismatch) = names["corrected_grpo_loss"](logprobs, advantages, where, logprobs, logprobs - 0.1)
+    np.testing.assert_allclose(mismatch.mean_weight, np.exp(0.1), rtol=1e-5)
+    assert metrics.count == where.sum()
+    pairs = (array.reshape(2, 2, 6) for array in (logprobs, logprobs - 0.1, where))
+    loss, metrics = names["ld_dpo_loss"](*pairs)
+    assert metrics.count == 1
     sums = logprobs.sum(axis=1)
     loss, _ = names["kto_loss"](sums, sums - 1, jnp.asarray([True, False, True, False]), sums, sums - 2)
     assert np.isfinite(loss)

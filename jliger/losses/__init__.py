@@ -1,9 +1,9 @@
 """Preference losses, policy-gradient losses and distillation losses.
 
 Preference and policy losses are plain JAX functions of log-probabilities, such as those that `jliger.linear_logprobs`
-returns, and do not depend on a model. They return `(loss, metrics)`. A log-probability may be −∞, for example that of
-a masked token: values and gradients are then their limits, if the limits are finite. The difference of two equal
-infinities is 0.
+returns, and do not depend on a model. They return `(loss, metrics)`; `sampler_correction` returns `(weights, metrics)`.
+A log-probability may be −∞, for example that of a masked token: values and gradients are then their limits, if the
+limits are finite. The difference of two equal infinities is 0.
 
 The losses that are called `fused_linear_...` are the same, fused with a linear head: three matrix products instead of
 four.
@@ -12,7 +12,7 @@ Distillation losses compare whole distributions. They are fused with the heads o
 `jliger.fused_linear_cross_entropy` is fused with one head.
 """
 
-from jliger.losses.dpo_variants import DPOLossType, dpo
+from jliger.losses.dpo_variants import DPODivergence, DPOLossType, dpo
 from jliger.losses.fused_policy import fused_linear_grpo, fused_linear_ppo_clip
 from jliger.losses.fused_preference import (
     fused_linear_cpo,
@@ -25,16 +25,19 @@ from jliger.losses.kto_loss import KTOMetrics, kto, kto_kl
 from jliger.losses.policy import GRPOLossType, PolicyMetrics, grpo, ppo_clip
 from jliger.losses.preference_pairs import PreferenceMetrics
 from jliger.losses.reference_free import cpo, orpo, simpo
+from jliger.losses.sampler import SamplerMetrics, sampler_correction
 from jliger.losses.sequence import SequenceLogprobs, sequence_logprobs
 from jliger.ops.linear_head.distillation import DistillationMetrics, fused_linear_jsd, fused_linear_kl
 
 __all__ = [
+    "DPODivergence",
     "DPOLossType",
     "DistillationMetrics",
     "GRPOLossType",
     "KTOMetrics",
     "PolicyMetrics",
     "PreferenceMetrics",
+    "SamplerMetrics",
     "SequenceLogprobs",
     "cpo",
     "dpo",
@@ -52,6 +55,7 @@ __all__ = [
     "kto_kl",
     "orpo",
     "ppo_clip",
+    "sampler_correction",
     "sequence_logprobs",
     "simpo",
 ]

@@ -22,7 +22,7 @@ from jliger.losses.preference_pairs import (
     result,
     smoothed_logistic,
 )
-from jliger.losses.ratios import difference, saturated, times
+from jliger.losses.ratios import difference, expm1, saturated, times
 
 DPOLossType = Literal[
     "sigmoid",
@@ -37,6 +37,7 @@ DPOLossType = Literal[
     "apo_down",
     "discopop",
 ]
+DPODivergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 
 def dpo(
@@ -46,6 +47,8 @@ def dpo(
     ref_rejected_logprobs: Float[Array, " B"],
     *,
     loss_type: DPOLossType = "sigmoid",
+    divergence: DPODivergence = "reverse_kl",
+    divergence_alpha: float | None = None,
     beta: Float[Array, ""] | float = 0.1,
     label_smoothing: float = 0.0,
     discopop_tau: float | None = None,
@@ -73,6 +76,22 @@ def dpo(
     | `"apo_down"` | $\sigma(r_w) + \sigma(-z)$ | arXiv:2408.06266 |
     | `"discopop"` | $-\log\sigma(z)\,\sigma(-z/\tau) + e^{-z} \sigma(z/\tau)$ | arXiv:2406.08414 |
 
+    `divergence` names the divergence from the reference that the rewards imply a penalty on (f-DPO; Wang et al., 2023,
+    arXiv:2309.16240). With the log-ratio $x = \log \pi(y) - \log \pi_\mathrm{ref}(y)$ of a completion, its reward is
+    $\beta\, s(x)$:
+
+    | `divergence` | $s(x)$ |
+    | --- | --- |
+    | `"reverse_kl"` | $x$ |
+    | `"forward_kl"` | $1 - e^{-x}$ |
+    | `"js"` (Jensen-Shannon) | $\log\frac{2 e^x}{1 + e^x}$ |
+    | `"alpha"` | $(1 - e^{-\alpha x}) / \alpha$; $\alpha$ is `divergence_alpha` |
+
+    This is $f'(e^x)$ of the paper, shifted by a constant so that $s(0) = 0$. The paper's loss is `"sigmoid"`, in which
+    constants cancel; the other losses take the same rewards. `"alpha"` tends to `"reverse_kl"` for $\alpha \to 0$ and
+    to `"forward_kl"` for $\alpha \to 1$. Where an exponent is above 20, the exponential is replaced by its tangent, so
+    that values and gradients stay finite.
+
     These are the definitions of TRL's `DPOTrainer`, with three differences. `label_smoothing` raises for a loss that
     does not use it. TRL's `"ipo"` divides each log-ratio by its number of tokens: to get that, pass means
     (`sequence_logprobs(..., reduction="mean")`). The paper's $\delta$ of `"bco_pair"` is `reward_shift`.
@@ -84,7 +103,9 @@ def dpo(
       rejected_logprobs: the same for the rejected completions, `[B]`.
       ref_chosen_logprobs: log-probabilities of the chosen completions under the reference, `[B]`. No gradient.
       ref_rejected_logprobs: the same for the rejected completions, `[B]`. No gradient.
-      loss_type: one of the table's.
+      loss_type: one of the first table's.
+      divergence: one of the second table's.
+      divergence_alpha: `α` in (0, 1), a Python number, for `divergence="alpha"`, which needs it.
       beta: `β`, above 0.
       label_smoothing: `ε` in [0, 0.5], a Python number, for `"sigmoid"`, `"robust"` (below 0.5) and `"exo_pair"` (above
         0; TRL takes 1e-3).
@@ -101,7 +122,7 @@ def dpo(
       The loss, float32 (float64 for float64 inputs), `[]`, or `[B]` with `"none"`; and `PreferenceMetrics`.
 
     Raises:
-      ValueError: a shape does not match, an option is out of range, or `loss_type` does not use it.
+      ValueError: a shape does not match, an option is out of range, or neither `loss_type` nor `divergence` uses it.
       TypeError: a dtype is not supported.
 
     Examples:
@@ -112,8 +133,12 @@ def dpo(
       >>> loss, metrics = losses.dpo(chosen, rejected, ref_chosen, ref_rejected, beta=0.5)
       >>> print(f"{loss:.4f} {metrics.margins:.2f} {metrics.accuracy:.1f}")
       0.7573 0.25 0.5
+      >>> _, metrics = losses.dpo(chosen, rejected, ref_chosen, ref_rejected, beta=0.5, divergence="forward_kl")
+      >>> print(f"{metrics.margins:.2f}")  # the mean of (e² − e⁻¹) / 2 and (e⁻¹ − e) / 2
+      1.17
     """
     checks.check_choice("loss_type", loss_type, get_args(DPOLossType))
+    score = _score(divergence, divergence_alpha)
     check_reduction(reduction, normalizer)
     arrays = sequence_arrays(
         PAIRS,
@@ -126,8 +151,8 @@ def dpo(
     counted = mask("where", where, arrays[0], BOOL_PER_PAIR)
     chosen, rejected, ref_chosen, ref_rejected = zero_unless(counted, *arrays)
     ref_chosen, ref_rejected = constant(ref_chosen, ref_rejected)
-    chosen, rejected = difference(chosen, ref_chosen), difference(rejected, ref_rejected)
-    rewards = Rewards(times(options.beta, chosen), times(options.beta, rejected))
+    scores = score(difference(chosen, ref_chosen)), score(difference(rejected, ref_rejected))
+    rewards = Rewards(*(times(options.beta, array) for array in scores))
     losses = _LOSSES[loss_type](rewards, options)
     return result(losses, jnp.zeros_like(losses), rewards, counted, reduction, normalizer)
 
@@ -167,6 +192,29 @@ def _options(
         discopop_tau=tau,
         reward_shift=0.0 if shift is None else jax.lax.stop_gradient(coefficient("reward_shift", shift, dtype)),
     )
+
+
+def _score(divergence: str, alpha: float | None) -> Callable[[Float[Array, " B"]], Float[Array, " B"]]:
+    """The reward that a log-ratio implies under a divergence, for `β = 1`."""
+    checks.check_choice("divergence", divergence, get_args(DPODivergence))
+    if (alpha is not None) != (divergence == "alpha"):
+        raise ValueError(
+            f"divergence_alpha got {alpha!r} with divergence={divergence!r}; 'alpha' needs it, and the others do not "
+            "use it."
+        )
+    if alpha is not None:
+        alpha = number("divergence_alpha", alpha, least=0, most=1)
+        if alpha in (0, 1):
+            raise ValueError(
+                f"divergence_alpha got {alpha}; pass a number between 0 and 1. The limits are 'reverse_kl' at 0 and "
+                "'forward_kl' at 1."
+            )
+        return lambda x: -expm1(-alpha * x) / alpha
+    return {
+        "reverse_kl": lambda x: x,
+        "forward_kl": lambda x: -expm1(-x),
+        "js": lambda x: math.log(2) + jax.nn.log_sigmoid(x),
+    }[divergence]
 
 
 def _sigmoid(rewards: Rewards, options: _Options) -> Float[Array, " B"]:

@@ -115,6 +115,90 @@ def test_every_type_is_tested():
     assert {loss_type for loss_type, _ in LIMITS} == set(FORMULAS)
 
 
+# ---- divergences ----------------------------------------------------------------------------------------------
+
+# f'(u) of the paper's table 1 (arXiv:2309.16240), as functions of u = π(y) / π_ref(y).
+DERIVATIVES = {
+    ("forward_kl", None): lambda u: -1 / u,
+    ("js", None): lambda u: np.log(2 * u / (1 + u)),
+    ("alpha", 0.3): lambda u: (1 - u**-0.3) / 0.3,
+}
+
+
+@pytest.mark.parametrize(("divergence", "alpha"), DERIVATIVES)
+def test_divergences(divergence, alpha):
+    arrays = {name: array / 10 for name, array in ARRAYS.items()}
+    w, r = log_ratios(arrays)
+    options = {"divergence": divergence, "divergence_alpha": alpha}
+    slope = DERIVATIVES[divergence, alpha]
+
+    def formula(w, r):
+        return -log_sigmoid(BETA * slope(np.exp(w)) - BETA * slope(np.exp(r)))
+
+    @jax.jit
+    def loss_and_grads(arrays):
+        loss, pull_back, metrics = jax.vjp(lambda arrays: each("sigmoid", arrays, **options), arrays, has_aux=True)
+        return loss, metrics, *pull_back(jnp.ones_like(loss))
+
+    loss, metrics, grads = loss_and_grads(arrays)
+    np.testing.assert_allclose(loss, formula(w, r), rtol=1e-5, atol=1e-6)
+    # Rewards are 0 where the policy is the reference.
+    np.testing.assert_allclose(metrics.chosen_rewards, BETA * (slope(np.exp(w)) - slope(1)).mean(), rtol=1e-5)
+    step = 1e-5
+    for name, truth in (
+        (PAIR[0], formula(w + step, r) - formula(w - step, r)),
+        (PAIR[1], formula(w, r + step) - formula(w, r - step)),
+    ):
+        np.testing.assert_allclose(grads[name], truth / (2 * step), rtol=2e-5, atol=2e-6)
+    for name in REF_PAIR:
+        np.testing.assert_array_equal(grads[name], 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "log_ratios", "margin"),
+    [
+        # 1 − e^−x is continued by its tangent at x = −20, and is at most 1.
+        ({"divergence": "forward_kl"}, (-30, 0), -(11 * np.exp(20.0) - 1)),
+        ({"divergence": "forward_kl"}, (np.inf, 0), 1),
+        ({"divergence": "forward_kl"}, (0, -np.inf), np.inf),
+        ({"divergence": "forward_kl"}, (1e-6, 0), 1e-6),
+        ({"divergence": "alpha", "divergence_alpha": 0.5}, (np.inf, 2 * np.log(2)), 2 - 1),
+        ({"divergence": "js"}, (-1e4, 0), np.log(2) - 1e4),
+        ({"divergence": "js"}, (np.inf, np.inf), 0),
+    ],
+)
+def test_extreme_divergences_by_hand(options, log_ratios, margin):
+    pair, zero = ([np.float32([x])] for x in log_ratios), np.zeros(1, np.float32)
+    chosen, rejected = (np.concatenate(array) for array in pair)
+    # −∞ under the reference is a log-ratio of ∞.
+    (chosen, ref_chosen), (rejected, ref_rejected) = (
+        (zero, -array) if array > 0 else (array, zero) for array in (chosen, rejected)
+    )
+
+    def loss(chosen, rejected):
+        return losses.dpo(chosen, rejected, ref_chosen, ref_rejected, beta=1.0, **options)
+
+    (value, metrics), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(chosen, rejected)
+    np.testing.assert_allclose(metrics.margins, margin, rtol=1e-6)
+    np.testing.assert_allclose(value, np.logaddexp(0, -margin), rtol=1e-6)
+    assert np.isfinite(grads).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divergence": "kl"}, "divergence got 'kl'; pass one of 'reverse_kl', 'forward_kl', 'js', 'alpha'"),
+        ({"divergence": "alpha"}, "divergence_alpha got None with divergence='alpha'; 'alpha' needs it"),
+        ({"divergence_alpha": 0.5}, "divergence_alpha got 0.5 with divergence='reverse_kl'"),
+        ({"divergence": "alpha", "divergence_alpha": 1.0}, "pass a number between 0 and 1"),
+        ({"divergence": "alpha", "divergence_alpha": -0.5}, "divergence_alpha got -0.5"),
+    ],
+)
+def test_divergences_that_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        each("sigmoid", **options)
+
+
 # ---- label smoothing: applied, or an error --------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from jliger.core import checks
 from jliger.core.dtypes import accumulator_dtype
 from jliger.core.reduction import Normalizer, divided
 from jliger.losses.fused import HeadTokens, check_arguments, mean_over
-from jliger.losses.policy import GRPOLossType, PolicyMetrics, grpo, ppo_clip
+from jliger.losses.policy import MEANS_OF_SEQUENCES, PER_SEQUENCE, GRPOLossType, PolicyMetrics, grpo, ppo_clip
 from jliger.ops.linear_head.arguments import HeadOptions
 from jliger.ops.logits.unit_loss import LinearLogprobs
 
@@ -24,11 +24,14 @@ def fused_linear_grpo(
     *,
     old_logprobs: Float[Array, "*B T"] | None = None,
     ref_logprobs: Float[Array, "*B T"] | None = None,
+    weights: Float[Array, "*B T"] | None = None,
     loss_type: GRPOLossType = "dapo",
     importance_sampling_level: Literal["token", "sequence"] = "token",
     epsilon_low: Float[Array, ""] | float | None = None,
     epsilon_high: Float[Array, ""] | float | None = None,
     delta: float | None = None,
+    sapo_tau_pos: Float[Array, ""] | float | None = None,
+    sapo_tau_neg: Float[Array, ""] | float | None = None,
     beta: Float[Array, ""] | float = 0.0,
     entropy_coef: Float[Array, ""] | float = 0.0,
     entropy_metric: bool = False,
@@ -49,11 +52,14 @@ def fused_linear_grpo(
         these arrays carries a gradient.
       old_logprobs: as in `grpo`.
       ref_logprobs: as in `grpo`.
+      weights: as in `grpo`.
       loss_type: as in `grpo`.
       importance_sampling_level: `"token"`, or `"sequence"`, whose sequences are whole in a chunk, and on a device.
       epsilon_low: as in `grpo`.
       epsilon_high: as in `grpo`.
       delta: as in `grpo`.
+      sapo_tau_pos: as in `grpo`.
+      sapo_tau_neg: as in `grpo`.
       beta: as in `grpo`.
       entropy_coef: the factor of the head's entropy.
       entropy_metric: also compute the entropy for the metrics if `entropy_coef` is 0.
@@ -84,13 +90,15 @@ def fused_linear_grpo(
     if not head.tokens.ndim:
         raise ValueError("tokens got a scalar; pass an array [*B, T].")
     advantages = checks.as_array("advantages", advantages)
-    of_tokens: Any = _given(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs)
+    of_tokens: Any = _given(old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, weights=weights)
     given: dict[str, Any] = {
         "loss_type": loss_type,
         "importance_sampling_level": importance_sampling_level,
         "epsilon_low": epsilon_low,
         "epsilon_high": epsilon_high,
         "delta": delta,
+        "sapo_tau_pos": sapo_tau_pos,
+        "sapo_tau_neg": sapo_tau_neg,
         "beta": beta,
         "entropy_coef": entropy_coef,
         "max_completion_length": max_completion_length,
@@ -105,20 +113,16 @@ def fused_linear_grpo(
     check_arguments(flat, head.hidden, head.tokens.shape, head.tokens.shape)
     arrays: dict[str, Any] = {"advantages": advantages, **of_tokens}
     counts = head.counted.sum(axis=-1)
+    of_unit = {**given, "with_entropy": with_entropy}
     if importance_sampling_level == "sequence":
-        # Of one sequence, the first axis is that of rows too.
-        single = head.tokens.ndim == 1
-        rows = _with_row_axis(head) if single else head
-        arrays = {name: array[None] for name, array in arrays.items()} if single else arrays
-        total, result = rows.summed(_grpo_of_row, {**given, "with_entropy": with_entropy}, arrays, "rows")
-        result = jax.tree.map(lambda field: field[0], result) if single else result
+        total, result = _grpo_of_rows(head, of_unit, arrays)
     else:
         if advantages.shape != head.tokens.shape:
             arrays["advantages"] = jnp.broadcast_to(advantages[..., None], head.tokens.shape)
-        if loss_type == "grpo":
-            arrays["weights"] = divided(head.counted.astype(accumulator_dtype(head.hidden.dtype)), counts[..., None])
-        total, result = head.summed(_grpo_of_token, {**given, "with_entropy": with_entropy}, arrays, "tokens")
-    count = (counts > 0).sum() if loss_type in ("grpo", "dr_grpo") else counts.sum()
+        if loss_type in MEANS_OF_SEQUENCES:
+            arrays["shares"] = divided(head.counted.astype(accumulator_dtype(head.hidden.dtype)), counts[..., None])
+        total, result = head.summed(_grpo_of_token, of_unit, arrays, "tokens")
+    count = (counts > 0).sum() if loss_type in PER_SEQUENCE else counts.sum()
     return mean_over(total, count, normalizer), flat(*result)[1]
 
 
@@ -129,6 +133,7 @@ def fused_linear_ppo_clip(
     old_logprobs: Float[Array, "*B"],
     advantages: Float[Array, "*B"],
     *,
+    weights: Float[Array, "*B"] | None = None,
     epsilon_low: Float[Array, ""] | float = 0.2,
     epsilon_high: Float[Array, ""] | float = 0.2,
     delta: float | None = None,
@@ -148,6 +153,7 @@ def fused_linear_ppo_clip(
       tokens: the sampled tokens, `[*B]`: `hidden[..., t, :]` predicts `tokens[..., t]`.
       old_logprobs: as in `ppo_clip`, as are the other arrays and options. None of these arrays carries a gradient.
       advantages: as in `ppo_clip`.
+      weights: as in `ppo_clip`.
       epsilon_low: as in `ppo_clip`.
       epsilon_high: as in `ppo_clip`.
       delta: as in `ppo_clip`.
@@ -181,10 +187,7 @@ def fused_linear_ppo_clip(
         "entropy_coef": entropy_coef,
     }
     with_entropy = entropy_metric or not _is_zero(entropy_coef)
-    arrays: dict[str, Any] = {
-        "old_logprobs": checks.as_array("old_logprobs", old_logprobs),
-        "advantages": checks.as_array("advantages", advantages),
-    }
+    arrays: Any = _given(old_logprobs=old_logprobs, advantages=advantages, weights=weights)
 
     def flat(logprobs: Array, entropy: Array) -> tuple[Array, PolicyMetrics]:
         arguments: Any = {**arrays, **given, "where": head.counted, "normalizer": normalizer}
@@ -196,18 +199,29 @@ def fused_linear_ppo_clip(
     return mean_over(total, head.counted.sum(), normalizer), flat(*result)[1]
 
 
+def _grpo_of_rows(
+    head: HeadTokens, given: Mapping[str, Any], arrays: Mapping[str, Array]
+) -> tuple[Float[Array, ""], Any]:
+    if head.tokens.ndim > 1:
+        return head.summed(_grpo_of_row, given, arrays, "rows")
+    # Of one sequence, the first axis is not that of rows.
+    arrays = {name: array[None] for name, array in arrays.items()}
+    total, result = _with_row_axis(head).summed(_grpo_of_row, given, arrays, "rows")
+    return total, jax.tree.map(lambda field: field[0], result)
+
+
 # ---- the losses of one unit: the flat losses, of one token or one row ------------------------------------------
 
 
 def _grpo_of_token(
     result: LinearLogprobs, arrays: Mapping[str, Array], *, with_entropy: bool, **given: Any
 ) -> tuple[Array, tuple[Array, Array | None]]:
-    # A sequence of one token. What weights of tokens depend on is known beforehand.
-    others = {name: array[None] for name, array in arrays.items() if name not in ("advantages", "weights")}
+    # A sequence of one token. Its share of the loss depends on the number of tokens, which is known beforehand.
+    others = {name: array[None] for name, array in arrays.items() if name not in ("advantages", "shares")}
     entropy = None if _is_zero(given["entropy_coef"]) else result.entropy[None]
     arguments: Any = {**others, **given, "entropy": entropy, "normalizer": 1.0}
     loss, _ = grpo(result.logprobs[None], arrays["advantages"][None], **arguments)
-    return loss * arrays.get("weights", 1), _of_metrics(result, with_entropy)
+    return loss * arrays.get("shares", 1), _of_metrics(result, with_entropy)
 
 
 def _grpo_of_row(

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core import checks
 from jliger.core.reduction import Normalizer, check_reduction
-from jliger.losses.dpo_variants import DPOLossType, dpo
+from jliger.losses.dpo_variants import DPODivergence, DPOLossType, dpo
 from jliger.losses.fused import HeadTokens, check_arguments, mean_over
 from jliger.losses.kto_loss import KTOMetrics, kto
 from jliger.losses.preference_pairs import PreferenceMetrics
@@ -29,11 +29,14 @@ def fused_linear_dpo(
     ref_rejected_logprobs: Float[Array, " P"],
     *,
     loss_type: DPOLossType = "sigmoid",
+    divergence: DPODivergence = "reverse_kl",
+    divergence_alpha: float | None = None,
     beta: Float[Array, ""] | float = 0.1,
     label_smoothing: float = 0.0,
     discopop_tau: float | None = None,
     reward_shift: Float[Array, ""] | float | None = None,
     sequence_reduction: SequenceReduction = "sum",
+    excess_weight: float | None = None,
     reduction: ScalarReduction = "mean",
     normalizer: Normalizer = None,
     **options: Unpack[HeadOptions],
@@ -48,14 +51,17 @@ def fused_linear_dpo(
       hidden: the model's last hidden states, `[P, 2, L, H]`: of each pair the chosen sequence first.
       kernel: the head's weights, `[H, V]`, or `[V, H]` with `kernel_layout="vh"`.
       tokens: the tokens, `[P, 2, L]`: `hidden[..., t, :]` predicts `tokens[..., t]`.
-      ref_chosen_logprobs: as in `dpo`, `[P]`, reduced as `sequence_reduction` says. No gradient.
+      ref_chosen_logprobs: as in `dpo`, `[P]`, reduced as `sequence_reduction` and `excess_weight` say. No gradient.
       ref_rejected_logprobs: the same for the rejected sequences.
       loss_type: as in `dpo`.
+      divergence: as in `dpo`.
+      divergence_alpha: as in `dpo`.
       beta: as in `dpo`. No gradient.
       label_smoothing: as in `dpo`.
       discopop_tau: as in `dpo`.
       reward_shift: as in `dpo`.
       sequence_reduction: `"sum"` or `"mean"` of the log-probabilities of a sequence's tokens.
+      excess_weight: as in `sequence_logprobs`: the weight of the tokens by which one sequence is longer (LD-DPO).
       reduction: `"mean"` over the counted pairs, or `"sum"`.
       normalizer: as in `dpo`.
       **options: those of `jliger.fused_linear_loss`. The tokens that count are those of `where` and `ignore_index`; a
@@ -79,11 +85,18 @@ def fused_linear_dpo(
       0.6931 1
     """
     references = {"ref_chosen_logprobs": ref_chosen_logprobs, "ref_rejected_logprobs": ref_rejected_logprobs}
-    given = {"loss_type": loss_type, "beta": beta, "label_smoothing": label_smoothing, "discopop_tau": discopop_tau}
-    given["reward_shift"] = reward_shift
+    given = {
+        "loss_type": loss_type,
+        "divergence": divergence,
+        "divergence_alpha": divergence_alpha,
+        "beta": beta,
+        "label_smoothing": label_smoothing,
+        "discopop_tau": discopop_tau,
+        "reward_shift": reward_shift,
+    }
     head = HeadTokens.make(hidden, kernel, tokens, options)
-    how = {"sequence_reduction": sequence_reduction, "reduction": reduction, "normalizer": normalizer}
-    return _of_pairs(dpo, head, references, given, **how)
+    sequences = {"sequence_reduction": sequence_reduction, "excess_weight": excess_weight}
+    return _of_pairs(dpo, head, references, given, sequences, reduction, normalizer)
 
 
 def fused_linear_orpo(
@@ -94,6 +107,7 @@ def fused_linear_orpo(
     beta: Float[Array, ""] | float = 0.1,
     nll_weight: Float[Array, ""] | float = 1.0,
     sequence_reduction: SequenceReduction = "mean",
+    excess_weight: float | None = None,
     reduction: ScalarReduction = "mean",
     normalizer: Normalizer = None,
     **options: Unpack[HeadOptions],
@@ -107,6 +121,7 @@ def fused_linear_orpo(
       beta: as in `orpo`. No gradient.
       nll_weight: as in `orpo`. No gradient.
       sequence_reduction: `"mean"` or `"sum"` of the log-probabilities of a sequence's tokens.
+      excess_weight: as in `sequence_logprobs`.
       reduction: `"mean"` over the counted pairs, or `"sum"`.
       normalizer: as in `orpo`.
       **options: as in `fused_linear_dpo`.
@@ -118,8 +133,8 @@ def fused_linear_orpo(
       ValueError, TypeError, NotImplementedError: what `orpo` and `jliger.fused_linear_loss` raise.
     """
     head = HeadTokens.make(hidden, kernel, tokens, options)
-    how = {"sequence_reduction": sequence_reduction, "reduction": reduction, "normalizer": normalizer}
-    return _of_pairs(orpo, head, {}, {"beta": beta, "nll_weight": nll_weight}, **how)
+    sequences = {"sequence_reduction": sequence_reduction, "excess_weight": excess_weight}
+    return _of_pairs(orpo, head, {}, {"beta": beta, "nll_weight": nll_weight}, sequences, reduction, normalizer)
 
 
 def fused_linear_cpo(
@@ -131,6 +146,7 @@ def fused_linear_cpo(
     label_smoothing: float = 0.0,
     nll_weight: Float[Array, ""] | float = 1.0,
     sequence_reduction: SequenceReduction = "sum",
+    excess_weight: float | None = None,
     reduction: ScalarReduction = "mean",
     normalizer: Normalizer = None,
     **options: Unpack[HeadOptions],
@@ -145,6 +161,7 @@ def fused_linear_cpo(
       label_smoothing: as in `cpo`.
       nll_weight: as in `cpo`. No gradient.
       sequence_reduction: `"sum"` or `"mean"` of the log-probabilities of a sequence's tokens.
+      excess_weight: as in `sequence_logprobs`: the weight of the tokens by which one sequence is longer (LD-DPO).
       reduction: `"mean"` over the counted pairs, or `"sum"`.
       normalizer: as in `cpo`.
       **options: as in `fused_linear_dpo`.
@@ -156,9 +173,9 @@ def fused_linear_cpo(
       ValueError, TypeError, NotImplementedError: what `cpo` and `jliger.fused_linear_loss` raise.
     """
     head = HeadTokens.make(hidden, kernel, tokens, options)
-    how = {"sequence_reduction": sequence_reduction, "reduction": reduction, "normalizer": normalizer}
+    sequences = {"sequence_reduction": sequence_reduction, "excess_weight": excess_weight}
     given = {"beta": beta, "label_smoothing": label_smoothing, "nll_weight": nll_weight}
-    return _of_pairs(cpo, head, {}, given, **how)
+    return _of_pairs(cpo, head, {}, given, sequences, reduction, normalizer)
 
 
 def fused_linear_simpo(
@@ -171,6 +188,7 @@ def fused_linear_simpo(
     label_smoothing: float = 0.0,
     nll_weight: Float[Array, ""] | float = 0.0,
     sequence_reduction: SequenceReduction = "mean",
+    excess_weight: float | None = None,
     reduction: ScalarReduction = "mean",
     normalizer: Normalizer = None,
     **options: Unpack[HeadOptions],
@@ -186,6 +204,7 @@ def fused_linear_simpo(
       label_smoothing: as in `simpo`.
       nll_weight: as in `simpo`. No gradient.
       sequence_reduction: `"mean"` or `"sum"` of the log-probabilities of a sequence's tokens.
+      excess_weight: as in `sequence_logprobs`.
       reduction: `"mean"` over the counted pairs, or `"sum"`.
       normalizer: as in `simpo`.
       **options: as in `fused_linear_dpo`.
@@ -197,9 +216,9 @@ def fused_linear_simpo(
       ValueError, TypeError, NotImplementedError: what `simpo` and `jliger.fused_linear_loss` raise.
     """
     head = HeadTokens.make(hidden, kernel, tokens, options)
-    how = {"sequence_reduction": sequence_reduction, "reduction": reduction, "normalizer": normalizer}
+    sequences = {"sequence_reduction": sequence_reduction, "excess_weight": excess_weight}
     given = {"beta": beta, "gamma": gamma, "label_smoothing": label_smoothing, "nll_weight": nll_weight}
-    return _of_pairs(simpo, head, {}, given, **how)
+    return _of_pairs(simpo, head, {}, given, sequences, reduction, normalizer)
 
 
 def fused_linear_kto(
@@ -269,13 +288,12 @@ def _of_pairs(
     head: HeadTokens,
     references: Mapping[str, Any],
     given: Mapping[str, Any],
-    *,
-    sequence_reduction: SequenceReduction,
+    sequences: Mapping[str, Any],
     reduction: ScalarReduction,
     normalizer: Normalizer,
 ) -> tuple[Float[Array, ""], PreferenceMetrics]:
-    """The loss and metrics of a flat loss on pairs."""
-    _check(head, 3, "pairs [P, 2, L]", sequence_reduction, reduction, normalizer)
+    """The loss and metrics of a flat loss on pairs. `sequences` says how sequences are reduced."""
+    _check(head, 3, "pairs [P, 2, L]", sequences["sequence_reduction"], reduction, normalizer)
     if head.tokens.shape[1] != 2:
         raise ValueError(f"tokens got shape {head.tokens.shape}; pass pairs [P, 2, L], the chosen sequence first.")
     references = {name: checks.as_array(name, array) for name, array in references.items()}
@@ -286,8 +304,7 @@ def _of_pairs(
         return flat(chosen, rejected, **references, **given, **how)
 
     check_arguments(reduced, head.hidden, counted.shape, counted.shape)
-    given_to_unit = {**given, "flat": flat, "sequence_reduction": sequence_reduction}
-    total, logprobs = head.summed(_of_pair, given_to_unit, references, "rows")
+    total, logprobs = head.summed(_of_pair, {**given, **sequences, "flat": flat}, references, "rows")
     loss = total if reduction == "sum" else mean_over(total, counted.sum(), normalizer)
     return loss, reduced(logprobs[:, 0], logprobs[:, 1])[1]
 
@@ -298,10 +315,14 @@ def _of_pair(
     *,
     flat: Callable[..., tuple[Array, PreferenceMetrics]],
     sequence_reduction: SequenceReduction,
+    excess_weight: float | None,
     **given: Any,
 ) -> tuple[Array, Array]:
     """The flat loss of a single pair, and the log-probabilities of its sequences."""
-    logprobs, counts = sequence_logprobs(result.logprobs, result.predictions >= 0, reduction=sequence_reduction)
+    counted = result.predictions >= 0
+    logprobs, counts = sequence_logprobs(
+        result.logprobs, counted, reduction=sequence_reduction, excess_weight=excess_weight
+    )
     references = {name: array[None] for name, array in references.items()}
     where = (counts > 0).all(keepdims=True)
     return flat(logprobs[:1], logprobs[1:], **references, **given, where=where, reduction="sum")[0], logprobs

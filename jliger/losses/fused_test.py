@@ -51,6 +51,7 @@ def cases(*often, exhaustive):
         ("token", {"loss_type": "grpo", "beta": 0.1, "epsilon_low": 0.1, "delta": 1.5}),
         ("token", {"loss_type": "cispo", "entropy_coef": 0.05, "normalizer": 3.0}),
         ("sequence", {"loss_type": "grpo", "entropy_metric": True}),
+        ("token", {"loss_type": "sapo", "sapo_tau_pos": 0.5, "weights": np.abs(normal(4, 5, seed=9)), "beta": 0.1}),
         exhaustive=[
             ("token", {"loss_type": "dapo", "beta": np.float64(0.2), "temperature": 0.5}),
             ("token", {"loss_type": "dr_grpo", "max_completion_length": 9, "entropy_metric": True}),
@@ -58,6 +59,7 @@ def cases(*often, exhaustive):
             ("sequence", {"loss_type": "dr_grpo", "max_completion_length": 9, "beta": 0.1}),
             ("sequence", {"loss_type": "dapo", "entropy_coef": 0.1, "normalizer": 3.0}),
             ("sequence", {"loss_type": "cispo"}),
+            ("sequence", {"loss_type": "sapo", "weights": np.abs(normal(4, 5, seed=9))}),
         ],
     ),
 )
@@ -121,8 +123,9 @@ def test_ppo_clip():
     with jax.enable_x64(True):
         hidden, kernel, tokens, where = make(4, 5)
         old = jliger.linear_logprobs(hidden, kernel, tokens).logprobs + normal(4, 5, seed=5) / 3
+        advantages, weights = normal(4, 5, seed=6), np.abs(normal(4, 5, seed=9))
         given = {"entropy_coef": jnp.asarray(0.1), "epsilon_high": 0.3, "delta": 2.0, "normalizer": 7.0}
-        advantages = normal(4, 5, seed=6)
+        given = {**given, "weights": jnp.asarray(weights)}
 
         def fused(hidden, kernel):
             return losses.fused_linear_ppo_clip(hidden, kernel, tokens, old, advantages, where=where, **given)
@@ -138,12 +141,18 @@ def test_ppo_clip():
 @pytest.mark.parametrize(
     ("name", "sequence_reduction", "given"),
     cases(
-        ("dpo", "sum", {"label_smoothing": 0.1, "beta": jnp.float32(0.3)}),
+        (
+            "dpo",
+            "sum",
+            {"beta": jnp.float32(0.3), "divergence": "alpha", "divergence_alpha": 0.4, "excess_weight": 0.3},
+        ),
         ("orpo", "mean", {}),
         exhaustive=[
             ("dpo", "mean", {"loss_type": "bco_pair", "reward_shift": jnp.float32(0.3), "reduction": "sum"}),
             ("cpo", "sum", {"nll_weight": 0.5, "normalizer": 5.0}),
-            ("simpo", "mean", {"gamma": 0.2, "nll_weight": 0.3}),
+            ("simpo", "mean", {"gamma": 0.2, "nll_weight": 0.3, "excess_weight": 0.5}),
+            ("dpo", "sum", {"label_smoothing": 0.1, "divergence": "forward_kl"}),
+            ("dpo", "mean", {"divergence": "js", "excess_weight": 0.0}),
             ("simpo", "sum", {"label_smoothing": 0.1, "reduction": "sum"}),
         ],
     ),
@@ -152,15 +161,20 @@ def test_pairs(name, sequence_reduction, given):
     with jax.enable_x64(True):
         hidden, kernel, tokens, where = make(3, 2, 4)
         references = (normal(3) - 5, normal(3, seed=1) - 5) if name == "dpo" else ()
+        given = dict(given)
+        shared = {"excess_weight": given.pop("excess_weight", None)}
         changed = {"sequence_reduction": sequence_reduction} if sequence_reduction != default_of(name) else {}
 
         def fused(hidden, kernel):
             function = getattr(losses, f"fused_linear_{name}")
-            return function(hidden, kernel, tokens, *references, where=where, chunk_size=8, **changed, **given)
+            return function(
+                hidden, kernel, tokens, *references, where=where, chunk_size=8, **changed, **shared, **given
+            )
 
         def flat(hidden, kernel):
             logprobs = jliger.linear_logprobs(hidden, kernel, tokens, where=where).logprobs
-            sequences = losses.sequence_logprobs(logprobs, where & (tokens != -100), reduction=sequence_reduction)
+            how = {"reduction": sequence_reduction, **shared}
+            sequences = losses.sequence_logprobs(logprobs, where & (tokens != -100), **how)
             counted = (sequences.counts > 0).all(-1)
             function = getattr(losses, name)
             return function(sequences.logprobs[:, 0], sequences.logprobs[:, 1], *references, where=counted, **given)

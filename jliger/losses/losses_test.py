@@ -19,7 +19,16 @@ def no_implicit_promotion():
         yield
 
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# A divergence changes the rewards and nothing else: its properties are tested with those of DPO.
+RARELY = ("dpo-forward_kl",)
+
+
+def each_of(cases):
+    marked = [pytest.param(case, marks=[pytest.mark.exhaustive] if case.name in RARELY else []) for case in cases]
+    return pytest.mark.parametrize("case", marked, ids=lambda case: case.name)
+
+
+every_case = each_of(CASES)
 # For behaviour that the losses share through common functions: one loss of each kind; the others run exhaustively.
 OFTEN = ("dpo-sigmoid", "dpo-bco_pair", "orpo", "kto", "grpo-dapo-token", "grpo-grpo-sequence", "ppo_clip")
 some_cases = pytest.mark.parametrize(
@@ -218,7 +227,7 @@ def test_metrics_carry_no_gradient(case):
         np.testing.assert_array_equal(grad, 0)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.of_tokens], ids=lambda case: case.name)
+@each_of([case for case in CASES if not case.of_tokens])
 def test_reductions(case):
     arrays = float32(case.arrays())
     where = some(case, arrays)
@@ -231,7 +240,7 @@ def test_reductions(case):
         case.function(**arrays, reduction="sum", normalizer=3)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.of_tokens], ids=lambda case: case.name)
+@each_of([case for case in CASES if not case.of_tokens])
 def test_any_cotangent(case):
     # The loss of a pair depends on this pair alone, so each pair's cotangent scales its gradient.
     arrays = float32(case.arrays())
@@ -292,6 +301,10 @@ def test_options_of_float64_leave_the_loss_in_float32(make):
                 delta=20 * python, beta=some, entropy_coef=some, loss_type="dr_grpo",
                 max_completion_length=np.int64(3), normalizer=some,
             ),
+            losses.grpo(tokens, pair, loss_type="sapo", sapo_tau_pos=some, sapo_tau_neg=some, weights=tokens),
+            losses.sampler_correction(tokens, tokens, level="sequence", low=some, high=some),
+            losses.sequence_logprobs(tokens, excess_weight=python),
+            losses.dpo(pair, pair, pair, pair, divergence="alpha", divergence_alpha=python),
             losses.ppo_clip(
                 tokens, tokens, tokens, entropy=tokens, epsilon_low=some, epsilon_high=some, entropy_coef=some
             ),
@@ -300,7 +313,7 @@ def test_options_of_float64_leave_the_loss_in_float32(make):
             assert leaf.dtype in (np.float32, np.int32)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.of_tokens], ids=lambda case: case.name)
+@each_of([case for case in CASES if not case.of_tokens])
 def test_log_probabilities_of_tokens_are_refused_as_those_of_sequences(case):
     arrays = {name: np.stack([array, array]) for name, array in float32(case.arrays()).items()}
     with pytest.raises(ValueError, match=rf"{case.trained[0]} got shape \(2, 5\); .* losses.sequence_logprobs"):

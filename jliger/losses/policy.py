@@ -10,9 +10,12 @@ from jliger.core import checks
 from jliger.core.checks import coefficient
 from jliger.core.reduction import Normalizer, divided, divisor, mean
 from jliger.losses.arguments import constant, mask, number, real_arrays, sharded_like, zero_unless
-from jliger.losses.ratios import Ratios, clipped, difference, held, k3, times
+from jliger.losses.ratios import Ratios, clipped, difference, held, k3, soft_gated, times
 
-GRPOLossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo"]
+GRPOLossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"]
+# Loss types that average over the tokens of each sequence, and those that divide by the number of sequences.
+MEANS_OF_SEQUENCES = ("grpo", "sapo")
+PER_SEQUENCE = (*MEANS_OF_SEQUENCES, "dr_grpo")
 
 _TOKENS = "one number per token"
 
@@ -31,7 +34,8 @@ class PolicyMetrics(NamedTuple):
       old_kl: `[]`, mean estimate of the KL divergence from the policy of `old_logprobs`: how far off-policy the data
         is.
       clip_fraction_low: `[]`, the fraction of tokens whose ratio was below its lower bound.
-      clip_fraction_high: `[]`, the fraction of tokens whose ratio was above its upper bound.
+      clip_fraction_high: `[]`, the fraction of tokens whose ratio was above its upper bound. Both are 0 for
+        `loss_type="sapo"`, which has no bounds.
     """
 
     count: Int[Array, ""]
@@ -51,11 +55,14 @@ def grpo(
     old_logprobs: Float[Array, "*B T"] | None = None,
     ref_logprobs: Float[Array, "*B T"] | None = None,
     entropy: Float[Array, "*B T"] | None = None,
+    weights: Float[Array, "*B T"] | None = None,
     loss_type: GRPOLossType = "dapo",
     importance_sampling_level: Literal["token", "sequence"] = "token",
     epsilon_low: Float[Array, ""] | float | None = None,
     epsilon_high: Float[Array, ""] | float | None = None,
     delta: float | None = None,
+    sapo_tau_pos: Float[Array, ""] | float | None = None,
+    sapo_tau_neg: Float[Array, ""] | float | None = None,
     beta: Float[Array, ""] | float = 0.0,
     entropy_coef: Float[Array, ""] | float = 0.0,
     max_completion_length: int | None = None,
@@ -80,8 +87,10 @@ def grpo(
     | `"dr_grpo"` | $\frac{1}{N L} \sum_i \sum_t$, $L$ is `max_completion_length` | arXiv:2503.20783 |
     | `"dapo"` | $\frac{1}{\sum_i \lvert y_i\rvert} \sum_i \sum_t$, of the whole batch | arXiv:2503.14476 |
     | `"cispo"` | as `"dapo"`, of $-\mathrm{sg}(c_t) A_t \log \pi(y_t)$ instead of the minimum | arXiv:2506.13585 |
+    | `"sapo"` | as `"grpo"`, of $-\frac{4}{\tau} \sigma(\tau (r_t - 1)) A_t$, not the minimum | arXiv:2511.20347 |
 
-    where $c_t$ is the clipped ratio and $\mathrm{sg}$ stops the gradient. `"bnpo"` and `"dapo"` compute the same
+    where $c_t$ is the clipped ratio and $\mathrm{sg}$ stops the gradient. SAPO (soft adaptive policy optimisation) has
+    the temperature $\tau$ = `sapo_tau_pos` if $A_t > 0$, else `sapo_tau_neg`. `"bnpo"` and `"dapo"` compute the same
     formula: to normalise by the whole batch when accumulating microbatches, as DAPO does, pass `normalizer`.
 
     With `importance_sampling_level="sequence"` each token has the ratio of its sequence, $s_i = \exp
@@ -96,25 +105,30 @@ def grpo(
 
     Args:
       logprobs: log-probabilities of tokens, `[*B, T]`, such as those of `jliger.linear_logprobs`. Differentiable.
-      advantages: one per sequence, `[*B]`, or one per token, `[*B, T]`. No gradient. To correct for a different
-        sampling policy, multiply them by the importance weights.
+      advantages: one per sequence, `[*B]`, or one per token, `[*B, T]`. No gradient.
       where: bools `[*B, T]`, True for counted tokens: those of the completion. Values of other tokens are ignored.
       old_logprobs: log-probabilities under the policy that sampled the tokens, `[*B, T]`. No gradient. None if the
         current policy sampled them: the ratios are then 1, with the gradient of a ratio.
       ref_logprobs: log-probabilities under the reference, `[*B, T]`. No gradient. With `beta=0` they only give the
         metric.
       entropy: the entropy at each token, `[*B, T]`. Differentiable. With `entropy_coef=0` it only gives the metric.
+      weights: factors of each token's loss without its KL and entropy terms, `[*B, T]`, such as the importance weights
+        of `sampler_correction`. They do not change what the loss is divided by. No gradient.
       loss_type: one of the table's.
       importance_sampling_level: `"token"` or `"sequence"`.
       epsilon_low: at least 0. Default 0.2; for `"cispo"` 1, which does not clip.
       epsilon_high: at least 0. Default 0.2; for `"cispo"` 4, which clips ratios at 5. (TRL's `epsilon_high` is this 5.)
-      delta: a Python number above `1 + epsilon_high`, or None for no such bound; not for `"cispo"`.
+      delta: a Python number above `1 + epsilon_high`, or None for no such bound; not for `"cispo"`. None of the three
+        is for `"sapo"`.
+      sapo_tau_pos: `τ` for positive advantages, above 0, for `"sapo"`; default 1.
+      sapo_tau_neg: `τ` for the others, above 0, for `"sapo"`; default 1.05. A larger one reduces the gradient of ratios
+        far from 1 more.
       beta: `β`, at least 0.
       entropy_coef: `c`.
       max_completion_length: `L`, a Python integer, only for `"dr_grpo"`.
-      normalizer: the divisor to use instead of the count: a number of sequences for `"grpo"` and `"dr_grpo"`, a number
-        of tokens for the others. Pass that of the whole batch when accumulating microbatches, and inside a
-        `jax.shard_map`. No gradient.
+      normalizer: the divisor to use instead of the count: a number of sequences for `"grpo"`, `"dr_grpo"` and
+        `"sapo"`, a number of tokens for the others. Pass that of the whole batch when accumulating microbatches, and
+        inside a `jax.shard_map`. No gradient.
 
     Returns:
       The loss, `[]`, float32 (float64 for float64 inputs), 0 if no token counts; and `PolicyMetrics`.
@@ -136,11 +150,6 @@ def grpo(
     """
     checks.check_choice("loss_type", loss_type, get_args(GRPOLossType))
     checks.check_choice("importance_sampling_level", importance_sampling_level, ("token", "sequence"))
-    is_cispo = loss_type == "cispo"
-    if is_cispo and delta is not None:
-        raise ValueError(
-            "delta is not for loss_type='cispo', which clips every ratio at 1 + epsilon_high; leave it out."
-        )
     if (max_completion_length is not None) != (loss_type == "dr_grpo"):
         raise ValueError(
             f"max_completion_length got {max_completion_length!r} with loss_type={loss_type!r}; 'dr_grpo' needs it, "
@@ -150,13 +159,10 @@ def grpo(
     tokens = _tokens(logprobs, old_logprobs, ref_logprobs, entropy, where)
     if tokens.logprobs.ndim < 1:
         raise ValueError("logprobs got a scalar; pass an array [*B, T].")
-    dtype = tokens.logprobs.dtype
-    default_low, default_high = (1.0, 4.0) if is_cispo else (0.2, 0.2)
-    low = coefficient("epsilon_low", default_low if epsilon_low is None else epsilon_low, dtype, least=0)
-    high = coefficient("epsilon_high", default_high if epsilon_high is None else epsilon_high, dtype, least=0)
-    delta = _checked_delta(delta, high)
+    options = epsilon_low, epsilon_high, delta, sapo_tau_pos, sapo_tau_neg
+    trust_region = _TrustRegion.make(loss_type, *options, dtype=tokens.logprobs.dtype)
     terms = _terms(beta, entropy_coef, tokens)
-    advantages = _advantages(advantages, tokens, one_a_sequence=True)
+    advantages = _constant_of_tokens("advantages", advantages, tokens, one_a_sequence=True)
     counts = tokens.counted.sum(axis=-1, keepdims=True)
 
     log_ratios = tokens.log_ratios
@@ -164,18 +170,17 @@ def grpo(
         of_sequence = jax.lax.stop_gradient(divided(log_ratios.sum(axis=-1, keepdims=True), counts))
         # The value is the sequence's log-ratio; the gradient is that of the token's own log-probability (GSPO-token).
         log_ratios = of_sequence + difference(tokens.logprobs, jax.lax.stop_gradient(tokens.logprobs))
-    if is_cispo:
-        ratios = held(log_ratios, 1 - low, 1 + high)
+    ratios = trust_region.ratios(log_ratios, advantages)
+    if loss_type == "cispo":
         policy_losses = -times(jax.lax.stop_gradient(times(advantages, ratios.values)), tokens.logprobs)
     else:
-        ratios = clipped(log_ratios, advantages, low, high, delta)
         policy_losses = -times(advantages, ratios.values)
 
-    weights = tokens.counted.astype(policy_losses.dtype) / length
-    if loss_type == "grpo":
-        weights = divided(weights, counts)
-    count = (counts > 0).sum() if loss_type in ("grpo", "dr_grpo") else counts.sum()
-    return _result(tokens, ratios, policy_losses, terms, weights, divisor(count, normalizer))
+    shares = tokens.counted.astype(policy_losses.dtype) / length
+    if loss_type in MEANS_OF_SEQUENCES:
+        shares = divided(shares, counts)
+    divide_by = divisor((counts > 0).sum() if loss_type in PER_SEQUENCE else counts.sum(), normalizer)
+    return _result(tokens, ratios, _weighted(policy_losses, weights, tokens), terms, shares, divide_by)
 
 
 def ppo_clip(
@@ -185,6 +190,7 @@ def ppo_clip(
     *,
     where: Bool[Array, "*B"] | None = None,
     entropy: Float[Array, "*B"] | None = None,
+    weights: Float[Array, "*B"] | None = None,
     epsilon_low: Float[Array, ""] | float = 0.2,
     epsilon_high: Float[Array, ""] | float = 0.2,
     delta: float | None = None,
@@ -208,6 +214,8 @@ def ppo_clip(
       advantages: `[*B]`. No gradient.
       where: bools `[*B]`, True for counted tokens. Values of other tokens are ignored.
       entropy: the entropy at each token, `[*B]`. Differentiable. With `entropy_coef=0` it only gives the metric.
+      weights: factors of each token's loss without its entropy term, `[*B]`, such as the importance weights of
+        `sampler_correction`. They do not change what the loss is divided by. No gradient.
       epsilon_low: at least 0.
       epsilon_high: at least 0.
       delta: a Python number above `1 + epsilon_high`, or None for no such bound.
@@ -231,15 +239,14 @@ def ppo_clip(
       -0.05 0.5
     """
     tokens = _tokens(logprobs, old_logprobs, None, entropy, where)
-    epsilon_low = coefficient("epsilon_low", epsilon_low, tokens.logprobs.dtype, least=0)
-    epsilon_high = coefficient("epsilon_high", epsilon_high, tokens.logprobs.dtype, least=0)
-    delta = _checked_delta(delta, epsilon_high)
+    dtype = tokens.logprobs.dtype
+    trust_region = _TrustRegion.make("dapo", epsilon_low, epsilon_high, delta, None, None, dtype=dtype)
     terms = _terms(0.0, entropy_coef, tokens)
-    advantages = _advantages(advantages, tokens)
-    ratios = clipped(tokens.log_ratios, advantages, epsilon_low, epsilon_high, delta)
-    weights = tokens.counted.astype(advantages.dtype)
-    count = tokens.counted.sum()
-    return _result(tokens, ratios, -times(advantages, ratios.values), terms, weights, divisor(count, normalizer))
+    advantages = _constant_of_tokens("advantages", advantages, tokens)
+    ratios = trust_region.ratios(tokens.log_ratios, advantages)
+    policy_losses = _weighted(-times(advantages, ratios.values), weights, tokens)
+    shares = tokens.counted.astype(policy_losses.dtype)
+    return _result(tokens, ratios, policy_losses, terms, shares, divisor(tokens.counted.sum(), normalizer))
 
 
 class _Tokens(NamedTuple):
@@ -263,13 +270,50 @@ class _Terms(NamedTuple):
     entropy_coef: Any
 
 
-def _checked_delta(delta: Any, epsilon_high: Any) -> float | None:
-    if delta is None:
-        return None
-    delta = number("delta", delta)
-    if isinstance(epsilon_high, float) and delta <= 1 + epsilon_high:
-        raise ValueError(f"delta got {delta}; pass a number above 1 + epsilon_high = {1 + epsilon_high}, or None.")
-    return delta
+class _TrustRegion(NamedTuple):
+    """How ratios are bounded: bounds, or the temperatures of soft gates, None for a loss type that has none."""
+
+    loss_type: str
+    low: Any
+    high: Any
+    delta: float | None
+    tau_pos: Any
+    tau_neg: Any
+
+    @classmethod
+    def make(
+        cls, loss_type: str, low: Any, high: Any, delta: Any, tau_pos: Any, tau_neg: Any, *, dtype: Any
+    ) -> "_TrustRegion":
+        """Checks the options of `grpo` and fills in the defaults of its loss types."""
+        if loss_type == "sapo":
+            bounds = {"epsilon_low": low, "epsilon_high": high, "delta": delta}
+            _refuse("loss_type='sapo', which does not clip", bounds)
+            tau_pos = coefficient("sapo_tau_pos", 1.0 if tau_pos is None else tau_pos, dtype, above=0)
+            tau_neg = coefficient("sapo_tau_neg", 1.05 if tau_neg is None else tau_neg, dtype, above=0)
+            return cls(loss_type, None, None, None, tau_pos, tau_neg)
+        _refuse(f"loss_type={loss_type!r}", {"sapo_tau_pos": tau_pos, "sapo_tau_neg": tau_neg})
+        if loss_type == "cispo":
+            _refuse("loss_type='cispo', which clips every ratio at 1 + epsilon_high", {"delta": delta})
+        default_low, default_high = (1.0, 4.0) if loss_type == "cispo" else (0.2, 0.2)
+        low = coefficient("epsilon_low", default_low if low is None else low, dtype, least=0)
+        high = coefficient("epsilon_high", default_high if high is None else high, dtype, least=0)
+        delta = None if delta is None else number("delta", delta)
+        if delta is not None and isinstance(high, float) and delta <= 1 + high:
+            raise ValueError(f"delta got {delta}; pass a number above 1 + epsilon_high = {1 + high}, or None.")
+        return cls(loss_type, low, high, delta, None, None)
+
+    def ratios(self, log_ratios: Float[Array, "*B"], advantages: Float[Array, "*B"]) -> Ratios:
+        if self.loss_type == "sapo":
+            return soft_gated(log_ratios, advantages, self.tau_pos, self.tau_neg)
+        if self.loss_type == "cispo":
+            return held(log_ratios, 1 - self.low, 1 + self.high)
+        return clipped(log_ratios, advantages, self.low, self.high, self.delta)
+
+
+def _refuse(what: str, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name} is not for {what}; leave it out.")
 
 
 def _terms(beta: Any, entropy_coef: Any, tokens: _Tokens) -> _Terms:
@@ -294,23 +338,27 @@ def _tokens(logprobs: Any, old_logprobs: Any, ref_logprobs: Any, entropy: Any, w
     return _Tokens(counted, arrays["logprobs"], old_logprobs, ref_logprobs, arrays.get("entropy"))
 
 
-def _advantages(advantages: Any, tokens: _Tokens, *, one_a_sequence: bool = False) -> Float[Array, "*B"]:
-    """Advantages per token, without a gradient; 0 for uncounted tokens."""
-    (advantages,) = constant(*real_arrays(_TOKENS, advantages=advantages))
+def _constant_of_tokens(name: str, value: Any, tokens: _Tokens, *, one_a_sequence: bool = False) -> Float[Array, "*B"]:
+    """An array per token, without a gradient; 0 for uncounted tokens."""
+    (array,) = constant(*real_arrays(_TOKENS, **{name: value}))
     shape = tokens.logprobs.shape
-    if one_a_sequence and advantages.shape == shape[:-1]:
-        advantages = jnp.broadcast_to(advantages[..., None], shape)
+    if one_a_sequence and array.shape == shape[:-1]:
+        array = jnp.broadcast_to(array[..., None], shape)
     what = "one number per token, or one per sequence: logprobs' shape without or with its last dimension"
-    checks.check_shape("advantages", advantages, shape, what if one_a_sequence else _TOKENS)
-    advantages = sharded_like(tokens.logprobs, advantages.astype(tokens.logprobs.dtype))
-    (advantages,) = zero_unless(tokens.counted, advantages)
-    return advantages
+    checks.check_shape(name, array, shape, what if one_a_sequence else _TOKENS)
+    array = sharded_like(tokens.logprobs, array.astype(tokens.logprobs.dtype))
+    (array,) = zero_unless(tokens.counted, array)
+    return array
+
+
+def _weighted(policy_losses: Float[Array, "*B"], weights: Any, tokens: _Tokens) -> Float[Array, "*B"]:
+    return policy_losses if weights is None else times(_constant_of_tokens("weights", weights, tokens), policy_losses)
 
 
 def _result(
-    tokens: _Tokens, ratios: Ratios, policy_losses: Array, terms: _Terms, weights: Array, divide_by: Any
+    tokens: _Tokens, ratios: Ratios, policy_losses: Array, terms: _Terms, shares: Array, divide_by: Any
 ) -> tuple[Float[Array, ""], PolicyMetrics]:
-    """The loss, which is the weighted sum of all terms divided by `divide_by`, and the metrics."""
+    """The loss, which is the sum of all terms times `shares`, divided by `divide_by`; and the metrics."""
     losses = policy_losses
     kl = None if tokens.ref_logprobs is None else k3(difference(tokens.ref_logprobs, tokens.logprobs))
     if kl is not None:
@@ -323,11 +371,11 @@ def _result(
 
     metrics = PolicyMetrics(
         count=tokens.counted.sum(dtype=jnp.int32),
-        policy_loss=divided(jnp.sum(weights * policy_losses), divide_by),
+        policy_loss=divided(jnp.sum(shares * policy_losses), divide_by),
         kl=None if kl is None else mean(kl, tokens.counted),
         entropy=None if tokens.entropy is None else mean(tokens.entropy, tokens.counted),
         old_kl=mean(k3(tokens.log_ratios), tokens.counted),
         clip_fraction_low=share(ratios.below),
         clip_fraction_high=share(ratios.above),
     )
-    return divided(jnp.sum(weights * losses), divide_by), jax.lax.stop_gradient(metrics)
+    return divided(jnp.sum(shares * losses), divide_by), jax.lax.stop_gradient(metrics)

@@ -139,6 +139,58 @@ def test_the_gradient_of_gspo(advantages):
     assert (wanted == 0)[WHERE].any()
 
 
+@pytest.mark.parametrize("level", ["token", pytest.param("sequence", marks=pytest.mark.exhaustive)])
+def test_sapo(level):
+    # arXiv:2511.20347, eq. 5 to 9: sigmoid gates, and their derivative 4 p (1 − p) r.
+    log_ratios = FLOAT64["logprobs"] - FLOAT64["old"]
+    ratios = np.exp(log_ratios) if level == "token" else sequence_ratios(log_ratios)
+    tau = np.where(PER_TOKEN > 0, 0.7, 2.0)
+    p = 1 / (1 + np.exp(-tau * (ratios - 1)))
+    options = {"loss_type": "sapo", "importance_sampling_level": level, "sapo_tau_pos": 0.7, "sapo_tau_neg": 2.0}
+    (loss, metrics), grad = jax.jit(jax.value_and_grad(lambda x: grpo(x, **options), has_aux=True))(LOGPROBS)
+    np.testing.assert_allclose(loss, aggregated(-4 / tau * p * PER_TOKEN, "grpo"), rtol=2e-6, atol=1e-6)
+    wanted = np.where(WHERE, -4 * p * (1 - p) * ratios * PER_TOKEN, 0) / np.maximum(WHERE.sum(-1, keepdims=True), 1) / 5
+    np.testing.assert_allclose(grad, wanted, rtol=2e-5, atol=1e-8)
+    assert metrics.clip_fraction_low == metrics.clip_fraction_high == 0
+
+
+def test_temperatures_of_sapo_by_hand():
+    # One ratio of 2: 4 σ(1) for the positive advantage, 4 / 1.05 σ(1.05) for the negative one.
+    logprobs, old = np.log(np.float32([[0.8], [0.8]])), np.log(np.float32([[0.4], [0.4]]))
+    loss, _ = losses.grpo(logprobs, np.float32([1, -1]), old_logprobs=old, loss_type="sapo")
+    np.testing.assert_allclose(loss, (-4 * 0.7310586 + 4 / 1.05 * 0.7407749) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss_type", ["cispo", *(pytest.param(loss_type, marks=pytest.mark.exhaustive) for loss_type in ("dapo", "sapo"))]
+)
+def test_weights_are_factors_of_the_policy_loss_alone(loss_type):
+    weights = np.where(WHERE, np.abs(TOKEN_ADVANTAGES), np.nan).astype(np.float32)
+    weights[0, np.flatnonzero(WHERE[0])[0]] = 0
+    options = {"loss_type": loss_type, "ref_logprobs": REF, "beta": 0.1, "entropy": ENTROPY, "entropy_coef": 0.1}
+
+    def loss(logprobs, weights, advantages=TOKEN_ADVANTAGES):
+        return grpo(logprobs, advantages, weights=weights, **options)
+
+    (value, metrics), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(LOGPROBS, weights)
+    # As if advantages were multiplied, since no weight is negative.
+    unweighted = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (wanted, _), grad = unweighted(LOGPROBS, None, TOKEN_ADVANTAGES * np.nan_to_num(weights))
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    np.testing.assert_allclose(grads[0], grad, rtol=1e-5, atol=1e-8)
+    np.testing.assert_array_equal(grads[1], 0)
+    assert metrics.count == WHERE.sum()
+    assert metrics.clip_fraction_high == unweighted(LOGPROBS, None)[0][1].clip_fraction_high
+
+
+def test_a_weight_of_0_drops_an_impossible_token():
+    weights, logprobs = np.float32([[1, 0]]), np.float32([[-1, -np.inf]])
+    options = {"weights": weights, "loss_type": "cispo"}
+    value, grad = jax.jit(jax.value_and_grad(lambda x: losses.grpo(x, np.ones(1, np.float32), **options)[0]))(logprobs)
+    assert value == 0.5
+    np.testing.assert_array_equal(grad, [[-0.5, 0]])
+
+
 def test_gspo_is_a_loss_of_sequences():
     # The value is −min(s A, clip(s) A), averaged over sequences of any lengths.
     ratios = sequence_ratios(FLOAT64["logprobs"] - FLOAT64["old"])[:, 0]
@@ -303,6 +355,11 @@ def test_ppo_is_grpo_with_advantages_of_tokens():
         ),
         ({"importance_sampling_level": "word"}, "importance_sampling_level got 'word'"),
         ({"loss_type": "cispo", "delta": 9.0}, "delta is not for loss_type='cispo'"),
+        ({"loss_type": "sapo", "epsilon_low": 0.2}, "epsilon_low is not for loss_type='sapo', which does not clip"),
+        ({"loss_type": "sapo", "delta": 9.0}, "delta is not for loss_type='sapo'"),
+        ({"loss_type": "sapo", "sapo_tau_neg": 0.0}, "sapo_tau_neg got 0.0; pass a finite number above 0"),
+        ({"sapo_tau_pos": 1.0}, "sapo_tau_pos is not for loss_type='dapo'"),
+        ({"weights": ADVANTAGES}, r"weights got shape \(6,\); pass one number per token"),
         ({"delta": 1.2}, "delta got 1.2; pass a number above 1 \\+ epsilon_high = 1.2"),
         ({"epsilon_low": -0.1}, "epsilon_low got -0.1; pass a finite number of at least 0"),
         ({"epsilon_high": -0.1}, "epsilon_high got -0.1"),

@@ -57,11 +57,25 @@ def clipped(
     return held(log_ratios, lower, upper)
 
 
+def soft_gated(log_ratios: Float[Array, "*B"], advantages: Float[Array, "*B"], tau_pos: Any, tau_neg: Any) -> Ratios:
+    """Sigmoid gates `4/τ · σ(τ (ratio − 1))`, whose slope is 1 at a ratio of 1; nothing is clipped."""
+    tau = jnp.where(advantages > 0, tau_pos, tau_neg).astype(log_ratios.dtype)
+    gates = 4 / tau * jax.nn.sigmoid(tau * (_exp(log_ratios) - 1))
+    nothing = jnp.zeros_like(gates, dtype=bool)
+    return Ratios(gates, nothing, nothing)
+
+
 def k3(log_ratios: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """`e^x − 1 − x`, a non-negative estimate of a KL divergence: http://joschu.net/blog/kl-approx.html."""
     inside, excess = _split(log_ratios)
     # The tangent of e^x, minus x, as one product: at x = ∞ their difference would be ∞ − ∞.
     return jnp.expm1(inside) - inside + (math.exp(_LARGEST) - 1) * excess
+
+
+def expm1(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """`e^x − 1`, or its tangent for large `x`."""
+    inside, excess = _split(x)
+    return jnp.expm1(inside) + math.exp(_LARGEST) * excess
 
 
 @jax.custom_jvp

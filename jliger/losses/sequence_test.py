@@ -57,7 +57,46 @@ def test_no_sequences_and_no_tokens(shape, reduction):
     np.testing.assert_array_equal(result.counts, np.zeros(shape[:1]))
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_excess_of_the_longer_sequence_is_weighted(reduction):
+    # LD-DPO (arXiv:2409.06411, eq. 10): the first tokens as they are, as many as the shorter sequence has.
+    def loss(logprobs):
+        result = losses.sequence_logprobs(logprobs, where, reduction=reduction, excess_weight=0.25)
+        return (result.logprobs * cotangent).sum(), result
+
+    logprobs, where, cotangent = LOGPROBS[:, :2].copy(), WHERE[:, :2].copy(), np.float32([[1, 2], [3, 4], [5, 6]])
+    where[1], where[2] = [[0, 1, 1, 0, 1, 1], [1, 0, 0, 1, 0, 0]], [[1, 0, 1, 0, 0, 0], [0, 1, 1, 1, 1, 0]]
+    logprobs[2, 1, 4] = -np.inf
+    (_, result), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(np.where(where, logprobs, np.nan))
+    np.testing.assert_array_equal(result.counts, where.sum(axis=-1))
+    for pair, sequence in np.ndindex(3, 2):
+        common = where[pair].sum(axis=-1).min()
+        places = np.flatnonzero(where[pair, sequence])
+        weights = np.where(np.arange(len(places)) < common, 1, 0.25)
+        scale = max(weights.sum(), 1e-9) if reduction == "mean" else 1
+        wanted = (weights * logprobs[pair, sequence, places].astype(np.float64)).sum() / scale
+        np.testing.assert_allclose(result.logprobs[pair, sequence], wanted, rtol=1e-6)
+        wanted = np.zeros(6)
+        wanted[places] = weights / scale * cotangent[pair, sequence]
+        np.testing.assert_allclose(grad[pair, sequence], wanted, rtol=1e-6)
+
+
+def test_an_excess_without_weight_may_be_impossible():
+    where = np.array([[True, True], [True, False]])
+    value, grad = jax.value_and_grad(
+        lambda logprobs: losses.sequence_logprobs(logprobs, where, excess_weight=0.0).logprobs.sum()
+    )(jnp.array([[-1.0, -jnp.inf], [-2.0, jnp.nan]]))
+    assert value == -3
+    np.testing.assert_array_equal(grad, [[1, 0], [1, 0]])
+
+
 def test_what_is_refused():
+    with pytest.raises(ValueError, match=r"excess_weight got 1.5; pass a finite number in \[0, 1\]"):
+        losses.sequence_logprobs(LOGPROBS[:, :2], excess_weight=1.5)
+    with pytest.raises(
+        ValueError, match=r"logprobs got shape \(3, 4, 6\) with excess_weight; pass pairs \[\*B, 2, T\]"
+    ):
+        losses.sequence_logprobs(LOGPROBS, excess_weight=0.5)
     with pytest.raises(ValueError, match="reduction got 'none'"):
         losses.sequence_logprobs(LOGPROBS, reduction="none")
     with pytest.raises(ValueError, match=r"logprobs got a scalar; pass an array \[\*B, T\]"):

@@ -93,13 +93,14 @@ def _grpo(loss_type: str, level: str = "token", **options: Any) -> Case:
         ("logprobs", "entropy"),
         ("old_logprobs", "ref_logprobs", "advantages"),
         of_tokens=True,
-        divides_by_sequences=loss_type in ("grpo", "dr_grpo"),
+        divides_by_sequences=loss_type in ("grpo", "dr_grpo", "sapo"),
         differentiable=loss_type != "cispo",
     )
 
 
 CASES = [
     *map(_dpo, get_args(losses.DPOLossType)),
+    Case("dpo-forward_kl", functools.partial(losses.dpo, divergence="forward_kl", beta=0.7), PAIR, REF_PAIR),
     Case("orpo", functools.partial(losses.orpo, beta=0.5), PAIR, ()),
     Case("cpo", functools.partial(losses.cpo, label_smoothing=0.1), PAIR, ()),
     Case("simpo", functools.partial(losses.simpo, nll_weight=0.1), PAIR, ()),

@@ -86,7 +86,8 @@ SEQUENCES = {"ref": lambda: jnp.full(B, -2.0), "where": lambda: jnp.ones(B, bool
 def test_arguments_spread_over_other_explicit_axes_than_the_log_probabilities(spread):
     def policy(logprobs, where, old, advantages):
         options = {"where": where, "old_logprobs": old, "ref_logprobs": old, "entropy": old, "beta": 0.1}
-        loss_types = ("dapo", "grpo", "cispo")
+        options["weights"], _ = losses.sampler_correction(logprobs, old, level="sequence", where=where)
+        loss_types = ("dapo", "grpo", "cispo", "sapo")
         return sum(losses.grpo(logprobs, advantages, loss_type=each, **options)[0] for each in loss_types)
 
     def preference(logprobs, ref, where, kl):
