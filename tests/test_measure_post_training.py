@@ -1,6 +1,7 @@
 """examples/measure.py with losses after pretraining, and the sweep over it, with a tiny model."""
 
 import json
+import sys
 from dataclasses import replace
 from types import ModuleType
 
@@ -70,7 +71,7 @@ def test_out_of_memory_is_a_record_and_a_code(measure, tmp_path, monkeypatch):
     def refuse(*_):
         raise measure.DeviceMemoryError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
 
-    monkeypatch.setattr(measure, "compile_step", refuse)
+    monkeypatch.setattr(sys.modules["measuring"], "compile_step", refuse)
     file = tmp_path / "record.json"
     with pytest.raises(SystemExit) as ended:
         measure.main([*SMALL, "--what", "orpo", "--head", "full", "--out", str(file)])

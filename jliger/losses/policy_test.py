@@ -141,7 +141,7 @@ def test_the_gradient_of_gspo(advantages):
 
 @pytest.mark.parametrize("level", ["token", pytest.param("sequence", marks=pytest.mark.exhaustive)])
 def test_sapo(level):
-    # arXiv:2511.20347, eq. 5 to 9: sigmoid gates, and their derivative 4 p (1 − p) r.
+    # arXiv:2511.20347: sigmoid gates, and their derivative 4 p (1 − p) r.
     log_ratios = FLOAT64["logprobs"] - FLOAT64["old"]
     ratios = np.exp(log_ratios) if level == "token" else sequence_ratios(log_ratios)
     tau = np.where(PER_TOKEN > 0, 0.7, 2.0)

@@ -59,7 +59,7 @@ def test_no_sequences_and_no_tokens(shape, reduction):
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_the_excess_of_the_longer_sequence_is_weighted(reduction):
-    # LD-DPO (arXiv:2409.06411, eq. 10): the first tokens as they are, as many as the shorter sequence has.
+    # LD-DPO (arXiv:2409.06411): the first tokens as they are, as many as the shorter sequence has.
     def loss(logprobs):
         result = losses.sequence_logprobs(logprobs, where, reduction=reduction, excess_weight=0.25)
         return (result.logprobs * cotangent).sum(), result
