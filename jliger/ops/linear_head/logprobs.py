@@ -4,10 +4,12 @@ import dataclasses
 import functools
 
 import jax
+import numpy as np
 from jax import export
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core.backend import Implementation
+from jliger.core.checks import check_integer
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
 from jliger.ops.linear_head.arguments import (
@@ -25,7 +27,7 @@ from jliger.ops.logits.unit_loss import logprobs_of
 class LogprobsOptions(HeadOptions, total=False):
     """The options of `linear_logprobs`."""
 
-    keep_logits: bool
+    keep_logits: bool | int
 
 
 def linear_logprobs(
@@ -45,7 +47,7 @@ def linear_logprobs(
     chunk_size: int | None = None,
     vocab_axis_name: str | tuple[str, ...] | None = None,
     adapter: LinearAdapter | None = None,
-    keep_logits: bool = False,
+    keep_logits: bool | int = False,
     implementation: Implementation | None = None,
 ) -> LinearLogprobs:
     r"""Log-probabilities of labels under a linear head, with log-sum-exp and entropy, without logits `[tokens, V]`.
@@ -62,8 +64,9 @@ def linear_logprobs(
     entropy that is not used.
 
     Logits are computed again in the backward pass, over blocks of the vocabulary: four products, and the memory of
-    `fused_linear_cross_entropy` with `reduction="none"`. With `keep_logits` they are kept, in `logits_dtype`: three
-    products, and `tokens · V` of memory. Under `jax.vmap` each
+    `fused_linear_cross_entropy` with `reduction="none"`. With `keep_logits=True` they are kept, in `logits_dtype`:
+    three products, and `tokens · V` of memory. With a number of bytes as many tokens' logits are kept as fit, and only
+    those of the others are computed again. Under `jax.vmap` each
     example has a kernel gradient of its own; pass `[*B]` tokens instead, which need one.
 
     Args:
@@ -86,8 +89,12 @@ def linear_logprobs(
       vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, over which the kernel's columns are spread.
       adapter: a `jliger.LinearAdapter`: logits become those of `hidden · (kernel + scale · a · b)`, and gradients flow
         to `a`, `b` and `scale` too.
-      keep_logits: keep the logits for the backward pass, where memory allows. Tokens that don't count then take as
-        much time and memory as others. Where nothing is differentiated it has no effect.
+      keep_logits: True to keep the logits for the backward pass, where memory allows. Tokens that don't count then take
+        as much time and memory as others. Or an integer: the bytes that each device may keep. The first tokens that
+        count on it are kept, as many as fit in `bytes / (columns on it · size of logits_dtype)`, rounded down to a
+        multiple of 8 unless all fit; tokens that don't count take nothing. Under `jax.vmap` examples share the bytes.
+        On a mesh of Auto axes, all axes are assumed to shard tokens or the vocabulary. Where nothing is differentiated
+        it has no effect.
       implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None takes what fits the device
         that the arrays are on, or under `jax.jit` the platform that is compiled for.
 
@@ -132,8 +139,10 @@ def linear_logprobs(
         implementation=implementation,
         stats_wanted=StatsWanted(mean_logit=True),
     )
-    config = dataclasses.replace(config, keep_logits=bool(keep_logits))
-    if keep_logits and any(map(export.is_symbolic_dim, operands.hidden.shape)):
+    budget = _logits_budget(keep_logits)
+    config = dataclasses.replace(config, keep_logits=budget is not None or bool(keep_logits), logits_budget=budget)
+    # With a budget all chunks have a fixed size.
+    if config.keep_logits and budget is None and any(map(export.is_symbolic_dim, operands.hidden.shape)):
         if implementation == "triton":
             raise ValueError(
                 f"keep_logits got True with hidden of the symbolic shape {operands.hidden.shape}, for which no kernel "
@@ -141,6 +150,16 @@ def linear_logprobs(
             )
         config = dataclasses.replace(config, implementation="xla")
     return _linear_logprobs(config, ignore_index, operands, adapter, labels, where)
+
+
+def _logits_budget(keep_logits: bool | int) -> int | None:
+    """The bytes of logits to keep; None for all or none."""
+    if isinstance(keep_logits, bool | np.bool):
+        return None
+    check_integer("keep_logits", keep_logits)
+    if keep_logits < 0:
+        raise ValueError(f"keep_logits got {keep_logits}; pass bytes, at least 0, or True to keep all logits.")
+    return int(keep_logits)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -58,28 +58,38 @@ class PackedTokens(NamedTuple):
         """Whether there may be more than one chunk. With a symbolic number of tokens there may be."""
         return is_symbolic(self.num_chunks) or self.num_chunks > 1
 
-    def loop(self, step: Callable[[int, Any, Any], Any], initial: Any, sizes: tuple[int, ...]) -> Any:
+    def loop(
+        self,
+        step: Callable[[int, Any, Any], Any],
+        initial: Any,
+        sizes: tuple[int, ...],
+        *,
+        skip_empty: bool = False,
+    ) -> Any:
         """`carry = step(size, index, carry)` for every chunk that has tokens.
 
         `size` is the smallest of `sizes` that holds the chunk's tokens. With a single size, the first chunk runs before
-        the loop, even without tokens: its results initialise sums, so that no zeros are needed.
+        the loop, even without tokens: its results initialise sums, so that no zeros are needed. With `skip_empty`, no
+        chunk runs if there are no tokens, and `initial` needs every array.
         """
-        if len(sizes) == 1:
+        if len(sizes) == 1 and not skip_empty:
             sized_step = functools.partial(step, sizes[0])
             return self._repeat(sized_step, 1, sized_step(0, initial))
 
         def fitting_step(index: Int[Array, ""] | int, carry: Any) -> Any:
+            if len(sizes) == 1:
+                return step(sizes[0], index, carry)
             # Sizes are static, so each is a branch of its own; the number of remaining tokens chooses at run time.
             left = self.count - index * self.chunk
             fitting = sum(((left > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
             return jax.lax.switch(fitting, [functools.partial(step, size, index) for size in sizes], carry)
 
-        if not self.has_several_chunks:
+        if not (self.has_several_chunks or skip_empty):
             return fitting_step(0, initial)
         return self._repeat(fitting_step, 0, initial)
 
     def _repeat(self, step: Callable[[Any, Any], Any], first: int, carry: Any) -> Any:
-        if not self.has_several_chunks:
+        if first and not self.has_several_chunks:
             return carry
         return jax.lax.fori_loop(first, (self.count + self.chunk - 1) // self.chunk, step, carry)
 

@@ -24,10 +24,22 @@ _DIMS = frozenset("tu").union(*DIMS.values())
 
 def run_partitioned(loss_pass: LossPass, operands: Operands, arrays: LossArrays) -> Result:
     """Runs `run_on_shard` on each device, with the shardings that XLA chooses."""
+    if loss_pass.saves_some:
+        # Without a mesh in the types, the arrays may be on any number of devices: the budget is then taken to be that
+        # of one of them, shared out to all.
+        mesh = mesh_of(operands.hidden, operands.kernel, operands.labels)
+        num_devices, shares = (jax.device_count(), jax.device_count()) if mesh.empty else (mesh.size, 1)
+        shape = shape_to_save(loss_pass, operands, arrays, num_devices, shares)
+        loss_pass = dataclasses.replace(loss_pass, saved_shape=shape)
     leaves, tree = jax.tree.flatten((operands, arrays))
     dims = tuple(jax.tree.leaves(dims_of_operands(loss_pass, operands, arrays)))
-    token_ndim = operands.labels.ndim - sum(loss_pass.examples_of(dims.index(DIMS["labels"])))
-    results = _partitioned(loss_pass, tree, dims, token_ndim)(*leaves)
+    labels = dims.index(DIMS["labels"])
+    token_shape = leaves[labels].shape[sum(loss_pass.examples_of(labels)) :]
+    # The logits that are kept have parts of the tokens' dimensions, with the same sharding.
+    parts = loss_pass.saved_shape or (
+        operands.logit_rows.shape[-1 - len(token_shape) :] if operands.logit_rows is not None else ()
+    )
+    results = _partitioned(loss_pass, tree, dims, token_shape, parts)(*leaves)
     return jax.tree.unflatten(jax.tree.structure(dims_of_results(loss_pass)), results)
 
 
