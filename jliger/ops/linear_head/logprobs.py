@@ -58,7 +58,8 @@ def linear_logprobs(
       \mathrm{H} = \mathrm{lse} - \sum_v p_v z_v.$$
 
     Every loss on log-probabilities stands on these: see `jliger.losses`. `logprobs`, `logsumexp` and `entropy` are
-    differentiable once, in reverse mode, with any cotangents together, in `hidden`, `kernel` and `bias`:
+    differentiable once, in reverse mode, with any cotangents together, in `hidden`, `kernel` and `bias` (with
+    `implementation="xla"`, on one device, `jax.jvp` of `jax.grad` and `jax.hessian` work too):
     $\partial z = (g_{lse} - g_{\log p})\, p + g_{\log p}\, [v = y] - g_H\, p\, (\log p + \mathrm{H})$. Nothing is
     computed for arguments that are not differentiated, for tokens that don't count, or in the backward pass for an
     entropy that is not used.
