@@ -80,14 +80,14 @@ def _run_chunks(
         stats, grads = chunks.distillation_pass(config, wanted, operands, coefficients, merge=merge_pairs)
     elif loss_pass.kind == "stats":
         stats = chunks.stats_pass(config, operands, low_memory=loss_pass.low_memory)
-    elif loss_pass.kind == "save logits" and loss_pass.saved_shape is None:
-        stats, logits = chunks.stats_and_logits_pass(config, operands)
-    elif loss_pass.kind == "save logits":
+    elif loss_pass.saved_shape is not None:
         num_saved = math.prod(loss_pass.saved_shape)
         stats, logits, row_of = chunks.stats_and_some_logits_pass(config, operands, num_saved)
         first = jax.lax.axis_index(plan.tokens) * num_saved if plan.tokens else 0
         logit_rows = first + jnp.arange(num_saved, dtype=jnp.int32)
         row_of = jnp.where(row_of < 0, -1, first + row_of)
+    elif loss_pass.kind == "save logits":
+        stats, logits = chunks.stats_and_logits_pass(config, operands)
     elif loss_pass.kind == "saved logits":
         saved_pass = chunks.saved_logits_pass if config.logits_budget is None else chunks.partly_saved_pass
         grads = saved_pass(config, wanted, operands, *per_token)
