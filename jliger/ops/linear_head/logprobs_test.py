@@ -257,6 +257,28 @@ def test_logits_that_have_moved_are_computed_again(monkeypatch):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), result, expected)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("batched", ["hidden", "kernel"])
+def test_a_budget_of_logits_is_shared_by_examples(batched):
+    problem = make_problem(14, batch=(24,), precision="highest")
+    inputs = {name: problem.inputs[name] for name in ("hidden", "kernel")}
+    axes = {name: 0 if name == batched else None for name in inputs}
+    inputs[batched] = jnp.stack([inputs[batched], inputs[batched] / 2])
+
+    def grads(keep_logits):
+        def loss(inputs):
+            options = {"precision": "highest", "chunk_size": 8, "keep_logits": keep_logits, "implementation": "xla"}
+            result = jliger.linear_logprobs(inputs["hidden"], inputs["kernel"], problem.labels, **options)
+            return jnp.sin(result.logprobs).sum()
+
+        return jax.jit(jax.vmap(jax.grad(loss), (axes,)))
+
+    result, expected = grads(2 * 16 * 11 * 4), grads(False)
+    made = {out.aval.shape for one in equations(jax.make_jaxpr(result)(inputs)) for out in one.outvars}
+    assert (2, 1, 16, 11) in made
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), result(inputs), expected(inputs))
+
+
 def test_a_budget_of_logits_is_used_and_not_exceeded(implementation):
     if INTERPRETED:
         pytest.skip("looks at compiled programs, which interpreted kernels are no part of")
