@@ -1,5 +1,6 @@
 """The log-probability benchmark: `linear_logprobs` with and without gradients, and losses fused with the head."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,9 @@ def _methods(shape: Shape) -> list[Method]:
             Method(f"fused GRPO, {dtype} kernel", loss_and_gradients(_fused_grpo), dtype, bound=kept),
             Method(f"fused ORPO, {dtype} kernel", loss_and_gradients(_fused_orpo), dtype, bound=kept),
         ]
+    for eighths in (0, 2, 4, 6, 8):
+        keep = functools.partial(_kept_in_part, eighths=eighths)
+        result.append(Method(f"logits kept, {eighths}/8 of their bytes, float32 kernel", _and_gradients(keep)))
     return [
         *result,
         Method("with the entropy's gradient, float32 kernel", _and_gradients(_logprobs_and_entropy)),
@@ -49,6 +53,11 @@ def _forward(hidden: Array, kernel: Array, labels: Array) -> Any:
 
 def _logprobs(hidden: Array, kernel: Array, labels: Array, **options: Any) -> Any:
     return jliger.linear_logprobs(hidden, kernel, labels, **options).logprobs
+
+
+def _kept_in_part(hidden: Array, kernel: Array, labels: Array, *, eighths: int) -> Any:
+    size = labels.size * kernel.shape[1] * hidden.dtype.itemsize
+    return _logprobs(hidden, kernel, labels, keep_logits=size * eighths // 8)
 
 
 def _logprobs_and_entropy(hidden: Array, kernel: Array, labels: Array) -> Any:

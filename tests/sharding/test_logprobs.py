@@ -51,6 +51,44 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_within_a_budget(mode):
+    """The logits of half of each device's tokens, which are not gathered."""
+    if jax.device_count() < 8:
+        pytest.skip("the shapes are those of eight devices")
+    random = np.random.default_rng(0)
+    shape = (4, 64)
+    place = PLACES["dp+sp+fsdp+tp"]
+    mesh = place.mesh(mode)
+    inputs = random.normal(size=(*shape, HIDDEN)), random.normal(size=(HIDDEN, VOCAB)) / 4
+    labels, cotangent = random.integers(0, VOCAB, shape), random.normal(size=shape)
+    labels[random.random(shape) < 0.2] = -100
+
+    def grads(function, hidden, kernel, labels, cotangent, **options):
+        def loss(hidden, kernel):
+            found = function(hidden, kernel, labels, **options)
+            return (cotangent * found.logprobs).sum(), found.logprobs
+
+        return jax.grad(loss, (0, 1), has_aux=True)(hidden, kernel)
+
+    with jax.enable_x64(True):
+        arrays = *map(jnp.asarray, inputs), jnp.asarray(labels), jnp.asarray(cotangent)
+        exact = jax.tree.map(np.asarray, grads(jliger.reference.linear_logprobs, *arrays))
+    specs = place.tokens, place.kernel, place.tokens, place.tokens
+    budget = 32 * VOCAB // 2 * 4  # for 64 tokens and half of the vocabulary on each device
+    options = {"implementation": IMPLEMENTATION, "precision": "highest", "chunk_size": 8, "keep_logits": budget}
+    with jax.set_mesh(mesh):
+        arrays = [
+            jax.device_put(array.astype(np.int32 if array.dtype == np.int64 else np.float32), NamedSharding(mesh, spec))
+            for array, spec in zip((*inputs, labels, cotangent), specs, strict=True)
+        ]
+        compiled = jax.jit(functools.partial(grads, jliger.linear_logprobs, **options)).lower(*arrays).compile()
+        assert_same(jax.block_until_ready(compiled(*arrays)), exact)
+    program = compiled.as_text()
+    assert f"f32[32,{VOCAB // 2}]" in program
+    assert not any(f"f32[{shape},{VOCAB}" in program for shape in ("4,8,4", "2,4,4", "128", "32"))
+
+
 # Modes in turn; which of them it is, is seen to by the tests of the loss.
 @pytest.mark.parametrize(("place", "keep_logits", "mode"), [(*case, mode) for case, mode in zip(CASES, cycle(MODES))])
 def test_equal_to_those_of_one_device(mode, place, keep_logits):

@@ -24,6 +24,10 @@ def kept(hidden, labels, implementation):
     return logprobs(hidden, labels, implementation, keep_logits=True)
 
 
+def kept_in_part(hidden, labels, implementation):
+    return logprobs(hidden, labels, implementation, keep_logits=8 * 10 * 4, chunk_size=4)
+
+
 def kl(hidden, labels, implementation):
     options = {"labels": labels, "hard_weight": 0.5, "implementation": implementation}
     return jliger.losses.fused_linear_kl(hidden, KERNEL, hidden, jnp.cos(KERNEL), chunk_size=4, **options)
@@ -33,7 +37,10 @@ def shapes(*batch, features=4):
     return jax.ShapeDtypeStruct((*batch, features), jnp.float32), jax.ShapeDtypeStruct(batch, jnp.int32)
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, logprobs, kept, kl], ids=lambda loss: loss.__name__)
+IN_PART = pytest.param(kept_in_part, marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, logprobs, kept, IN_PART, kl], ids=lambda loss: loss.__name__)
 @jax.default_matmul_precision("highest")
 def test_a_symbolic_number_of_tokens(loss):
     def value_and_grad(hidden, labels):

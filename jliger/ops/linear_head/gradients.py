@@ -140,11 +140,12 @@ def _token_stats_fwd(config: HeadConfig, operands: Any) -> tuple[RowStats, Any]:
     operands = primal_values(operands)
     stats_pass = LossPass("save logits", config) if config.keep_logits else LossPass("stats", config, low_memory=True)
     result = _run(stats_pass, operands)
-    stats, logits = result.stats, result.logits
+    stats = result.stats
     assert isinstance(stats, RowStats)
     flags = Differentiable(*(jnp.ones((1,), jnp.bool) if flag else None for flag in perturbed))
     # The row functions recompute all probabilities from max and log-sum.
-    residuals = operands._replace(logits=logits), stats.max, stats.log_sum, stats.mean_logit, encode_absent(flags)
+    saved = {"logits": result.logits, "logit_rows": result.logit_rows, "row_of": result.row_of}
+    residuals = operands._replace(**saved), stats.max, stats.log_sum, stats.mean_logit, encode_absent(flags)
     return stats, residuals
 
 

@@ -4,10 +4,12 @@ import dataclasses
 import functools
 
 import jax
+import numpy as np
 from jax import export
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.core.backend import Implementation
+from jliger.core.checks import check_integer
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
 from jliger.ops.linear_head.arguments import (
@@ -25,7 +27,7 @@ from jliger.ops.logits.unit_loss import logprobs_of
 class LogprobsOptions(HeadOptions, total=False):
     """The options of `linear_logprobs`."""
 
-    keep_logits: bool
+    keep_logits: bool | int
 
 
 def linear_logprobs(
@@ -46,7 +48,7 @@ def linear_logprobs(
     chunk_size: int | None = None,
     vocab_axis_name: str | tuple[str, ...] | None = None,
     adapter: LinearAdapter | None = None,
-    keep_logits: bool = False,
+    keep_logits: bool | int = False,
     implementation: Implementation | None = None,
 ) -> LinearLogprobs:
     r"""Log-probabilities of labels under a linear head, with log-sum-exp and entropy, without storing logits whole.
@@ -57,14 +59,16 @@ def linear_logprobs(
       \mathrm{H} = \mathrm{lse} - \sum_v p_v z_v.$$
 
     The losses in `jliger.losses` are functions of these. `logprobs`, `logsumexp` and `entropy` are differentiable once,
-    in reverse mode, with any cotangents, in `hidden`, `kernel` and `bias`:
+    in reverse mode, with any cotangents, in `hidden`, `kernel` and `bias` (with `implementation="xla"`, on one device,
+    `jax.jvp` of `jax.grad` and `jax.hessian` work too):
     $\partial z = (g_{lse} - g_{\log p})\, p + g_{\log p}\, [v = y] - g_H\, p\, (\log p + \mathrm{H})$. Arguments that
     are not differentiated, tokens that don't count, and in the backward pass an unused entropy cost nothing.
 
     Logits are recomputed in the backward pass, over blocks of the vocabulary, with four products and the memory of
-    `fused_linear_cross_entropy` with `reduction="none"`. With `keep_logits` they are kept, in `logits_dtype`: three
-    products, and `tokens · V` of memory. Under `jax.vmap`, each example has its own kernel gradient; `[*B]` tokens need
-    only one.
+    `fused_linear_cross_entropy` with `reduction="none"`. With `keep_logits=True` they are kept, in `logits_dtype`:
+    three products, and `tokens · V` of memory. With a number of bytes, the logits of as many tokens as fit are kept,
+    and only those of the others are recomputed. Under `jax.vmap`, each example has its own kernel gradient; `[*B]`
+    tokens need only one.
 
     Args:
       hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only).
@@ -90,8 +94,12 @@ def linear_logprobs(
       vocab_axis_name: inside a `jax.shard_map`, the manual axis, or axes, that shard the kernel's columns.
       adapter: a `jliger.LinearAdapter`: logits become those of `hidden · (kernel + scale · a · b)`, and gradients flow
         to `a`, `b` and `scale` too.
-      keep_logits: keep the logits for the backward pass, if memory allows. Tokens that don't count then take as much
-        time and memory as others. It has no effect if nothing is differentiated.
+      keep_logits: True to keep the logits for the backward pass, if memory allows. Tokens that don't count then take
+        as much time and memory as others. Or an integer: the bytes that each device may keep. The first tokens that
+        count on it are kept, as many as fit in `bytes / (columns on it · size of logits_dtype)`, rounded down to a
+        multiple of 8 unless all fit; tokens that don't count take nothing. Under `jax.vmap` examples share the bytes.
+        On a mesh of Auto axes, all axes are assumed to shard tokens or the vocabulary. It has no effect if
+        nothing is differentiated.
       implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None selects by the device that
         the arrays are on, or under `jax.jit` by the platform that is compiled for.
 
@@ -137,8 +145,10 @@ def linear_logprobs(
         implementation=implementation,
         stats_wanted=StatsWanted(mean_logit=True),
     )
-    config = dataclasses.replace(config, keep_logits=bool(keep_logits))
-    if keep_logits and any(map(export.is_symbolic_dim, operands.hidden.shape)):
+    budget = _logits_budget(keep_logits)
+    config = dataclasses.replace(config, keep_logits=budget is not None or bool(keep_logits), logits_budget=budget)
+    # With a budget all chunks have a fixed size.
+    if config.keep_logits and budget is None and any(map(export.is_symbolic_dim, operands.hidden.shape)):
         if implementation == "triton":
             raise ValueError(
                 f"keep_logits got True with hidden of the symbolic shape {operands.hidden.shape}, for which no kernel "
@@ -146,6 +156,16 @@ def linear_logprobs(
             )
         config = dataclasses.replace(config, implementation="xla")
     return _linear_logprobs(config, ignore_index, operands, adapter, labels, where)
+
+
+def _logits_budget(keep_logits: bool | int) -> int | None:
+    """The bytes of logits to keep; None for all or none."""
+    if isinstance(keep_logits, bool | np.bool):
+        return None
+    check_integer("keep_logits", keep_logits)
+    if keep_logits < 0:
+        raise ValueError(f"keep_logits got {keep_logits}; pass bytes, at least 0, or True to keep all logits.")
+    return int(keep_logits)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

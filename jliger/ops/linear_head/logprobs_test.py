@@ -1,5 +1,7 @@
 """Log-probabilities, log-sum-exp and entropy, with any cotangents; and adapters, under both operations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,6 +218,106 @@ def test_an_entropy_that_is_not_used_has_no_part_in_the_backward_pass(used, impl
     jax.jit(grads).lower(problem.inputs)
     assert seen
     assert all((coefficients.probability_logit is not None) == ("entropy" in used) for coefficients in seen)
+
+
+# ---- logits that are kept within a budget --------------------------------------------------------------------
+
+
+BUDGETS = [  # no row; one chunk, and more than what counts; several chunks that the rows do not fill; all rows; more
+    (0, {}),
+    (8, {"dtype": "bfloat16", "rank": 3, "bias": "float32", "where": "some"}),
+    (24, {"kernel_layout": "vh", "temperature": "of tokens", "bias": "float32"}),
+    pytest.param(37, {"dtype": "float16", "logit_softcap": 2.0}, marks=pytest.mark.exhaustive),
+    (10**9, {"used": ("logprobs",), "where": "none"}),
+]
+
+
+@pytest.mark.parametrize(("rows", "options"), BUDGETS, ids=str)
+def test_logits_within_a_budget(rows, options, implementation):
+    size = 4 if options.get("dtype", "float32") == "float32" else 2
+    options = {"batch": (37,), "ignored": 0.2, "chunk_size": 10, "keep_logits": rows * 11 * size, **options}
+    check(make(12, **options), implementation)
+
+
+def test_logits_that_have_moved_are_computed_again(monkeypatch):
+    """XLA may choose other shardings of Auto axes for the backward pass; logits that are elsewhere are not used."""
+    problem = make(13, batch=(23,), chunk_size=8)
+    seen = []
+
+    def moved(config, wanted, operands, *others):
+        seen.append(operands.logits.shape)
+        rows = operands.logit_rows
+        logits = operands.logits.at[5:].set(7)
+        operands = operands._replace(logit_rows=jnp.where(rows < 5, rows, rows + 100), logits=logits)
+        return form(config, wanted, operands, *others)
+
+    form = chunks.partly_saved_pass
+    monkeypatch.setattr(chunks, "partly_saved_pass", moved)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def grads(inputs, keep_logits):
+        options = {"implementation": "xla", "keep_logits": keep_logits, **problem.options}
+        return outputs_and_grads(jliger.linear_logprobs, inputs, problem.labels, problem.cotangent, options)
+
+    result, expected = grads(problem.inputs, 16 * 11 * 4), grads(problem.inputs, False)
+    assert seen == [(16, 11)]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), result, expected)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("batched", ["hidden", "kernel"])
+def test_a_budget_of_logits_is_shared_by_examples(batched):
+    problem = make_problem(14, batch=(24,), precision="highest")
+    inputs = {name: problem.inputs[name] for name in ("hidden", "kernel")}
+    axes = {name: 0 if name == batched else None for name in inputs}
+    inputs[batched] = jnp.stack([inputs[batched], inputs[batched] / 2])
+
+    def grads(keep_logits):
+        def loss(inputs):
+            options = {"precision": "highest", "chunk_size": 8, "keep_logits": keep_logits, "implementation": "xla"}
+            result = jliger.linear_logprobs(inputs["hidden"], inputs["kernel"], problem.labels, **options)
+            return jnp.sin(result.logprobs).sum()
+
+        return jax.jit(jax.vmap(jax.grad(loss), (axes,)))
+
+    result, expected = grads(2 * 16 * 11 * 4), grads(False)
+    made = {out.aval.shape for one in equations(jax.make_jaxpr(result)(inputs)) for out in one.outvars}
+    assert (2, 1, 16, 11) in made
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), result(inputs), expected(inputs))
+
+
+def test_a_budget_of_logits_is_used_and_not_exceeded(implementation):
+    if INTERPRETED:
+        pytest.skip("looks at compiled programs, which interpreted kernels are no part of")
+    num_tokens, vocab = 2048, 2048
+    labels = jnp.zeros(num_tokens, jnp.int32)
+
+    def memory(keep_logits):
+        def loss(hidden, kernel):
+            options = {"keep_logits": keep_logits, "chunk_size": 128, "implementation": implementation}
+            return jnp.sin(jliger.linear_logprobs(hidden, kernel, labels, **options).logprobs).sum()
+
+        shapes = jax.ShapeDtypeStruct((num_tokens, 8), jnp.float32), jax.ShapeDtypeStruct((8, vocab), jnp.float32)
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    row = vocab * 4
+    least, half, most = (memory(rows * row) for rows in (0, 512, 1536))
+    assert half <= least + 512 * row
+    # One buffer, to a chunk: what else there is does not depend on the budget.
+    assert abs(most - half - 1024 * row) <= 128 * row
+
+
+@pytest.mark.parametrize(
+    ("keep_logits", "error", "message"),
+    [
+        (-1, ValueError, "keep_logits got -1; pass bytes, at least 0"),
+        (1e9, TypeError, r"keep_logits got 1000000000\.0"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused(keep_logits, error, message):
+    with pytest.raises(error, match=message):
+        jliger.linear_logprobs(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.zeros(2, jnp.int32), keep_logits=keep_logits)
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------

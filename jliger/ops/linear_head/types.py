@@ -47,6 +47,7 @@ class HeadConfig:
       compute_capability: the GPU to compile for, or None for the one present.
       stats_wanted: which optional statistics to compute.
       keep_logits: whether per-token stats keep logits for their backward pass, rather than compute them again.
+      logits_budget: the most bytes of logits that each device keeps; None for no limit.
       vocab_axes: inside a user's `shard_map`, the manual axes that shard the kernel's columns.
       vocab_size: how many of the whole kernel's columns exist; the rest is padding. None for all.
       teacher: the teacher's head, or None.
@@ -64,6 +65,7 @@ class HeadConfig:
     vocab_axes: tuple[str, ...] = ()
     vocab_size: int | None = None
     keep_logits: bool = False
+    logits_budget: int | None = None
     teacher: TeacherConfig | None = None
 
     @property
@@ -119,7 +121,9 @@ class Operands(NamedTuple):
       class_weights: weights of the columns in label smoothing.
       inverse_temperature: `1 / T`, which multiplies a token's logits last; None for 1.
       teacher_hidden, teacher_kernel, teacher_bias: a second head to compare with, for distillation.
-      logits: the products, if an earlier pass kept them.
+      logits: the products, if an earlier pass kept them: of all tokens; of some with `HeadConfig.logits_budget`.
+      logit_rows: with a budget, the number of each row of `logits`. Numbers are unique over all devices.
+      row_of: with a budget, the number of each token's row of `logits`; −1 if it has none.
       num_columns: how many of a shard's columns exist, if devices differ in that. Only `sharding.shard` sets it.
     """
 
@@ -135,7 +139,9 @@ class Operands(NamedTuple):
     teacher_hidden: Float[Array, "*B G"] | None = None
     teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"] | None = None
     teacher_bias: Float[Array, " V"] | None = None
-    logits: Float[Array, "*B V"] | None = None
+    logits: Float[Array, "*B V"] | Float[Array, "*K V"] | None = None
+    logit_rows: Int[Array, "*K"] | None = None
+    row_of: Int[Array, "*B"] | None = None
     num_columns: Int[Array, ""] | None = None
 
     @property
@@ -169,8 +175,8 @@ Gradients = Differentiable[Array]
 GradientDtypes = Differentiable[np.dtype]
 
 # Which dimensions each operand, and its gradient, has: t tokens, h hidden, v vocabulary, r the adapter's rank, g the
-# teacher's hidden size. Shardings, reductions over devices and dtypes of sums all follow from this table: a gradient
-# without t is a sum over tokens, one without v is a sum over columns.
+# teacher's hidden size, k tokens whose logits are kept within a budget. Shardings, reductions over devices and dtypes
+# of sums all follow from this table: a gradient without t is a sum over tokens, one without v is a sum over columns.
 DIMS: Mapping[str, str] = {
     "hidden": "th",
     "kernel": "hv",
@@ -186,12 +192,16 @@ DIMS: Mapping[str, str] = {
     "teacher_bias": "v",
     "logits": "tv",
     "num_columns": "",
+    "logit_rows": "k",
+    "row_of": "t",
 }
 
 
 def operand_dims(config: HeadConfig) -> dict[str, str]:
-    """`DIMS`, with the kernel layouts of `config`."""
+    """`DIMS`, with the kernel layouts of `config`, and logits of the tokens that it says."""
     dims = dict(DIMS)
+    if config.logits_budget is not None:
+        dims["logits"] = "kv"
     if config.kernel_layout == "vh":
         dims["kernel"] = "vh"
     if config.teacher is not None and config.teacher.head.kernel_layout == "vh":

@@ -73,25 +73,35 @@ class PackedTokens(NamedTuple):
         """Whether all tokens are known to count when the program is traced."""
         return isinstance(self.count, int)
 
-    def loop(self, step: Callable[[int, Any, Any], Any], initial: Any, sizes: tuple[int, ...]) -> Any:
+    def loop(
+        self,
+        step: Callable[[int, Any, Any], Any],
+        initial: Any,
+        sizes: tuple[int, ...],
+        *,
+        skip_empty: bool = False,
+    ) -> Any:
         """`carry = step(size, index, carry)` for every chunk that has tokens.
 
         `size` is the smallest of `sizes` that holds the chunk's tokens. With a single size, or if all tokens count, the
         first chunk runs before the loop, even without tokens: its results initialise sums, so that no zeros are needed.
+        With `skip_empty`, no chunk runs if there are no tokens, and `initial` needs every array.
         """
-        if len(sizes) == 1 or self.all_count:
+        if (len(sizes) == 1 or self.all_count) and not skip_empty:
             sized_step = functools.partial(step, sizes[-1])
             return self._repeat(sized_step, 1, sized_step(0, initial))
 
         def fitting_step(index: Int[Array, ""] | int, carry: Any) -> Any:
+            if len(sizes) == 1:
+                return step(sizes[0], index, carry)
             return run_with_fitting_size(sizes, jnp.asarray(self.count) - index * self.chunk, step, index, carry)
 
-        if not self.has_several_chunks:
+        if not (self.has_several_chunks or skip_empty):
             return fitting_step(0, initial)
         return self._repeat(fitting_step, 0, initial)
 
     def _repeat(self, step: Callable[[Any, Any], Any], first: int, carry: Any) -> Any:
-        if not self.has_several_chunks:
+        if first and not self.has_several_chunks:
             return carry
         return jax.lax.fori_loop(first, (self.count + self.chunk - 1) // self.chunk, step, carry)
 

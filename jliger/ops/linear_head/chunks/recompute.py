@@ -7,7 +7,7 @@ from jliger.ops.linear_head.chunks.arrays import accumulate
 from jliger.ops.linear_head.chunks.matmuls import hidden_grad_product, kernel_grad_product, logits_product
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk, PackedTokens
 from jliger.ops.linear_head.chunks.sizes import part_sizes, recompute_tile
-from jliger.ops.linear_head.chunks.types import zero_gradients
+from jliger.ops.linear_head.chunks.types import dtypes_of_sums, zero_gradients
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks, Span
 from jliger.ops.linear_head.types import Differentiable, GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import Coefficients, get_rows
@@ -20,6 +20,7 @@ def recompute_pass(
     row_max: Float[Array, " T"],
     log_sum: Float[Array, " T"],
     coefficients: Coefficients,
+    others: Gradients | None = None,
 ) -> Gradients:
     """Gradients for any coefficients.
 
@@ -30,6 +31,7 @@ def recompute_pass(
       row_max: `RowStats.max` over all columns, `[T]`.
       log_sum: `RowStats.log_sum` over all columns, `[T]`.
       coefficients: coefficients of the logit gradients, `[T]`.
+      others: gradients of tokens that don't count here, in the dtypes of `dtypes_of_sums`, to be added; None for none.
     """
     rows = get_rows(config.implementation, config.compute_capability)
     dtype = operands.hidden.dtype
@@ -40,7 +42,7 @@ def recompute_pass(
     packed = PackedTokens.of(operands, chunk_size)
     # With several chunks the kernel's gradient is a float32 sum over them. With one, each block is written once, and
     # directly in the result's dtype.
-    add = packed.has_several_chunks
+    add = packed.has_several_chunks or others is not None
 
     def step(size: int, index: Int[Array, ""] | int, grads: Gradients) -> Gradients:
         chunk = Chunk.make(packed.slots(index * packed.chunk, size), operands, rows.alignment)
@@ -76,12 +78,11 @@ def recompute_pass(
             result = result._replace(adapted=chunk.put(grads.adapted, result.adapted))
         return result
 
-    in_sums = wanted._replace(
-        kernel=None if wanted.kernel is None else sums if add else wanted.kernel,
-        bias=None if wanted.bias is None else sums,
-        adapter=None if wanted.adapter is None else sums,
-    )
-    grads = packed.loop(step, zero_gradients(in_sums, operands), part_sizes(packed.chunk))
+    in_sums = dtypes_of_sums(wanted, dtype)
+    if not add:
+        in_sums = in_sums._replace(kernel=wanted.kernel)
+    initial = zero_gradients(in_sums, operands) if others is None else others
+    grads = packed.loop(step, initial, part_sizes(packed.chunk), skip_empty=others is not None)
     return Differentiable(
         *(grad if grad is None else grad.astype(dtype) for grad, dtype in zip(grads, wanted, strict=True))
     )

@@ -1,5 +1,8 @@
 """Passes that save logits for the backward pass: three products, and `[T, V]` of memory."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -43,26 +46,42 @@ def saved_logits_pass(
 ) -> Gradients:
     """Gradients for any coefficients, from `operands.logits`; other arguments as in `recompute_pass`."""
     assert operands.logits is not None
-    rows = get_rows(config.implementation, config.compute_capability)
-    dtype = operands.hidden.dtype
     num_tokens, vocab = operands.logits.shape
-    blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
     # All tokens are packed, counted or not, because the saved logits are in the order of the tokens.
     packed = PackedTokens.of(operands._replace(counted=None), forward_chunk(config, num_tokens, vocab))
     counted = _where_counted(operands)
     per_token = row_max, log_sum, coefficients
     if operands.counted is not None:
         per_token = jax.tree.map(lambda array: jnp.where(operands.counted, array, 0), per_token)
-    # Pads tokens to whole chunks, and columns to those of the padded kernel. Padding makes a copy: only if needed.
-    width = blocks.head.kernel.shape[config.vocab_dim]
-    rest = ((0, packed.num_chunks * packed.chunk - num_tokens), (0, width - vocab))
-    product = jnp.pad(operands.logits, rest) if rest != ((0, 0), (0, 0)) else operands.logits
+    # Pads tokens to whole chunks. Padding makes a copy: only if needed.
+    rest = packed.num_chunks * packed.chunk - num_tokens
+    product = jnp.pad(operands.logits, ((0, rest), (0, 0))) if rest != 0 else operands.logits
+    return gradients_of_saved(
+        config, wanted, counted._replace(logits=product), packed, per_token, lambda index: index * packed.chunk
+    )
+
+
+def gradients_of_saved(
+    config: HeadConfig,
+    wanted: GradientDtypes,
+    operands: Operands,
+    packed: PackedTokens,
+    per_token: tuple[Float[Array, " T"], Float[Array, " T"], Coefficients],
+    first_row: Callable[[Any], Any],
+) -> Gradients:
+    """Gradients of packed tokens; `first_row` is the row of `operands.logits` that a chunk begins with."""
+    assert operands.logits is not None
+    rows = get_rows(config.implementation, config.compute_capability)
+    dtype, vocab = operands.hidden.dtype, operands.logits.shape[1]
+    product = operands.logits
+    blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
+    padding = blocks.head.kernel.shape[config.vocab_dim] - vocab
 
     def step(size: int, index: Int[Array, ""] | int, grads: Gradients) -> Gradients:
-        start = index * packed.chunk
-        chunk = Chunk.make(packed.slots(start, size), counted, rows.alignment)
+        chunk = Chunk.make(packed.slots(index * packed.chunk, size), operands, rows.alignment)
         columns, block = blocks.block(blocks.full_span, chunk)
-        part = jax.lax.dynamic_slice_in_dim(product, start, size)
+        part = jax.lax.dynamic_slice_in_dim(product, first_row(index), size)
+        part = jnp.pad(part, ((0, 0), (0, padding))) if padding else part
         logit_grads = rows.row_grads(part, block, config.logit_map(vocab), *chunk.take(per_token), dtype=dtype)
         return add_chunk(config, wanted, grads, chunk, columns, logit_grads)
 

@@ -54,6 +54,15 @@ def recompute_tile(config: HeadConfig, num_tokens: int, vocab: int) -> tuple[int
     return chunk, min(vocab, round_up(-(-vocab // num_blocks), 128))
 
 
+def saved_tokens(config: HeadConfig, num_tokens: int, vocab: int, shares: int) -> int:
+    """How many tokens' logits fit in a share of `config.logits_budget`; the same for both implementations."""
+    assert config.logits_budget is not None
+    most = config.logits_budget // (shares * vocab * config.logits_dtype.itemsize)
+    if not is_symbolic(num_tokens) and num_tokens <= most:
+        return num_tokens
+    return most // 8 * 8
+
+
 def part_sizes(chunk: int) -> tuple[int, ...]:
     """The sizes for which a chunk is compiled, so that a partly filled chunk takes less time than a full one."""
     if chunk < 1024:

@@ -14,7 +14,7 @@ from jliger.ops.linear_head.types import HeadConfig, Operands
 from jliger.ops.logits import RowStats, get_rows
 
 
-def stats_pass(config: HeadConfig, operands: Operands, *, low_memory: bool) -> RowStats:
+def stats_pass(config: HeadConfig, operands: Operands, *, low_memory: bool, skip_empty: bool = False) -> RowStats:
     """The statistics of each token's logits.
 
     Uncounted tokens get statistics of 0, and prediction −1.
@@ -23,6 +23,7 @@ def stats_pass(config: HeadConfig, operands: Operands, *, low_memory: bool) -> R
       config: how logits are computed.
       operands: arrays of `[T]` tokens.
       low_memory: use no more memory than the recompute pass, and never cast the whole kernel at once; a little slower.
+      skip_empty: compute nothing if no token counts.
     """
     rows = get_rows(config.implementation, config.compute_capability)
     num_tokens, vocab = operands.labels.shape[0], operands.kernel.shape[config.vocab_dim]
@@ -48,7 +49,8 @@ def stats_pass(config: HeadConfig, operands: Operands, *, low_memory: bool) -> R
         return write_stats(stats, blocks.sweep(block_step, None), index * packed.chunk)
 
     sizes = part_sizes(packed.chunk) if in_blocks else (packed.chunk,)
-    return packed.restore(packed.loop(step, packed.empty_stats(config, operands.hidden), sizes))
+    empty = packed.empty_stats(config, operands.hidden)
+    return packed.restore(packed.loop(step, empty, sizes, skip_empty=skip_empty))
 
 
 def merge_stats(left: RowStats, right: RowStats) -> RowStats:

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head.types import Differentiable, GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import RowStats
 from jliger.ops.logits.distillation import DistillationStats, SoftmaxStats
@@ -26,6 +28,13 @@ def stats_of(config: HeadConfig, number: Any, column: Any) -> Stats:
     return Comparison(
         DistillationStats(softmax, softmax, number if with_labels else None, number if with_hard_sum else None), number
     )
+
+
+def dtypes_of_sums(wanted: GradientDtypes, dtype: jax.typing.DTypeLike) -> GradientDtypes:
+    """The dtypes of gradients while they are summed over chunks, for hidden states of `dtype`."""
+    sums = accumulator_dtype(dtype)
+    of_head = {name: sums for name in ("kernel", "bias", "adapter") if getattr(wanted, name) is not None}
+    return wanted._replace(**of_head)
 
 
 def zero_gradients(wanted: GradientDtypes, operands: Operands) -> Gradients:

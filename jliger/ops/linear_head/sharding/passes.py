@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jliger.ops.linear_head.chunks import Stats, stats_of
 from jliger.ops.linear_head.types import Differentiable, GradientDtypes, Gradients, HeadConfig, Operands, operand_dims
@@ -26,13 +26,16 @@ class LossPass:
     Attributes:
       kind: `"stats"` is `chunks.stats_pass`; `"fused"` is `chunks.fused_pass`, with the arguments of `rule` for each
         token; `"recompute"` is `chunks.recompute_pass`, with maximum, log-sum and `Coefficients`; `"save logits"` and
-        `"saved logits"` are `chunks.stats_and_logits_pass` and `chunks.saved_logits_pass`. With a teacher, `"stats"`
-        and `"fused"` are `chunks.distillation_pass`, without and with `DistillationCoefficients`.
+        `"saved logits"` are `chunks.stats_and_logits_pass` and `chunks.saved_logits_pass`; with a budget of logits,
+        `chunks.stats_and_some_logits_pass` and `chunks.partly_saved_pass`. With a teacher, `"stats"` and `"fused"` are
+        `chunks.distillation_pass`, without and with `DistillationCoefficients`.
       config: how logits are computed.
       wanted: the dtypes of the wanted gradients.
       low_memory: as in `chunks.stats_pass`.
       rule: as in `chunks.fused_pass`.
       unit_loss: a loss whose value for each unit is computed from the statistics, which are then not returned.
+      saved_shape: with `HeadConfig.logits_budget`, the dimensions `k` of the logits to save, for each example: one for
+        each dimension of tokens, sharded like it, and one more. None before it is known.
       examples: for each enclosing `jax.vmap`, from the outermost, which operands it batches. Batch dimensions are the
         first dimensions, and every result has all of them.
     """
@@ -43,7 +46,13 @@ class LossPass:
     low_memory: bool = False
     rule: CoefficientRule = _KNOWN
     unit_loss: UnitLoss | None = None
+    saved_shape: tuple[int, ...] | None = None
     examples: tuple[tuple[bool, ...], ...] = ()
+
+    @property
+    def saves_some(self) -> bool:
+        """Whether a result is the logits of some tokens."""
+        return self.kind == "save logits" and self.config.logits_budget is not None
 
     @property
     def sums_tokens(self) -> bool:
@@ -80,14 +89,17 @@ class Result(NamedTuple):
     Attributes:
       stats: `[*B]`, or None if the pass only computes gradients.
       grads: the wanted gradients, or None if the pass only computes statistics.
-      logits: the products `[*B, V]`, if the pass saves them.
+      logits: the products `[*B, V]`, if the pass saves them; `[*K, V]` with a budget.
+      logit_rows, row_of: with a budget, which token each row belongs to, as in `Operands`.
       losses: the loss and the auxiliary arrays of each unit, if the pass has a `unit_loss`.
       scales: `[*B]`, the units that gradients of tokens are in; None for 1.
     """
 
     stats: Stats | None
     grads: Gradients | None
-    logits: Float[Array, "*B V"] | None = None
+    logits: Float[Array, "*B V"] | Float[Array, "*K V"] | None = None
+    logit_rows: Int[Array, "*K"] | None = None
+    row_of: Int[Array, "*B"] | None = None
     losses: list[Array] | None = None
     scales: Float[Array, "*B"] | None = None
 
@@ -126,7 +138,8 @@ def dims_of_results(loss_pass: LossPass) -> Any:
     if loss_pass.kind == "stats":
         return result
     if loss_pass.kind == "save logits":
-        return result._replace(logits=dims["logits"])
+        result = result._replace(logits=dims["logits"])
+        return result._replace(logit_rows="k", row_of="t") if loss_pass.saves_some else result
     wanted = loss_pass.wanted._asdict().items()
     return result._replace(
         grads=Differentiable(*(None if dtype is None else dims[name] for name, dtype in wanted)),

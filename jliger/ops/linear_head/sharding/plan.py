@@ -109,6 +109,9 @@ class Plan(NamedTuple):
             if dim in "tu":
                 entries += map(_entry, self.batch if dim == "t" else self.batch[: len(self.batch) - self.row_ndim])
                 continue
+            if dim == "k":
+                entries += [*map(_entry, self.batch), None]
+                continue
             # As an operand the kernel is whole but for the vocabulary axes; its gradient is also scattered.
             axes = self.vocab if dim == "v" else ()
             entries.append(_entry(axes + self.scattered[index] if is_kernel_gradient else axes))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jliger.core.dtypes import accumulator_dtype
 from jliger.core.meshes import Axes
 from jliger.ops.linear_head import chunks
 from jliger.ops.linear_head.chunks import Stats
-from jliger.ops.linear_head.sharding.examples import run_examples
+from jliger.ops.linear_head.sharding.examples import run_examples, shape_to_save
 from jliger.ops.linear_head.sharding.merge import distillation_merge, merge_over
 from jliger.ops.linear_head.sharding.passes import LossPass, Result
 from jliger.ops.linear_head.sharding.plan import Plan, first_column
@@ -28,6 +29,8 @@ def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, arrays: Lo
     Leading dimensions are flattened into one dimension of tokens only here, on local arrays: the reshape of a sharded
     array would move data between devices.
     """
+    if loss_pass.saves_some and loss_pass.saved_shape is None:
+        loss_pass = dataclasses.replace(loss_pass, saved_shape=shape_to_save(loss_pass, operands, arrays))
     if loss_pass.examples:
         one_example = functools.partial(run_on_shard, dataclasses.replace(loss_pass, examples=()), plan)
         return run_examples(loss_pass, one_example, operands, arrays)
@@ -54,11 +57,14 @@ def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, arrays: Lo
     result = run_by_platform(run, loss_pass.config.implementation, flat, arrays)
     shape = operands.labels.shape
     of_units = shape[: len(shape) - loss_pass.row_ndim]
-    of_tokens = jax.tree.map(lambda array: array.reshape(shape), (result.stats, result.scales))
+    of_tokens = jax.tree.map(lambda array: array.reshape(shape), (result.stats, result.scales, result.row_of))
+    of_logits = loss_pass.saved_shape or shape
     return Result(
         stats=of_tokens[0],
         grads=None if result.grads is None else _reduce(loss_pass, plan, result.grads, operands),
-        logits=None if result.logits is None else result.logits.reshape(*shape, width),
+        logits=None if result.logits is None else result.logits.reshape(*of_logits, width),
+        logit_rows=None if result.logit_rows is None else result.logit_rows.reshape(of_logits),
+        row_of=of_tokens[2],
         losses=jax.tree.map(lambda array: array.reshape(*of_units, *array.shape[1:]), result.losses),
         scales=of_tokens[1],
     )
@@ -71,17 +77,24 @@ def _run_chunks(
     config, wanted, per_token = loss_pass.config, _dtypes_of_sums(loss_pass, plan, operands), arrays.per_token
     merge = functools.partial(_merged, plan.columns, start) if plan.columns else None
     stats: Stats | None = None
-    grads = logits = scales = None
+    grads = logits = logit_rows = row_of = scales = None
     if config.teacher is not None:
         coefficients = per_token[0] if per_token else None
         merge_pairs = distillation_merge(config.teacher.temperature, plan.columns, start) if plan.columns else None
         stats, grads = chunks.distillation_pass(config, wanted, operands, coefficients, merge=merge_pairs)
     elif loss_pass.kind == "stats":
         stats = chunks.stats_pass(config, operands, low_memory=loss_pass.low_memory)
+    elif loss_pass.saved_shape is not None:
+        num_saved = math.prod(loss_pass.saved_shape)
+        stats, logits, row_of = chunks.stats_and_some_logits_pass(config, operands, num_saved)
+        first = jax.lax.axis_index(plan.tokens) * num_saved if plan.tokens else 0
+        logit_rows = first + jnp.arange(num_saved, dtype=jnp.int32)
+        row_of = jnp.where(row_of < 0, -1, first + row_of)
     elif loss_pass.kind == "save logits":
         stats, logits = chunks.stats_and_logits_pass(config, operands)
     elif loss_pass.kind == "saved logits":
-        grads = chunks.saved_logits_pass(config, wanted, operands, *per_token)
+        saved_pass = chunks.saved_logits_pass if config.logits_budget is None else chunks.partly_saved_pass
+        grads = saved_pass(config, wanted, operands, *per_token)
     elif loss_pass.kind == "fused":
         length = loss_pass.row_length
         stats, grads, scales = chunks.fused_pass(config, wanted, operands, loss_pass.rule, arrays, merge, length)
@@ -95,7 +108,7 @@ def _run_chunks(
         if loss_pass.unit_loss is not None:
             losses = loss_pass.unit_loss.losses(stats, arrays)
             return Result(None, grads, losses=losses, scales=scales if loss_pass.has_scales else None)
-    return Result(stats, grads, logits)
+    return Result(stats, grads, logits, logit_rows, row_of)
 
 
 def _merged(columns: Axes, start: Int[Array, ""] | int, stats: RowStats) -> RowStats:
@@ -118,7 +131,12 @@ def _run_without_tokens(loss_pass: LossPass, plan: Plan, operands: Operands) -> 
         return result
     if loss_pass.kind == "save logits":
         width = operands.kernel.shape[loss_pass.config.vocab_dim]
-        return result._replace(logits=jnp.zeros_like(hidden, loss_pass.config.logits_dtype, shape=(*shape, width)))
+        of_logits = loss_pass.saved_shape or shape
+        logits = jnp.zeros_like(hidden, loss_pass.config.logits_dtype, shape=(*of_logits, width))
+        if loss_pass.saves_some:
+            numbers = jnp.zeros_like(operands.labels, jnp.int32, shape=of_logits), operands.labels.astype(jnp.int32)
+            result = result._replace(logit_rows=numbers[0], row_of=numbers[1])
+        return result._replace(logits=logits)
     grads = chunks.zero_gradients(_dtypes_of_sums(loss_pass, plan, operands), operands)
     return result._replace(grads=_reduce(loss_pass, plan, grads, operands))
 
@@ -134,8 +152,8 @@ def _flatten_arrays(loss_pass: LossPass, arrays: LossArrays, operands: Operands)
 
 
 def _flatten(name: str, array: Array | None) -> Array | None:
-    """`[T, ...]` from `[*B, ...]`; arrays without tokens stay as they are."""
-    if array is None or "t" not in DIMS[name]:
+    """`[T, ...]` from `[*B, ...]`, and `[K, ...]` from `[*K, ...]`; arrays without tokens stay as they are."""
+    if array is None or {"t", "k"}.isdisjoint(DIMS[name]):
         return array
     return array.reshape(-1, *array.shape[array.ndim - (len(DIMS[name]) - 1) :])
 
