@@ -281,10 +281,11 @@ def post_training_table(path: Path, page: Path) -> str:
     rows = []
     for loss in dict.fromkeys(record["loss"] for record in result["records"]):
         full, fused = at[loss, "full"], at[loss, "jliger"]
-        peaks = [record["peak_bytes"] / 2**30 for record in (full, fused)]
-        speeds = [f"{record['tokens_per_second']:,.0f}" for record in (full, fused)]
-        saved = percent(1 - peaks[1] / peaks[0])
-        rows.append([loss.upper(), str(fused["sequences"]), *(f"{peak:.1f}" for peak in peaks), saved, *speeds])
+        both = (full, fused)
+        peaks = ["does not fit" if r["out_of_memory"] else f"{r['peak_bytes'] / 2**30:.1f}" for r in both]
+        speeds = [NOTHING if r["out_of_memory"] else f"{r['tokens_per_second']:,.0f}" for r in both]
+        saved = NOTHING if full["out_of_memory"] else percent(1 - fused["peak_bytes"] / full["peak_bytes"])
+        rows.append([loss.upper(), str(fused["sequences"]), *peaks, saved, *speeds])
     headings = (
         "loss",
         "sequences",

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
 from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics
@@ -19,7 +19,7 @@ from jliger.ops.linear_head.logprobs import LinearLogprobs
 def fused_linear_cross_entropy(
     hidden: Float[Array, "*B H"],
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     *,
     where: Bool[Array, "*B"] | None = None,
     weights: Float[Array, "*B"] | None = None,
@@ -28,7 +28,7 @@ def fused_linear_cross_entropy(
     z_loss: float = 0.0,
     class_weights: Float[Array, " V"] | None = None,
     reduction: str = "mean",
-    normalizer: Float[Array, ""] | float | None = None,
+    normalizer: Num[Array, ""] | float | None = None,
     return_metrics: bool = False,
     **head: Any,
 ) -> Any:
@@ -74,7 +74,7 @@ def fused_linear_cross_entropy(
 def linear_logprobs(
     hidden: Float[Array, "*B H"],
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     *,
     where: Bool[Array, "*B"] | None = None,
     ignore_index: int | None = -100,
@@ -108,14 +108,14 @@ def fused_linear_jsd(
     *,
     beta: float = 0.5,
     temperature: float = 1.0,
-    labels: Int[Array, "*B"] | None = None,
+    labels: Integer[Array, "*B"] | None = None,
     hard_weight: Any = 0.0,
     soft_weight: Any = 1.0,
     where: Bool[Array, "*B"] | None = None,
     weights: Float[Array, "*B"] | None = None,
     ignore_index: int | None = -100,
     reduction: str = "mean",
-    normalizer: Float[Array, ""] | float | None = None,
+    normalizer: Num[Array, ""] | float | None = None,
     return_metrics: bool = False,
     **heads: Any,
 ) -> Any:
@@ -189,7 +189,7 @@ def _logits(
     hidden: Float[Array, "*B H"],
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
     *,
-    bias: Float[Array, " V"] | None = None,
+    bias: Float[Array, " V"] | Float[Array, "*B V"] | None = None,
     adapter: Any = None,
     kernel_layout: str = "hv",
     logit_scale: float = 1.0,
@@ -229,7 +229,7 @@ def _logits(
 
 
 def _labels(
-    labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int | None, vocab_size: int
+    labels: Integer[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int | None, vocab_size: int
 ) -> tuple[Bool[Array, "*B"], Bool[Array, "*B"], Int[Array, "*B"]]:
     """Which tokens count, which labels are in range, and labels with 0 for those that are not."""
     counted = jnp.ones_like(labels, bool) if ignore_index is None else labels != ignore_index

@@ -43,7 +43,7 @@ def names():
         "old": -jnp.ones(SHAPE), "old_logprobs": -jnp.ones(SHAPE), "advantages": normal(SHAPE[0]), "temperature": 0.7,
         "a": normal(SIZE, 2), "b": normal(2, VOCAB), "scale": 0.5, "schedule": 1e-3,
         "batch": {"tokens": jnp.asarray(tokens), "labels": jnp.where(mask, tokens, -100)},
-        "hidden_size": SIZE, "vocab_size": VOCAB,
+        "hidden_size": SIZE, "vocab_size": VOCAB, "token_loss": lambda result: -result.logprobs,
         "model": lambda params, tokens: jnp.tanh(params["embedding"][tokens]),
     }  # fmt: skip
 

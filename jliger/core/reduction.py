@@ -4,12 +4,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 from jliger.core import checks
 
 Reduction = Literal["mean", "sum", "none"]
-Normalizer = Float[Array, ""] | float | None
+Normalizer = Num[Array, ""] | float | None
 
 
 def check_reduction(reduction: str, normalizer: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jliger.core import checks
 from jliger.core.backend import Choice, Implementation, fitting_implementation, target_compute_capability
@@ -58,7 +58,7 @@ class Arguments(NamedTuple):
 
     config: HeadConfig
     operands: Operands
-    labels: Int[Array, "*B"]
+    labels: Integer[Array, "*B"]
     where: Bool[Array, "*B"] | None
     adapter: LinearAdapter | None
     ignore_index: int | None
@@ -67,7 +67,7 @@ class Arguments(NamedTuple):
 def head_arguments(
     hidden: Float[Array, "*B H"],
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     *,
     stats_wanted: StatsWanted,
     whose: str = "",
@@ -182,7 +182,7 @@ def inverse_temperature_of(temperature: Any, labels: Any, dtype: Any) -> Float[A
 
 def with_tokens(
     operands: Operands,
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     where: Bool[Array, "*B"] | None,
     *,
     ignore_index: int | None,
@@ -199,7 +199,7 @@ def with_tokens(
 
 
 def counted_tokens(
-    labels: Int[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int | None
+    labels: Integer[Array, "*B"], where: Bool[Array, "*B"] | None, ignore_index: int | None
 ) -> Bool[Array, "*B"]:
     """Tokens for which `where` is true and the label is not `ignore_index`."""
     limits = jnp.iinfo(labels.dtype)
@@ -209,7 +209,7 @@ def counted_tokens(
     return counted if where is None else counted & where
 
 
-def label_columns(labels: Int[Array, "*B"], counted: Bool[Array, "*B"] | None, vocab_size: int) -> Int[Array, "*B"]:
+def label_columns(labels: Integer[Array, "*B"], counted: Bool[Array, "*B"] | None, vocab_size: int) -> Int[Array, "*B"]:
     """Labels as int32 columns: −1 if out of range, 0 if the token doesn't count."""
     inside = (labels >= 0) & (labels <= min(vocab_size - 1, jnp.iinfo(labels.dtype).max))
     return if_counted(counted, jnp.where(inside, labels.astype(jnp.int32), -1), 0)

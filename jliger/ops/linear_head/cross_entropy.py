@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
 from jliger.core import checks
 from jliger.core.backend import Implementation
@@ -58,14 +58,14 @@ class CrossEntropyOptions(HeadOptions, total=False):
     z_loss: float
     class_weights: Float[Array, " V"] | None
     reduction: Reduction
-    normalizer: Float[Array, ""] | float | None
+    normalizer: Num[Array, ""] | float | None
 
 
 @overload
 def fused_linear_cross_entropy(  # pyrefly: ignore[inconsistent-overload]
     hidden: Float[Array, "*B H"],
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     *,
     return_metrics: Literal[False] = False,
     **options: Unpack[CrossEntropyOptions],
@@ -76,7 +76,7 @@ def fused_linear_cross_entropy(  # pyrefly: ignore[inconsistent-overload]
 def fused_linear_cross_entropy(  # pyrefly: ignore[inconsistent-overload]
     hidden: Float[Array, "*B H"],
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     *,
     return_metrics: Literal[True],
     **options: Unpack[CrossEntropyOptions],
@@ -87,7 +87,7 @@ def fused_linear_cross_entropy(  # pyrefly: ignore[inconsistent-overload]
 def fused_linear_cross_entropy(  # pyrefly: ignore[inconsistent-overload]
     hidden: Float[Array, "*B H"],
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     *,
     return_metrics: bool,
     **options: Unpack[CrossEntropyOptions],
@@ -97,7 +97,7 @@ def fused_linear_cross_entropy(  # pyrefly: ignore[inconsistent-overload]
 def fused_linear_cross_entropy(
     hidden: Float[Array, "*B H"],
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     *,
     bias: Float[Array, " V"] | None = None,
     where: Bool[Array, "*B"] | None = None,
@@ -112,7 +112,7 @@ def fused_linear_cross_entropy(
     z_loss: float = 0.0,
     class_weights: Float[Array, " V"] | None = None,
     reduction: Reduction = "mean",
-    normalizer: Float[Array, ""] | float | None = None,
+    normalizer: Num[Array, ""] | float | None = None,
     return_metrics: bool = False,
     logits_dtype: jax.typing.DTypeLike | None = None,
     precision: jax.lax.PrecisionLike = None,
@@ -306,11 +306,11 @@ def _fused_linear_cross_entropy(
     call: _Call,
     operands: Operands,
     adapter: LinearAdapter | None,
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     where: Bool[Array, "*B"] | None,
     weights: Float[Array, "*B"] | None,
     class_weights: Float[Array, " V"] | None,
-    normalizer: Float[Array, ""] | None,
+    normalizer: Num[Array, ""] | None,
 ) -> tuple[Loss, CrossEntropyMetrics]:
     dtype = accumulator_dtype(operands.hidden.dtype)
     operands = with_adapter(call.config, operands, adapter)

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jliger.core import checks
 from jliger.core.dtypes import accumulator_dtype
@@ -289,7 +289,7 @@ def _distillation(
     call: Call,
     operands: Operands,
     adapter: LinearAdapter | None,
-    labels: Int[Array, "*B"] | None,
+    labels: Integer[Array, "*B"] | None,
     where: Bool[Array, "*B"] | None,
     weights: Float[Array, "*B"] | None,
     normalizer: Normalizer,

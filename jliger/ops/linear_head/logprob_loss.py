@@ -8,7 +8,7 @@ from typing import Any, Literal, Required, Unpack, overload
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jliger.core import checks, jaxprs
 from jliger.core.dtypes import accumulator_dtype
@@ -40,7 +40,7 @@ def fused_linear_loss(
     loss_fn: LossFn,
     hidden: Float[Array, "*B H"],
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     args: tuple[Any, ...] = (),
     *,
     units: Units,
@@ -54,7 +54,7 @@ def fused_linear_loss(
     loss_fn: LossFn,
     hidden: Float[Array, "*B H"],
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     args: tuple[Any, ...] = (),
     *,
     units: Units,
@@ -68,7 +68,7 @@ def fused_linear_loss(
     loss_fn: LossFn,
     hidden: Float[Array, "*B H"],
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     args: tuple[Any, ...] = (),
     *,
     units: Units,
@@ -81,7 +81,7 @@ def fused_linear_loss(
     loss_fn: LossFn,
     hidden: Float[Array, "*B H"],
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     args: tuple[Any, ...] = (),
     *,
     units: Units,
@@ -284,7 +284,7 @@ def _summed_losses(
     call: _Call,
     operands: Operands,
     adapter: LinearAdapter | None,
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     where: Bool[Array, "*B"] | None,
     args: tuple[Array, ...],
     shared: tuple[Array, ...],

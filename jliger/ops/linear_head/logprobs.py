@@ -6,7 +6,7 @@ import functools
 import jax
 import numpy as np
 from jax import export
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Integer
 
 from jliger.core.backend import Implementation
 from jliger.core.checks import check_integer
@@ -33,7 +33,7 @@ class LogprobsOptions(HeadOptions, total=False):
 def linear_logprobs(
     hidden: Float[Array, "*B H"],
     kernel: Float[Array, "H V"] | Float[Array, "V H"],
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     *,
     bias: Float[Array, " V"] | None = None,
     where: Bool[Array, "*B"] | None = None,
@@ -174,7 +174,7 @@ def _linear_logprobs(
     ignore_index: int | None,
     operands: Operands,
     adapter: LinearAdapter | None,
-    labels: Int[Array, "*B"],
+    labels: Integer[Array, "*B"],
     where: Bool[Array, "*B"] | None,
 ) -> LinearLogprobs:
     operands = with_adapter(config, operands, adapter)

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from jliger.core import checks, partitioned
 from jliger.core.backend import (
@@ -82,7 +82,7 @@ def softmax_cross_entropy(
     z_loss: float = 0.0,
     class_weights: Float[Array, " V"] | None = None,
     reduction: Reduction = "mean",
-    normalizer: Float[Array, ""] | float | None = None,
+    normalizer: Num[Array, ""] | float | None = None,
     return_metrics: bool = False,
     implementation: Implementation | None = None,
 ) -> Loss | tuple[Loss, CrossEntropyMetrics]:
@@ -215,7 +215,7 @@ def _softmax_cross_entropy(
     where: Bool[Array, "*B"] | None,
     weights: Float[Array, "*B"] | None,
     class_weights: Float[Array, " V"] | None,
-    normalizer: Float[Array, ""] | None,
+    normalizer: Num[Array, ""] | None,
 ) -> tuple[Loss, CrossEntropyMetrics]:
     dtype, objective = accumulator_dtype(logits.dtype), call.objective
     per_token = (labels, inverse_temperature, where, weights)

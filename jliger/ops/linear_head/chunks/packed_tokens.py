@@ -195,7 +195,7 @@ class Chunk(NamedTuple):
         """The chunk's rows of per-token arrays."""
         return take(self.slots, tree)
 
-    def put(self, full: Float[Array, "T H"], part: Float[Array, "C H"]) -> Float[Array, "T H"]:
+    def put(self, full: Float[Array, "T H"], part: Float[Array, "C P"]) -> Float[Array, "T H"]:
         """`full` with the chunk's rows written; rows and columns of padding are dropped."""
         part = part[:, : full.shape[1]].astype(full.dtype)
         return full.at[self.slots].set(part, mode="drop", unique_indices=True, indices_are_sorted=True)
