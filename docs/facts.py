@@ -81,8 +81,8 @@ def post_training(result: Record) -> str:
     return (
         f"**Preferences, reinforcement learning.** A DPO step of Llama 3.2 1B on "
         f"{fused['sequences'] * fused['length']:,} tokens peaks at {fused['peak_bytes'] / 2**30:.0f} GiB instead of "
-        f"{full['peak_bytes'] / 2**30:.0f} GiB, {100 * saved:.0f} % less, at {100 * speed:.0f} % of the speed (one H100). "
-        f"A GRPO step with full logits does not fit there; jliger's peaks at "
+        f"{full['peak_bytes'] / 2**30:.0f} GiB, {100 * saved:.0f} % less, at {100 * speed:.0f} % of the speed (one "
+        f"H100). A GRPO step with full logits does not fit there; jliger's peaks at "
         f"{at['grpo', 'jliger']['peak_bytes'] / 2**30:.0f} GiB."
     )
 
