@@ -36,7 +36,7 @@ NUMBER, NUMBER_OR_ZERO = positive(float), positive(float, zero=True)
 
 def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
     """A parser described by the first line of the program's docstring."""
-    return argparse.ArgumentParser(prog=name, description=(doc or "").partition("\n")[0])
+    return argparse.ArgumentParser(prog=f"{name}.py", description=(doc or "").partition("\n")[0])
 
 
 def add_corpus_options(parser: argparse.ArgumentParser) -> Any:

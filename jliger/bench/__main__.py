@@ -16,12 +16,22 @@ BENCHMARKS = ("head", "logprobs", "distillation", "operations", "mesh")
 def main() -> None:
     summary, _, details = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(prog="python -m jliger.bench", description=summary, epilog=details)
-    parser.add_argument("what", nargs="*", default=["head"], metavar="WHAT", help=f"any of {', '.join(BENCHMARKS)}")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="the folder of the result files")
-    parser.add_argument("--processes", type=int, default=3, help="how many processes measure, one after the other")
+    parser.add_argument(
+        "what", nargs="*", default=["head"], metavar="WHAT", help=f"any of {', '.join(BENCHMARKS)} (head)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), help="the folder of the result files (runs/bench)"
+    )
+    parser.add_argument("--processes", type=int, default=3, help="how many processes measure, one after the other (3)")
     parser.add_argument("--quick", action="store_true", help="one process and one shape, in about a minute")
     parser.add_argument("--peers", action="store_true", help="also PyTorch's methods, where they are installed")
-    parser.add_argument("--only", nargs="*", default=(), metavar="SHAPE", help='shapes, such as "(8192, 4096, 128256)"')
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=(),
+        metavar="SHAPE",
+        help='shapes of the head on a GPU, such as "(8192, 4096, 128256)"',
+    )
     # Given to the processes that measure: the file to write, and whether to time first calls.
     parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--first-calls", action="store_true", help=argparse.SUPPRESS)

@@ -34,6 +34,9 @@ def problems(*, with_peers: bool = False, quick: bool = False, only: Sequence[st
     result.append(problem(RAGGED, methods.own(RAGGED, ["float32"]), floors_of=MAIN))
     result += [problem(shape, methods.own(shape, ["float32"])) for shape in OTHERS]
     result.append(problem(LONG[1], [*methods.own(LONG[1], ["float32"]), *memory_of]))
+    known = [str(one.shape) for one in result]
+    if unknown := set(only) - set(known):
+        raise SystemExit(f"--only got {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     return [one for one in result if not only or str(one.shape) in only]
 
 

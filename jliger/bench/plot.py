@@ -18,7 +18,7 @@ def draw(what: str, path: Path) -> list[Path]:
         return [mesh_plot(path)]
     if what == "operations":
         return [operations_plot(path)]
-    return [speed_plot(path), *([memory_plot(path)] if what == "head" else [])]
+    return [speed_plot(path), *(memory_plot(path) if what == "head" else [])]
 
 
 def speed_plot(path: Path) -> Path:
@@ -84,8 +84,8 @@ def operations_plot(path: Path) -> Path:
     return _saved(figure, path.with_suffix(".png"))
 
 
-def memory_plot(path: Path) -> Path:
-    """Draws extra memory against tokens for jliger and plain JAX, at the H and V that have several N."""
+def memory_plot(path: Path) -> list[Path]:
+    """Draws extra memory against tokens for jliger and plain JAX, if the H and V that have several N were measured."""
     result = report.read_json(path)
     lines = {"jliger": ("jliger, float32 kernel",), "all logits (plain JAX)": ("plain JAX", ", bfloat16 logits")}
     at: dict[str, list[tuple[int, float]]] = {}
@@ -99,6 +99,8 @@ def memory_plot(path: Path) -> Path:
                 and record.get("extra_mib")
             ):
                 at.setdefault(label, []).append((tokens, record["extra_mib"] / 1024))
+    if not at:
+        return []
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
     for (label, points), offset in zip(at.items(), (-12, 6), strict=False):
         points = sorted(points)
@@ -111,7 +113,7 @@ def memory_plot(path: Path) -> Path:
     axis.set_ylabel("extra memory, GiB")
     axis.legend(fontsize=8)
     axis.set_title("Loss and gradients at H = 4096, V = 128256", fontsize=9)
-    return _saved(figure, path.with_name(path.stem + "_memory.png"))
+    return [_saved(figure, path.with_name(path.stem + "_memory.png"))]
 
 
 def mesh_plot(path: Path) -> Path:

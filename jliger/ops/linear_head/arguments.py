@@ -79,7 +79,9 @@ def head_arguments(
     """
     for name in options:
         if name not in HEAD_DEFAULTS:
-            raise TypeError(f"{name} is no option of a linear head; pass one of {', '.join(HEAD_DEFAULTS)}.")
+            raise TypeError(
+                f"{name} is no option of this function, nor of a linear head, which are {', '.join(HEAD_DEFAULTS)}."
+            )
     given: HeadOptions = {**HEAD_DEFAULTS, **options}
     head_checks.check_logit_options(
         kernel_layout=given["kernel_layout"],

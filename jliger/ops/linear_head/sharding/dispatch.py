@@ -151,8 +151,9 @@ def _check_whole_rows(loss_pass: LossPass, plan: Plan, hidden: Array, num_exampl
     axes = tuple(axis for entry in of_rows for axis in as_axes(entry) if axis not in plan.single)
     if axes:
         raise NotImplementedError(
-            f"units got 'rows' with hidden states whose rows are sharded over {', '.join(map(repr, axes))}; all tokens "
-            "of a row must be on one device: jax.sharding.reshard hidden, so that only its first axis is sharded."
+            f"hidden got rows (units='rows', pairs, or ratios of sequences) sharded over {', '.join(map(repr, axes))}; "
+            "all tokens of a row must be on one device: jax.sharding.reshard hidden, so that only its first axis is "
+            "sharded."
         )
 
 
