@@ -122,7 +122,7 @@ def test_an_explicit_axis_that_spreads_rows_is_refused_by_name():
             jax.device_put(array, NamedSharding(mesh, place.tokens))
             for array in (jnp.ones((*BATCH, HIDDEN)), jnp.zeros(BATCH, int))
         )
-        with pytest.raises(NotImplementedError, match="rows are sharded over 'seq'"):
+        with pytest.raises(NotImplementedError, match="sharded over 'seq'; all tokens of a row"):
             jliger.fused_linear_loss(
                 lambda result: result.logprobs.sum(), hidden, jnp.ones((HIDDEN, VOCAB)), labels, units="rows"
             )
