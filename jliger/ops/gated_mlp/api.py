@@ -93,7 +93,7 @@ def gated_mlp(
         if kernel.dtype not in (x.dtype, jnp.dtype("float32")):
             raise TypeError(f"{name} got dtype {kernel.dtype}; pass x's, {x.dtype}, or float32.")
     if chunk_size is None:
-        chunk_size = max(256, 2 ** max(0, (_CHUNK_VALUES // kernels.gate.shape[1]).bit_length() - 1))
+        chunk_size = max(256, 2 ** max(0, (_CHUNK_VALUES // max(1, kernels.gate.shape[1])).bit_length() - 1))
     checks.check_integer("chunk_size", chunk_size)
     if chunk_size < 1:
         raise ValueError(f"chunk_size got {chunk_size}; pass a number of tokens of at least 1, or None for the rule.")

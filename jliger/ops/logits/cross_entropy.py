@@ -225,6 +225,8 @@ def _softmax_cross_entropy(
     columns = label_columns(labels, counted, objective.vocab_size)
     weights = jnp.ones_like(columns, dtype) if weights is None else weights.astype(dtype)
     token_weights = if_counted(counted, weights, 0)
+    if inverse_temperature is not None:
+        inverse_temperature = if_counted(counted, inverse_temperature, 1)
     label_terms = LabelTerms(column_validity(columns, dtype), None, float(objective.vocab_size))
     if class_weights is not None:
         class_weights = replicated(class_weights.astype(dtype))
@@ -232,7 +234,8 @@ def _softmax_cross_entropy(
         label_terms = label_terms._replace(weights=_entries(class_weights, columns), total_weight=total)
     smoothing_weights = class_weights if call.config.wanted.weighted_sum else None
     stats = _stats(call.config, logits, Block(None, smoothing_weights, columns, inverse_temperature))
-    parts = [part * token_weights for part in objective.token_losses(stats, label_terms)]
+    # Uncounted logits may be anything: their losses are replaced and not multiplied by 0.
+    parts = [if_counted(counted, part * weights, 0) for part in objective.token_losses(stats, label_terms)]
     weight = token_weights.sum()
     if call.reduction != "none":
         parts = [part.sum() for part in parts]

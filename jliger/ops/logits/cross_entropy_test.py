@@ -133,3 +133,18 @@ X, Y = jnp.ones((2, 4)), jnp.zeros(2, int)
 def test_errors_name_the_argument(arguments, options, error, message):
     with pytest.raises(error, match=message):
         jliger.softmax_cross_entropy(*arguments, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_does_not_count_may_be_anything(reduction, implementation):
+    logits = jnp.zeros((4, 5)).at[:, 0].set(-jnp.inf).at[3].set(jnp.finfo(jnp.float32).min)
+    labels, temperature = jnp.array([1, 2, -100, -100]), jnp.array([1.0, 2.0, 0.0, 1.0])
+
+    def loss(logits):
+        options = {"temperature": temperature, "reduction": reduction, "implementation": implementation}
+        return jliger.softmax_cross_entropy(logits, labels, **options).sum()
+
+    value, grads = jax.value_and_grad(loss)(logits)
+    np.testing.assert_allclose(value, np.log(4) * (2 if reduction == "none" else 1), rtol=1e-6)
+    np.testing.assert_array_equal(grads[2:], 0)
+    assert np.isfinite(grads).all()

@@ -106,7 +106,10 @@ class CrossEntropy:
         if stats.weighted_sum is not None:
             spread = labels.total_weight * (stats.max + stats.log_sum) - stats.weighted_sum
             cross_entropy = (1 - self.label_smoothing) * cross_entropy + self.label_smoothing / self.vocab_size * spread
-        return cross_entropy * labels.validity, self.z_loss * jnp.square(stats.max + stats.log_sum)
+        lse = stats.max + stats.log_sum
+        # Without a z-loss, the square is not computed: it overflows for logits that are finite.
+        z_loss = self.z_loss * jnp.square(lse) if self.z_loss else jnp.zeros_like(lse)
+        return cross_entropy * labels.validity, z_loss
 
     def weighted_sums(
         self, stats: RowStats, labels: LabelTerms, weights: LossWeights

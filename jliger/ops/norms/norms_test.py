@@ -206,3 +206,15 @@ def test_what_the_kernels_do_not_take():
             assert jliger.rms_norm(x, jnp.ones(x.shape[-1])).dtype == x.dtype
             with pytest.raises(ValueError, match="pass 'xla'"):
                 jliger.rms_norm(x, jnp.ones(x.shape[-1]), implementation="triton")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_norm_is_that_of_the_rounded_sum(dtype, implementation):
+    if INTERPRETED and dtype == "bfloat16":
+        pytest.skip("Triton's interpreter truncates where it should round to bfloat16")
+    random = np.random.default_rng(3)
+    x, residual = (jnp.asarray(random.normal(size=(16, 128)), dtype) for _ in range(2))
+    norm = jax.jit(functools.partial(jliger.rms_norm, scale=jnp.ones(128, dtype), implementation=implementation))
+    result, total = norm(x, residual=residual)
+    np.testing.assert_array_equal(total, x + residual)
+    np.testing.assert_array_equal(result, norm(total))

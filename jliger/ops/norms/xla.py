@@ -12,15 +12,15 @@ def norm(config: NormConfig, inputs: NormInputs) -> NormResult:
     x, residual, scale, offset = inputs
     total = None if residual is None else x + residual
     wide = (x if total is None else total).astype(accumulator_dtype(x.dtype))
+    if total is not None:
+        wide = _rounded(wide, x.dtype)
     mean = wide.mean(axis=-1) if config.centered else None
     centered = wide if mean is None else wide - mean[..., None]
     # The variance of the centered values: E[x²] − E[x]² would lose digits by cancellation.
     inverse = jax.lax.rsqrt((centered * centered).mean(axis=-1) + config.epsilon)
     normalized = centered * inverse[..., None]
     if config.round_first:
-        # Not two casts, which XLA may remove.
-        info = jnp.finfo(x.dtype)
-        normalized = jax.lax.reduce_precision(normalized, info.nexp, info.nmant)
+        normalized = _rounded(normalized, x.dtype)
     output = normalized * _factor(config, scale, wide)
     if offset is not None:
         output = output + _like_rows(offset, wide)
@@ -44,6 +44,12 @@ def norm_grads(config: NormConfig, saved: NormSaved) -> NormGrads:
     rows = tuple(range(total.ndim - 1))
     offset_grad = wide_grad.sum(axis=rows) if config.with_offset else None
     return NormGrads(x_grad.astype(total.dtype), (wide_grad * normalized).sum(axis=rows), offset_grad)
+
+
+def _rounded(values: Float[Array, "*B H"], dtype: jax.typing.DTypeLike) -> Float[Array, "*B H"]:
+    """Values rounded to `dtype`, in their own. Not by two casts, which XLA may remove."""
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(values, info.nexp, info.nmant)
 
 
 def _factor(config: NormConfig, scale: Float[Array, " H"], rows: Float[Array, "*B H"]) -> Float[Array, "..."]:

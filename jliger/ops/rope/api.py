@@ -104,13 +104,15 @@ def apply_rope(
 
 def _pairs(head_dim: int, rotary_fraction: float) -> int:
     checks.check_number("rotary_fraction", rotary_fraction, least=0, most=1)
-    rotated = head_dim * rotary_fraction
-    if rotated < 2 or rotated % 2:
+    exact = head_dim * rotary_fraction
+    # 100 · 0.14 is 14.000000000000002.
+    rotated = round(exact)
+    if rotated < 2 or rotated % 2 or abs(exact - rotated) > 1e-6:
         raise ValueError(
-            f"rotary_fraction got {rotary_fraction!r}, which makes {rotated:g} of {head_dim} features; pass a fraction "
+            f"rotary_fraction got {rotary_fraction!r}, which makes {exact:g} of {head_dim} features; pass a fraction "
             "that makes an even number of at least 2."
         )
-    return int(rotated) // 2
+    return rotated // 2
 
 
 def _angles(positions: Array, frequencies: Array, dtype: Any, *, has_sections: bool) -> Float[Array, "*B R/2"]:

@@ -103,3 +103,11 @@ X = jnp.ones((2, 4, 3, 8))
 def test_errors_name_the_argument(x, positions, options, error, message):
     with pytest.raises(error, match=message):
         jliger.apply_rope(x, positions, **options)
+
+
+def test_a_fraction_that_floats_do_not_hold():
+    x = jnp.ones((1, 3, 2, 100))
+    positions = jnp.arange(3)[None]
+    result = jliger.apply_rope(x, positions, rotary_fraction=0.14)
+    np.testing.assert_array_equal(result[..., 14:], x[..., 14:])
+    assert (result[:, 1:, :, :14] != 1).any()
