@@ -219,8 +219,8 @@ def _choice(implementation: Implementation | None, x: jax.Array, *parameters: ja
         return fitting_implementation(x, *parameters) if can_run else "xla"
     if implementation == "triton" and mesh_axes is not None:
         raise NotImplementedError(
-            f"implementation got 'triton' for an x whose features are sharded over {mesh_axes}; pass 'xla', or reshard "
-            "x so that each device has whole rows."
+            f"implementation got 'triton' for an x whose features are sharded over {mesh_axes}; pass 'xla', or shard x "
+            "by rows alone."
         )
     if implementation == "triton" and not can_run:
         raise ValueError(
