@@ -154,11 +154,12 @@ def copy_repository(folder: Path) -> None:
 
 def exit_status(folder: Path, tests: tuple[str, ...], environment: dict[str, str]) -> tuple[int, str]:
     """How pytest ends there, and what it printed."""
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, **environment, "PYTHONPATH": str(folder)},
+        env={**os.environ, **environment, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-TEST_TOOLS = ("hypothesis", "pytest", "pytest-xdist")
+TEST_TOOLS = ("hypothesis", "jax-triton", "pytest", "pytest-xdist", "triton")
 
 
 def main() -> None:

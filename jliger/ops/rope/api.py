@@ -21,7 +21,7 @@ def apply_rope(
     theta: float = 10000.0,
     rotary_fraction: float = 1.0,
     interleaved: bool = False,
-    frequencies: Float[Array, " R/2"] | Float[Array, "sections R/2"] | None = None,
+    frequencies: Float[Array, " pairs"] | Float[Array, "sections pairs"] | None = None,
     scale: float = 1.0,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*B heads head_dim"]:
@@ -115,7 +115,7 @@ def _pairs(head_dim: int, rotary_fraction: float) -> int:
     return rotated // 2
 
 
-def _angles(positions: Array, frequencies: Array, dtype: Any, *, has_sections: bool) -> Float[Array, "*B R/2"]:
+def _angles(positions: Array, frequencies: Array, dtype: Any, *, has_sections: bool) -> Float[Array, "*B pairs"]:
     positions, frequencies = positions.astype(dtype)[..., None], frequencies.astype(dtype)
     token_ndim = positions.ndim - 1 - has_sections
     own = jnp.expand_dims(frequencies, tuple(range(has_sections, has_sections + token_ndim)))

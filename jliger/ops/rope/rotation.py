@@ -26,7 +26,7 @@ class Rotation(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def rotate(
-    rotation: Rotation, x: Float[Array, "*B heads head_dim"], angles: Float[Array, "*B R/2"]
+    rotation: Rotation, x: Float[Array, "*B heads head_dim"], angles: Float[Array, "*B pairs"]
 ) -> Float[Array, "*B heads head_dim"]:
     """Rotates the first `R` features of each head. The angles have no gradient."""
     return _rotated(rotation, x, angles)
