@@ -39,14 +39,12 @@ class Problem:
       teacher: the teacher's hidden states and kernel.
       options: every other argument.
       cotangent: a scalar.
-      op_by_op: whether references run op by op: then problems of the same shapes share what is compiled.
     """
 
     inputs: dict[str, Any]
     teacher: tuple[Any, Any]
     options: dict[str, Any]
     cotangent: Any
-    op_by_op: bool = False
 
     def replace(self, **changes: Any) -> "Problem":
         """The same problem with other options; `inputs`, `teacher` and `cotangent` may be among them."""
@@ -121,7 +119,7 @@ def make_problem(
         options |= {f"student_{name}": pair[0], f"teacher_{name}": pair[1]}
     options = {"return_metrics": True, **options}
     cotangent = jnp.asarray(random.normal() + 0.1, jnp.float32)
-    return Problem(inputs, teacher, options, cotangent, op_by_op=(batch, hidden_sizes, vocab) == SHAPES)
+    return Problem(inputs, teacher, options, cotangent)
 
 
 def loss_and_grads(
@@ -153,7 +151,7 @@ def unfused(problem: Problem) -> dict[str, Any]:
     """The results of plain JAX in the same dtypes."""
     arrays = (problem.inputs, problem.teacher, problem.cotangent)
     reference = jliger.reference.fused_linear_jsd
-    return found_by(loss_and_grads, reference, *arrays, options=problem.options, op_by_op=problem.op_by_op)
+    return found_by(loss_and_grads, reference, *arrays, options=problem.options)
 
 
 def exact(problem: Problem) -> dict[str, Any]:
@@ -163,7 +161,7 @@ def exact(problem: Problem) -> dict[str, Any]:
         arguments = (problem.inputs, problem.teacher, problem.cotangent, options)
         *arrays, options = jax.tree.map(_as_float64, arguments)
         reference = jliger.reference.fused_linear_jsd
-        result = found_by(loss_and_grads, reference, *arrays, options=options, op_by_op=problem.op_by_op)
+        result = found_by(loss_and_grads, reference, *arrays, options=options)
         return {name: np.asarray(value) for name, value in result.items()}
 
 

@@ -51,14 +51,12 @@ class Problem:
       labels: `[*B]`.
       options: every other argument.
       cotangent: of the loss's shape.
-      op_by_op: whether references run op by op: then problems of the same shapes share what is compiled.
     """
 
     inputs: dict[str, Any]
     labels: Any
     options: dict[str, Any]
     cotangent: Any
-    op_by_op: bool = False
 
     def replace(self, **changes: Any) -> "Problem":
         """The same problem with other options; `cotangent`, `labels` and `inputs` may be among them."""
@@ -121,7 +119,6 @@ def make_problem(
         jnp.asarray(labels, jnp.int32),
         {"kernel_layout": kernel_layout, **options},
         jnp.asarray(cotangent, jnp.float32),
-        op_by_op=(batch, hidden_size, vocab) == SHAPES,
     )
 
 
@@ -142,28 +139,16 @@ def _jitted(finder: Any, function: Any, static: tuple[tuple[str, Any], ...]) -> 
     return jax.jit(lambda *arrays: finder(function, *arrays[:-1], {**dict(static), **arrays[-1]}))
 
 
-def found_by(
-    finder: Any, function: Any, *arrays: Any, options: dict[str, Any], op_by_op: bool = False
-) -> dict[str, Any]:
+def found_by(finder: Any, function: Any, *arrays: Any, options: dict[str, Any]) -> dict[str, Any]:
     """`finder(function, *arrays, options)` under jit; what was compiled for the same options is used again.
 
-    A reference runs op by op on a GPU, where XLA would fuse it and round less than its dtypes say. `op_by_op` asks for
-    that elsewhere too, of references without 16-bit numbers.
+    A reference runs op by op on a GPU, where XLA would fuse it and round less than its dtypes say.
     """
-    if function.__module__ == jliger.reference.__name__ and (
-        ON_GPU or (op_by_op and not _has_16_bits(arrays, options))
-    ):
+    if ON_GPU and function.__module__ == jliger.reference.__name__:
         return finder(function, *arrays, options)
     static = {name: value for name, value in options.items() if not isinstance(value, jax.Array)}
     rest = {name: value for name, value in options.items() if name not in static}
     return _jitted(finder, function, tuple(static.items()))(*arrays, rest)
-
-
-def _has_16_bits(arrays: Any, options: dict[str, Any]) -> bool:
-    dtypes = {array.dtype for array in jax.tree.leaves((arrays, options)) if isinstance(array, jax.Array)}
-    return any(jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 2 for dtype in dtypes) or (
-        options.get("logits_dtype") in ("bfloat16", "float16")
-    )
 
 
 def fused(problem: Problem, implementation: str | None = None) -> dict[str, Any]:
@@ -178,7 +163,7 @@ def unfused(problem: Problem) -> dict[str, Any]:
     options = {name: value for name, value in problem.options.items() if name not in _OF_THE_FUSED_ONE}
     arrays = (problem.inputs, problem.labels, problem.cotangent)
     reference = jliger.reference.fused_linear_cross_entropy
-    return found_by(loss_and_grads, reference, *arrays, options=options, op_by_op=problem.op_by_op)
+    return found_by(loss_and_grads, reference, *arrays, options=options)
 
 
 def exact(problem: Problem) -> dict[str, Any]:
@@ -189,7 +174,7 @@ def exact(problem: Problem) -> dict[str, Any]:
         inputs, cotangent, options = jax.tree.map(_as_float64, (problem.inputs, problem.cotangent, options))
         arrays = (inputs, problem.labels, cotangent)
         reference = jliger.reference.fused_linear_cross_entropy
-        result = found_by(loss_and_grads, reference, *arrays, options=options, op_by_op=problem.op_by_op)
+        result = found_by(loss_and_grads, reference, *arrays, options=options)
         return {name: np.asarray(value) for name, value in result.items()}
 
 

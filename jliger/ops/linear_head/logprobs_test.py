@@ -70,8 +70,7 @@ def check(problem, implementation, what=""):
 
     def result(function, inputs, cotangents, options):
         arrays = inputs, problem.labels, cotangents
-        # There are four shapes that most problems here share.
-        return found_by(outputs_and_grads, function, *arrays, options=options, op_by_op=True)
+        return found_by(outputs_and_grads, function, *arrays, options=options)
 
     ours = result(
         jliger.linear_logprobs, problem.inputs, problem.cotangent, {"implementation": implementation, **options}
