@@ -180,5 +180,5 @@ def _linear_logprobs(
     operands = with_adapter(config, operands, adapter)
     vocab_size = sharding.vocab_size(config, operands.kernel)
     operands = with_tokens(operands, labels, where, ignore_index=ignore_index, vocab_size=vocab_size)
-    stats = gradients.token_stats(config, operands)
-    return logprobs_of(stats, column_validity(operands.labels, stats.log_sum.dtype), operands.counted)
+    stats, logprobs = gradients.token_stats(config, True, operands)
+    return logprobs_of(stats, logprobs, column_validity(operands.labels, stats.log_sum.dtype), operands.counted)
