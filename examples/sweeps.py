@@ -75,6 +75,7 @@ def text_of(results: Record, group: str, settings: Sequence[str]) -> str:
     about, first = results["environment"], results["records"][0]
     columns: dict[str, Column] = {
         group: number(group, ""),
+        **({"sequences": number("sequences", "")} if "sequences" in first else {}),
         "head": lambda record: TITLES[record["head"]],
         "ms a step": number("milliseconds", ".0f"),
         "tokens/s": number("tokens_per_second", ",.0f"),

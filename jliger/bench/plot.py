@@ -18,7 +18,8 @@ def draw(what: str, path: Path) -> list[Path]:
         return [mesh_plot(path)]
     if what == "operations":
         return [operations_plot(path)]
-    return [speed_plot(path), *(memory_plot(path) if what == "head" else [])]
+    trade = [trade_plot(path)] if what in ("chunk_sizes", "logprobs") else []
+    return [speed_plot(path), *trade, *(memory_plot(path) if what == "head" else [])]
 
 
 def speed_plot(path: Path) -> Path:
@@ -114,6 +115,43 @@ def memory_plot(path: Path) -> list[Path]:
     axis.legend(fontsize=8)
     axis.set_title("Loss and gradients at H = 4096, V = 128256", fontsize=9)
     return [_saved(figure, path.with_name(path.stem + "_memory.png"))]
+
+
+def trade_plot(path: Path) -> Path:
+    """Draws speed against extra memory: a line for methods that differ in one setting, and a point for each other one.
+
+    Only methods with the most frequent floor are drawn, and only at shapes that have a line.
+    """
+    result = report.read_json(path)
+    compared = [record for record in result["records"] if "of_floor" in record and record.get("extra_mib")]
+    floor = statistics.mode(record["floor"] for record in compared)
+    compared = [record for record in compared if record["floor"] == floor]
+    shapes = list(dict.fromkeys(record["shape"] for record in compared if "line" in record))
+    figure, axes = plt.subplots(len(shapes), 1, figsize=(8, 4.4 * len(shapes)), layout="constrained", squeeze=False)
+    for axis, shape in zip(axes[:, 0], shapes, strict=True):
+        own = [record for record in compared if record["shape"] == shape]
+        for line in dict.fromkeys(record["line"] for record in own if "line" in record):
+            points = [(r["extra_mib"], 100 * r["of_floor"], r["setting"]) for r in own if r.get("line") == line]
+            axis.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", label=line)
+            _label(axis, points, -10)
+        points = [(r["extra_mib"], 100 * r["of_floor"], r["name"]) for r in own if "line" not in r]
+        axis.plot([x for x, _, _ in points], [y for _, y, _ in points], "x", color="tab:gray")
+        _label(axis, points, 4)
+        axis.set_xscale("log")
+        axis.margins(x=0.2, y=0.1)
+        axis.set_title(f"N, H, V = {shape}", fontsize=8, loc="left")
+        axis.set_ylabel(f"speed, % of the {floor} alone", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.legend(fontsize=7)
+    axes[-1, 0].set_xlabel("extra memory, MiB", fontsize=8)
+    figure.suptitle(_where(result), fontsize=9)
+    return _saved(figure, path.with_name(path.stem + "_trade.png"))
+
+
+def _label(axis: "plt.Axes", points: list[tuple[float, float, str]], offset: int) -> None:
+    for x, y, text in points:
+        place = {"textcoords": "offset points", "xytext": (3, offset), "fontsize": 6}
+        axis.annotate(text, (x, y), **place)
 
 
 def mesh_plot(path: Path) -> Path:

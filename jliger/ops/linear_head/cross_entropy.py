@@ -286,7 +286,7 @@ def _weights(
         head_checks.check_vocab_vector("class_weights", class_weights, operands.kernel, config.vocab_dim)
     if normalizer is not None:
         normalizer = checks.as_array("normalizer", normalizer)
-        checks.check_shape("normalizer", normalizer, (), "a scalar")
+        checks.check_normalizer(normalizer)
     return weights, class_weights, normalizer
 
 
