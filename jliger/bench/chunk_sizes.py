@@ -12,13 +12,18 @@ SIZES = (512, 1024, 2048, 4096, 8192)
 
 
 def problems(*, with_peers: bool = False) -> list[Problem]:
-    on_gpu = jax.default_backend() == "gpu"
-    shapes, dtypes = ([MAIN, SMALL[0]], methods.DTYPES) if on_gpu else ([CPU_SHAPE], methods.DTYPES[:1])
-    result = []
-    for shape in shapes:
-        own = [_with_chunks(shape, dtype, size) for dtype in dtypes for size in SIZES if size <= shape.tokens]
-        result.append(problem(shape, [*own, methods.plain(), methods.checkpointed()], with_peers=with_peers))
-    return result
+    """The problems to measure: one small shape on a CPU; on a GPU two, the first with peers."""
+    if jax.default_backend() != "gpu":
+        return [problem(CPU_SHAPE, _methods(CPU_SHAPE, methods.DTYPES[:1]))]
+    return [
+        problem(MAIN, _methods(MAIN, methods.DTYPES), with_peers=with_peers),
+        problem(SMALL[0], _methods(SMALL[0], methods.DTYPES[:1])),
+    ]
+
+
+def _methods(shape: Shape, dtypes: tuple[str, ...]) -> list[Method]:
+    own = [_with_chunks(shape, dtype, size) for dtype in dtypes for size in SIZES if size <= shape.tokens]
+    return [*own, methods.plain(), methods.checkpointed()]
 
 
 def _with_chunks(shape: Shape, dtype: str, size: int) -> Method:

@@ -138,7 +138,8 @@ def trade_plot(path: Path) -> Path:
         axis.plot([x for x, _, _ in points], [y for _, y, _ in points], "x", color="tab:gray")
         _label(axis, points, 4)
         axis.set_xscale("log")
-        axis.margins(x=0.2, y=0.1)
+        # Room to the right for the names.
+        axis.set_xlim(min(r["extra_mib"] for r in own) / 1.5, max(r["extra_mib"] for r in own) * 4)
         axis.set_title(f"N, H, V = {shape}", fontsize=8, loc="left")
         axis.set_ylabel(f"speed, % of the {floor} alone", fontsize=8)
         axis.tick_params(labelsize=7)
