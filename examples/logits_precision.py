@@ -2,8 +2,8 @@
 
     python examples/logits_precision.py
 
-Hidden states are bfloat16, and labels are sampled from the softmax, as in reinforcement learning. The float32 head takes
-all products in float32, with the kernel as it is. docs/reinforcement_learning.md says when to use which.
+Hidden states are bfloat16, and labels are sampled from the softmax, as in reinforcement learning. The float32 head
+computes its product in float32, with the kernel as it is. docs/reinforcement_learning.md says when to use which.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Measures steps of ORPO, DPO and GRPO with either head, each in a process of its own, into one file, a table and a plot.
+"""Measures steps of ORPO, DPO and GRPO with either head, a process each, into one file, a table and a plot.
 
     python examples/sweep_post_training.py --out results/preference_grpo_h200.json -- --config llama3.2-1b
 

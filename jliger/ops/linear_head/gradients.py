@@ -9,7 +9,6 @@ token's cotangent scales, if no other result is differentiated.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
@@ -144,12 +143,13 @@ def token_stats(config: HeadConfig, with_logprobs: bool, operands: Operands) -> 
 
 
 def _token_stats_fwd(config: HeadConfig, with_logprobs: bool, operands: Any) -> tuple[Any, Any]:
-    perturbed = Differentiable(*perturbed_flags(operands.differentiable))
+    perturbed = perturbed_flags(operands.differentiable)
     operands = primal_values(operands)
+    of_head = ["t" not in DIMS[name] for name in Differentiable._fields]
     loss_pass = LossPass("stats", config, low_memory=True)
     if config.keep_logits:
         loss_pass = LossPass("save logits", config)
-    elif with_logprobs and not (perturbed.kernel or perturbed.bias or perturbed.adapter):
+    elif with_logprobs and not any(flag for flag, is_of_head in zip(perturbed, of_head, strict=True) if is_of_head):
         wanted = _only(perturbed, _unscaled_dtypes(operands))
         loss_pass = LossPass("fused", config, wanted, rule=LogprobGradients())
     result = _run(loss_pass, operands)
@@ -228,7 +228,7 @@ def _normalize_float16(coefficients: Any, hidden: Array) -> tuple[Any, Float[Arr
     return jax.tree.map(lambda field: field / unit, coefficients), unit
 
 
-def _only(perturbed: Sequence[bool], dtypes: GradientDtypes) -> GradientDtypes:
+def _only(perturbed: list[bool], dtypes: GradientDtypes) -> GradientDtypes:
     return GradientDtypes(*(dtype if flag else None for flag, dtype in zip(perturbed, dtypes, strict=True)))
 
 

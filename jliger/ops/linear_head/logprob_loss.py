@@ -135,7 +135,8 @@ def fused_linear_loss(
 
     Raises:
       ValueError: a shape does not match, an option is out of its range, or `"triton"` without a GPU.
-      TypeError: `loss_fn` is no function, or does not return a floating-point scalar; something is no array, or of an unsupported dtype.
+      TypeError: `loss_fn` is no function, or does not return a floating-point scalar; something is no array, or of an
+        unsupported dtype.
       NotImplementedError: `args` or arrays that `loss_fn` closes over are differentiated; Explicit axes shard a row; or
         `loss_fn` closes over arrays on Explicit axes and has control flow.
 

@@ -10,7 +10,16 @@ import pytest
 
 import jliger
 from jliger.ops.linear_head import chunks
-from jliger.testing.oracle import DTYPES, INTERPRETED, ON_GPU, assert_rule_of_two, equations, every_pair, found_by, make_problem
+from jliger.testing.oracle import (
+    DTYPES,
+    INTERPRETED,
+    ON_GPU,
+    assert_rule_of_two,
+    equations,
+    every_pair,
+    found_by,
+    make_problem,
+)
 
 OUTPUTS = ("logprobs", "logsumexp", "entropy")
 PAIRS = every_pair(

@@ -61,10 +61,10 @@ class KnownCoefficients:
 
 @dataclasses.dataclass(frozen=True)
 class LogprobGradients:
-    """The rule by which gradients of tokens are those of each token's own log-probability: `dz_v = [v = label] − p_v`.
+    """The rule for the gradient of each token's own log-probability, `dz_v = [v = label] − p_v`.
 
-    It says that it needs statistics, though it doesn't, so that these have a launch of their own: XLA removes the launch
-    and the product of gradients that are not used, but not the half of a launch.
+    It says that it needs statistics, though it doesn't, so that they have a launch of their own. XLA removes the launch
+    and the product of gradients that are not used, but not half a launch.
     """
 
     @property
