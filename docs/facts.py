@@ -72,9 +72,9 @@ def long_context(section: Record) -> str:
 
 
 def post_training(result: Record) -> str:
-    """Steps of DPO, and of GRPO where full logits do not fit."""
+    """Steps of DPO, with as many sequences as full logits fit, and of GRPO, where full logits do not fit."""
     at = {(record["loss"], record["head"]): record for record in result["records"]}
-    full, fused = at["dpo", "full"], at["dpo", "jliger"]
+    full, fused, grpo = at["dpo", "full"], at["dpo", "jliger"], at["grpo", "jliger"]
     assert at["grpo", "full"]["out_of_memory"]
     saved = 1 - fused["peak_bytes"] / full["peak_bytes"]
     speed = fused["tokens_per_second"] / full["tokens_per_second"]
@@ -82,8 +82,8 @@ def post_training(result: Record) -> str:
         f"**Preferences, reinforcement learning.** A DPO step of Llama 3.2 1B on "
         f"{fused['sequences'] * fused['length']:,} tokens peaks at {fused['peak_bytes'] / 2**30:.0f} GiB instead of "
         f"{full['peak_bytes'] / 2**30:.0f} GiB, {100 * saved:.0f} % less, at {100 * speed:.0f} % of the speed (one "
-        f"H100). A GRPO step with full logits does not fit there; jliger's peaks at "
-        f"{at['grpo', 'jliger']['peak_bytes'] / 2**30:.0f} GiB."
+        f"H100). A GRPO step on {grpo['sequences'] * grpo['length']:,} tokens does not fit there with full logits; "
+        f"jliger's peaks at {grpo['peak_bytes'] / 2**30:.0f} GiB."
     )
 
 

@@ -21,6 +21,7 @@ from accumulation_tables import ACCUMULATION_KINDS
 from cells import NOTHING, markdown, mib, percent
 from facts import OWN, at_shape, facts, fastest_liger, plain_jax
 from operations_tables import OPERATIONS_KINDS
+from trade_tables import TRADE_KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table: (\S+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -137,18 +138,6 @@ def flags_table(path: Path, page: Path) -> str:
         flag = f"`{record['flags'].replace(',', ', ')}`"
         rows.append([record["shape"], flag, _ms(default), _ms(record), f"{record['of_baseline']:.3f}"])
     return markdown(("N, H, V", "flag", "default flags, ms", "with the flag, ms", "times as fast"), rows, left=2)
-
-
-def chunks_table(path: Path, page: Path) -> str:
-    """Loss and gradients in chunks of several sizes."""
-    del page
-    rows = [
-        [r["shape"], r["name"].split(", ")[1], _ms(r), percent(r["of_floor"]), mib(r["extra_mib"])]
-        for r in _read(path)["records"]
-        if "chunk_size" in r["name"] or (r["name"] == "jliger, float32 kernel" and r["shape"] == SUMMARY_SHAPES[0])
-    ]
-    rows = [[shape, "the default" if "kernel" in size else f"`{size}`", *rest] for shape, size, *rest in rows]
-    return markdown(("N, H, V", "chunks", "ms", "of the floor", "extra MiB"), rows, left=2)
 
 
 def mesh_table(path: Path, page: Path) -> str:
@@ -316,7 +305,6 @@ KINDS: dict[str, Callable[[Path, Path], str]] = {
     "shapes": shapes_table,
     "first_calls": first_calls_table,
     "flags": flags_table,
-    "chunks": chunks_table,
     "mesh": mesh_table,
     "plot": plot,
     "memory_plot": memory_plot,
@@ -326,6 +314,7 @@ KINDS: dict[str, Callable[[Path, Path], str]] = {
     "text": text,
     **ACCUMULATION_KINDS,
     **OPERATIONS_KINDS,
+    **TRADE_KINDS,
     "operations_plot": operations_plot,
 }
 

@@ -75,6 +75,7 @@ def text_of(results: Record, group: str, settings: Sequence[str]) -> str:
     about, first = results["environment"], results["records"][0]
     columns: dict[str, Column] = {
         group: number(group, ""),
+        **({"sequences": number("sequences", "")} if "sequences" in first else {}),
         "head": lambda record: TITLES[record["head"]],
         "ms a step": number("milliseconds", ".0f"),
         "tokens/s": number("tokens_per_second", ",.0f"),
@@ -104,7 +105,8 @@ def bars(records: Sequence[Record], group: str, is_memory: bool, axes: Axes) -> 
         for record in own:
             if record["out_of_memory"]:
                 axes.text(at[id(record)], 0, "out of memory", rotation=90, ha="center", color=COLORS[head])
-    axes.set_xticks(range(len(groups)), [str(each).upper() for each in groups])
+    sequences = {record[group]: f"\n{record['sequences']} sequences" for record in records if "sequences" in record}
+    axes.set_xticks(range(len(groups)), [f"{each}".upper() + sequences.get(each, "") for each in groups])
     is_peak = all(record["out_of_memory"] or record["peak_bytes"] is not None for record in records)
     name = f"{'peak' if is_peak else 'XLA'} memory, GiB a device" if is_memory else "tokens per second"
     axes.set(xlabel=group, ylabel=name, ylim=(0, 1.25 * axes.get_ylim()[1]))
@@ -123,6 +125,11 @@ def sweep_parser(name: str, doc: str | None, program: str, out: str, timeout: fl
     return parser
 
 
+def without_folder(argument: str) -> str:
+    """Removes the folder from an absolute path: it is specific to a machine."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
 def sweep(
     name: str,
     args: argparse.Namespace,
@@ -139,7 +146,9 @@ def sweep(
     else:
         if args.out.exists() and not args.overwrite:
             sys.exit(f"{name}: error: {args.out} exists: --overwrite replaces it, --out names another file")
-        command = " ".join(["python", f"examples/{name}.py", *(sys.argv[1:] if argv is None else argv)])
+        command = " ".join(
+            ["python", f"examples/{name}.py", *map(without_folder, sys.argv[1:] if argv is None else argv)]
+        )
         results = run_children(children, command, args.no_progress, args.out)
     text = text_of(results, group, settings)
     args.out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")

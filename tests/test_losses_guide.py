@@ -26,7 +26,7 @@ def test_the_code_of_the_guide_runs():
         "advantages": jnp.asarray(random.normal(size=4).astype(np.float32)),
     }
     blocks = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for block in blocks:
         exec(block, names)
     for found in ("loss", "grads"):

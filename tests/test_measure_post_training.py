@@ -120,6 +120,27 @@ def test_a_sweep_of_processes_that_wait_for_one_another(measure, sweep, tmp_path
     assert file.with_suffix(".txt").read_text() == text
 
 
+def test_a_sweep_finds_the_largest_size_that_full_logits_fit(sweep, tmp_path, monkeypatch):
+    tried = []
+
+    def run_child(name, program, arguments, timeout):
+        value = {name: arguments[place + 1] for place, name in enumerate(arguments[:-1])}  # the last of its name counts
+        tried.append((name, value["--rows"]))
+        fits = value["--head"] == "jliger" or value["--rows"] <= 20
+        record = {"loss": value["--what"], "head": value["--head"], "sequences": value["--rows"]}
+        record |= {"config": "tiny", "parameters": "float32", "dtype": "bfloat16", "length": 8, "prompt_length": 0}
+        record |= {**FIGURES, "out_of_memory": not fits, "peak_bytes": 1}
+        environment = {"bytes_limit": None, "versions": {}, "parameters": 1, "device": "x", "devices": 1}
+        return {"environment": {**environment, "python": "", "xla_flags": ""}, "records": [record]}
+
+    monkeypatch.setattr(sweep, "run_child", run_child)
+    out = tmp_path / "sweep.json"
+    sweep.main(["--out", str(out), "--losses", "dpo", "--largest", "16", "28", "20", "--no-progress"])
+    assert tried == [("dpo, full", 28), ("dpo, full", 20), ("dpo, jliger", 20)]
+    records = json.loads(out.read_text())["records"]
+    assert [(record["head"], record["sequences"]) for record in records] == [("jliger", 20), ("full", 20)]
+
+
 def test_a_sweep_whose_processes_fail(sweep, tmp_path, capfd):
     with pytest.raises(SystemExit, match="nothing was measured"):
         sweep.main(["--out", str(tmp_path / "none.json"), "--losses", "orpo", "--heads", "full", "--", "--no-such"])

@@ -140,6 +140,26 @@ def test_float64_is_the_whole_batch_to_float64(loss, lengths):
             assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(found))
 
 
+def test_a_padded_vocabulary():
+    """With `vocab_size`, the whole batch's gradients of the columns that exist, and 0 for the others."""
+    smaller = VOCAB - 4
+
+    def padded_sums(params, batch):
+        options = {"vocab_size": smaller, "reduction": "sum", "return_metrics": True, "implementation": "xla"}
+        hidden = hidden_states(params, batch)
+        loss, metrics = jliger.fused_linear_cross_entropy(hidden, params["head"], batch["labels"], **options)
+        return loss, metrics.weight
+
+    with jax.enable_x64(True):
+        params, batch = make_params("float64"), make_batch(LENGTHS["unequal"])
+        batch["labels"] = jnp.minimum(batch["labels"], smaller - 1)
+        loss, grads = accumulated(padded_sums, 4, params, batch)
+        kept = {**grads, "head": grads["head"][:, :smaller]}
+        truth = whole(optax_sums, {**params, "head": params["head"][:, :smaller]}, batch)
+        assert distance((loss, kept), truth) < 1e-14
+        assert not np.any(grads["head"][:, smaller:])
+
+
 def test_means_of_means_are_not():
     with jax.enable_x64(True):
         params, batch = make_params("float64"), make_batch(LENGTHS["unequal"])

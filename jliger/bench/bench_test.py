@@ -9,7 +9,7 @@ import pytest
 from tqdm import tqdm
 
 from jliger import reference
-from jliger.bench import head, measure, methods, operations, problem, report
+from jliger.bench import chunk_sizes, head, logprobs, measure, methods, operations, problem, report
 from jliger.bench.problem import ONE, THREE, Bound, Floor, Method, Problem, Shape
 from jliger.bench.timing import Effort, Timed, time_in_turn
 
@@ -153,4 +153,13 @@ def test_backends_of_an_operation_have_the_same_results():
 def test_a_cpu_measures_one_small_shape():
     if jax.default_backend() == "gpu":
         pytest.skip("a GPU measures all shapes")
-    assert [one.shape for one in head.problems()] == [head.CPU_SHAPE]
+    for what in (head, chunk_sizes, logprobs):
+        assert [one.shape for one in what.problems()] == [head.CPU_SHAPE]
+
+
+def test_methods_of_a_line_differ_in_a_setting():
+    """Of these, a table and a plot show speed against memory."""
+    for what in (chunk_sizes, logprobs):
+        (one, *_) = what.problems()
+        lines = [(m.about["line"], m.about["setting"]) for m in one.methods if "line" in m.about]
+        assert 1 < len(lines) == len(set(lines))

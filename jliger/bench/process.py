@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from jliger.bench import distillation, head, logprobs, measure, mesh, operations, report
+from jliger.bench import chunk_sizes, distillation, head, logprobs, measure, mesh, operations, report
 from jliger.bench.measure import Record
 from jliger.bench.problem import Problem
 from jliger.bench.timing import Effort
@@ -49,6 +49,8 @@ def _problems(arguments: argparse.Namespace) -> list[tuple[str, Problem]]:
         if what == "head":
             options: dict[str, Any] = {"with_peers": arguments.peers, "quick": arguments.quick, "only": arguments.only}
             result += [(what, problem) for problem in head.problems(**options)]
+        elif what == "chunk_sizes":
+            result += [(what, problem) for problem in chunk_sizes.problems(with_peers=arguments.peers)]
         elif what == "logprobs":
             result += [(what, problem) for problem in logprobs.problems()]
         elif what == "operations":

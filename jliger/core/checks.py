@@ -91,9 +91,19 @@ def check_where(where: Any, labels: Any) -> None:
 
 
 def check_weights(weights: Any, labels: Any) -> None:
-    if not (jnp.issubdtype(weights.dtype, jnp.floating) or jnp.issubdtype(weights.dtype, jnp.integer)):
+    if not _is_real(weights):
         raise TypeError(f"weights got dtype {weights.dtype}; pass real numbers, or bools as `where`.")
     check_shape("weights", weights, labels.shape, "one weight per token")
+
+
+def check_normalizer(normalizer: Any) -> None:
+    if not _is_real(normalizer):
+        raise TypeError(f"normalizer got dtype {normalizer.dtype}; pass a real number.")
+    check_shape("normalizer", normalizer, (), "a scalar")
+
+
+def _is_real(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
 
 
 def check_precision(precision: Any) -> None:

@@ -35,7 +35,7 @@ def divisor(count: Any, normalizer: Normalizer) -> Any:
     if normalizer is None:
         return count
     normalizer = jax.lax.stop_gradient(jnp.asarray(normalizer))
-    checks.check_shape("normalizer", normalizer, (), "a scalar")
+    checks.check_normalizer(normalizer)
     return normalizer
 
 

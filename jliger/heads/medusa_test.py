@@ -1,5 +1,7 @@
 """Tests that Medusa heads give the sum of their losses, with the memory of a single head."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +105,24 @@ def test_options_and_metrics_of_each_head(implementation):
     )
     np.testing.assert_allclose(result, sum(w * single for w, single in zip(WEIGHTS, singles, strict=True)), rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, metrics, jax.tree.map(lambda *each: jnp.stack(each), *expected))
+
+
+def test_a_padded_vocabulary(implementation):
+    """With `vocab_size`, the loss and gradients of heads without the padding, whose gradient is 0."""
+    heads, hidden, smaller = make_heads(), make_hidden(), VOCAB - 3
+    labels = jnp.minimum(make_all_labels(), smaller - 1)
+
+    def loss(heads, hidden, **options):
+        return medusa.loss(heads, hidden, labels, head_weights=WEIGHTS, implementation=implementation, **options)
+
+    def unpadded(heads):
+        return heads._replace(heads=dataclasses.replace(heads.heads, kernel=heads.heads.kernel[..., :smaller]))
+
+    value, (grads, hidden_grad) = jax.value_and_grad(loss, (0, 1))(heads, hidden, vocab_size=smaller)
+    expected = jax.value_and_grad(loss, (0, 1))(unpadded(heads), hidden)
+    found = value, (unpadded(grads), hidden_grad)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    assert not np.any(grads.heads.kernel[..., smaller:])
 
 
 def test_a_normalizer_for_each_head():

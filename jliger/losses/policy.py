@@ -323,9 +323,14 @@ def _terms(beta: Any, entropy_coef: Any, tokens: _Tokens) -> _Terms:
         ("beta", terms.beta, "ref_logprobs", tokens.ref_logprobs),
         ("entropy_coef", terms.entropy_coef, "entropy", tokens.entropy),
     ):
-        if array is None and not (isinstance(factor, float) and factor == 0):
+        if array is None and not _is_zero(factor):
             raise ValueError(f"{needed} is missing; pass it, or {name}=0.")
     return terms
+
+
+def _is_zero(factor: Any) -> bool:
+    """Whether a coefficient is known to be 0 when the loss is traced. Its term then has no gradient, not one of 0."""
+    return isinstance(factor, float) and factor == 0
 
 
 def _tokens(logprobs: Any, old_logprobs: Any, ref_logprobs: Any, entropy: Any, where: Any) -> _Tokens:
@@ -361,9 +366,9 @@ def _result(
     """The loss, which is the sum of all terms times `shares`, divided by `divide_by`; and the metrics."""
     losses = policy_losses
     kl = None if tokens.ref_logprobs is None else k3(difference(tokens.ref_logprobs, tokens.logprobs))
-    if kl is not None:
+    if kl is not None and not _is_zero(terms.beta):
         losses = losses + times(terms.beta, kl)
-    if tokens.entropy is not None:
+    if tokens.entropy is not None and not _is_zero(terms.entropy_coef):
         losses = losses - times(terms.entropy_coef, tokens.entropy)
 
     def share(flags: Bool[Array, "*B"]) -> Float[Array, ""]:

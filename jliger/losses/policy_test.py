@@ -402,3 +402,18 @@ def test_coefficients_may_be_traced():
 
     coefficients = {"beta": 0.1, "entropy_coef": 0.05, "epsilon_low": 0.1, "epsilon_high": 0.3}
     np.testing.assert_allclose(jax.jit(loss)(**coefficients), loss(**coefficients), rtol=1e-6)
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_an_entropy_that_is_only_a_metric_is_not_differentiated(entropy_coef):
+    """Not even by zeros: `linear_logprobs` then saves its part of the backward pass."""
+    calls = []
+    entropy_of = jax.custom_vjp(lambda x: x)
+    entropy_of.defvjp(lambda x: (x, None), lambda _, cotangent: (calls.append(cotangent), (cotangent,))[1])
+
+    def loss(x):
+        return losses.grpo(-x, jnp.ones(2), entropy=entropy_of(x), entropy_coef=entropy_coef)
+
+    (_, metrics), _ = jax.value_and_grad(loss, has_aux=True)(jnp.ones((2, 3)))
+    assert metrics.entropy == 1
+    assert len(calls) == (entropy_coef != 0)

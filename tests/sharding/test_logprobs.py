@@ -1,6 +1,7 @@
 """Per-token outputs and an adapter's gradients, wherever tokens, columns and the adapter's sides are."""
 
 import functools
+import re
 from itertools import cycle
 
 import jax
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from sharded import BATCH, HIDDEN, IMPLEMENTATION, MODES, PLACES, VOCAB, assert_same, pick
+from sharded import BATCH, HIDDEN, IMPLEMENTATION, MODES, PLACES, VOCAB, assert_same, now_and_then, pick
 
 import jliger
+from jliger.testing.oracle import INTERPRETED, ON_GPU
 
 RANK = 4
 DIFFERENTIABLE = ("logprobs", "logsumexp", "entropy")
@@ -87,6 +89,54 @@ def test_logits_within_a_budget(mode):
     program = compiled.as_text()
     assert f"f32[32,{VOCAB // 2}]" in program
     assert not any(f"f32[{shape},{VOCAB}" in program for shape in ("4,8,4", "2,4,4", "128", "32"))
+
+
+def frozen_head_grads(function, hidden, kernel, labels, cotangent, **options):
+    """Log-probabilities of a frozen head, and the gradient of hidden states."""
+
+    def loss(hidden):
+        found = function(hidden, kernel, labels, **options)
+        return (cotangent * found.logprobs).sum(), found.logprobs
+
+    return jax.grad(loss, has_aux=True)(hidden)
+
+
+@pytest.mark.parametrize("mode", [*MODES, *now_and_then(["manual", "manual, untyped"], lambda number, _: number == 0)])
+def test_a_frozen_head(mode):
+    """The gradient of each token's log-probability, from the forward pass; two products on each device."""
+    random = np.random.default_rng(0)
+    place = PLACES["dp+tp" if mode.startswith("manual") else "fsdp-v+tp"]
+    mesh = place.mesh("explicit" if mode == "explicit" else "auto")
+    inputs = random.normal(size=(*BATCH, HIDDEN)), random.normal(size=(HIDDEN, VOCAB)) / 4
+    labels, cotangent = random.integers(0, VOCAB, BATCH), random.normal(size=BATCH)
+    labels[random.random(BATCH) < 0.2] = -100
+    with jax.enable_x64(True):
+        arrays = *map(jnp.asarray, inputs), jnp.asarray(labels), jnp.asarray(cotangent)
+        exact = jax.tree.map(np.asarray, frozen_head_grads(jliger.reference.linear_logprobs, *arrays))
+    specs = place.tokens, place.kernel, place.tokens, place.tokens
+    options = {"implementation": IMPLEMENTATION, "precision": "highest", "chunk_size": 4}
+    function = functools.partial(frozen_head_grads, jliger.linear_logprobs, **options)
+    if mode.startswith("manual"):
+        check_vma = mode == "manual"
+
+        def local(hidden, kernel, labels, cotangent):
+            copies = 1 if check_vma else mesh.shape["model"]
+            grads, logprobs = frozen_head_grads(
+                jliger.linear_logprobs, hidden, kernel, labels, cotangent / copies, vocab_axis_name="model", **options
+            )
+            return (grads if check_vma else jax.lax.psum(grads, "model")), logprobs
+
+        out_specs = place.tokens, place.tokens
+        function = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)
+    with jax.set_mesh(mesh):
+        arrays = [
+            jax.device_put(array.astype(np.int32 if array.dtype == np.int64 else np.float32), NamedSharding(mesh, spec))
+            for array, spec in zip((*inputs, labels, cotangent), specs, strict=True)
+        ]
+        compiled = jax.jit(function).lower(*arrays).compile()
+        assert_same(jax.block_until_ready(compiled(*arrays)), exact)
+    if not (ON_GPU or INTERPRETED):
+        assert len(re.findall(r' dot\(.*op_name="[^"]*while/body/', compiled.as_text())) == 2
 
 
 # Modes in turn; which of them it is, is seen to by the tests of the loss.

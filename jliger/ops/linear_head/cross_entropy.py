@@ -286,7 +286,7 @@ def _weights(
         head_checks.check_vocab_vector("class_weights", class_weights, operands.kernel, config.vocab_dim)
     if normalizer is not None:
         normalizer = checks.as_array("normalizer", normalizer)
-        checks.check_shape("normalizer", normalizer, (), "a scalar")
+        checks.check_normalizer(normalizer)
     return weights, class_weights, normalizer
 
 
@@ -332,7 +332,7 @@ def _fused_linear_cross_entropy(
     operands = operands._replace(class_weights=smoothing_weights)
 
     if call.reduction == "none":
-        stats = gradients.token_stats(call.config, operands)
+        stats = gradients.token_stats(call.config, False, operands)[0]
         cross_entropy, z_loss = loss_function.token_losses(stats, label_terms)
         cross_entropy, z_loss = cross_entropy * token_weights, z_loss * token_weights
         loss = cross_entropy + z_loss

@@ -3,7 +3,8 @@
 There are three differentiable functions. `weighted_loss` and `unit_loss` are scalars whose gradients the fused pass
 computes together with the loss; their cotangent only scales them. `token_stats` returns statistics of
 each token, which take any cotangents; the recompute pass, or the one with saved logits, computes their gradients in the
-backward pass.
+backward pass. If the head is frozen, the fused pass computes the gradient of each token's log-probability, which the
+token's cotangent scales, if no other result is differentiated.
 """
 
 import dataclasses
@@ -23,15 +24,15 @@ from jliger.core.autodiff import (
     primal_values,
 )
 from jliger.core.dtypes import accumulator_dtype
-from jliger.core.meshes import sum_to_type
+from jliger.core.meshes import sum_to_type, with_tokens_of
 from jliger.core.second_derivatives import once_differentiable
 from jliger.core.vmap import vmappable
 from jliger.ops.linear_head import sharding
 from jliger.ops.linear_head.sharding import LossPass, Result
 from jliger.ops.linear_head.types import DIMS, Differentiable, GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import RowStats
-from jliger.ops.logits.objectives import LossArrays, coefficients_of
-from jliger.ops.logits.unit_loss import UnitLoss
+from jliger.ops.logits.objectives import LogprobGradients, LossArrays, coefficients_of
+from jliger.ops.logits.unit_loss import UnitLoss, label_logprobs
 
 _NO_ARRAYS = LossArrays()
 
@@ -127,38 +128,59 @@ def _sum_of_losses(result: Result) -> tuple[Float[Array, ""], list[Array]]:
 # ---- gradients for any cotangents, computed in the backward pass -----------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def token_stats(config: HeadConfig, operands: Operands) -> RowStats:
-    """The tokens' statistics. All but `max`, which only shifts `log_sum`, and `prediction` are differentiable."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def token_stats(config: HeadConfig, with_logprobs: bool, operands: Operands) -> tuple[RowStats, Float[Array, "*B"]]:
+    """The tokens' statistics, and their labels' log-probabilities.
+
+    All statistics but `max`, which only shifts `log_sum`, and `prediction` are differentiable. The log-probabilities
+    follow from them, but have a cotangent of their own, which says whether they alone are differentiated. Call it
+    `with_logprobs` if they may be.
+    """
+    del with_logprobs
     stats = _run(LossPass("stats", config, low_memory=True), operands).stats
     assert isinstance(stats, RowStats)
-    return stats
+    return stats, label_logprobs(stats)
 
 
-def _token_stats_fwd(config: HeadConfig, operands: Any) -> tuple[RowStats, Any]:
+def _token_stats_fwd(config: HeadConfig, with_logprobs: bool, operands: Any) -> tuple[Any, Any]:
     perturbed = perturbed_flags(operands.differentiable)
     operands = primal_values(operands)
-    stats_pass = LossPass("save logits", config) if config.keep_logits else LossPass("stats", config, low_memory=True)
-    result = _run(stats_pass, operands)
+    of_head = ["t" not in DIMS[name] for name in Differentiable._fields]
+    loss_pass = LossPass("stats", config, low_memory=True)
+    if config.keep_logits:
+        loss_pass = LossPass("save logits", config)
+    elif with_logprobs and not any(flag for flag, is_of_head in zip(perturbed, of_head, strict=True) if is_of_head):
+        wanted = _only(perturbed, _unscaled_dtypes(operands))
+        loss_pass = LossPass("fused", config, wanted, rule=LogprobGradients())
+    result = _run(loss_pass, operands)
     stats = result.stats
     assert isinstance(stats, RowStats)
     flags = Differentiable(*(jnp.ones((1,), jnp.bool) if flag else None for flag in perturbed))
     # The row functions recompute all probabilities from max and log-sum.
     saved = {"logits": result.logits, "logit_rows": result.logit_rows, "row_of": result.row_of}
-    residuals = operands._replace(**saved), stats.max, stats.log_sum, stats.mean_logit, encode_absent(flags)
-    return stats, residuals
+    of_stats = stats.max, stats.log_sum, stats.mean_logit
+    of_grads = encode_absent(flags), encode_absent(result.grads or Differentiable())
+    return (stats, label_logprobs(stats)), (operands._replace(**saved), of_stats, of_grads)
 
 
-def _token_stats_bwd(config: HeadConfig, residuals: Any, cotangents: Any) -> tuple[Operands]:
-    operands, row_max, log_sum, mean_logit, flags = residuals
-    if is_symbolic_zero(cotangents.mean_logit):
-        cotangents = cotangents._replace(mean_logit=None)  # an unused entropy costs nothing
-    cotangents = jax.tree.map(instantiate, cotangents, is_leaf=is_symbolic_zero)
-    coefficients = coefficients_of(cotangents, mean_logit)
+def _token_stats_bwd(config: HeadConfig, with_logprobs: bool, residuals: Any, cotangents: Any) -> tuple[Operands]:
+    del with_logprobs
+    operands, (row_max, log_sum, mean_logit), of_grads = residuals
+    flags, logprob_grads = map(decode_absent, of_grads)
+    stats, logprobs = cotangents
+    others = [stats.log_sum, stats.label_logit, stats.weighted_sum, stats.mean_logit]
+    if any(grad is not None for grad in logprob_grads) and all(is_symbolic_zero(ct) for ct in others if ct is not None):
+        scales = sharding.undo_cotangent_split(config, instantiate(logprobs))
+        return (_scaled(config, logprob_grads, None, _empty_like(operands), scales),)
+    if is_symbolic_zero(stats.mean_logit):
+        stats = stats._replace(mean_logit=None)  # an unused entropy costs nothing
+    stats, logprobs = jax.tree.map(instantiate, (stats, logprobs), is_leaf=is_symbolic_zero)
+    stats = stats._replace(log_sum=stats.log_sum - logprobs, label_logit=stats.label_logit + logprobs)
+    coefficients = coefficients_of(stats, mean_logit)
     coefficients = jax.tree.map(functools.partial(sharding.undo_cotangent_split, config), coefficients)
     coefficients, unit = _normalize_float16(coefficients, operands.hidden)
     dtypes = Differentiable(*(None if array is None else array.dtype for array in operands.differentiable))
-    wanted = _only([flag is not None for flag in decode_absent(flags)], dtypes)
+    wanted = _only([flag is not None for flag in flags], dtypes)
     loss_pass = LossPass("recompute" if operands.logits is None else "saved logits", config, wanted)
     grads = _run(loss_pass, operands, LossArrays((row_max, log_sum, coefficients))).grads
     return (_scaled(config, grads or Differentiable(), unit, _empty_like(operands)),)
@@ -235,7 +257,7 @@ def _scaled(
         if factor is not None:
             grad = grad.astype(factor.dtype) * factor
         if scales is not None and "t" in DIMS[name]:
-            grad = grad * scales[..., None]
+            grad = grad.astype(scales.dtype) * with_tokens_of(grad, scales)[..., None]
         grad = sum_to_type(grad, like).astype(like.dtype)
         return sharding.pre_divide_cotangent(config, grad) if "t" in DIMS[name] else grad
 

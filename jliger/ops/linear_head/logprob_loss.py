@@ -135,7 +135,8 @@ def fused_linear_loss(
 
     Raises:
       ValueError: a shape does not match, an option is out of its range, or `"triton"` without a GPU.
-      TypeError: `loss_fn` does not return a floating-point scalar; something is no array, or of an unsupported dtype.
+      TypeError: `loss_fn` is no function, or does not return a floating-point scalar; something is no array, or of an
+        unsupported dtype.
       NotImplementedError: `args` or arrays that `loss_fn` closes over are differentiated; Explicit axes shard a row; or
         `loss_fn` closes over arrays on Explicit axes and has control flow.
 
@@ -183,6 +184,11 @@ def summed_losses(
     **options: Unpack[HeadOptions],
 ) -> Any:
     """`fused_linear_loss`, with arrays `shared` that `loss_fn` gets after those of the unit, the same for all units."""
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn got a {type(loss_fn).__name__}; pass the function first: fused_linear_loss(loss_fn, hidden, "
+            "kernel, labels, ...)."
+        )
     checks.check_choice("units", units, ("tokens", "rows"))
     arguments = head_arguments(hidden, kernel, labels, stats_wanted=StatsWanted(), **options)
     if units == "rows" and not arguments.labels.ndim:

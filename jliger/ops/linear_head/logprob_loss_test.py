@@ -266,6 +266,7 @@ def test_gradients_elsewhere_raise():
         ({"has_aux": True}, TypeError, "with has_aux=True"),
         ({"labels": jnp.array(1), "hidden": jnp.ones(6), "units": "rows"}, ValueError, "labels got a scalar"),
         ({"keep_logits": True}, TypeError, "keep_logits is no option"),
+        ({"loss_fn": jnp.ones((5, 6)), "hidden": len}, TypeError, r"loss_fn got a .*; pass the function first"),
     ],
     ids=lambda value: str(value)[:20],
 )

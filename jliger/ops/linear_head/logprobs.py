@@ -70,6 +70,12 @@ def linear_logprobs(
     and only those of the others are recomputed. Under `jax.vmap`, each example has its own kernel gradient; `[*B]`
     tokens need only one.
 
+    If the kernel, the bias and the adapter's second matrix are frozen, and only `logprobs` is differentiated, each
+    token's gradient is computed in the forward pass: two products in place of three. Memory is then that of
+    `fused_linear_cross_entropy`, and one more array of hidden's size. If log-sum-exp or entropy are differentiated too,
+    there are three products. Without a `jax.jit` around forward and backward pass, there are four, because the
+    forward pass alone does not know what is differentiated. With `keep_logits`, logits are kept as always.
+
     Args:
       hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only).
       kernel: the head's weights, `[H, V]`, or `[V, H]` with `kernel_layout="vh"`: hidden's dtype or float32.
@@ -180,5 +186,5 @@ def _linear_logprobs(
     operands = with_adapter(config, operands, adapter)
     vocab_size = sharding.vocab_size(config, operands.kernel)
     operands = with_tokens(operands, labels, where, ignore_index=ignore_index, vocab_size=vocab_size)
-    stats = gradients.token_stats(config, operands)
-    return logprobs_of(stats, column_validity(operands.labels, stats.log_sum.dtype), operands.counted)
+    stats, logprobs = gradients.token_stats(config, True, operands)
+    return logprobs_of(stats, logprobs, column_validity(operands.labels, stats.log_sum.dtype), operands.counted)

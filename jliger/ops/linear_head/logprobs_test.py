@@ -1,6 +1,7 @@
 """Log-probabilities, log-sum-exp and entropy, with any cotangents; and adapters, under both operations."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,16 @@ import pytest
 
 import jliger
 from jliger.ops.linear_head import chunks
-from jliger.testing.oracle import DTYPES, INTERPRETED, assert_rule_of_two, equations, every_pair, found_by, make_problem
+from jliger.testing.oracle import (
+    DTYPES,
+    INTERPRETED,
+    ON_GPU,
+    assert_rule_of_two,
+    equations,
+    every_pair,
+    found_by,
+    make_problem,
+)
 
 OUTPUTS = ("logprobs", "logsumexp", "entropy")
 PAIRS = every_pair(
@@ -51,9 +61,15 @@ def adapter_of(inputs):
 
 
 def outputs_and_grads(function, inputs, labels, cotangents, options):
-    """What the function finds, and the gradient of every input by the outputs that have a cotangent."""
+    """What the function finds, and the gradient of every input by the outputs that have a cotangent.
+
+    With `frozen_head` among the options, only hidden states are differentiated; other gradients are 0.
+    """
+    frozen = set(inputs) - {"hidden"} if options.get("frozen_head") else set()
+    options = {name: value for name, value in options.items() if name != "frozen_head"}
 
     def outputs(inputs):
+        inputs = {name: jax.lax.stop_gradient(value) if name in frozen else value for name, value in inputs.items()}
         result = function(
             inputs["hidden"], inputs["kernel"], labels, bias=inputs.get("bias"), adapter=adapter_of(inputs), **options
         )
@@ -163,6 +179,15 @@ def test_a_label_out_of_range_poisons_its_own_logprob(implementation):
     np.testing.assert_array_equal(np.isnan(result.logprobs), np.arange(6) == 2)
     assert np.isfinite(result.logsumexp).all()
     assert np.isfinite(result.entropy).all()
+
+    def total(hidden):
+        options = {"vocab_size": 10, "implementation": implementation}
+        return jliger.linear_logprobs(hidden, problem.inputs["kernel"], labels, **options).logprobs.sum()
+
+    labels = problem.labels.at[2].set(10)
+    grads = jax.grad(total)(problem.inputs["hidden"])  # of a frozen kernel
+    np.testing.assert_array_equal(np.isnan(grads).all(1), (np.arange(6) == 2) | (np.asarray(labels) == 10))
+    np.testing.assert_array_equal(np.isnan(grads).any(1), np.isnan(grads).all(1))
 
 
 def test_of_equal_logits(implementation):
@@ -317,6 +342,46 @@ def test_a_budget_of_logits_is_used_and_not_exceeded(implementation):
 def test_a_budget_that_cannot_be_is_refused(keep_logits, error, message):
     with pytest.raises(error, match=message):
         jliger.linear_logprobs(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.zeros(2, jnp.int32), keep_logits=keep_logits)
+
+
+# ---- a frozen head -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "bfloat16", "where": "some", "temperature": "of tokens"},
+        {"dtype": "float16", "rank": 3, "bias": "float32", "kernel_layout": "vh", "logit_softcap": 2.0},
+        pytest.param({"where": "none"}, marks=pytest.mark.exhaustive),
+        pytest.param({"used": ("logsumexp",), "rank": 3}, marks=pytest.mark.exhaustive),
+        pytest.param({"used": ("logprobs", "entropy"), "bias": "float32"}, marks=pytest.mark.exhaustive),
+    ],
+    ids=str,
+)
+def test_a_frozen_head(options, implementation):
+    options = {"batch": (37,), "chunk_size": 16, "used": ("logprobs",), "frozen_head": True, **options}
+    check(make(16, **options), implementation)
+
+
+def products_in_loops(function, *arrays):
+    """How many products the loops of a compiled program compute in each iteration, all loops together."""
+    text = jax.jit(function).lower(*arrays).compile().as_text()
+    return len(re.findall(r' dot\(.*op_name="[^"]*/while/body/', text))
+
+
+@pytest.mark.parametrize(("used", "number"), [(("logprobs",), 2), (("logprobs", "entropy"), 3)])
+def test_products_with_a_frozen_head(used, number):
+    if ON_GPU or INTERPRETED:
+        pytest.skip("reads the products in a program that XLA compiled for a CPU")
+    problem = make(17, batch=(64,), vocab=128, hidden_size=32, used=used)
+
+    def grads(hidden):
+        inputs = {"hidden": hidden, "kernel": problem.inputs["kernel"]}
+        options = {"chunk_size": 16, "implementation": "xla", "frozen_head": True}
+        found = outputs_and_grads(jliger.linear_logprobs, inputs, problem.labels, problem.cotangent, options)
+        return [found[name] for name in (*used, "d hidden")]
+
+    assert products_in_loops(grads, problem.inputs["hidden"]) == number
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------

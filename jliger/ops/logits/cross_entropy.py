@@ -186,7 +186,7 @@ def _checked(logits: Array, labels: Array, **arrays: Any) -> list[Array | None]:
         checks.check_floating("class_weights", found["class_weights"])
         checks.check_shape("class_weights", found["class_weights"], logits.shape[-1:], "one weight per column")
     if found["normalizer"] is not None:
-        checks.check_shape("normalizer", found["normalizer"], (), "a scalar")
+        checks.check_normalizer(found["normalizer"])
     return list(found.values())
 
 

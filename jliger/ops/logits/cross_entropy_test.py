@@ -127,6 +127,7 @@ X, Y = jnp.ones((2, 4)), jnp.zeros(2, int)
         ((X, Y), {"label_smoothing": 2}, ValueError, "label_smoothing got 2"),
         ((X, Y), {"reduction": "max"}, ValueError, "reduction got 'max'"),
         ((X, Y), {"normalizer": 2.0, "reduction": "sum"}, ValueError, "normalizer divides a mean"),
+        ((X, Y), {"normalizer": 2j}, TypeError, "normalizer got dtype complex64; pass a real number"),
         ((X, Y), {"temperature": 0.0}, ValueError, "temperature got 0.0"),
     ],
 )

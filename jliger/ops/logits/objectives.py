@@ -59,6 +59,25 @@ class KnownCoefficients:
         return coefficients
 
 
+@dataclasses.dataclass(frozen=True)
+class LogprobGradients:
+    """The rule for the gradient of each token's own log-probability, `dz_v = [v = label] − p_v`.
+
+    It says that it needs statistics, though it doesn't, so that they have a launch of their own. XLA removes the launch
+    and the product of gradients that are not used, but not half a launch.
+    """
+
+    @property
+    def needs_stats(self) -> bool:
+        return True
+
+    def __call__(self, stats: RowStats | None, arrays: LossArrays, in_units: Callable[[Any], Any]) -> Coefficients:
+        del arrays, in_units
+        assert stats is not None
+        minus_one = jnp.full_like(stats.log_sum, -1)
+        return Coefficients(probability=minus_one, label=minus_one)
+
+
 class LossWeights(NamedTuple):
     """Weights of the two parts of each token's loss in the reduced loss; 0 for uncounted tokens."""
 

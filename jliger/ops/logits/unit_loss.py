@@ -31,16 +31,26 @@ class LinearLogprobs(NamedTuple):
     predictions: Int[Array, "*B"]
 
 
-def logprobs_of(stats: RowStats, validity: Float[Array, "*B"], counted: Bool[Array, "*B"] | None) -> LinearLogprobs:
+def label_logprobs(stats: RowStats) -> Float[Array, "*B"]:
+    """The labels' log-probabilities, if all labels are valid."""
+    # The label's logit and the maximum may be large and close: subtract them first, to keep log_sum's precision.
+    return (stats.label_logit - stats.max) - stats.log_sum
+
+
+def logprobs_of(
+    stats: RowStats,
+    logprobs: Float[Array, "*B"],
+    validity: Float[Array, "*B"],
+    counted: Bool[Array, "*B"] | None,
+) -> LinearLogprobs:
     """The results of tokens with these statistics. Without `mean_logit` the entropy is 0.
 
     Args:
       stats: of all columns.
+      logprobs: `label_logprobs(stats)`.
       validity: 1 for a valid label, NaN for an invalid one.
       counted: which tokens count; None for all.
     """
-    # The label's logit and the maximum may be large and close: subtract them first, to keep log_sum's precision.
-    logprobs = (stats.label_logit - stats.max) - stats.log_sum
     result = LinearLogprobs(
         logprobs=logprobs * validity,
         logsumexp=stats.max + stats.log_sum,
@@ -91,7 +101,7 @@ class UnitLoss:
         ) -> tuple[tuple[Array, ...], LinearLogprobs]:
             mean_logit = stats.mean_logit if mean_logit is None else mean_logit
             changed = stats._replace(log_sum=log_sum, label_logit=label_logit, mean_logit=mean_logit)
-            result = self._in_rows(in_units(logprobs_of(changed, *arrays.per_token)))
+            result = self._in_rows(in_units(logprobs_of(changed, label_logprobs(changed), *arrays.per_token)))
             return result[: len(self.gradient.out_avals)], result
 
         _, pull_back, result = jax.vjp(results, *differentiated, has_aux=True)
@@ -107,7 +117,7 @@ class UnitLoss:
 
         A unit without a token that counts has zeros.
         """
-        result = self._in_rows(logprobs_of(stats, *arrays.per_token))
+        result = self._in_rows(logprobs_of(stats, label_logprobs(stats), *arrays.per_token))
         count = len(self.program.constvars)
 
         def program(*operands: Array) -> list[Array]:
