@@ -1,0 +1,222 @@
+"""Training steps of a whole model, each operation by jliger or by plain XLA: time, memory, and what offloading adds.
+
+    python examples/study.py --model 0.6b --rms-norm --flce --batch 8        # one configuration
+    python examples/study.py --model 0.6b --compare --batch 1 4 8 --each 8   # none and all; at 8 each one alone
+    python examples/study.py --model 8b --all --remat --offload optimizer --parameters bfloat16
+
+Each run adds its records to a results file named after the device, and draws the plots beside it again. What is in the
+file already isn't measured again. docs/study.md says what was found.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import options
+import study_plot
+from llama import parameter_count
+from measuring import Records, in_words, measured, rates
+from options import COUNT, DTYPES, NUMBER
+from reporting import GIB, number, table_of
+from runs import DeviceMemoryError, Record, read_json, run_program, write_json
+from study_model import KERNELS, OFFLOADS, SHAPES, Setup, step_of
+from study_trace import milliseconds_by_kind
+from sweeps import memory_of, run_child
+from tqdm import tqdm
+from training import compile_step, device_memory_errors
+
+# All but the tiled MLP, which is for sequences that do not fit otherwise.
+ALL = tuple(name for name in KERNELS if name != "tiled_mlp")
+
+
+def setups_of(args: argparse.Namespace) -> Iterator[Setup]:
+    chosen = tuple(name for name in KERNELS if getattr(args, name))
+    setup = Setup(
+        args.model,
+        chosen,
+        args.remat,
+        tuple(sorted(args.offload)),
+        length=args.length,
+        parameters=args.parameters,
+        dtype=args.dtype,
+        learning_rate=args.learning_rate,
+    )
+    for batch in sorted(args.batch):
+        for kernels in ((), ALL) if args.compare else (chosen,):
+            yield replace(setup, batch=batch, kernels=kernels)
+    for batch in sorted(args.each):
+        for name in KERNELS:
+            yield replace(setup, batch=batch, kernels=(name,))
+
+
+def key_of(record: Record) -> str:
+    """What a record is of."""
+    return json.dumps({name: record[name] for name in asdict(Setup("tiny"))})
+
+
+# ---- the process that measures ---------------------------------------------------------------------------------
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """Measures every configuration in this process, in the order of their memory: a peak can't be reset."""
+    setups = [Setup(**{**each, "kernels": tuple(each["kernels"])}) for each in json.loads(args.setups)]
+    records = Records(args.records)
+
+    def prepare(setup: Setup) -> Any:
+        try:
+            step = step_of(setup)
+            return setup, step, compile_step(step.traced)
+        except DeviceMemoryError as error:
+            return setup, None, error
+
+    with ThreadPoolExecutor(args.compilers) as pool:
+        prepared = list(tqdm(pool.map(prepare, setups), "compiling", len(setups), disable=args.no_progress))
+    for setup, step, compiled in sorted(prepared, key=needed):
+        about = {**asdict(setup), "parameter_count": parameter_count(setup.config)}
+        record = records.add(about, partial(measure, args, setup, step, compiled))
+        print(f"{name_of(record)}: {in_words(record)}", flush=True)
+
+
+def needed(prepared: Any) -> float:
+    _, step, compiled = prepared
+    return float("inf") if step is None else compiled.memory["total"]
+
+
+def measure(args: argparse.Namespace, setup: Setup, step: Any, compiled: Any) -> Record:
+    if step is None:
+        raise compiled
+    tokens, losses, state = setup.tokens(), [], None
+
+    def run() -> Any:
+        nonlocal state
+        state = step.begin() if state is None else state
+        state, loss = step.step(compiled.step, state, tokens)
+        losses.append(loss)
+        bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+        bar.update()
+        return state
+
+    with tqdm(total=1 + args.steps, desc=name_of(asdict(setup)), unit="step", disable=args.no_progress) as bar:
+        record = measured(compiled, run, args.steps, args.timed_seconds)
+        if args.traces is not None:
+            folder = args.traces / name_of(asdict(setup)).replace(", ", "-").replace(" ", "")
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.profiler.save_device_memory_profile(str(folder / "memory.prof"))
+            with device_memory_errors():
+                record["milliseconds_by_kind"] = milliseconds_by_kind(run, folder)
+    speed = rates(setup.config, (setup.batch, setup.length), record["milliseconds"] / 1e3, args.peak_tflops)
+    host = getattr(compiled.step.memory_analysis(), "host_argument_size_in_bytes", 0)
+    return {**record, **speed, "host_bytes": host, "losses": [float(loss) for loss in losses]}
+
+
+# ---- the process that starts it --------------------------------------------------------------------------------
+
+
+def name_of(record: Record) -> str:
+    """A configuration in a few words."""
+    kernels = set(record["kernels"])
+    named = "none" if not kernels else "all" if kernels == set(ALL) else "+".join(record["kernels"])
+    words = [record["model"], named, "remat" if record["is_remat"] else "", "offload" if record["offload"] else ""]
+    return ", ".join([*filter(None, words), *record["offload"], f"batch {record['batch']}"])
+
+
+def run(args: argparse.Namespace, command: str) -> None:
+    if args.records is not None:
+        measure_all(args)
+        return
+    out: Path = args.out
+    results = read_json(out) if out.exists() else {"environment": {}, "commands": [], "records": []}
+    done = {key_of(record) for record in results["records"]}
+    setups = {key_of(asdict(setup)): asdict(setup) for setup in setups_of(args)}
+    groups = [[setup for key, setup in setups.items() if key not in done]]
+    if args.separate:
+        groups = [[setup] for setup in groups[0]]
+    for group in filter(None, groups):
+        traces = [] if args.traces is None else ["--traces", args.traces]
+        own = ["--steps", args.steps, "--timed-seconds", args.timed_seconds, "--compilers", args.compilers, *traces]
+        own += ["--no-progress"] if args.no_progress else []
+        found = run_child(
+            f"{len(group)} configurations",
+            "study.py",
+            [*own, "--setups", json.dumps(group), "--records"],
+            args.timeout,
+            # What XLA has found to be the fastest kernel for a product holds for all processes.
+            {"JAX_COMPILATION_CACHE_DIR": str(args.cache)} if args.cache else {},
+        )
+        if found is not None:
+            limit = found["environment"]["bytes_limit"]
+            results["environment"] = {**found["environment"], "command": command}
+            results["records"] += [{**record, "bytes_limit": limit} for record in found["records"]]
+            write_json(out, results)
+    if not results["records"]:
+        sys.exit("study: error: nothing was measured")
+    if command not in results["commands"]:
+        results["commands"].append(command)
+    write_json(out, results)
+    study_plot.plot(results, out)
+    print(f"{text_of(results)}\n\nwritten: {out}, and plots beside it")
+
+
+def text_of(results: Record) -> str:
+    columns: dict[str, Callable[[Record], str]] = {
+        "configuration": name_of,
+        "ms a step": number("milliseconds", ".1f"),
+        "tokens/s": number("tokens_per_second", ",.0f"),
+        "GiB": lambda r: "out of memory" if r["out_of_memory"] else f"{memory_of(r) / GIB:.2f}",
+        "host GiB": number("host_bytes", ".1f", GIB),
+    }
+    return table_of(results["records"], columns)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = options.parser_of("study", __doc__)
+    add = parser.add_argument
+    add("--model", choices=list(SHAPES), default="tiny", help="sizes of the model (%(default)s)")
+    for name in KERNELS:
+        add(f"--{name.replace('_', '-')}", action="store_true", help=f"jliger's {name}")
+    add("--all", action="store_true", help=f"{', '.join(ALL)}")
+    add("--compare", action="store_true", help="none and all of these, whatever is switched on")
+    add("--each", type=COUNT, nargs="*", default=[], metavar="N", help="each alone, at batches of N sequences")
+    add("--batch", type=COUNT, nargs="*", default=[1], metavar="N", help="sequences (1)")
+    add("--length", type=COUNT, default=2048, metavar="N", help="tokens a sequence (%(default)s)")
+    add("--remat", action="store_true", help="keep each layer's input alone, and compute the layer again")
+    add("--offload", choices=OFFLOADS, nargs="+", default=[], help="what lies in host memory")
+    add("--parameters", choices=DTYPES, default="float32", help="dtype of parameters (%(default)s)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the arithmetic (%(default)s)")
+    add("--learning-rate", type=NUMBER, default=3e-4, metavar="X", help="of AdamW (%(default)s)")
+    add("--steps", type=COUNT, default=8, metavar="N", help="timed, after one (%(default)s)")
+    add("--timed-seconds", type=NUMBER, default=20.0, metavar="X", help="no more of them after this time (%(default)s)")
+    add("--peak-tflops", type=NUMBER, metavar="X", help="of the device (default: known for H100 and H200)")
+    add("--separate", action="store_true", help="a process for each configuration, not one for all of them")
+    add("--compilers", type=COUNT, default=4, metavar="N", help="programs compiled at once (%(default)s)")
+    add("--timeout", type=NUMBER, default=900.0, metavar="S", help="seconds of a process (%(default)s)")
+    add("--cache", type=Path, metavar="FOLDER", help="JAX's compilation cache, for all processes")
+    add("--traces", type=Path, metavar="FOLDER", help="keep a memory profile and a trace of each configuration there")
+    add("--out", type=Path, default=Path("results/study.json"), help="results; plots beside (%(default)s)")
+    add("--no-progress", action="store_true", help="draw no progress bars")
+    for name in ("setups", "records"):
+        add(f"--{name}", type=Path if name == "records" else str, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    for name in ALL if args.all else ():
+        setattr(args, name, True)
+    if args.tiled_mlp and args.swiglu:
+        parser.error("--tiled-mlp replaces --swiglu: use one of them")
+    if "activations" in args.offload and not args.remat:
+        parser.error("--offload activations needs --remat: without it, a layer keeps more than its input")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command = " ".join(["python", "examples/study.py", *(sys.argv[1:] if argv is None else argv)])
+    run_program("study", partial(run, command=command), parse_args(argv), "what had been measured is kept")
+
+
+if __name__ == "__main__":
+    main()
