@@ -4,7 +4,7 @@
     python examples/study.py --model 0.6b --compare --batch 1 4 8 --each 8   # none and all; at 8 each one alone
     python examples/study.py --model 8b --all --remat --offload optimizer --parameters bfloat16
 
-Each run adds its records to a results file named after the device, and draws the plots beside it again. What is in the
+Each run adds its records to a results file and draws the plots beside it again. What is in the
 file already isn't measured again. docs/study.md says what was found.
 """
 
@@ -42,7 +42,7 @@ def setups_of(args: argparse.Namespace) -> Iterator[Setup]:
         args.model,
         chosen,
         args.remat,
-        tuple(sorted(args.offload)),
+        tuple(name for name in OFFLOADS if name in args.offload),
         length=args.length,
         parameters=args.parameters,
         dtype=args.dtype,
@@ -78,6 +78,8 @@ def measure_all(args: argparse.Namespace) -> None:
 
     with ThreadPoolExecutor(args.compilers) as pool:
         prepared = list(tqdm(pool.map(prepare, setups), "compiling", len(setups), disable=args.no_progress))
+    # XLA tries kernels while it compiles. Where memory was too little for several such trials, one may do.
+    prepared = [prepare(each[0]) if each[1] is None else each for each in prepared]
     for setup, step, compiled in sorted(prepared, key=needed):
         about = {**asdict(setup), "parameter_count": parameter_count(setup.config)}
         record = records.add(about, partial(measure, args, setup, step, compiled))
@@ -105,14 +107,14 @@ def measure(args: argparse.Namespace, setup: Setup, step: Any, compiled: Any) ->
 
     with tqdm(total=1 + args.steps, desc=name_of(asdict(setup)), unit="step", disable=args.no_progress) as bar:
         record = measured(compiled, run, args.steps, args.timed_seconds)
-        if args.traces is not None:
+        if args.traces is not None and setup.batch in (args.trace_batch or [setup.batch]):
             folder = args.traces / name_of(asdict(setup)).replace(", ", "-").replace(" ", "")
             folder.mkdir(parents=True, exist_ok=True)
             jax.profiler.save_device_memory_profile(str(folder / "memory.prof"))
             with device_memory_errors():
                 record["milliseconds_by_kind"] = milliseconds_by_kind(run, folder)
     speed = rates(setup.config, (setup.batch, setup.length), record["milliseconds"] / 1e3, args.peak_tflops)
-    host = getattr(compiled.step.memory_analysis(), "host_argument_size_in_bytes", 0)
+    host = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.sharding.memory_kind == "pinned_host")
     return {**record, **speed, "host_bytes": host, "losses": [float(loss) for loss in losses]}
 
 
@@ -123,8 +125,9 @@ def name_of(record: Record) -> str:
     """A configuration in a few words."""
     kernels = set(record["kernels"])
     named = "none" if not kernels else "all" if kernels == set(ALL) else "+".join(record["kernels"])
-    words = [record["model"], named, "remat" if record["is_remat"] else "", "offload" if record["offload"] else ""]
-    return ", ".join([*filter(None, words), *record["offload"], f"batch {record['batch']}"])
+    words = [record["model"], named, "remat" if record["is_remat"] else ""]
+    words += [f"offload {'+'.join(record['offload'])}"] if record["offload"] else []
+    return ", ".join([*filter(None, words), f"batch {record['batch']}"])
 
 
 def run(args: argparse.Namespace, command: str) -> None:
@@ -139,7 +142,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     if args.separate:
         groups = [[setup] for setup in groups[0]]
     for group in filter(None, groups):
-        traces = [] if args.traces is None else ["--traces", args.traces]
+        traces = [] if args.traces is None else ["--traces", args.traces, "--trace-batch", *args.trace_batch]
         own = ["--steps", args.steps, "--timed-seconds", args.timed_seconds, "--compilers", args.compilers, *traces]
         own += ["--no-progress"] if args.no_progress else []
         found = run_child(
@@ -147,8 +150,8 @@ def run(args: argparse.Namespace, command: str) -> None:
             "study.py",
             [*own, "--setups", json.dumps(group), "--records"],
             args.timeout,
-            # What XLA has found to be the fastest kernel for a product holds for all processes.
-            {"JAX_COMPILATION_CACHE_DIR": str(args.cache)} if args.cache else {},
+            # With the memory in one piece, what has been freed is there for the next configuration.
+            {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": f"{args.host_gib}"},
         )
         if found is not None:
             limit = found["environment"]["bytes_limit"]
@@ -197,8 +200,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--separate", action="store_true", help="a process for each configuration, not one for all of them")
     add("--compilers", type=COUNT, default=4, metavar="N", help="programs compiled at once (%(default)s)")
     add("--timeout", type=NUMBER, default=900.0, metavar="S", help="seconds of a process (%(default)s)")
-    add("--cache", type=Path, metavar="FOLDER", help="JAX's compilation cache, for all processes")
+    add("--host-gib", type=COUNT, default=80, metavar="N", help="host memory to offload to, at most (%(default)s)")
     add("--traces", type=Path, metavar="FOLDER", help="keep a memory profile and a trace of each configuration there")
+    add("--trace-batch", type=COUNT, nargs="*", default=[], metavar="N", help="of these batches alone (default: all)")
     add("--out", type=Path, default=Path("results/study.json"), help="results; plots beside (%(default)s)")
     add("--no-progress", action="store_true", help="draw no progress bars")
     for name in ("setups", "records"):

@@ -181,7 +181,6 @@ class StreamedStep:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._begin_params = jax.jit(lambda: self._home("params", setup.initial_parameters()))
         self._begin_moments = jax.jit(self._initial_moments)
         self._update = jax.jit(self._updated, donate_argnums=(0, 1))
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -195,7 +194,9 @@ class StreamedStep:
         self.traced = jax.jit(self._loss_and_gradients).trace(params, jax.eval_shape(setup.tokens))
 
     def begin(self) -> Tree:
-        layers, others = _parts(self._begin_params())
+        # One array at a time: what XLA needs to make them all would be more than the step's memory.
+        leaves, tree = jax.tree.flatten(jax.eval_shape(self._setup.initial_parameters))
+        layers, others = _parts(tree.unflatten(map(jax.jit(self._initial_leaf, static_argnums=0), range(len(leaves)))))
         moments = [self._begin_moments(layers, i) for i in range(self._setup.config.layers)]
         return layers, others, moments, self._begin_moments(others, None)
 
@@ -215,6 +216,9 @@ class StreamedStep:
 
         # The gradients lie where the parameters do.
         return jax.value_and_grad(mean_loss)(params)
+
+    def _initial_leaf(self, index: int) -> jax.Array:
+        return self._home("params", jax.tree.leaves(self._setup.initial_parameters())[index])
 
     def _initial_moments(self, params: Tree, layer: jax.Array | None) -> Tree:
         return self._home("optimizer", self._setup.optimizer.init(self._taken(params, layer)))
