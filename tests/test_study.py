@@ -1,6 +1,7 @@
 """examples/study.py with a tiny model: every switch, offloading, and what a run writes."""
 
 import json
+import sys
 from dataclasses import asdict
 from types import ModuleType
 
@@ -57,27 +58,48 @@ def test_an_mlp_in_chunks_computes_the_same(study, import_example):
 
 
 def test_out_of_memory_is_recorded_and_the_next_is_tried(study, tmp_path, monkeypatch):
-    compile_step = study.compile_step
+    memory = {(): None, ("rope",): 30, ("flce",): 10, ("rms_norm",): 20}
     attempts = []
 
-    def compile_some(traced):
-        attempts.append(traced)
-        # The first program is refused whenever it is tried.
-        if traced is attempts[0] or len(attempts) == 3:
-            raise study.DeviceMemoryError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
-        return compile_step(traced)
+    class Step:
+        def __init__(self, setup):
+            self.traced = setup
 
-    monkeypatch.setattr(study, "compile_step", compile_some)
-    setups = [asdict(study.Setup(**SMALL, kernels=kernels)) for kernels in ((), study.ALL)]
+        def begin(self):
+            return jax.numpy.zeros(3)
+
+        def step(self, compiled, state, tokens):
+            return compiled(state)
+
+    def compile_step(setup):
+        attempts.append(setup.kernels)
+        if memory[setup.kernels] is None:
+            raise study.DeviceMemoryError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+        def run(state):
+            if setup.kernels == ("rms_norm",):
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            return state + 1, state.sum()
+
+        amounts = {"total": memory[setup.kernels], "temporary": 1}
+        return training.Compiled(run, 0.1, amounts, "xla")
+
+    training = sys.modules["training"]
+    monkeypatch.setattr(study, "step_of", Step)
+    monkeypatch.setattr(study, "compile_step", compile_step)
+    setups = [asdict(study.Setup(**SMALL, kernels=kernels)) for kernels in memory]
     file = tmp_path / "records.json"
-    arguments = ["--steps", "1", "--compilers", "1", "--no-progress", "--setups", json.dumps(setups)]
+    arguments = ["--steps", "2", "--no-progress", "--setups", json.dumps(setups)]
     study.main([*arguments, "--records", str(file)])
-    fitting, refused = json.loads(file.read_text())["records"]
-    assert (fitting["out_of_memory"], refused["out_of_memory"]) == (False, True)
-    assert (fitting["kernels"], refused["kernels"]) == ([*study.ALL], [])
-    assert "RESOURCE_EXHAUSTED" in refused["reason"]
-    # A program that does not fit is compiled once more, alone.
-    assert len(attempts) == 3
+    records = json.loads(file.read_text())["records"]
+    # By memory; what could not be compiled comes last, after one more attempt.
+    order = [("flce",), ("rms_norm",), ("rope",), ()]
+    assert [(tuple(r["kernels"]), r["out_of_memory"]) for r in records] == [
+        *zip(order, (False, True, False, True), strict=True)
+    ]
+    assert records[0]["losses"] == [0, 3, 6]
+    assert all("RESOURCE_EXHAUSTED" in record["reason"] for record in records if record["out_of_memory"])
+    assert sorted(attempts) == sorted([*memory, ()])
 
 
 def test_what_has_been_measured_is_not_measured_again(study, tmp_path, monkeypatch):
