@@ -30,7 +30,7 @@ from study_model import KERNELS, OFFLOADS, SHAPES, Setup, step_of
 from study_trace import milliseconds_by_kind
 from sweeps import memory_of, run_child
 from tqdm import tqdm
-from training import compile_step, device_memory_errors
+from training import compile_step, device_memory, device_memory_errors
 
 # All but the tiled MLP, which is for sequences that do not fit otherwise.
 ALL = tuple(name for name in KERNELS if name != "tiled_mlp")
@@ -95,6 +95,7 @@ def measure(args: argparse.Namespace, setup: Setup, step: Any, compiled: Any) ->
     if step is None:
         raise compiled
     tokens, losses, state = setup.tokens(), [], None
+    before = device_memory("peak_bytes_in_use")
 
     def run() -> Any:
         nonlocal state
@@ -107,6 +108,9 @@ def measure(args: argparse.Namespace, setup: Setup, step: Any, compiled: Any) ->
 
     with tqdm(total=1 + args.steps, desc=name_of(asdict(setup)), unit="step", disable=args.no_progress) as bar:
         record = measured(compiled, run, args.steps, args.timed_seconds)
+        if record["peak_bytes"] == before:
+            # XLA needed more when it tried kernels.
+            record["peak_bytes"] = None
         if args.traces is not None and setup.batch in (args.trace_batch or [setup.batch]):
             folder = args.traces / name_of(asdict(setup)).replace(", ", "-").replace(" ", "")
             folder.mkdir(parents=True, exist_ok=True)
@@ -218,7 +222,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    command = " ".join(["python", "examples/study.py", *(sys.argv[1:] if argv is None else argv)])
+    # Absolute paths are those of one machine.
+    names = [Path(each).name if Path(each).is_absolute() else each for each in (sys.argv[1:] if argv is None else argv)]
+    command = " ".join(["python", "examples/study.py", *names])
     run_program("study", partial(run, command=command), parse_args(argv), "what had been measured is kept")
 
 
