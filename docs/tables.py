@@ -21,6 +21,7 @@ from accumulation_tables import ACCUMULATION_KINDS
 from cells import NOTHING, markdown, mib, percent
 from facts import OWN, at_shape, facts, fastest_liger, plain_jax
 from operations_tables import OPERATIONS_KINDS
+from study_tables import STUDY_KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- table: (\S+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -326,6 +327,7 @@ KINDS: dict[str, Callable[[Path, Path], str]] = {
     "text": text,
     **ACCUMULATION_KINDS,
     **OPERATIONS_KINDS,
+    **STUDY_KINDS,
     "operations_plot": operations_plot,
 }
 

@@ -118,7 +118,8 @@ def flops_per_token(config: LlamaConfig, length: int) -> int:
     """The floating-point operations of a training step for each token: the forward pass, and twice that backward.
 
     There are six for each parameter in a matrix product (the last layer's included, the lookup of an embedding not) and
-    `6·length·heads·(head size)` for each layer's causal attention. What is computed a second time to save memory does not count.
+    `6·length·heads·(head size)` for each layer's causal attention. What is computed a second time to save memory does
+    not count.
     """
     matrices = [leaf for leaf in parameters(config)["layers"].values() if leaf.is_matrix]
     weights = sum(math.prod(leaf.shape) for leaf in matrices) + config.vocab_size * config.hidden_size

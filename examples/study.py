@@ -11,7 +11,7 @@ file already isn't measured again. docs/study.md says what was found.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,11 +24,10 @@ import study_plot
 from llama import parameter_count
 from measuring import Records, in_words, measured, rates
 from options import COUNT, DTYPES, NUMBER
-from reporting import GIB, number, table_of
 from runs import DeviceMemoryError, Record, read_json, run_program, write_json
 from study_model import KERNELS, OFFLOADS, SHAPES, Setup, step_of
 from study_trace import milliseconds_by_kind
-from sweeps import memory_of, run_child
+from sweeps import run_child
 from tqdm import tqdm
 from training import compile_step, device_memory, device_memory_errors
 
@@ -66,7 +65,10 @@ def key_of(record: Record) -> str:
 
 def measure_all(args: argparse.Namespace) -> None:
     """Measures every configuration in this process, in the order of their memory: a peak can't be reset."""
-    setups = [Setup(**{**each, "kernels": tuple(each["kernels"])}) for each in json.loads(args.setups)]
+    setups = [
+        Setup(**{name: tuple(value) if isinstance(value, list) else value for name, value in each.items()})
+        for each in json.loads(args.setups)
+    ]
     records = Records(args.records)
 
     def prepare(setup: Setup) -> Any:
@@ -117,7 +119,7 @@ def measure(args: argparse.Namespace, setup: Setup, step: Any, compiled: Any) ->
             jax.profiler.save_device_memory_profile(str(folder / "memory.prof"))
             with device_memory_errors():
                 record["milliseconds_by_kind"] = milliseconds_by_kind(run, folder)
-    speed = rates(setup.config, (setup.batch, setup.length), record["milliseconds"] / 1e3, args.peak_tflops)
+    speed = rates(setup.config, (setup.batch, setup.length), record["milliseconds"] / 1e3)
     host = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.sharding.memory_kind == "pinned_host")
     return {**record, **speed, "host_bytes": host, "losses": [float(loss) for loss in losses]}
 
@@ -159,7 +161,7 @@ def run(args: argparse.Namespace, command: str) -> None:
         )
         if found is not None:
             limit = found["environment"]["bytes_limit"]
-            results["environment"] = {**found["environment"], "command": command}
+            results["environment"] = {name: value for name, value in found["environment"].items() if name != "command"}
             results["records"] += [{**record, "bytes_limit": limit} for record in found["records"]]
             write_json(out, results)
     if not results["records"]:
@@ -168,18 +170,7 @@ def run(args: argparse.Namespace, command: str) -> None:
         results["commands"].append(command)
     write_json(out, results)
     study_plot.plot(results, out)
-    print(f"{text_of(results)}\n\nwritten: {out}, and plots beside it")
-
-
-def text_of(results: Record) -> str:
-    columns: dict[str, Callable[[Record], str]] = {
-        "configuration": name_of,
-        "ms a step": number("milliseconds", ".1f"),
-        "tokens/s": number("tokens_per_second", ",.0f"),
-        "GiB": lambda r: "out of memory" if r["out_of_memory"] else f"{memory_of(r) / GIB:.2f}",
-        "host GiB": number("host_bytes", ".1f", GIB),
-    }
-    return table_of(results["records"], columns)
+    print(f"written: {out}, and plots beside it")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -200,7 +191,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--learning-rate", type=NUMBER, default=3e-4, metavar="X", help="of AdamW (%(default)s)")
     add("--steps", type=COUNT, default=8, metavar="N", help="timed, after one (%(default)s)")
     add("--timed-seconds", type=NUMBER, default=20.0, metavar="X", help="no more of them after this time (%(default)s)")
-    add("--peak-tflops", type=NUMBER, metavar="X", help="of the device (default: known for H100 and H200)")
     add("--separate", action="store_true", help="a process for each configuration, not one for all of them")
     add("--compilers", type=COUNT, default=4, metavar="N", help="programs compiled at once (%(default)s)")
     add("--timeout", type=NUMBER, default=900.0, metavar="S", help="seconds of a process (%(default)s)")
