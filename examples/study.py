@@ -64,28 +64,36 @@ def key_of(record: Record) -> str:
 
 
 def measure_all(args: argparse.Namespace) -> None:
-    """Measures every configuration in this process, in the order of their memory: a peak can't be reset."""
+    """Measures every configuration in this process, by batch and memory: a peak can't be reset.
+
+    Where a batch does not fit, larger ones with the same operations are not tried.
+    """
     setups = [
         Setup(**{name: tuple(value) if isinstance(value, list) else value for name, value in each.items()})
         for each in json.loads(args.setups)
     ]
-    records = Records(args.records)
+    records, refused = Records(args.records), set()
+    for batch in sorted({setup.batch for setup in setups}):
+        tried = [setup for setup in setups if setup.batch == batch and setup.kernels not in refused]
+        with ThreadPoolExecutor(args.compilers) as pool:
+            prepared = list(pool.map(prepare, tried))
+        # XLA tries kernels while it compiles. Where memory was too little for several such trials, one may do.
+        prepared = [prepare(each[0]) if each[1] is None else each for each in prepared]
+        for setup, step, compiled in sorted(prepared, key=needed):
+            about = {**asdict(setup), "parameter_count": parameter_count(setup.config)}
+            record = records.add(about, partial(measure, args, setup, step, compiled))
+            if record["out_of_memory"]:
+                refused.add(setup.kernels)
+            print(f"{name_of(record)}: {in_words(record)}", flush=True)
 
-    def prepare(setup: Setup) -> Any:
-        try:
-            step = step_of(setup)
-            return setup, step, compile_step(step.traced)
-        except DeviceMemoryError as error:
-            return setup, None, error
 
-    with ThreadPoolExecutor(args.compilers) as pool:
-        prepared = list(tqdm(pool.map(prepare, setups), "compiling", len(setups), disable=args.no_progress))
-    # XLA tries kernels while it compiles. Where memory was too little for several such trials, one may do.
-    prepared = [prepare(each[0]) if each[1] is None else each for each in prepared]
-    for setup, step, compiled in sorted(prepared, key=needed):
-        about = {**asdict(setup), "parameter_count": parameter_count(setup.config)}
-        record = records.add(about, partial(measure, args, setup, step, compiled))
-        print(f"{name_of(record)}: {in_words(record)}", flush=True)
+def prepare(setup: Setup) -> Any:
+    """A configuration with its step and the compiled program; in their place None and an error, if it does not fit."""
+    try:
+        step = step_of(setup)
+        return setup, step, compile_step(step.traced)
+    except DeviceMemoryError as error:
+        return setup, None, error
 
 
 def needed(prepared: Any) -> float:

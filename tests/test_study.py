@@ -87,7 +87,9 @@ def test_out_of_memory_is_recorded_and_the_next_is_tried(study, tmp_path, monkey
     training = sys.modules["training"]
     monkeypatch.setattr(study, "step_of", Step)
     monkeypatch.setattr(study, "compile_step", compile_step)
+    # The last one is larger than one that does not fit, and is not tried.
     setups = [asdict(study.Setup(**SMALL, kernels=kernels)) for kernels in memory]
+    setups.append(asdict(study.Setup(**{**SMALL, "batch": 3})))
     file = tmp_path / "records.json"
     arguments = ["--steps", "2", "--no-progress", "--setups", json.dumps(setups)]
     study.main([*arguments, "--records", str(file)])
