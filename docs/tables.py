@@ -21,6 +21,7 @@ from accumulation_tables import ACCUMULATION_KINDS
 from cells import NOTHING, markdown, mib, percent
 from facts import OWN, at_shape, facts, fastest_liger, plain_jax
 from operations_tables import OPERATIONS_KINDS
+from study_tables import STUDY_KINDS
 from trade_tables import TRADE_KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -315,6 +316,7 @@ KINDS: dict[str, Callable[[Path, Path], str]] = {
     **ACCUMULATION_KINDS,
     **OPERATIONS_KINDS,
     **TRADE_KINDS,
+    **STUDY_KINDS,
     "operations_plot": operations_plot,
 }
 

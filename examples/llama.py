@@ -39,6 +39,12 @@ class LlamaConfig:
     mlp_pieces: int = 1
     rope_base: float = 500_000.0
     norm_epsilon: float = 1e-5
+    # Of an attention head; None: hidden_size / heads.
+    head_size: int | None = None
+
+    @property
+    def size_of_head(self) -> int:
+        return self.head_size or self.hidden_size // self.heads
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ HEAD_SPEC = P("fsdp", "tensor")
 
 def layer_parameters(config: LlamaConfig) -> dict[str, Parameter]:
     """The descriptions of one layer's parameters."""
-    hidden, mlp, size = config.hidden_size, config.mlp_size, config.hidden_size // config.heads
+    hidden, mlp, size = config.hidden_size, config.mlp_size, config.size_of_head
     # The residual stream gets 2 sums per layer, whose weights start smaller (GPT-2).
     residual = 0.02 / (2 * config.layers) ** 0.5
     return {
@@ -112,11 +118,12 @@ def flops_per_token(config: LlamaConfig, length: int) -> int:
     """The floating-point operations of a training step for each token: the forward pass, and twice that backward.
 
     There are six for each parameter in a matrix product (the last layer's included, the lookup of an embedding not) and
-    `6·length·hidden` for each layer's causal attention. What is computed a second time to save memory does not count.
+    `6·length·heads·(head size)` for each layer's causal attention. What is computed a second time to save memory does
+    not count.
     """
     matrices = [leaf for leaf in parameters(config)["layers"].values() if leaf.is_matrix]
     weights = sum(math.prod(leaf.shape) for leaf in matrices) + config.vocab_size * config.hidden_size
-    return 6 * weights + 6 * config.layers * config.hidden_size * length
+    return 6 * weights + 6 * config.layers * config.heads * config.size_of_head * length
 
 
 def sharded(x: jax.Array, spec: P) -> jax.Array:
