@@ -46,7 +46,7 @@ def adapter_parameters(config: DecoderConfig, rank: int, groups: tuple[str, ...]
 
 
 def initial_adapters(config: DecoderConfig, rank: int, groups: tuple[str, ...], key: jax.Array) -> Tree:
-    """Float32 adapters that change nothing yet: `b` is 0 and `a` random, from Kaiming's uniform distribution as in PEFT."""
+    """Float32 adapters that change nothing yet: `b` is 0, and `a` random as in PEFT (Kaiming's uniform)."""
     described = adapter_parameters(config, rank, groups)
     leaves, tree = jax.tree_util.tree_flatten_with_path(described)
     keys = jax.random.split(key, len(leaves))

@@ -143,7 +143,9 @@ def initial_parameters(config: DecoderConfig, key: jax.Array, dtype: jax.typing.
     """Random parameters, to measure with."""
     leaves, tree = jax.tree.flatten(parameters(config))
     return tree.unflatten(
-        0.02 * jax.random.normal(key, leaf.shape, dtype) if leaf.is_matrix else jnp.full(leaf.shape, leaf.constant, dtype)
+        0.02 * jax.random.normal(key, leaf.shape, dtype)
+        if leaf.is_matrix
+        else jnp.full(leaf.shape, leaf.constant, dtype)
         for leaf, key in zip(leaves, jax.random.split(key, len(leaves)), strict=True)
     )
 
@@ -186,7 +188,7 @@ def visible(segments: jax.Array | None, length: int, window: jax.Array | None) -
 def attention(
     config: DecoderConfig, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> jax.Array:
-    """Causal grouped-query attention: cuDNN's in 16 bits on a GPU, which has no softcap, else with all scores in memory."""
+    """Causal grouped-query attention: cuDNN's on a GPU in 16 bits without a softcap, else with all scores in memory."""
     batch, length, heads, size = query.shape
     scale = size**-0.5 if config.query_scale is None else config.query_scale
     is_16_bit = query.dtype in (jnp.bfloat16, jnp.float16)

@@ -55,7 +55,9 @@ def _rope(values: Record, name: str) -> Record:
     if kind == "default":
         return {"rope_theta": theta}
     if kind != "llama3":
-        raise PretrainedError(f"{name}: rotary embeddings of type {kind!r} are not supported; 'default' and 'llama3' are")
+        raise PretrainedError(
+            f"{name}: rotary embeddings of type {kind!r} are not supported; 'default' and 'llama3' are"
+        )
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return {"rope_theta": theta, "rope_scaling": Llama3Rope(*(given[key] for key in keys))}
 
@@ -184,7 +186,7 @@ def tensor_names(config: DecoderConfig) -> dict[tuple[str, ...], str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a matrix `[*inputs, *outputs]` lies in a file: as `[outputs, inputs]`. Embeddings and vectors lie as they are."""
+    """How a matrix `[*inputs, *outputs]` lies in a file: as `[outputs, inputs]`. Embeddings and vectors lie as is."""
 
     shape: tuple[int, ...]
     inputs: int | None
@@ -301,7 +303,7 @@ def load(folder: Path, config: DecoderConfig, dtype: jax.typing.DTypeLike, mesh:
 
     A device's part of one parameter, of all layers, is in the host's memory at a time.
     """
-    described = parameters(config)
+    described, dtype = parameters(config), jnp.dtype(dtype)
     loaded: Tree = {"layers": {}}
     with ExitStack() as stack:
         tensors = Tensors(folder, stack)
@@ -310,7 +312,9 @@ def load(folder: Path, config: DecoderConfig, dtype: jax.typing.DTypeLike, mesh:
             leaf, is_stacked = _at(described, path), path[0] == "layers"
             names, layout = _each_layer(config, path, name), Layout.of(leaf, is_stacked)
 
-            def read(index: tuple[slice, ...], leaf: Any = leaf, names: Any = names, layout: Any = layout) -> np.ndarray:
+            def read(
+                index: tuple[slice, ...], leaf: Any = leaf, names: Any = names, layout: Any = layout
+            ) -> np.ndarray:
                 shape = tuple(len(range(*each.indices(size))) for each, size in zip(index, leaf.shape, strict=True))
                 own = index[len(leaf.shape) - len(layout.shape) :]
                 layers = names[index[0]] if len(own) < len(index) else names
@@ -396,9 +400,7 @@ def copy_tokenizer(folder: Path, source: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def export_adapter(
-    folder: Path, source: Path, config: DecoderConfig, adapters: Tree, rank: int, alpha: float
-) -> None:
+def export_adapter(folder: Path, source: Path, config: DecoderConfig, adapters: Tree, rank: int, alpha: float) -> None:
     """Writes the adapters as PEFT does; PEFT loads them on top of the checkpoint in `source`."""
     folder.mkdir(parents=True, exist_ok=True)
     names = {("head",): "lm_head.weight", **tensor_names(config)}

@@ -1,4 +1,4 @@
-"""Writes the golden files of tests/test_finetune.py: tiny random models by `transformers`, and what PyTorch makes of them.
+"""Writes the golden files of tests/test_finetune.py: tiny random models by `transformers`, and what PyTorch computes.
 
     pip install torch transformers safetensors
     python tests/golden/write_finetune.py

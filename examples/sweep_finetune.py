@@ -1,0 +1,141 @@
+"""Measures fine-tuning steps of several models with both heads, and writes one file, a table and a plot.
+
+    python examples/sweep_finetune.py --out results/finetune_h100.json --models qwen3-0.6b llama-3.2-1b gemma-2-2b
+    python examples/sweep_finetune.py --out results/finetune_lora_h100.json --models llama-3-8b:16 qwen2-7b:16
+
+`llama-3-8b:16` is LoRA of rank 16. Full logits are measured first, at the largest batch that they allow; then jliger at
+the same batch, and at the largest that it allows. Each head has a process of its own.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from options import COUNT, NUMBER, parser_of
+from reporting import COLORS, GIB, TITLES, Column, number, plot, table_of
+from runs import Record, read_json, write_json
+from shapes import SHAPES
+from sweeps import memory_of, run_child
+
+# A device that does nothing else can be given to XLA as a whole: memory in pieces would fit smaller batches only.
+VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+
+
+def model(text: str) -> tuple[str, int]:
+    """An argparse type: a shape's name and the rank of its adapters."""
+    name, _, rank = text.partition(":")
+    if name not in SHAPES or (rank and not rank.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SHAPES)}, perhaps with a rank as in NAME:16")
+    return name, int(rank or 0)
+
+
+def largest(records: Sequence[Record]) -> int:
+    """The largest batch that fitted; 0 if none did."""
+    return max((record["batch"] for record in records if not record["out_of_memory"]), default=0)
+
+
+def measure(args: argparse.Namespace, results: Record, name: str, rank: int) -> None:
+    """Adds the records of a model, with full logits first."""
+    batches = [args.first_batch]
+    for head in ("full", "jliger"):
+        options = ["--shape", name, "--head", head, "--lora-rank", rank, "--batch", *batches, "--largest", *args.rest]
+        part = run_child(f"{name}, {head}", "measure_finetune.py", options, args.timeout, VARIABLES)
+        if part is not None:
+            results["environment"] = {**part["environment"], "command": results["environment"]["command"]}
+            results["records"] += part["records"]
+            write_json(args.out, results)
+            batches = [largest(part["records"]) or args.first_batch]
+
+
+def model_of(record: Record) -> str:
+    return record["shape"] + (f", LoRA {record['lora_rank']}" if record["lora_rank"] else "")
+
+
+def compared(results: Record) -> list[Record]:
+    """For each model: full logits at their largest batch, jliger at the same batch and at its own largest."""
+    fitting = [record for record in results["records"] if not record["out_of_memory"]]
+    rows = []
+    for name in dict.fromkeys(map(model_of, fitting)):
+        own = [record for record in fitting if model_of(record) == name]
+        full, fused = ([record for record in own if record["head"] == head] for head in ("full", "jliger"))
+        if not full:
+            rows += fused
+            continue
+        best = max(full, key=lambda record: record["batch"])
+        chosen = [record for record in fused if record["batch"] in (best["batch"], largest(fused))]
+        rows.append(best)
+        rows += [
+            {
+                **record,
+                "faster": record["tokens_per_second"] / best["tokens_per_second"] - 1,
+                "saved": 1 - memory_of(record) / memory_of(best),
+            }
+            for record in chosen
+        ]
+    return rows
+
+
+def text_of(results: Record) -> str:
+    about = results["environment"]
+    columns: dict[str, Column] = {
+        "model": model_of,
+        "head": lambda record: TITLES[record["head"]],
+        "batch": number("batch"),
+        "ms a step": number("milliseconds", ".0f"),
+        "tokens/s": number("tokens_per_second", ",.0f"),
+        "GiB": lambda record: f"{memory_of(record) / GIB:.1f}",
+        "more tokens/s": number("faster", "+.1%"),
+        "memory saved": number("saved", ".1%"),
+    }
+    first = results["records"][0]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return (
+        f"{table_of(compared(results), columns)}\n\nlength {first['length']}, arithmetic {first['dtype']}, parameters "
+        f"{first['param_dtype']}, AdamW\n{about['devices']} x {about['device']}, Python {about['python']}, {versions}, "
+        f"XLA_FLAGS={about['xla_flags'] or '(none)'}\n{about['command']}"
+    )
+
+
+def bars(rows: Sequence[Record], is_memory: bool, axes: Axes) -> None:
+    """A bar for each row of the table."""
+    for place, record in enumerate(rows):
+        amount = memory_of(record) / GIB if is_memory else record["tokens_per_second"]
+        drawn = axes.bar(place, amount, color=COLORS[record["head"]])
+        axes.bar_label(drawn, fmt="{:.1f}" if is_memory else "{:,.0f}")
+    labels = [f"{model_of(record)}\n{TITLES[record['head']]}, {record['batch']}" for record in rows]
+    axes.set_xticks(range(len(rows)), labels, rotation=60, ha="right", fontsize=7)
+    axes.set(title="peak memory, GiB" if is_memory else "tokens per second")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of("sweep_finetune", __doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("results/finetune.json"), help="results; table and plot beside (%(default)s)")
+    add("--models", type=model, nargs="+", required=True, metavar="NAME[:RANK]", help=f"of {', '.join(SHAPES)}")
+    add("--first-batch", type=COUNT, default=16, metavar="N", help="to guess the largest from (%(default)s)")
+    add("--timeout", type=NUMBER, default=300.0, metavar="S", help="seconds of one process (%(default)s)")
+    add("--plot-only", action="store_true", help="measure nothing; make table and plot of --out again")
+    add("rest", nargs="*", metavar="-- OPTIONS", help="options of measure_finetune.py, after --")
+    args = parser.parse_args(argv)
+    if args.plot_only:
+        results = read_json(args.out)
+    else:
+        command = " ".join(["python", "examples/sweep_finetune.py", *(sys.argv[1:] if argv is None else argv)])
+        results = {"environment": {"command": command}, "records": []}
+        for name, rank in args.models:
+            measure(args, results, name, rank)
+    if not results["records"]:
+        sys.exit("sweep_finetune: error: nothing was measured")
+    text = text_of(results)
+    args.out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    rows = compared(results)
+    panels = [partial(bars, rows, is_memory) for is_memory in (False, True)]
+    plot(panels, args.out.with_suffix(".png"), width=7, title=results["environment"]["device"])
+    print(f"{text}\n\nwritten: {args.out}, and .txt and .png beside it")
+
+
+if __name__ == "__main__":
+    main()
