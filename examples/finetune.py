@@ -13,6 +13,7 @@ import loading  # noqa: F401, I001
 import argparse
 import hashlib
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -146,6 +147,7 @@ def training_of(args: argparse.Namespace, tuning: Tuning, data: Data) -> Trainin
 
 def export(args: argparse.Namespace, tuning: Tuning, trained: Tree, base: tuple[Tree, ...]) -> None:
     folder = args.out / EXPORT
+    shutil.rmtree(folder, ignore_errors=True)
     if jax.process_count() > 1:
         raise RunError("a model is exported by one process: resume the finished run with one, to export it")
     if args.export == "adapter":

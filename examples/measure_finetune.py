@@ -1,6 +1,6 @@
 """Measures the steps of a fine-tuning at the shape of a published model, with random weights and tokens.
 
-    python examples/measure_finetune.py --shape qwen3-0.6b --head full --batch 16 --largest record.json
+    python examples/measure_finetune.py --shape qwen3-0.6b --head full --batch 16 --largest -- record.json
 
 The rows are full, one example each. examples/sweep_finetune.py runs this for several models and both heads.
 """
@@ -82,19 +82,20 @@ def measure(args: argparse.Namespace, tuning: Tuning, base: tuple[Any, ...], bat
     return {**record, **speed, "losses": [float(loss) for loss in losses]}
 
 
-def largest_batch(needed: dict[int, Record], multiple: int) -> int:
+def largest_batch(args: argparse.Namespace) -> int:
     """The batch that fills the memory, from the compiler's account of the largest one that is known.
 
-    What grows with the batch is all but the arguments and the gradients, which are as large as what is trained.
+    What grows with the batch is all but the arguments and, with jliger, the gradients. With full logits the peak is at
+    the last layer, before there are others.
     """
-    batch_size, memory = max(needed.items())
-    fixed = memory["arguments"] + memory["aliased"] // 3
+    batch_size, memory = max(args.needed.items())
+    fixed = memory["arguments"] + (memory["aliased"] // 3 if args.head == "jliger" else 0)
     room = FILLED * device_memory("bytes_limit") - fixed
-    return int(room / max(memory["total"] - fixed, 1) * batch_size) // multiple * multiple
+    return int(room / max(memory["total"] - fixed, 1) * batch_size) // args.multiple * args.multiple
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.largest and device_memory("bytes_limit") is None:
+    if args.largest is not None and device_memory("bytes_limit") is None:
         raise RunError("--largest needs a device that says how much memory it has")
     tuning, args.needed = tuning_of(args), {}
     base = (random_parameters(tuning.config, tuning.dtype),) if tuning.rank else ()
@@ -102,20 +103,22 @@ def run(args: argparse.Namespace) -> None:
     about |= {"parameters": decoder.parameter_count(tuning.config), "trained": leaf_count(tuning.trained())}
     records = Records(args.record)
 
-    def try_batch(batch_size: int, **more: bool) -> Record:
-        own = {**about, "batch": batch_size, **more}
-        record = records.add(own, partial(measure, args, tuning, base, batch_size))
+    def try_batch(batch_size: int) -> Record:
+        record = records.add({**about, "batch": batch_size}, partial(measure, args, tuning, base, batch_size))
         say(f"{args.shape}, {args.head}, batch {batch_size}: {in_words(record)}")
         return record
 
     for batch_size in sorted(args.batch):
         if try_batch(batch_size)["out_of_memory"]:
             raise DeviceMemoryError(f"batch {batch_size} does not fit into the device's memory; the record says so")
-    if args.largest:
-        guess = largest_batch(args.needed, args.multiple)
-        for batch_size in range(guess, max(args.batch), -args.multiple)[: args.tries]:
-            if not try_batch(batch_size, is_largest=True)["out_of_memory"]:
+    if args.largest is not None:
+        batch_size = args.largest or largest_batch(args)
+        for _ in range(args.tries):
+            fits = not try_batch(batch_size)["out_of_memory"]
+            better = largest_batch(args)
+            if fits and better <= 1.1 * batch_size:
                 break
+            batch_size = better if fits else min(better, batch_size - args.multiple)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -124,17 +127,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("record", type=Path, metavar="FILE", help="the JSON file to write")
     add("--shape", choices=list(SHAPES), required=True, help="of the model")
     add("--head", choices=decoder.HEAD_NAMES, required=True, help="the last layer and loss")
-    add("--batch", type=COUNT, nargs="+", required=True, metavar="N", help="rows per step")
+    add("--batch", type=COUNT, nargs="*", default=[], metavar="N", help="rows per step")
     add("--length", type=COUNT, default=512, metavar="N", help="tokens per row (%(default)s)")
     add("--lora-rank", type=COUNT_OR_ZERO, default=0, metavar="R", help="of adapters; 0: train all (%(default)s)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the arithmetic (%(default)s)")
     add("--param-dtype", choices=DTYPES, default="bfloat16", help="of the parameters (%(default)s)")
-    add("--largest", action="store_true", help="then the largest batch that fits, guessed from these")
+    add("--largest", type=COUNT, nargs="?", const=0, metavar="N", help="then the largest; N is where to look first")
     add("--multiple", type=COUNT, default=4, metavar="N", help="of which the largest is one (%(default)s)")
     add("--tries", type=COUNT, default=3, metavar="N", help="to find the largest (%(default)s)")
     add("--timed-steps", type=COUNT, default=4, metavar="N", help="steps to time at each batch (%(default)s)")
     add("--timed-seconds", type=NUMBER, default=8.0, metavar="X", help="no more of them after this time (%(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.batch and not args.largest:
+        parser.error("--batch or --largest N is needed")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

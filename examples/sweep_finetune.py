@@ -1,10 +1,10 @@
 """Measures fine-tuning steps of several models with both heads, and writes one file, a table and a plot.
 
-    python examples/sweep_finetune.py --out results/finetune_h100.json --models qwen3-0.6b llama-3.2-1b gemma-2-2b
-    python examples/sweep_finetune.py --out results/finetune_lora_h100.json --models llama-3-8b:16 qwen2-7b:16
+    python examples/sweep_finetune.py --out results/finetune_h100.json --models llama-3.2-1b:144 llama-3-8b:96:16
 
-`llama-3-8b:16` is LoRA of rank 16. Full logits are measured first, at the largest batch that they allow; then jliger at
-the same batch, and at the largest that it allows. Each head has a process of its own.
+`llama-3.2-1b:144` begins with batch 144 to find the largest one, and `llama-3-8b:96:16` is LoRA of rank 16. Full logits
+are measured first, at the largest batch that they allow; then jliger at the same batch, and at the largest that it
+allows. Each head has a process of its own.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from options import COUNT, NUMBER, parser_of
+from options import NUMBER, parser_of
 from reporting import COLORS, GIB, TITLES, Column, number, plot, table_of
 from runs import Record, read_json, write_json
 from shapes import SHAPES
@@ -24,12 +24,13 @@ from sweeps import memory_of, run_child
 VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
 
 
-def model(text: str) -> tuple[str, int]:
-    """An argparse type: a shape's name and the rank of its adapters."""
-    name, _, rank = text.partition(":")
-    if name not in SHAPES or (rank and not rank.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SHAPES)}, perhaps with a rank as in NAME:16")
-    return name, int(rank or 0)
+def model(text: str) -> tuple[str, int, int]:
+    """An argparse type: a shape's name, the first batch to try, and the rank of adapters."""
+    name, _, numbers = text.partition(":")
+    first, _, rank = numbers.partition(":")
+    if name not in SHAPES or not first.isdecimal() or (rank and not rank.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: needed is NAME:BATCH or NAME:BATCH:RANK, of {', '.join(SHAPES)}")
+    return name, int(first), int(rank or 0)
 
 
 def largest(records: Sequence[Record]) -> int:
@@ -37,17 +38,18 @@ def largest(records: Sequence[Record]) -> int:
     return max((record["batch"] for record in records if not record["out_of_memory"]), default=0)
 
 
-def measure(args: argparse.Namespace, results: Record, name: str, rank: int) -> None:
+def measure(args: argparse.Namespace, results: Record, name: str, first: int, rank: int) -> None:
     """Adds the records of a model, with full logits first."""
-    batches = [args.first_batch]
+    same = 0
     for head in ("full", "jliger"):
-        options = ["--shape", name, "--head", head, "--lora-rank", rank, "--batch", *batches, "--largest", *args.rest]
+        batch = ["--batch", same, "--largest"] if same else ["--largest", first]
+        options = ["--shape", name, "--head", head, "--lora-rank", rank, *args.rest, *batch, "--"]
         part = run_child(f"{name}, {head}", "measure_finetune.py", options, args.timeout, VARIABLES)
         if part is not None:
             results["environment"] = {**part["environment"], "command": results["environment"]["command"]}
             results["records"] += part["records"]
             write_json(args.out, results)
-            batches = [largest(part["records"]) or args.first_batch]
+            same = largest(part["records"])
 
 
 def model_of(record: Record) -> str:
@@ -114,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of("sweep_finetune", __doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("results/finetune.json"), help="results; table and plot beside (%(default)s)")
-    add("--models", type=model, nargs="+", required=True, metavar="NAME[:RANK]", help=f"of {', '.join(SHAPES)}")
-    add("--first-batch", type=COUNT, default=16, metavar="N", help="to guess the largest from (%(default)s)")
+    add("--models", type=model, nargs="+", required=True, metavar="NAME:BATCH[:RANK]", help=f"of {', '.join(SHAPES)}")
     add("--timeout", type=NUMBER, default=300.0, metavar="S", help="seconds of one process (%(default)s)")
     add("--plot-only", action="store_true", help="measure nothing; make table and plot of --out again")
     add("rest", nargs="*", metavar="-- OPTIONS", help="options of measure_finetune.py, after --")
@@ -125,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         command = " ".join(["python", "examples/sweep_finetune.py", *(sys.argv[1:] if argv is None else argv)])
         results = {"environment": {"command": command}, "records": []}
-        for name, rank in args.models:
-            measure(args, results, name, rank)
+        for name, first, rank in args.models:
+            measure(args, results, name, first, rank)
     if not results["records"]:
         sys.exit("sweep_finetune: error: nothing was measured")
     text = text_of(results)
