@@ -24,5 +24,6 @@ def write_tokenizer(folder: Path, chat_template: str | None = None) -> None:
     begin = ("<s>", tokenizer.token_to_id("<s>"))
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [begin])
     tokenizer.save(str(folder / "tokenizer.json"))
-    about = {"eos_token": {"content": "</s>"}, "bos_token": "<s>", "chat_template": chat_template}
+    end = {"__type": "AddedToken", "content": "</s>", "special": True}
+    about = {"eos_token": end, "bos_token": "<s>", "chat_template": chat_template}
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
