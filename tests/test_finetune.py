@@ -22,6 +22,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 GOLDEN = Path(__file__).parent / "golden" / "finetune"
 
 
+EXHAUSTIVE_GEMMA = pytest.param("gemma", marks=pytest.mark.exhaustive)
+
+
 @pytest.fixture(scope="module")
 def decoder(import_example) -> ModuleType:
     return import_example("decoder")
@@ -37,7 +40,8 @@ def function(decoder):
     return losses_and_gradients(decoder)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Gemma 2 has all that Gemma has.
+@pytest.mark.parametrize("name", [name if name != "gemma" else EXHAUSTIVE_GEMMA for name in NAMES])
 def test_logits_loss_and_gradients_are_those_of_pytorch(pretrained, function, name):
     check_a_batch(pretrained, function, GOLDEN / name)
 
@@ -54,7 +58,7 @@ def test_fifty_steps_track_pytorch(pretrained, function, name):
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
     folder = tmp_path / "checkpoint"
-    shutil.copytree(GOLDEN / "qwen3", folder)
+    shutil.copytree(GOLDEN / "gemma", folder)
     write_tokenizer(folder)
     return folder
 
@@ -103,8 +107,8 @@ def test_a_run_learns_resumes_and_is_exported(finetune, pretrained, decoder, che
 
 def test_adapters_merged_and_as_peft_has_them(finetune, import_example, pretrained, decoder, checkpoint):
     """The merged folder, with a head of its own, gives the logits of base and adapters."""
-    options = ("--steps", "3", "--lora-rank", "2", "--lora-targets", "attention", "mlp", "head", "--eval-fraction", "0")
-    finetune("run", *options, "--accumulate", "2")
+    options = ("--steps", "3", "--lora-rank", "2", "--lora-targets", "attention", "head", "--eval-fraction", "0")
+    finetune("run", *options)
     shutil.copytree(finetune.folder / "run" / "model", finetune.folder / "merged")
     # A finished run can be exported again.
     finetune("run", *options, "--resume", "--export", "adapter")
@@ -120,7 +124,7 @@ def test_adapters_merged_and_as_peft_has_them(finetune, import_example, pretrain
     about = json.loads((folder / "adapter_config.json").read_text())
     assert (about["r"], about["lora_alpha"]) == (2, 4.0)
     tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
-    assert len(tensors) == 2 * (7 * config.layers + 1)
+    assert len(tensors) == 2 * (4 * config.layers + 1)
 
     def product(name: str) -> np.ndarray:
         a, b = (tensors[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
