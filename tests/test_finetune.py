@@ -145,7 +145,7 @@ def test_a_row_of_several_examples_is_the_examples(import_example, pretrained, d
     generator = np.random.default_rng(0)
     examples = []
     for size in (9, 7, 12, 3):
-        ids = generator.integers(1, 61, size + 1).astype(np.int32)
+        ids = generator.integers(1, 64, size + 1).astype(np.int32)
         examples.append((ids[:-1], ids[1:]))
     packed, single = (instructions.pack(examples, 16, is_packed) for is_packed in (True, False))
     assert (len(packed), len(single)) == (2, 4)

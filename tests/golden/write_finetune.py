@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 FOLDER = Path(__file__).parent / "finetune"
 SIZES = {
-    "vocab_size": 61,
+    "vocab_size": 64,
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 3,
