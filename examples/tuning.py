@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from decoder import DecoderConfig, Tree
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from llama import BATCH
 from runs import Record
@@ -60,8 +60,8 @@ class Tuning:
             return adapters.adapter_parameters(self.config, self.rank, self.groups)
         return decoder.parameters(self.config)
 
-    def sharding(self, spec: P) -> NamedSharding | None:
-        return None if self.mesh is None else NamedSharding(self.mesh, spec)
+    def sharding(self, spec: P) -> Sharding:
+        return SingleDeviceSharding(jax.devices()[0]) if self.mesh is None else NamedSharding(self.mesh, spec)
 
     def abstract(self, described: Tree, dtype: str) -> Tree:
         """The shapes, dtypes and shardings of what is described."""
@@ -113,10 +113,10 @@ class Tuning:
             rows,
             *self.base(),
             microbatches=microbatches,
-            shardings=None if self.mesh is None else shardings,
+            shardings=shardings,
         )
         places = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state["optimizer"])
-        begin = jax.jit(optimizer.init, out_shardings=None if self.mesh is None else places)
+        begin = jax.jit(optimizer.init, out_shardings=places)
 
         def initial_state() -> Tree:
             trained = initial()
@@ -127,10 +127,10 @@ class Tuning:
     def initial_adapters(self, seed: int) -> Tree:
         create = partial(adapters.initial_adapters, self.config, self.rank, self.groups)
         places = jax.tree.map(lambda leaf: self.sharding(leaf.spec), self.trained())
-        return jax.jit(create, out_shardings=None if self.mesh is None else places)(jax.random.key(seed))
+        return jax.jit(create, out_shardings=places)(jax.random.key(seed))
 
     def on_devices(self, rows: np.ndarray) -> jax.Array:
         """A batch that every process has; each device takes its rows."""
         if self.mesh is None:
-            return jnp.asarray(rows)
+            return jax.device_put(rows, self.sharding(P()))
         return jax.make_array_from_process_local_data(self.sharding(P(BATCH)), rows, rows.shape)
