@@ -23,6 +23,9 @@ from sweeps import memory_of, run_child
 # A device that does nothing else can be given to XLA as a whole: memory in pieces would fit smaller batches only.
 VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
 
+# The share of the memory that a batch takes at least if it is said to be the largest.
+FILLED = 0.85
+
 
 def model(text: str) -> tuple[str, int, int]:
     """An argparse type: a shape's name, the first batch to try, and the rank of adapters."""
@@ -57,8 +60,13 @@ def model_of(record: Record) -> str:
 
 
 def compared(results: Record) -> list[Record]:
-    """For each model: full logits at their largest batch, jliger at the same batch and at its own largest."""
+    """For each model: full logits at their largest batch, jliger at the same batch and at its own largest.
+
+    Memory is compared at the same batch only. So is speed, if full logits left much of the memory free: then a larger
+    batch would fit, and the largest ones of both heads are not known.
+    """
     fitting = [record for record in results["records"] if not record["out_of_memory"]]
+    limit = results["environment"]["bytes_limit"] or 0
     rows = []
     for name in dict.fromkeys(map(model_of, fitting)):
         own = [record for record in fitting if model_of(record) == name]
@@ -67,16 +75,14 @@ def compared(results: Record) -> list[Record]:
             rows += fused
             continue
         best = max(full, key=lambda record: record["batch"])
-        chosen = [record for record in fused if record["batch"] in (best["batch"], largest(fused))]
         rows.append(best)
-        rows += [
-            {
-                **record,
-                "faster": record["tokens_per_second"] / best["tokens_per_second"] - 1,
-                "saved": 1 - memory_of(record) / memory_of(best),
-            }
-            for record in chosen
-        ]
+        for record in fused:
+            is_same = record["batch"] == best["batch"]
+            if is_same or record["batch"] == largest(fused):
+                is_comparable = is_same or memory_of(best) > FILLED * limit
+                faster = record["tokens_per_second"] / best["tokens_per_second"] - 1 if is_comparable else None
+                saved = 1 - memory_of(record) / memory_of(best) if is_same else None
+                rows.append({**record, "faster": faster, "saved": saved})
     return rows
 
 
@@ -125,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = read_json(args.out)
     else:
         command = " ".join(["python", "examples/sweep_finetune.py", *(sys.argv[1:] if argv is None else argv)])
-        results = {"environment": {"command": command}, "records": []}
+        results: Record = {"environment": {"command": command}, "records": []}
         for name, first, rank in args.models:
             measure(args, results, name, first, rank)
     if not results["records"]:
