@@ -45,6 +45,7 @@ EXPORT = "model"
 EXPORTS = ("merged", "adapter", "none")
 # Of a full fine-tune and of adapters.
 LEARNING_RATE, LORA_LEARNING_RATE = 2e-5, 2e-4
+LEFT_OUT = "left_out.txt"
 DEFAULT_OUT = "runs/finetune"
 
 
@@ -79,10 +80,11 @@ def evaluation(tuning: Tuning, batches: Sequence[np.ndarray], base: tuple[Tree, 
 
 @dataclass(frozen=True)
 class Data:
-    """Rows to train on (`instructions.pack`), and held-out batches of such rows."""
+    """Rows to train on (`instructions.pack`), held-out batches of such rows, and the records that were left out."""
 
     rows: np.ndarray
     heldout: list[np.ndarray]
+    problems: list[str]
 
     @classmethod
     def read(cls, args: argparse.Namespace) -> "Data":
@@ -92,7 +94,7 @@ class Data:
         rows, heldout = (pack(part, args.length, args.packing) for part in examples)
         filled = np.mean(rows[:, 2] > 0)
         say(f"data: {len(rows)} rows of {args.length} to train on, {filled:.0%} full; {len(heldout)} rows held out")
-        return cls(rows, eval_batches(heldout, args.batch_size, args.eval_batches))
+        return cls(rows, eval_batches(heldout, args.batch_size, args.eval_batches), dataset.problems)
 
     @property
     def digest(self) -> str:
@@ -124,7 +126,7 @@ def settings_of(args: argparse.Namespace, config: DecoderConfig, data: Data) -> 
 
 def training_of(args: argparse.Namespace, tuning: Tuning, data: Data) -> Training:
     """The training. A full fine-tune reads the checkpoint when it begins, one of adapters reads it in any case."""
-    load = partial(pretrained.load, args.model, tuning.config, tuning.dtype, tuning.mesh)
+    load = partial(pretrained.load, args.model, tuning.config, tuning.dtype, tuning.sharding)
     base = (load(),) if tuning.rank else ()
     initial = partial(tuning.initial_adapters, args.seed) if tuning.rank else load
     program = tuning.program(optimizer_of(args, tuning), initial, args.batch_size, args.length, args.accumulate)
@@ -148,8 +150,6 @@ def training_of(args: argparse.Namespace, tuning: Tuning, data: Data) -> Trainin
 def export(args: argparse.Namespace, tuning: Tuning, trained: Tree, base: tuple[Tree, ...]) -> None:
     folder = args.out / EXPORT
     shutil.rmtree(folder, ignore_errors=True)
-    if jax.process_count() > 1:
-        raise RunError("a model is exported by one process: resume the finished run with one, to export it")
     if args.export == "adapter":
         pretrained.export_adapter(folder, args.model, tuning.config, trained, tuning.rank, tuning.alpha)
     elif tuning.rank:
@@ -245,7 +245,9 @@ def run(args: argparse.Namespace) -> None:
         check_mesh(args, config, mesh)
     data = Data.read(args)
     settings = settings_of(args, config, data)
-    runs.open_folder(args, settings, (runs.METRICS, runs.CHECKPOINTS, EXPORT))
+    runs.open_folder(args, settings, (runs.METRICS, runs.CHECKPOINTS, EXPORT, LEFT_OUT))
+    if data.problems:
+        (args.out / LEFT_OUT).write_text("\n".join(data.problems) + "\n", encoding="utf-8")
     tuning = tuning_of(args, config, mesh)
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
         training = training_of(args, tuning, data)
@@ -257,8 +259,7 @@ def run(args: argparse.Namespace) -> None:
             say(f"Stopped at step {last} of {args.steps}; --resume continues.")
         elif args.export != "none":
             export(args, tuning, training.state["parameters"], training.given)
-    if jax.process_index() == 0:
-        report(args, settings)
+    report(args, settings)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from decoder import DecoderConfig, Llama3Rope, Parameter, Tree, layer_parameters, parameters
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.sharding import Sharding, SingleDeviceSharding
 from runs import Record, RunError, read_json, write_json
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -298,8 +299,18 @@ def _each_layer(config: DecoderConfig, path: tuple[str, ...], name: str) -> list
     return [name.format(layer=layer) for layer in range(config.layers if path[0] == "layers" else 1)]
 
 
-def load(folder: Path, config: DecoderConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None) -> Tree:
-    """The parameters of a checkpoint in `dtype`, sharded over `mesh` as `decoder.parameters` says.
+def on_one_device(spec: P) -> Sharding:
+    del spec
+    return SingleDeviceSharding(jax.devices()[0])
+
+
+def load(
+    folder: Path,
+    config: DecoderConfig,
+    dtype: jax.typing.DTypeLike,
+    sharding: Callable[[P], Sharding] = on_one_device,
+) -> Tree:
+    """The parameters of a checkpoint in `dtype`; `sharding` makes theirs of the specs of `decoder.parameters`.
 
     A device's part of one parameter, of all layers, is in the host's memory at a time.
     """
@@ -323,10 +334,7 @@ def load(folder: Path, config: DecoderConfig, dtype: jax.typing.DTypeLike, mesh:
                     part[layer] = layout.from_stored(tensors.part(each)[layout.stored_index(own)], part.shape[1:])
                 return part.reshape(shape)
 
-            if mesh is None:
-                value = jnp.asarray(read((slice(None),) * len(leaf.shape)))
-            else:
-                value = jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, leaf.spec), read)
+            value = jax.make_array_from_callback(leaf.shape, sharding(leaf.spec), read)
             _at(loaded, path[:-1])[path[-1]] = value
     return loaded
 

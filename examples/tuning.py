@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pretrained
 from decoder import DecoderConfig, Tree
-from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from llama import BATCH
 from runs import Record
@@ -36,7 +37,7 @@ class Tuning:
       groups: the matrices with adapters, of `adapters.GROUPS`.
       dtype: of the parameters. Adapters are float32.
       is_packed: whether a row has several examples.
-      mesh: the devices, if there are several.
+      mesh: the devices, all of this process, if there are several.
       head_options: of jliger.
     """
 
@@ -61,7 +62,7 @@ class Tuning:
         return decoder.parameters(self.config)
 
     def sharding(self, spec: P) -> Sharding:
-        return SingleDeviceSharding(jax.devices()[0]) if self.mesh is None else NamedSharding(self.mesh, spec)
+        return pretrained.on_one_device(spec) if self.mesh is None else NamedSharding(self.mesh, spec)
 
     def abstract(self, described: Tree, dtype: str) -> Tree:
         """The shapes, dtypes and shardings of what is described."""
@@ -130,7 +131,5 @@ class Tuning:
         return jax.jit(create, out_shardings=places)(jax.random.key(seed))
 
     def on_devices(self, rows: np.ndarray) -> jax.Array:
-        """A batch that every process has; each device takes its rows."""
-        if self.mesh is None:
-            return jax.device_put(rows, self.sharding(P()))
-        return jax.make_array_from_process_local_data(self.sharding(P(BATCH)), rows, rows.shape)
+        """A batch of which each device takes its rows."""
+        return jax.device_put(rows, self.sharding(P(BATCH)))

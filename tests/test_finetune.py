@@ -85,6 +85,7 @@ def test_a_run_learns_resumes_and_is_exported(finetune, pretrained, decoder, che
     printed, whole = finetune("whole", *options)
     assert "2 records were left out: line 2: it is no JSON" in printed
     assert "line 3: 'output' is missing" in printed
+    assert len((finetune.folder / "whole" / "left_out.txt").read_text().splitlines()) == 2
     losses = [whole["train"][step]["loss"] for step in range(1, 9)]
     assert losses[-1] < 0.9 * losses[0]
     assert whole["eval"][8]["loss"] < 0.9 * whole["eval"][0]["loss"]
