@@ -23,6 +23,7 @@ from typing import Any
 
 import adapters
 import decoder
+import exporting
 import jax
 import numpy as np
 import optax
@@ -151,11 +152,11 @@ def export(args: argparse.Namespace, tuning: Tuning, trained: Tree, base: tuple[
     folder = args.out / EXPORT
     shutil.rmtree(folder, ignore_errors=True)
     if args.export == "adapter":
-        pretrained.export_adapter(folder, args.model, tuning.config, trained, tuning.rank, tuning.alpha)
+        exporting.export_adapter(folder, args.model, tuning.config, trained, tuning.rank, tuning.alpha)
     elif tuning.rank:
-        pretrained.export(folder, args.model, tuning.config, base[0], trained, tuning.scale)
+        exporting.export_model(folder, args.model, tuning.config, base[0], trained, tuning.scale)
     else:
-        pretrained.export(folder, args.model, tuning.config, trained)
+        exporting.export_model(folder, args.model, tuning.config, trained)
     say(f"the model is in {folder}")
 
 

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import architectures
 import decoder
 import jax
 import numpy as np
 import optax
 import options
-import pretrained
 import runs
 from decoder import DecoderConfig
 from measuring import Records, in_words, measured
@@ -33,7 +33,7 @@ FILLED = 0.97
 
 def tuning_of(args: argparse.Namespace) -> Tuning:
     return Tuning(
-        config=pretrained.decoder_config(SHAPES[args.shape], args.shape, args.dtype),
+        config=architectures.decoder_config(SHAPES[args.shape], args.shape, args.dtype),
         head=args.head,
         rank=args.lora_rank,
         alpha=2.0 * args.lora_rank,

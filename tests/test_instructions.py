@@ -113,11 +113,11 @@ def test_a_checkpoint_that_is_none_is_refused_by_name(pretrained, tmp_path, chan
         pretrained.load(folder, pretrained.read_config(folder), "float32")
 
 
-def test_files_in_pieces(pretrained, tmp_path):
+def test_files_in_pieces(import_example, pretrained, tmp_path):
     """A checkpoint is exported in several files with an index, and read again; a lost file or tensor is named."""
     config = pretrained.read_config(GOLDEN / "gemma2")
     params = pretrained.load(GOLDEN / "gemma2", config, "float32")
-    pretrained.export(tmp_path, GOLDEN / "gemma2", config, params, file_bytes=15_000)
+    import_example("exporting").export_model(tmp_path, GOLDEN / "gemma2", config, params, file_bytes=15_000)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert files[0] == "model-00001-of-00003.safetensors"
     again = pretrained.load(tmp_path, config, "float32")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
+import transformers  # pyrefly: ignore[missing-import]
 from safetensors.torch import save_file
 
 FOLDER = Path(__file__).parent / "finetune"
