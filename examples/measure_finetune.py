@@ -7,6 +7,7 @@ The rows are full, one example each. examples/sweep_finetune.py runs this for se
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ import optax
 import options
 import runs
 from decoder import DecoderConfig
+from jax.sharding import Mesh
 from measuring import Records, in_words, measured
 from options import COUNT, COUNT_OR_ZERO, DTYPES, NUMBER
 from runs import DeviceMemoryError, Record, RunError, say
 from shapes import SHAPES
+from train_sharded import make_mesh, mesh_axes
 from training import compile_step, device_memory, device_memory_errors
 from tuning import Tuning, leaf_count
 
@@ -31,7 +34,7 @@ LEARNING_RATE = 1e-5
 FILLED = 0.97
 
 
-def tuning_of(args: argparse.Namespace) -> Tuning:
+def tuning_of(args: argparse.Namespace, mesh: Mesh | None) -> Tuning:
     return Tuning(
         config=architectures.decoder_config(SHAPES[args.shape], args.shape, args.dtype),
         head=args.head,
@@ -40,15 +43,16 @@ def tuning_of(args: argparse.Namespace) -> Tuning:
         groups=("attention", "mlp"),
         dtype=args.param_dtype,
         is_packed=False,
-        mesh=None,
+        mesh=mesh,
         head_options={},
     )
 
 
-def random_parameters(config: DecoderConfig, dtype: str) -> Any:
-    create = partial(decoder.initial_parameters, config, dtype=dtype)
+def random_parameters(tuning: Tuning) -> Any:
+    create = partial(decoder.initial_parameters, tuning.config, dtype=tuning.dtype)
+    places = jax.tree.map(lambda leaf: tuning.sharding(leaf.spec), decoder.parameters(tuning.config))
     with device_memory_errors():
-        return jax.block_until_ready(jax.jit(create)(jax.random.key(0)))
+        return jax.block_until_ready(jax.jit(create, out_shardings=places)(jax.random.key(0)))
 
 
 def random_rows(config: DecoderConfig, batch_size: int, length: int) -> np.ndarray:
@@ -59,9 +63,7 @@ def random_rows(config: DecoderConfig, batch_size: int, length: int) -> np.ndarr
 
 
 def measure(args: argparse.Namespace, tuning: Tuning, base: tuple[Any, ...], batch_size: int) -> Record:
-    initial = partial(random_parameters, tuning.config, tuning.dtype)
-    if tuning.rank:
-        initial = partial(tuning.initial_adapters, 0)
+    initial = partial(tuning.initial_adapters, 0) if tuning.rank else partial(random_parameters, tuning)
     program = tuning.program(optax.adamw(LEARNING_RATE), initial, batch_size, args.length)
     compiled = compile_step(program.step)
     # Known now, and of use for the next guess even if the step does not fit.
@@ -97,9 +99,17 @@ def largest_batch(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> None:
     if args.largest is not None and device_memory("bytes_limit") is None:
         raise RunError("--largest needs a device that says how much memory it has")
-    tuning, args.needed = tuning_of(args), {}
-    base = (random_parameters(tuning.config, tuning.dtype),) if tuning.rank else ()
+    mesh = make_mesh(args.mesh) if jax.device_count() > 1 else None
+    tuning, args.needed = tuning_of(args, mesh), {}
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
+        measure_all(args, tuning)
+
+
+def measure_all(args: argparse.Namespace, tuning: Tuning) -> None:
+    """Measures the batches that were asked for, in ascending order, and looks for the largest."""
+    base = (random_parameters(tuning),) if tuning.rank else ()
     about = {name: getattr(args, name) for name in ("shape", "head", "length", "lora_rank", "dtype", "param_dtype")}
+    about["mesh"] = None if tuning.mesh is None else dict(tuning.mesh.shape)
     about |= {"parameters": decoder.parameter_count(tuning.config), "trained": leaf_count(tuning.trained())}
     records = Records(args.record)
 
@@ -114,6 +124,8 @@ def run(args: argparse.Namespace) -> None:
     if args.largest is not None:
         batch_size = args.largest or largest_batch(args)
         for _ in range(args.tries):
+            if batch_size in args.needed:
+                break
             fits = not try_batch(batch_size)["out_of_memory"]
             better = largest_batch(args)
             if fits and better <= 1.1 * batch_size:
@@ -130,6 +142,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=COUNT, nargs="*", default=[], metavar="N", help="rows per step")
     add("--length", type=COUNT, default=512, metavar="N", help="tokens per row (%(default)s)")
     add("--lora-rank", type=COUNT_OR_ZERO, default=0, metavar="R", help="of adapters; 0: train all (%(default)s)")
+    add("--mesh", type=mesh_axes, metavar="AXES", help="as in fsdp=2,tensor=1 (default: all devices on fsdp)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the arithmetic (%(default)s)")
     add("--param-dtype", choices=DTYPES, default="bfloat16", help="of the parameters (%(default)s)")
     add("--largest", type=COUNT, nargs="?", const=0, metavar="N", help="then the largest; N is where to look first")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,7 @@ import pytest
 from pytorch_agreement import NAMES, check_a_batch, check_fifty_steps, losses_and_gradients
 from tiny_checkpoint import RECORDS, write_tokenizer
 
-pytest.importorskip("safetensors")
+safetensors = pytest.importorskip("safetensors.numpy")
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
@@ -106,38 +107,53 @@ def test_a_run_learns_resumes_and_is_exported(finetune, pretrained, decoder, che
     assert (exported[0] / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
 
 
-def test_adapters_merged_and_as_peft_has_them(finetune, import_example, pretrained, decoder, checkpoint):
-    """The merged folder, with a head of its own, gives the logits of base and adapters."""
-    options = ("--steps", "3", "--lora-rank", "2", "--lora-targets", "attention", "head", "--eval-fraction", "0")
-    finetune("run", *options)
-    shutil.copytree(finetune.folder / "run" / "model", finetune.folder / "merged")
+def test_adapters_merged_and_as_peft_has_them(import_example, decoder, pretrained, checkpoint, tmp_path):
+    """The merged folder, with a head of its own, has the logits and the loss of base and adapters."""
+    adapters, exporting = import_example("adapters"), import_example("exporting")
+    config, rank, scale = pretrained.read_config(checkpoint), 2, 1.5
+    base = pretrained.load(checkpoint, config, "float32")
+    generator = np.random.default_rng(0)
+    described = adapters.adapter_parameters(config, rank)
+    own = jax.tree.map(lambda leaf: generator.normal(size=leaf.shape).astype(np.float32) / 4, described)
+    exporting.export_model(tmp_path / "merged", checkpoint, config, base, own, scale)
+    untied = pretrained.read_config(tmp_path / "merged")
+    assert (config.tie_embeddings, untied.tie_embeddings) == (True, False)
+    merged = pretrained.load(tmp_path / "merged", untied, "float32")
+
+    def logits_and_loss(config, params, adapters, tokens, labels):
+        hidden = decoder.hidden_states(config, params, tokens, adapters=adapters, adapter_scale=scale)
+        logits = decoder.full_logits(config, params, hidden, adapters, scale)
+        return logits, decoder.loss_sum("jliger", config, params, hidden, labels, adapters, scale)
+
+    function, expected = jax.jit(logits_and_loss, static_argnums=0), np.load(GOLDEN / "gemma" / "expected.npz")
+    batch = expected["tokens"], expected["labels"]
+    logits, loss = function(config, base, own, *batch)
+    merged_logits, merged_loss = function(untied, merged, None, *batch)
+    np.testing.assert_allclose(logits, merged_logits, atol=1e-5)
+    np.testing.assert_allclose(loss, merged_loss, rtol=1e-6)
+    assert np.abs(logits - expected["logits"]).max() > 0.1
+
+    exporting.export_adapter(tmp_path / "peft", checkpoint, config, own, rank, scale * rank)
+    about = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (about["r"], about["lora_alpha"], len(about["target_modules"])) == (2, 3.0, 8)
+    tensors = safetensors.load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * (7 * config.layers + 1)
+    a, b = (tensors[f"base_model.model.model.layers.1.self_attn.o_proj.lora_{letter}.weight"] for letter in "AB")
+    difference = (merged["layers"]["attention_out"] - base["layers"]["attention_out"])[1]
+    np.testing.assert_allclose(difference.reshape(-1, config.hidden_size).T, scale * b @ a, atol=1e-6)
+
+
+@pytest.mark.exhaustive
+def test_a_run_of_adapters(finetune, pretrained, checkpoint):
+    options = ("--steps", "6", "--lora-rank", "2", "--lora-targets", "attention", "head", "--accumulate", "2")
+    _, metrics = finetune("run", *options)
+    assert metrics["train"][6]["loss"] < 0.95 * metrics["train"][1]["loss"]
+    merged = pretrained.read_config(finetune.folder / "run" / "model")
+    assert merged == replace(pretrained.read_config(checkpoint), tie_embeddings=False)
     # A finished run can be exported again.
     finetune("run", *options, "--resume", "--export", "adapter")
-    config = pretrained.read_config(checkpoint)
-    untied = pretrained.read_config(finetune.folder / "merged")
-    assert (config.tie_embeddings, untied.tie_embeddings) == (True, False)
-    base = pretrained.load(checkpoint, config, "float32")
-    merged = pretrained.load(finetune.folder / "merged", untied, "float32")
-
-    import safetensors.numpy
-
-    folder = finetune.folder / "run" / "model"
-    about = json.loads((folder / "adapter_config.json").read_text())
-    assert (about["r"], about["lora_alpha"]) == (2, 4.0)
-    tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
-    assert len(tensors) == 2 * (4 * config.layers + 1)
-
-    def product(name: str) -> np.ndarray:
-        a, b = (tensors[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
-        return 2.0 * b @ a
-
-    for layer in range(config.layers):
-        name = f"model.layers.{layer}.self_attn.o_proj"
-        delta = (merged["layers"]["attention_out"] - base["layers"]["attention_out"])[layer].reshape(-1, 16).T
-        np.testing.assert_allclose(delta, product(name), atol=1e-6)
-        assert np.abs(delta).max() > 1e-4
-    np.testing.assert_allclose(merged["head"] - base["embedding"].T, product("lm_head").T, atol=1e-6)
-    np.testing.assert_array_equal(merged["embedding"], base["embedding"])
+    tensors = safetensors.load_file(finetune.folder / "run" / "model" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * (4 * merged.layers + 1)
 
 
 def test_a_row_of_several_examples_is_the_examples(import_example, pretrained, decoder, finetune):
@@ -158,3 +174,46 @@ def test_a_row_of_several_examples_is_the_examples(import_example, pretrained, d
     expected, same_count = jax.jit(tuning.Tuning(is_packed=False, **of).loss)(params, single)
     assert count == same_count == 31
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def test_only_comparable_batches_are_compared(import_example):
+    """Speed at different batches is compared only if full logits filled the memory; memory only at the same batch."""
+    sweep = import_example("sweep_finetune")
+
+    def record(head, batch, gib):
+        memory = {"memory_bytes": {"total": gib * 2**30}, "peak_bytes": None}
+        speed = {"tokens_per_second": 100.0 + 10 * (head == "jliger")}
+        return {"shape": "a", "lora_rank": 0, "head": head, "batch": batch, "out_of_memory": False, **memory, **speed}
+
+    def of(gib):
+        records = [record("full", 8, 1), record("full", 16, gib), record("jliger", 16, 5), record("jliger", 64, 70)]
+        rows = sweep.compared({"environment": {"bytes_limit": 80 * 2**30}, "records": records})
+        assert [(row["head"], row["batch"]) for row in rows] == [("full", 16), ("jliger", 16), ("jliger", 64)]
+        return [(row["faster"], row["saved"]) for row in rows[1:]]
+
+    assert of(20) == [(pytest.approx(0.1), 0.75), (None, None)]
+    assert of(75) == [(pytest.approx(0.1), pytest.approx(1 - 5 / 75)), (pytest.approx(0.1), None)]
+
+
+@pytest.mark.exhaustive
+def test_steps_are_measured(import_example, monkeypatch, tmp_path):
+    values = {**import_example("runs").read_json(GOLDEN / "llama" / "config.json")}
+    measure = import_example("measure_finetune")
+    monkeypatch.setitem(measure.SHAPES, "llama-3-8b", values)
+    arguments = [
+        "--shape",
+        "llama-3-8b",
+        "--head",
+        "jliger",
+        "--length",
+        "8",
+        "--batch",
+        "2",
+        "4",
+        "--timed-steps",
+        "2",
+    ]
+    measure.main([*arguments, str(tmp_path / "record.json")])
+    records = json.loads((tmp_path / "record.json").read_text())["records"]
+    assert [record["batch"] for record in records] == [2, 4]
+    assert all(record["tokens_per_second"] > 0 and len(record["losses"]) == 3 for record in records)
