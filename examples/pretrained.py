@@ -1,7 +1,6 @@
 """Checkpoint folders as Hugging Face has them: config.json and safetensors, to a decoder's parameters.
 
-Parameters are read straight into their sharding: a device's part of them and nothing else, one parameter (of all
-layers) at a time. Every tensor of the folder must be used, and have the shape that config.json implies.
+Parameters are read straight into their sharding, one of them (of all layers) at a time. Every tensor of the folder must be used, and have the shape that config.json implies.
 """
 
 import math
@@ -180,7 +179,7 @@ def load(
 ) -> Tree:
     """The parameters of a checkpoint in `dtype`; `sharding` makes theirs of the specs of `decoder.parameters`.
 
-    A device's part of one parameter, of all layers, is in the host's memory at a time.
+    At most one parameter, of all layers, is in the host's memory at a time.
     """
     described, dtype = parameters(config), jnp.dtype(dtype)
     loaded: Tree = {"layers": {}}
