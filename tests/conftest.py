@@ -13,6 +13,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 # .ci/test starts such a process, with eight simulated devices.
 collect_ignore_glob = [] if jax.device_count() > 1 else ["sharding/*", "accumulation/*"]
+# Scripts there need what tests do not.
+collect_ignore_glob += ["golden/*"]
 
 
 @pytest.fixture(scope="module", autouse=True)
