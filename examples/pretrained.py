@@ -1,6 +1,7 @@
 """Checkpoint folders as Hugging Face has them: config.json and safetensors, to a decoder's parameters.
 
-Parameters are read straight into their sharding, one of them (of all layers) at a time. Every tensor of the folder must be used, and have the shape that config.json implies.
+Parameters are read straight into their sharding, one of them (of all layers) at a time. Every tensor of the folder must
+be used, and have the shape that config.json implies.
 """
 
 import math
