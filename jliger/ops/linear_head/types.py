@@ -51,6 +51,7 @@ class HeadConfig:
       vocab_axes: inside a user's `shard_map`, the manual axes that shard the kernel's columns.
       vocab_size: how many of the whole kernel's columns exist; the rest is padding. None for all.
       teacher: the teacher's head, or None.
+      top_k: how many of each token's largest logits to return; None for statistics of all logits.
     """
 
     kernel_layout: KernelLayout
@@ -67,6 +68,7 @@ class HeadConfig:
     keep_logits: bool = False
     logits_budget: int | None = None
     teacher: TeacherConfig | None = None
+    top_k: int | None = None
 
     @property
     def vocab_dim(self) -> int:
