@@ -104,7 +104,12 @@ def _linear_top_k(
     stats = gradients.top_k_stats(config, operands)
     # The logits and the maximum may be large and close: subtract them first, to keep log_sum's precision.
     logprobs = stats.top.logits - stats.max[..., None] - stats.log_sum[..., None]
-    return LinearTopK(stats.top.ids, logprobs, stats.max + stats.log_sum)
+    every = None if where is None else where[..., None]
+    return LinearTopK(
+        ids=if_counted(every, stats.top.ids, -1),
+        logprobs=if_counted(every, logprobs, 0),
+        logsumexp=if_counted(where, stats.max + stats.log_sum, 0),
+    )
 
 
 def _check_columns(config: HeadConfig, kernel: Any) -> None:
