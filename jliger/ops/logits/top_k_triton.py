@@ -1,14 +1,19 @@
-"""The largest logits of each row as calls of Triton kernels."""
+"""The row functions of `top_k` and `top_k_kl` as calls of Triton kernels."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import triton
+from jaxtyping import Array, Float, Int
 
 from jliger.core.triton_call import call_kernel
+from jliger.ops.logits import top_k_kl_triton_kernels as student_kernels
 from jliger.ops.logits import top_k_triton_kernels as kernels
-from jliger.ops.logits.top_k_types import TopLogits
+from jliger.ops.logits.distillation_types import SoftmaxStats
+from jliger.ops.logits.top_k_types import StudentCoefficients, StudentMap, StudentStats, TopLogits
+from jliger.ops.logits.triton import launch
 from jliger.ops.logits.triton_tiles import Shape, Tile
 from jliger.ops.logits.types import Block, LogitMap
 
@@ -41,7 +46,7 @@ def top_logits(
     def selected(dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, k), dtype)
 
-    launch: dict[str, Any] = {"grid": (rows,), "num_stages": 1, "compute_capability": compute_capability}
+    common: dict[str, Any] = {"grid": (rows,), "num_stages": 1, "compute_capability": compute_capability}
     (maxima,) = call_kernel(
         kernels.group_maxima_kernel,
         operands,
@@ -52,7 +57,7 @@ def top_logits(
         num_warps=tile.lanes // 32,
         SHAPE=shape,
         TILE=tile,
-        **launch,
+        **common,
     )
     (groups,) = call_kernel(
         kernels.select_groups_kernel,
@@ -63,7 +68,7 @@ def top_logits(
         bytes_accessed=maxima.nbytes,
         num_warps=of_groups.num_warps,
         SELECT=of_groups,
-        **launch,
+        **common,
     )
     result = call_kernel(
         kernels.select_columns_kernel,
@@ -75,6 +80,93 @@ def top_logits(
         num_warps=of_columns.num_warps,
         SHAPE=shape,
         SELECT=of_columns,
-        **launch,
+        **common,
     )
     return TopLogits(*result)
+
+
+def student_stats(
+    product: Float[Array, "T V"], block: Block, student_map: StudentMap, *, compute_capability: int | None = None
+) -> StudentStats:
+    outputs = call_kernel(
+        student_kernels.student_stats_kernel,
+        [product, block.bias, block.width],
+        _stats_types(product, student_map),
+        name="jliger_student_stats",
+        flops=5 * product.size,
+        bytes_accessed=product.nbytes,
+        compute_capability=compute_capability,
+        INVERSE_TEMPERATURE=1 / student_map.temperature,
+        **launch(product, student_map.logits, passes=1),
+    )
+    return _stats(outputs)
+
+
+def student_grads(
+    product: Float[Array, "T V"],
+    block: Block,
+    student_map: StudentMap,
+    stats: StudentStats,
+    coefficients: StudentCoefficients,
+    ids: Int[Array, "T K"],
+    column_grads: Float[Array, "T K"],
+    *,
+    dtype: jax.typing.DTypeLike,
+    compute_capability: int | None = None,
+) -> Float[Array, "T V"]:
+    of_stats = [stats.softmax.max, stats.softmax.log_sum, stats.hard_log_sum]
+    labels = None if coefficients.label is None else block.labels
+    (grads,) = call_kernel(
+        student_kernels.student_grads_kernel,
+        [product, block.bias, block.width, labels, *of_stats, *coefficients, ids, column_grads],
+        [jax.ShapeDtypeStruct(product.shape, dtype)],
+        name="jliger_student_grads",
+        flops=5 * product.size,
+        bytes_accessed=product.nbytes + product.size * jnp.dtype(dtype).itemsize,
+        compute_capability=compute_capability,
+        COLUMNS=_columns(ids),
+        INVERSE_TEMPERATURE=1 / student_map.temperature,
+        **launch(product, student_map.logits, passes=1),
+    )
+    return grads
+
+
+def student_stats_and_grads(
+    product: Float[Array, "T V"],
+    block: Block,
+    student_map: StudentMap,
+    coefficients: StudentCoefficients,
+    ids: Int[Array, "T K"],
+    shares: Float[Array, "T K"],
+    *,
+    dtype: jax.typing.DTypeLike,
+    compute_capability: int | None = None,
+) -> tuple[StudentStats, Float[Array, "T V"]]:
+    labels = None if coefficients.label is None else block.labels
+    *outputs, grads = call_kernel(
+        student_kernels.student_stats_and_grads_kernel,
+        [product, block.bias, block.width, labels, *coefficients, ids, shares],
+        [*_stats_types(product, student_map), jax.ShapeDtypeStruct(product.shape, dtype)],
+        name="jliger_student_stats_and_grads",
+        flops=10 * product.size,
+        bytes_accessed=product.nbytes + product.size * jnp.dtype(dtype).itemsize,
+        compute_capability=compute_capability,
+        COLUMNS=_columns(ids),
+        INVERSE_TEMPERATURE=1 / student_map.temperature,
+        **launch(product, student_map.logits, passes=2),
+    )
+    return _stats(outputs), grads
+
+
+def _columns(ids: Int[Array, "T K"]) -> student_kernels.Columns:
+    return student_kernels.Columns(ids.shape[1], triton.next_power_of_2(ids.shape[1]))
+
+
+def _stats_types(product: Float[Array, "T V"], student_map: StudentMap) -> list[jax.ShapeDtypeStruct | None]:
+    """The types of max, log_sum, prediction and hard_log_sum."""
+    number, column = (jax.ShapeDtypeStruct(product.shape[:1], dtype) for dtype in (jnp.float32, jnp.int32))
+    return [number, number, column, number if student_map.with_hard_sum else None]
+
+
+def _stats(outputs: Sequence[Any]) -> StudentStats:
+    return StudentStats(SoftmaxStats(*outputs[:3]), outputs[3])

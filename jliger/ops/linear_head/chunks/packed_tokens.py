@@ -160,7 +160,7 @@ class Part(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The tokens of one chunk. Places after the last counted token have zeros and the label −1."""
+    """The tokens of one chunk. Places after the last counted token have zeros, and columns of −1."""
 
     slots: Int[Array, " C"]
     hidden: Float[Array, "C H"]
@@ -168,6 +168,7 @@ class Chunk(NamedTuple):
     adapted: Float[Array, "C R"] | None
     teacher: Float[Array, "C G"] | None
     inverse_temperature: Float[Array, " C"] | None = None
+    teacher_ids: Int[Array, "C K"] | None = None
 
     @classmethod
     def make(cls, slots: Int[Array, " C"], operands: Operands, alignment: int) -> "Chunk":
@@ -179,7 +180,7 @@ class Chunk(NamedTuple):
         adapted, teacher = (
             None if array is None else rows(array) for array in (operands.adapted, operands.teacher_hidden)
         )
-        inverse_temperature = operands.inverse_temperature
+        inverse_temperature, teacher_ids = operands.inverse_temperature, operands.teacher_ids
         return cls(
             slots=slots,
             hidden=rows(operands.hidden),
@@ -187,6 +188,7 @@ class Chunk(NamedTuple):
             adapted=adapted,
             teacher=teacher,
             inverse_temperature=None if inverse_temperature is None else _take(inverse_temperature, slots, 0),
+            teacher_ids=None if teacher_ids is None else _take(teacher_ids, slots, -1),
         )
 
     def take(self, tree: Any) -> Any:

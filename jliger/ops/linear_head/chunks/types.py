@@ -13,6 +13,7 @@ from jliger.ops.linear_head.types import Differentiable, GradientDtypes, Gradien
 from jliger.ops.logits import RowStats
 from jliger.ops.logits.distillation import DistillationStats, SoftmaxStats
 from jliger.ops.logits.distillation_types import Comparison
+from jliger.ops.logits.top_k_divergence import TopKDivergence
 from jliger.ops.logits.top_k_types import TopKStats, TopLogits
 
 Stats = RowStats | Comparison | TopKStats
@@ -31,10 +32,12 @@ def stats_of(config: HeadConfig, leaf: Callable[[str, bool], Any]) -> Stats:
         optional = (number if wanted else None for wanted in config.stats_wanted)
         return RowStats(number, number, number, column, *optional)
     softmax = SoftmaxStats(number, number, column)
+    # Of a teacher of which only K columns are known, there are no statistics.
+    of_teacher = None if isinstance(teacher, TopKDivergence) else softmax
     with_labels = teacher.with_labels
     with_hard_sum = with_labels and teacher.temperature != 1
     return Comparison(
-        DistillationStats(softmax, softmax, number if with_labels else None, number if with_hard_sum else None), number
+        DistillationStats(softmax, of_teacher, number if with_labels else None, number if with_hard_sum else None), number
     )
 
 

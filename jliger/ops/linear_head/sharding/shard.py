@@ -15,12 +15,13 @@ from jliger.core.meshes import Axes
 from jliger.ops.linear_head import chunks
 from jliger.ops.linear_head.chunks import Stats
 from jliger.ops.linear_head.sharding.examples import run_examples, shape_to_save
-from jliger.ops.linear_head.sharding.merge import distillation_merge, merge_over, top_k_merge
+from jliger.ops.linear_head.sharding.merge import distillation_merge, merge_over, student_merge, top_k_merge
 from jliger.ops.linear_head.sharding.passes import LossPass, Result
 from jliger.ops.linear_head.sharding.plan import Plan, first_column
 from jliger.ops.linear_head.types import DIMS, Differentiable, GradientDtypes, Gradients, Operands, operand_dims
 from jliger.ops.logits import RowStats
 from jliger.ops.logits.objectives import LossArrays
+from jliger.ops.logits.top_k_divergence import TopKDivergence
 
 
 def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, arrays: LossArrays) -> Result:
@@ -80,7 +81,11 @@ def _run_chunks(
     merge = functools.partial(_merged, plan.columns, start) if plan.columns else None
     stats: Stats | None = None
     grads = logits = logit_rows = row_of = scales = None
-    if config.teacher is not None:
+    if isinstance(config.teacher, TopKDivergence):
+        coefficients = per_token[0] if per_token else None
+        merge_student = student_merge(config.teacher.temperature, plan.columns, start) if plan.columns else None
+        stats, grads = chunks.top_k_kl_pass(config, wanted, operands, coefficients, start, merge_student)
+    elif config.teacher is not None:
         coefficients = per_token[0] if per_token else None
         merge_pairs = distillation_merge(config.teacher.temperature, plan.columns, start) if plan.columns else None
         stats, grads = chunks.distillation_pass(config, wanted, operands, coefficients, merge=merge_pairs)
