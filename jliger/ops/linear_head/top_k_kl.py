@@ -14,7 +14,7 @@ from jliger.core.dtypes import accumulator_dtype
 from jliger.core.reduction import Normalizer
 from jliger.ops.linear_head import sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
-from jliger.ops.linear_head.arguments import HEAD_DEFAULTS, HeadOptions, head_arguments, one_or_nan
+from jliger.ops.linear_head.arguments import HeadOptions, head_arguments, one_or_nan
 from jliger.ops.linear_head.distillation_arguments import Call, check_loss_options
 from jliger.ops.linear_head.distillation_reduction import DistillationMetrics, KnownTeacher, Loss, reduced_distillation
 from jliger.ops.linear_head.types import Operands
@@ -240,9 +240,7 @@ def _top_k_kl(
     return reduced_distillation(call, operands, labels, where, weights, normalizer, hard_weight, soft_weight, known)
 
 
-def _merged(
-    ids: Int[Array, "*B K"], logprobs: Float[Array, "*B K"]
-) -> tuple[Int[Array, "*B K"], Float[Array, "*B K"]]:
+def _merged(ids: Int[Array, "*B K"], logprobs: Float[Array, "*B K"]) -> tuple[Int[Array, "*B K"], Float[Array, "*B K"]]:
     """Sorted ids, each of them once, and log-probabilities, added up over equal ids; −1 and −∞ for none."""
     ids, logprobs = jax.lax.sort((ids, logprobs), num_keys=1)
     is_first = jnp.concatenate([jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], axis=-1)

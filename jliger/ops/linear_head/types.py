@@ -184,8 +184,9 @@ Gradients = Differentiable[Array]
 GradientDtypes = Differentiable[np.dtype]
 
 # Which dimensions each operand, and its gradient, has: t tokens, h hidden, v vocabulary, r the adapter's rank, g the
-# teacher's hidden size, k tokens whose logits are kept within a budget, n columns of a token, such as its largest. Shardings, reductions over devices and dtypes
-# of sums all follow from this table: a gradient without t is a sum over tokens, one without v is a sum over columns.
+# teacher's hidden size, k tokens whose logits are kept within a budget, n columns of a token, such as its largest.
+# Shardings, reductions over devices and dtypes of sums all follow from this table: a gradient without t is a sum over
+# tokens, one without v is a sum over columns.
 DIMS: Mapping[str, str] = {
     "hidden": "th",
     "kernel": "hv",

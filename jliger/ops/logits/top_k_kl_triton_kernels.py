@@ -214,9 +214,7 @@ def student_grads_kernel(
     )
     row_max, label = tl.load(max_ptr + index), load_or_none(labels_ptr, index)
     grads_ptr += index * SHAPE.stride
-    _store_grads_of_row(
-        grads_ptr, row, label, row_max, factors, ids, column_grads, SHAPE, INVERSE_TEMPERATURE, TILE
-    )
+    _store_grads_of_row(grads_ptr, row, label, row_max, factors, ids, column_grads, SHAPE, INVERSE_TEMPERATURE, TILE)
 
 
 @triton.jit
@@ -256,6 +254,4 @@ def student_stats_and_grads_kernel(
         shares += tl.where(ids == label, label_coefficient, 0.0)
     column_grads = _grads(row, ids, has_column, row_max, factors, shares, SHAPE, INVERSE_TEMPERATURE, "")
     grads_ptr += index * SHAPE.stride
-    _store_grads_of_row(
-        grads_ptr, row, label, row_max, factors, ids, column_grads, SHAPE, INVERSE_TEMPERATURE, TILE
-    )
+    _store_grads_of_row(grads_ptr, row, label, row_max, factors, ids, column_grads, SHAPE, INVERSE_TEMPERATURE, TILE)

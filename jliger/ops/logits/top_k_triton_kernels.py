@@ -10,6 +10,7 @@ import triton.language as tl
 
 from jliger.ops.logits.triton_tiles import columns_inside, load_logits, row_at, tile_columns, whole_tiles
 
+
 class Selection(NamedTuple):
     """Compile-time sizes of a selection.
 

@@ -37,7 +37,8 @@ def stats_of(config: HeadConfig, leaf: Callable[[str, bool], Any]) -> Stats:
     with_labels = teacher.with_labels
     with_hard_sum = with_labels and teacher.temperature != 1
     return Comparison(
-        DistillationStats(softmax, of_teacher, number if with_labels else None, number if with_hard_sum else None), number
+        DistillationStats(softmax, of_teacher, number if with_labels else None, number if with_hard_sum else None),
+        number,
     )
 
 

@@ -68,7 +68,6 @@ def student_merge(temperature: float, axes: Axes, start: Int[Array, ""] | int) -
 
 def distillation_merge(temperature: float, axes: Axes, start: Int[Array, ""] | int) -> DistillationMerge:
     """Functions that merge distillation statistics over `axes`; `start` is this device's first column."""
-
     merge_student = student_merge(temperature, axes, start).stats
 
     def merge_stats(stats: DistillationStats) -> DistillationStats:

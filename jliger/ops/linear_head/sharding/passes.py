@@ -131,7 +131,9 @@ def dims_of_operands(loss_pass: LossPass, operands: Operands, arrays: LossArrays
 def dims_of_results(loss_pass: LossPass) -> Any:
     """The dimensions of each result, in a `Result`."""
     dims = operand_dims(loss_pass.config)
-    result: Any = Result(stats_of(loss_pass.config, lambda its_dims, _: its_dims) if loss_pass.has_stats else None, None)
+    result: Any = Result(
+        stats_of(loss_pass.config, lambda its_dims, _: its_dims) if loss_pass.has_stats else None, None
+    )
     if loss_pass.unit_loss is not None:
         letters = map(chr, itertools.count(ord("Ā")))
         outputs = loss_pass.unit_loss.outputs
