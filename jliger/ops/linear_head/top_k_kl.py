@@ -242,15 +242,15 @@ def _top_k_kl(
 
 def _merged(ids: Int[Array, "*B K"], logprobs: Float[Array, "*B K"]) -> tuple[Int[Array, "*B K"], Float[Array, "*B K"]]:
     """Sorted ids, each of them once, and log-probabilities, added up over equal ids; −1 and −∞ for none."""
-    ids, logprobs = jax.lax.sort((ids, logprobs), num_keys=1)
-    is_first = jnp.concatenate([jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], axis=-1)
-
-    def add(left: Any, right: Any) -> Any:
-        sums = jnp.where(right[0], right[1], jnp.logaddexp(left[1], right[1]))
-        return left[0] | right[0], sums
-
-    # Sums that begin anew at each id: the last of equal ids has the sum of all.
-    _, sums = jax.lax.associative_scan(add, (is_first, logprobs), axis=ids.ndim - 1)
-    is_last = jnp.concatenate([is_first[..., 1:], jnp.ones_like(is_first[..., :1])], axis=-1)
+    ids, logprobs = jax.lax.sort((ids, logprobs), num_keys=1, is_stable=False)
+    is_last = jnp.concatenate([ids[..., 1:] != ids[..., :-1], jnp.ones_like(ids[..., :1], bool)], axis=-1)
+    # The last of equal ids gets the sum of all: each adds the sum that ends `step` places before it, for steps of 1, 2,
+    # 4 and so on. Ids are sorted, so if two are equal, all between them are.
+    step = 1
+    while step < ids.shape[-1]:
+        is_equal = ids[..., step:] == ids[..., :-step]
+        sums = jnp.logaddexp(logprobs[..., step:], jnp.where(is_equal, logprobs[..., :-step], -jnp.inf))
+        logprobs = jnp.concatenate([logprobs[..., :step], sums], axis=-1)
+        step *= 2
     ids = jnp.where(is_last, ids, -1)
-    return ids, jnp.where(ids < 0, -jnp.inf, sums)
+    return ids, jnp.where(ids < 0, -jnp.inf, logprobs)
