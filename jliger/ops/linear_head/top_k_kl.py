@@ -186,9 +186,9 @@ def _arguments(hidden: Any, kernel: Any, ids: Any, logprobs: Any, options: TopKO
         checks.check_weights(weights, head.labels)
     divergence = TopKDivergence(normalize, bool(remainder), float(temperature), with_labels)
     call = Call(dataclasses.replace(head.config, teacher=divergence), reduction, head.ignore_index)
-    operands = head.operands._replace(teacher_ids=ids, teacher_logprobs=logprobs)
     labels = None if labels is None else head.labels
-    return call, operands, head.adapter, labels, head.where, weights, normalizer, hard_weight, soft_weight
+    arrays = head.operands, (ids, logprobs), head.adapter, labels, head.where, weights
+    return call, *arrays, normalizer, hard_weight, soft_weight
 
 
 def _check_teacher(hidden: Any, ids: Any, logprobs: Any) -> None:
@@ -207,6 +207,7 @@ def _check_teacher(hidden: Any, ids: Any, logprobs: Any) -> None:
 def _top_k_kl(
     call: Call,
     operands: Operands,
+    teacher: tuple[Integer[Array, "*B K"], Float[Array, "*B K"]],
     adapter: LinearAdapter | None,
     labels: Integer[Array, "*B"] | None,
     where: Bool[Array, "*B"] | None,
@@ -219,7 +220,7 @@ def _top_k_kl(
     divergence, vocab_size = call.config.teacher, sharding.vocab_size(call.config, operands.kernel)
     assert isinstance(divergence, TopKDivergence)
     dtype = accumulator_dtype(operands.hidden.dtype)
-    ids, logprobs = jax.lax.stop_gradient((operands.teacher_ids, operands.teacher_logprobs))
+    ids, logprobs = jax.lax.stop_gradient(teacher)
     inside = ids <= min(vocab_size - 1, jnp.iinfo(ids.dtype).max)
     ids, log_r = _merged(jnp.where(inside & (ids >= 0), ids, -1).astype(jnp.int32), logprobs.astype(dtype))
     best = jnp.argmax(log_r, axis=-1, keepdims=True)

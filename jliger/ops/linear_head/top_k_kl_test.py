@@ -94,7 +94,7 @@ def check(inputs, teacher, options, implementation, what=""):
     numbers = [{k: v for k, v in one.items() if "predictions" not in k} for one in (ours, theirs, truth)]
     # Terms of both signs add up to the divergence: a rounding of each is allowed.
     tiny = 4 * np.finfo(np.float32).eps
-    more = {"loss": tiny, "divergence": tiny}
+    more = {"loss": float(tiny), "divergence": float(tiny)}
     if "bias" in inputs:
         # The reference adds the bias, and sums its gradient, in float32; here logit gradients are in hidden's dtype.
         half_unit = float(jnp.finfo(inputs["hidden"].dtype).eps) / 2
