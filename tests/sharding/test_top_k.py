@@ -77,7 +77,8 @@ def test_equal_to_those_of_one_device(mode, place):
         assert one.shape in ((HIDDEN, VOCAB), (VOCAB,)) or one.shape[-1] not in (VOCAB, VOCAB // 2), one
 
 
-@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_a_shard_map(check_vma):
     place = PLACES["dp+tp"]
     mesh = place.mesh("auto")

@@ -55,7 +55,7 @@ OPTIONS = {
     "k": [1, 5, 40],
 }
 BRANCHES = [
-    pytest.param(branch, marks=[pytest.mark.exhaustive] if number >= 2 else [])
+    pytest.param(branch, marks=[pytest.mark.exhaustive] if number else [])
     for number, branch in enumerate(every_pair(OPTIONS))
 ]
 
@@ -71,6 +71,7 @@ def test_every_pair_of_options(options, implementation):
     assert found.logprobs.dtype == found.logsumexp.dtype == jnp.float32
 
 
+@pytest.mark.exhaustive
 def test_capped_logits(implementation):
     hidden, kernel, options = problem(logit_softcap=2.0, bias=True)
     found = jliger.linear_top_k(hidden, kernel, 5, implementation=implementation, **options)
@@ -109,6 +110,7 @@ def test_what_does_not_count_and_what_is_not_differentiable(implementation):
     np.testing.assert_array_equal(grad, jnp.zeros_like(hidden).at[0, 0, 0].set(1))
 
 
+@pytest.mark.exhaustive
 def test_float64():
     with jax.enable_x64(True):
         hidden, kernel = (jnp.asarray(array, jnp.float64) for array in problem()[:2])
