@@ -48,7 +48,8 @@ def linear_top_k(
     Nothing is differentiable: the results are constants for `jax.grad`.
 
     Logits are computed in chunks of tokens. Memory beside arguments and results is about 0.5 GiB on a GPU for any `V`.
-    Columns are selected in two stages: the best groups of columns, and the best columns of these.
+    A kernel that is not in hidden's dtype is cast in blocks of columns, of which one is held at a time. Columns are
+    selected in two stages: the best groups of columns, and the best columns of these.
 
     Args:
       hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only).

@@ -115,7 +115,7 @@ def fused_linear_top_k_kl(
       kernel: the student's head, `[H, V]`, or `[V, H]` with `kernel_layout="vh"`: hidden's dtype or float32.
       teacher_ids: the columns $v_k$, `[*B, K]`, integers, in any order. A negative id is a column that is absent.
         Probabilities of equal ids add up. An id that is too large makes the loss and the gradients NaN, if its token
-        counts.
+        counts. With K above 4096, `implementation=None` is `"xla"`.
       teacher_logprobs: the teacher's log-probabilities of these columns, `[*B, K]`, of any floating-point dtype.
       return_metrics: also return `jliger.losses.DistillationMetrics`. The teacher's predictions are its most likely
         columns.
@@ -152,6 +152,8 @@ def fused_linear_top_k_kl(
     return (loss, metrics) if return_metrics else loss
 
 
+# The Triton kernels hold a row's columns in registers.
+_MOST_COLUMNS = 4096
 _OF_THE_LOSS = TopKOptions.__annotations__.keys() - HeadOptions.__annotations__.keys() | {"temperature"}
 
 
@@ -181,7 +183,15 @@ def _arguments(hidden: Any, kernel: Any, ids: Any, logprobs: Any, options: TopKO
         weights = checks.as_array("weights", weights)
         checks.check_weights(weights, head.labels)
     divergence = TopKDivergence(normalize, bool(remainder), float(temperature), with_labels)
-    call = Call(dataclasses.replace(head.config, teacher=divergence), reduction, head.ignore_index)
+    config = dataclasses.replace(head.config, teacher=divergence)
+    if ids.shape[-1] > _MOST_COLUMNS:
+        if options.get("implementation") == "triton":
+            raise ValueError(
+                f"teacher_ids got {ids.shape[-1]} columns for each token, of which the Triton kernels take at most "
+                f"{_MOST_COLUMNS}; pass fewer, or implementation='xla'."
+            )
+        config = dataclasses.replace(config, implementation="xla")
+    call = Call(config, reduction, head.ignore_index)
     labels = None if labels is None else head.labels
     arrays = head.operands, (ids, logprobs), head.adapter, labels, head.where, weights
     return call, *arrays, normalizer, hard_weight, soft_weight

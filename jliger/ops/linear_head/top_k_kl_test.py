@@ -353,6 +353,15 @@ def test_float64(kind):
         np.testing.assert_allclose(found[name], value, rtol=1e-12, atol=1e-14, err_msg=name)
 
 
+def test_more_columns_than_the_kernels_take():
+    inputs, _, _ = make_problem()
+    teacher = jnp.full((*BATCH, 4097), -1), jnp.zeros((*BATCH, 4097))
+    with jliger.compute_capability(90):
+        with pytest.raises(ValueError, match="teacher_ids got 4097 columns for each token"):
+            fused(*inputs.values(), *teacher, implementation="triton")
+        jax.eval_shape(functools.partial(fused, *inputs.values()), *teacher)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------
 
 
