@@ -1,5 +1,6 @@
 """Arguments that all operations share: checks, defaults, and which tokens count."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -77,11 +78,7 @@ def head_arguments(
 
     `whose` is the prefix of the head's own arguments, if there are two heads.
     """
-    for name in options:
-        if name not in HEAD_DEFAULTS:
-            raise TypeError(
-                f"{name} is no option of this function, nor of a linear head, which are {', '.join(HEAD_DEFAULTS)}."
-            )
+    check_names(options)
     given: HeadOptions = {**HEAD_DEFAULTS, **options}
     head_checks.check_logit_options(
         kernel_layout=given["kernel_layout"],
@@ -114,6 +111,15 @@ def head_arguments(
     operands = Operands(hidden, kernel, bias, inverse_temperature=inverse_temperature)
     ignore_index = None if given["ignore_index"] is None else int(given["ignore_index"])
     return Arguments(config, operands, labels, where, adapter, ignore_index)
+
+
+def check_names(options: Mapping[str, Any]) -> None:
+    """Raises for an option that heads do not have."""
+    for name in options:
+        if name not in HEAD_DEFAULTS:
+            raise TypeError(
+                f"{name} is no option of this function, nor of a linear head, which are {', '.join(HEAD_DEFAULTS)}."
+            )
 
 
 def _config(options: HeadOptions, arrays: tuple[Any, ...], stats_wanted: StatsWanted) -> HeadConfig:
@@ -177,7 +183,7 @@ def inverse_temperature_of(temperature: Any, labels: Any, dtype: Any) -> Float[A
             f"temperature got shape {temperature.shape}; pass one number, or one for each token, {labels.shape}."
         )
     temperature = temperature.astype(dtype)
-    inverse = _one_or_nan(temperature > 0, dtype) / jnp.where(temperature > 0, temperature, 1)
+    inverse = one_or_nan(temperature > 0, dtype) / jnp.where(temperature > 0, temperature, 1)
     # Sharded like the labels.
     return inverse if inverse.shape == labels.shape else inverse * jnp.ones_like(labels, dtype)
 
@@ -224,9 +230,10 @@ def if_counted(counted: Bool[Array, "*B"] | None, values: Array, otherwise: floa
 
 def column_validity(columns: Int[Array, "*B"], dtype: jax.typing.DTypeLike) -> Float[Array, "*B"]:
     """1 for a valid label, NaN for an invalid one; multiplying by it makes that token's loss and gradient NaN."""
-    return _one_or_nan(columns >= 0, dtype)
+    return one_or_nan(columns >= 0, dtype)
 
 
-def _one_or_nan(is_one: Bool[Array, "*B"], dtype: jax.typing.DTypeLike) -> Float[Array, "*B"]:
+def one_or_nan(is_one: Bool[Array, "*B"], dtype: jax.typing.DTypeLike) -> Float[Array, "*B"]:
+    """1 where true, and NaN elsewhere."""
     # The root of −1, because without jit a NaN constant would always trigger `jax_debug_nans`.
     return jnp.sqrt(jnp.where(is_one, 1, -1).astype(dtype))

@@ -32,6 +32,7 @@ from jliger.ops.linear_head.sharding import LossPass, Result
 from jliger.ops.linear_head.types import DIMS, Differentiable, GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import RowStats
 from jliger.ops.logits.objectives import LogprobGradients, LossArrays, coefficients_of
+from jliger.ops.logits.top_k_types import TopKStats
 from jliger.ops.logits.unit_loss import UnitLoss, label_logprobs
 
 _NO_ARRAYS = LossArrays()
@@ -187,6 +188,16 @@ def _token_stats_bwd(config: HeadConfig, with_logprobs: bool, residuals: Any, co
 
 
 token_stats.defvjp(_token_stats_fwd, _token_stats_bwd, symbolic_zeros=True)
+
+
+# ---- no gradients ----------------------------------------------------------------------------------------------
+
+
+def top_k_stats(config: HeadConfig, operands: Operands) -> TopKStats:
+    """The tokens' largest logits, and what makes them log-probabilities."""
+    stats = _run(LossPass("stats", config), operands).stats
+    assert isinstance(stats, TopKStats)
+    return stats
 
 
 # ---- what both need ------------------------------------------------------------------------------------------

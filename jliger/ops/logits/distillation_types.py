@@ -117,13 +117,21 @@ class DistillationCoefficients(NamedTuple):
     label: Float[Array, " T"] | None
 
 
+class LabelledStudent(NamedTuple):
+    """The student's part of `DistillationStats`, if only some columns of the teacher are known."""
+
+    student: SoftmaxStats
+    label_logit: Float[Array, "*B"] | None
+    hard_log_sum: Float[Array, "*B"] | None
+
+
 class Comparison(NamedTuple):
     """The statistics of each token in distillation.
 
     Attributes:
-      pair: the statistics of both softmaxes.
+      pair: the statistics of the softmaxes.
       divergence: `D`.
     """
 
-    pair: DistillationStats
+    pair: DistillationStats | LabelledStudent
     divergence: Float[Array, "*B"]

@@ -104,7 +104,7 @@ def _partitioned(
     # `run_on_shard` does itself.
     whole_tokens = tokens[token_ndim - loss_pass.row_ndim :]
     names = dict.fromkeys(re.findall("[a-z0-9]+", rule))  # in the order that Shardy wants
-    inner = tuple(name for name in names if name in {*"hrgk", *whole_tokens} or name.startswith("x"))
+    inner = tuple(name for name in names if name in {*"hrgkn", *whole_tokens} or name.startswith("x"))
     special: dict[str, Any] = {"need_replication_factors": inner}
     special |= {f"t{dim}": rest for dim, (part, rest) in enumerate(saved) if part > 1 and rest > 1}
     if not any("v" in its_dims for its_dims in result_dims):
