@@ -236,9 +236,10 @@ def test_all_tokens_count(reduction, implementation):
 BAD_LABELS = [-1, -101, 11, 12, 10**9, np.iinfo(np.int32).min, np.iinfo(np.int32).max]
 
 
-@pytest.mark.parametrize("kernel_layout", ["hv", "vh"])
-def test_a_label_out_of_range_poisons_its_token(kernel_layout, implementation):
-    problem = make_problem(9, bias="float32", reduction="none", kernel_layout=kernel_layout, batch=(9,))
+@pytest.mark.parametrize(("kernel_layout", "dtype"), [("hv", "float32"), ("vh", "float16")])
+def test_a_label_out_of_range_poisons_its_token(kernel_layout, dtype, implementation):
+    options = {"bias": "float32", "reduction": "none", "kernel_layout": kernel_layout, "dtype": dtype}
+    problem = make_problem(9, batch=(9,), **options)
     labels = jnp.asarray([3, *BAD_LABELS, 5])
     problem = problem.replace(labels=labels)
     ours = fused(problem, implementation)
@@ -259,6 +260,22 @@ def test_a_label_out_of_range_poisons_a_reduced_loss(bad, implementation):
         assert np.isnan(ours[name]).all(), name
     assert np.isnan(ours["hidden"][1, 2]).all()
     assert np.isfinite(ours["accuracy"])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_bias_of_minus_infinity_is_a_column_that_does_not_exist(reduction, implementation):
+    # With a temperature, and a token that does not count.
+    problem = make_problem(12, bias="float32", vocab=12, reduction=reduction, precision="highest")
+    problem = problem.replace(labels=(problem.labels % 11).at[0, 0].set(-100), temperature=0.7)
+    removed = {name: array[..., :11] for name, array in problem.inputs.items() if name != "hidden"}
+    expected = fused(problem.replace(inputs={**problem.inputs, **removed}), implementation)
+    ours = fused(
+        problem.replace(inputs={**problem.inputs, "bias": problem.inputs["bias"].at[11].set(-jnp.inf)}), implementation
+    )
+    for name, value in ours.items():
+        value = value if name in ("loss", "hidden") else value[..., :11]
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    np.testing.assert_array_equal(ours["kernel"][:, 11], 0)
 
 
 def test_a_label_out_of_range_that_does_not_count_is_nothing(implementation):

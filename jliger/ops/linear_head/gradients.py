@@ -228,13 +228,13 @@ def _unscaled_dtypes(operands: Operands) -> GradientDtypes:
 def _normalize_float16(coefficients: Any, hidden: Array) -> tuple[Any, Float[Array, ""] | None]:
     """Coefficients divided by the largest of them, and that divisor; None, and nothing divided, unless in float16.
 
-    Float16 has no numbers below 6e-8, and 1 / tokens can be as small.
+    Float16 has no numbers below 6e-8, and 1 / tokens can be as small. Coefficients that are not finite stay their
+    tokens' own, and say nothing about the others.
     """
     if hidden.dtype != jnp.float16:
         return coefficients, None
-    largest = functools.reduce(
-        jnp.maximum, [jnp.max(jnp.abs(field), initial=0) for field in jax.tree.leaves(coefficients)]
-    )
+    sizes = [jnp.where(jnp.isfinite(field), jnp.abs(field), 0) for field in jax.tree.leaves(coefficients)]
+    largest = functools.reduce(jnp.maximum, [jnp.max(size, initial=0) for size in sizes])
     unit = jnp.where(largest == 0, 1, largest)
     return jax.tree.map(lambda field: field / unit, coefficients), unit
 

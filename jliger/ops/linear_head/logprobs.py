@@ -73,8 +73,10 @@ def linear_logprobs(
     If the kernel, the bias and the adapter's second matrix are frozen, and only `logprobs` is differentiated, each
     token's gradient is computed in the forward pass: two products in place of three. Memory is then that of
     `fused_linear_cross_entropy`, and one more array of hidden's size. If log-sum-exp or entropy are differentiated too,
-    there are three products. Without a `jax.jit` around forward and backward pass, there are four, because the
-    forward pass alone does not know what is differentiated. With `keep_logits`, logits are kept as always.
+    there are three products; times a zero that only the device knows counts as differentiated. There are three as well
+    under `jax.checkpoint`, which runs the forward pass twice. Without a `jax.jit` around forward and backward pass the
+    forward pass does not know what will be differentiated: two products, and two more if log-sum-exp or entropy are.
+    With `keep_logits`, logits are kept as always.
 
     Args:
       hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only).

@@ -187,7 +187,8 @@ class Chunk(NamedTuple):
             labels=_take(operands.labels, slots, -1),
             adapted=adapted,
             teacher=teacher,
-            inverse_temperature=None if inverse_temperature is None else _take(inverse_temperature, slots, 0),
+            # Not 0 in empty slots: times the bias of a column that does not exist, −∞, it would be NaN.
+            inverse_temperature=None if inverse_temperature is None else _take(inverse_temperature, slots, 1),
             teacher_ids=None if teacher_ids is None else _take(teacher_ids, slots, -1),
         )
 
