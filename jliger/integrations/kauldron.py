@@ -51,7 +51,7 @@ class FusedLinearCrossEntropy(kd.losses.Loss):
         *,
         mask: Array | None = None,
         step: int | None = None,
-    ) -> kd.losses.AllReduceMean:
+    ) -> kd.losses.Loss.State:
         """The weighted sum of losses and what kauldron divides it by: the sum of the mask, or the number of labels."""
         weights = jnp.ones(labels.shape) if mask is None else jnp.broadcast_to(mask, labels.shape)
         weights = weights[..., 0].astype(jnp.float32)
@@ -68,7 +68,7 @@ class FusedLinearCrossEntropy(kd.losses.Loss):
         count = metrics.weight if self.normalize_by == "mask" else jnp.asarray(labels.size, jnp.float32)
         return self.State(value=loss * self.get_weight(step), count=count)
 
-    def get_state_from_context(self, context: Any) -> kd.losses.AllReduceMean:
+    def get_state_from_context(self, context: Any) -> kd.losses.Loss.State:
         """`get_state` of what the keys name."""
         return self.get_state(**kontext.resolve_from_keyed_obj(context, self))
 

@@ -1,4 +1,5 @@
-"""An implementation of levanter's fused cross entropy: pass `cross_entropy` as its `implementation`."""
+"""An implementation of levanter's fused cross entropy: call `install`, or pass `cross_entropy` as its `implementation`.
+"""
 
 from typing import Any
 
@@ -6,6 +7,19 @@ import jax
 from jaxtyping import Array, Float, Int
 
 import jliger
+from jliger.integrations.versions import check_version
+
+
+def install() -> None:
+    """Makes this the implementation that levanter's models use by default, in this process.
+
+    Raises:
+      ImportError: levanter's version is not one that was tested.
+    """
+    check_version("marin-levanter")
+    from levanter.kernels.pallas.fused_cross_entropy_loss import api
+
+    api._default_implementations = lambda: (cross_entropy,)
 
 
 def cross_entropy(
@@ -21,7 +35,7 @@ def cross_entropy(
 ) -> tuple[Array, ...]:
     """Each token's cross entropy and log-sum-exp, as levanter asks its implementations for them.
 
-    Nothing of levanter is imported or replaced, so its version isn't checked: an argument that it adds raises.
+    This imports and replaces nothing of levanter, so its version isn't checked: an argument that it adds raises.
 
     Args:
       x: hidden states `[B, H]`.

@@ -7,6 +7,7 @@ TESTED: dict[str, tuple[str, ...]] = {
     "google-tunix": ("0.1.8",),
     "kauldron": ("1.4.4",),
     "keras": ("3.15.1",),
+    "marin-levanter": ("0.2.227.dev40316220070",),
     "maxtext": ("0.2.5",),
 }
 """The versions of each package that its integration was tested with. Another one raises; add it here to try it."""
