@@ -86,4 +86,5 @@ class WithHiddenStates:
     """
 
     def __call__(self, tokens: Int[Array, "*B L"], **kwargs: Any) -> Any:
-        return super().__call__(tokens, **{"return_hidden_states": True, **kwargs})
+        model: Any = super()
+        return model.__call__(tokens, **{"return_hidden_states": True, **kwargs})

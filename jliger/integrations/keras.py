@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import keras
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 import jliger
 from jliger.integrations.versions import check_version
@@ -47,12 +47,15 @@ class FusedCausalLM(keras.Model):
     def compute_loss(
         self,
         x: Any = None,
-        y: Int[Array, "B L"] | None = None,
-        y_pred: Float[Array, "B L H"] | None = None,
-        sample_weight: Float[Array, "B L"] | None = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
         training: bool = True,
     ) -> Float[Array, ""]:
-        """The weighted sum of losses over the number of labels, as Keras divides it, plus what layers add."""
+        """The weighted sum of losses over the number of labels, as Keras divides it, plus what layers add.
+
+        `y` are labels `[B, L]`, `y_pred` hidden states `[B, L, H]`, `sample_weight` None or weights `[B, L]`.
+        """
         embedding = self.backbone.token_embedding
         kernel = embedding.embeddings if embedding.tie_weights else embedding.reverse_embeddings
         loss, metrics = jliger.fused_linear_cross_entropy(

@@ -1,5 +1,4 @@
-"""An implementation of levanter's fused cross entropy: call `install`, or pass `cross_entropy` as its `implementation`.
-"""
+"""An implementation of levanter's fused cross entropy: `install` it, or pass `cross_entropy` to its functions."""
 
 from typing import Any
 

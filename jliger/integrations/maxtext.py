@@ -5,8 +5,9 @@ Run this module instead of MaxText's trainer, or call `install` before it:
     python -m jliger.integrations.maxtext base.yml run_name=...
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,8 @@ def vocab_tiling_nnx_loss(
 
 
 @jax.tree_util.register_pytree_node_class
-class Unprojected(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unprojected:
     """Stands for the logits of multi-token prediction. A tree without leaves, so that nothing reshards it as logits."""
 
     arguments: Mapping[str, Any]

@@ -1,13 +1,12 @@
 """Losses for tunix: supervised fine-tuning, and log-probabilities for GRPO, PPO, DPO and ORPO, without the logits.
 
-Models need tunix's `skip_lm_head`, as its Gemma, Llama and Qwen models have it. Written for tunix 0.1.8, in its source of
-2026-08-21; releases up to 0.1.7 have neither `skip_lm_head` nor `LossOutput`.
+Models must take `skip_lm_head`, as tunix's Gemma, Llama and Qwen do. Tried with tunix 0.1.8, its source of 2026-08-21.
+Releases up to 0.1.7 have neither `skip_lm_head` nor `LossOutput`.
 """
 
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -83,9 +82,11 @@ def get_per_token_logps(
     hidden, _ = model(
         input_tokens, positions=positions, attention_mask=attn_mask, cache=None, skip_lm_head=True, **kwargs
     )
-    return compute_chunked_logps(
-        model, hidden[:, -logits_to_keep - 1 : -1], input_tokens[:, -logits_to_keep:], 1.0, 0, False
-    )
+    return jliger.linear_logprobs(
+        labels=input_tokens[:, -logits_to_keep:],
+        ignore_index=None,
+        **head_arguments(model, hidden[:, -logits_to_keep - 1 : -1]),
+    ).logprobs
 
 
 def head_arguments(model: Any, hidden: Float[Array, "B L H"]) -> dict[str, Any]:

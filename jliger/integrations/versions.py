@@ -3,7 +3,6 @@
 import importlib.metadata
 
 TESTED: dict[str, tuple[str, ...]] = {
-    "gemma": ("4.0.1",),
     "google-tunix": ("0.1.8",),
     "kauldron": ("1.4.4",),
     "keras": ("3.15.1",),
@@ -26,7 +25,7 @@ def check_version(package: str) -> None:
         raise ImportError(f"{package} is not installed; install {package}=={tested[-1]}.") from None
     if version not in tested:
         raise ImportError(
-            f"{package} is {version}, and jliger was tested with {', '.join(tested)}; install one of these. To try this "
-            f"version, write jliger.integrations.TESTED[{package!r}] += ({version!r},) first, and compare a loss with "
-            "the trainer's own."
+            f"{package} is {version}, and jliger was tested with {', '.join(tested)}; install one of these. To try "
+            f"this version, first write jliger.integrations.TESTED[{package!r}] += ({version!r},), and compare a loss "
+            "with the trainer's own."
         )

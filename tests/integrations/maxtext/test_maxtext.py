@@ -92,11 +92,22 @@ def test_acceptance_rate_needs_logits(installed):
         loss_and_gradients([*MODELS["untied"], "mtp_eval_target_module=1"])
 
 
+def test_main_installs_and_stores_hidden_states(installed, monkeypatch):
+    called = []
+    monkeypatch.setattr(train, "main", called.append)
+    integration.main(["maxtext.py", BASE, "steps=3"])
+    integration.main(["maxtext.py", BASE, "num_vocab_tiling=4"])
+    assert called == [["maxtext.py", BASE, "steps=3", "num_vocab_tiling=2"], ["maxtext.py", BASE, "num_vocab_tiling=4"]]
+    assert train.vocab_tiling_nnx_loss is integration.vocab_tiling_nnx_loss
+
+
 RUNS = {
-    "one device": (1, ["mtp_num_layers=2", "per_device_batch_size=4"]),
-    "accumulation": (1, ["gradient_accumulation_steps=2", "per_device_batch_size=4"]),
-    "mesh": (8, ["ici_fsdp_parallelism=4", "ici_tensor_parallelism=2", "mtp_num_layers=1", "per_device_batch_size=1"]),
-    "explicit mesh": (8, ["ici_fsdp_parallelism=8", "shard_mode=explicit", "per_device_batch_size=1"]),
+    "accumulation": (1, ["gradient_accumulation_steps=2", "mtp_num_layers=1", "per_device_batch_size=4"]),
+    "mesh": (8, ["ici_fsdp_parallelism=4", "ici_tensor_parallelism=2", "mtp_num_layers=2", "per_device_batch_size=1"]),
+    "explicit mesh": (
+        8,
+        ["ici_fsdp_parallelism=8", "shard_mode=explicit", "mtp_num_layers=1", "per_device_batch_size=1"],
+    ),
 }
 
 
