@@ -20,7 +20,8 @@ class FusedCausalLM(keras.Model):
 
         trainer = FusedCausalLM(causal_lm)
         trainer.compile(optimizer=keras.optimizers.Adam(2e-5))
-        trainer.fit(dataset.map(causal_lm.preprocessor))
+        x, y, sample_weight = causal_lm.preprocessor(texts)
+        trainer.fit(x, y, sample_weight=sample_weight, batch_size=8)
         causal_lm.generate("What is")
 
     Args:

@@ -26,7 +26,7 @@ def install() -> None:
     """Replaces MaxText's pre-training loss in this process, and that of multi-token prediction.
 
     MaxText has no argument for a loss. This replaces `vocab_tiling_nnx_loss`, which its trainer calls if
-    `num_vocab_tiling` is above 1; how far above doesn't matter then. With `num_vocab_tiling=1` MaxText still computes
+    `num_vocab_tiling` is above 1; larger values change nothing. With `num_vocab_tiling=1` MaxText still computes
     the main loss from full logits. The loss of multi-token prediction is replaced in both cases.
 
     Raises:

@@ -45,8 +45,8 @@ def loss_fn(
 def install() -> None:
     """Replaces the log-probabilities of tunix's trainers in this process.
 
-    `compute_chunked_logps` is what GRPO and PPO call if `compute_logps_chunk_size` is above 0; how far above doesn't
-    matter then. `get_per_token_logps` is what DPO and ORPO call.
+    GRPO and PPO call `compute_chunked_logps` if `compute_logps_chunk_size` is above 0; larger values change nothing.
+    DPO and ORPO call `get_per_token_logps`. Install before the first step: what is compiled already stays as it is.
     """
     common.compute_chunked_logps = compute_chunked_logps
     common.get_per_token_logps = get_per_token_logps
