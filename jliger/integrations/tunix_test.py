@@ -38,7 +38,7 @@ class Model(nnx.Module):
             self.lm_head = nnx.Dict(w=nnx.Param(rngs.params.normal((SIZE, VOCAB))))
 
     def __call__(self, tokens, positions, cache, attention_mask, skip_lm_head=False):
-        hidden = jnp.tanh(self.embedder.input_embedding[...][tokens]) + positions[..., None]
+        hidden = jnp.tanh(self.embedder.input_embedding[...][tokens]) + positions[..., None] / 8
         return (hidden if skip_lm_head else self.compute_final_logits(hidden)), cache
 
     def compute_final_logits(self, hidden):
@@ -56,8 +56,10 @@ def integration(monkeypatch):
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(importlib.metadata, "version", {"google-tunix": "0.1.8"}.get)
-    yield importlib.import_module("jliger.integrations.tunix")
+    # Afterwards the module is gone, as before: it has imported the stand-in.
+    monkeypatch.setitem(sys.modules, "jliger.integrations.tunix", None)
     del sys.modules["jliger.integrations.tunix"]
+    return importlib.import_module("jliger.integrations.tunix")
 
 
 def make_batch(random, longest):
@@ -65,7 +67,7 @@ def make_batch(random, longest):
     return {
         "input_tokens": random.integers(0, VOCAB, SHAPE),
         "input_mask": np.arange(SHAPE[1]) < lengths,
-        "positions": np.broadcast_to(np.arange(SHAPE[1], dtype=np.float32) / 8, SHAPE),
+        "positions": np.broadcast_to(np.arange(SHAPE[1]), SHAPE),
         "attention_mask": np.ones((SHAPE[0], SHAPE[1], SHAPE[1]), bool),
     }
 

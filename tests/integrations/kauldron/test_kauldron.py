@@ -1,6 +1,8 @@
 """gemma with kauldron: loss, gradients and ten training steps are those of kauldron's own loss."""
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -90,3 +92,11 @@ def test_losses_of_tokens():
     np.testing.assert_allclose(
         loss.get_values(hidden=hidden, kernel=kernel, labels=labels)[..., 0], expected, rtol=1e-5
     )
+
+
+def test_guide():
+    guide = (Path(__file__).parents[3] / "docs" / "integrations.md").read_text()
+    (block,) = (block for block in re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL) if "Gemma3_1B" in block)
+    names = {"gm": gm}
+    exec(block, names)
+    assert names["loss"].logit_softcap is names["model"].config.final_logit_softcap
