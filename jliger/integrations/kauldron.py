@@ -5,13 +5,14 @@ from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-from kauldron import kd, kontext
 
 import jliger
 from jliger.integrations.versions import check_version
 from jliger.ops.linear_head.types import KernelLayout
 
 check_version("kauldron")
+
+from kauldron import kd, kontext
 
 
 @dataclasses.dataclass(eq=True, frozen=True, kw_only=True)

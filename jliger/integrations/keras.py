@@ -3,13 +3,14 @@
 from typing import Any
 
 import jax.numpy as jnp
-import keras
 from jaxtyping import Array, Float
 
 import jliger
 from jliger.integrations.versions import check_version
 
 check_version("keras")
+
+import keras
 
 
 class FusedCausalLM(keras.Model):

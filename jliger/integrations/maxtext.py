@@ -13,11 +13,14 @@ import jax
 import jax.numpy as jnp
 from absl import app
 from jaxtyping import Array, Float, Int
-from maxtext.layers import multi_token_prediction, nnx_decoders
-from maxtext.trainers.pre_train import train
 
 import jliger
 from jliger.integrations.versions import check_version
+
+check_version("maxtext")
+
+from maxtext.layers import multi_token_prediction, nnx_decoders
+from maxtext.trainers.pre_train import train
 
 _apply_output_head = nnx_decoders.NNXDecoder.apply_output_head
 
@@ -26,13 +29,9 @@ def install() -> None:
     """Replaces MaxText's pre-training loss in this process, and that of multi-token prediction.
 
     MaxText has no argument for a loss. This replaces `vocab_tiling_nnx_loss`, which its trainer calls if
-    `num_vocab_tiling` is above 1; larger values change nothing. With `num_vocab_tiling=1` MaxText still computes
-    the main loss from full logits. The loss of multi-token prediction is replaced in both cases.
-
-    Raises:
-      ImportError: MaxText's version is not one that was tested.
+    `num_vocab_tiling` is above 1; larger values change nothing. With `num_vocab_tiling=1` MaxText still computes the
+    main loss from full logits. The loss of multi-token prediction is replaced in both cases.
     """
-    check_version("maxtext")
     train.vocab_tiling_nnx_loss = vocab_tiling_nnx_loss
     nnx_decoders.NNXDecoder.apply_output_head = apply_output_head
     multi_token_prediction._cross_entropy_with_integer_labels = cross_entropy_with_integer_labels

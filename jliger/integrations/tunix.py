@@ -10,13 +10,14 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
-from tunix.rl import common
-from tunix.sft.utils import LossOutput, WeightedMetric
 
 import jliger
 from jliger.integrations.versions import check_version
 
 check_version("google-tunix")
+
+from tunix.rl import common
+from tunix.sft.utils import LossOutput, WeightedMetric
 
 
 def loss_fn(

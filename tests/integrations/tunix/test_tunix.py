@@ -3,6 +3,8 @@
 That release has not yet what `jliger.integrations.tunix` needs, which is tested by a stand-in beside it.
 """
 
+import importlib
+
 import jax
 import numpy as np
 import optax
@@ -129,6 +131,11 @@ def test_tunix(kind):
     # The trainer's own loss ends in the same place.
     own = nnx.state(trained_by_tunix(make(), None))
     assert_same_to_rounding(*(by_name(nnx.to_pure_dict(state)) for state in (after, own)), steps=STEPS)
+
+
+def test_the_integration_names_the_version_that_it_needs():
+    with pytest.raises(ImportError, match=r"google-tunix is 0\.1\.7, and jliger was tested with 0\.1\.8"):
+        importlib.import_module("jliger.integrations.tunix")
 
 
 def assert_same_to_rounding(found, expected, steps=1):
