@@ -24,7 +24,7 @@ SIZES = [
     "log_config=False", "attention=dot_product", "base_emb_dim=32", "base_num_query_heads=2", "base_num_kv_heads=2",
     "head_dim=16", "base_mlp_dim=64", "base_num_decoder_layers=2", f"vocab_size={VOCAB}",
     f"max_target_length={LENGTH}", "z_loss_multiplier=1e-3", "steps=10", "learning_rate=1e-2",
-    "warmup_steps_fraction=0.0",
+    "warmup_steps_fraction=0.0", "sharding_tolerance=0.1",
 ]  # fmt: skip
 BASE = str(pathlib.Path(maxtext.__file__).parent / "configs" / "base.yml")
 UNTIED, TIED = "logits_via_embedding=False", "logits_via_embedding=True"
