@@ -1,7 +1,6 @@
-"""What docs/heads.md shows, runs; its recipe for tunix trains as tunix's own loss does."""
+"""What docs/heads.md shows, runs."""
 
 import re
-import sys
 import textwrap
 import types
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx, struct
+from flax import linen, nnx
 
 import jliger
 
@@ -23,101 +22,6 @@ SIZE, VOCAB, SHAPE = 8, 11, (3, 6)
 def block_with(text):
     (found,) = (block for block in BLOCKS if text in block)
     return found
-
-
-# ---- tunix -------------------------------------------------------------------------------------------------------
-
-
-@struct.dataclass
-class WeightedMetric:
-    unreduced_sum: jax.Array
-    denominator: jax.Array
-    eps: float | None = struct.field(default=None, pytree_node=False)
-
-
-@struct.dataclass
-class LossOutput:
-    primary_loss: WeightedMetric
-    aux_metrics: dict
-
-
-class Model(nnx.Module):
-    """Called as tunix's models are."""
-
-    def __init__(self, rngs):
-        self.embed = nnx.Embed(VOCAB, SIZE, rngs=rngs)
-        self.lm_head = nnx.Dict(w=nnx.Param(rngs.params.normal((SIZE, VOCAB))))
-
-    def __call__(self, tokens, positions, cache, attention_mask, skip_lm_head=False):
-        hidden = jnp.tanh(self.embed(tokens)) + positions[..., None]
-        return (hidden if skip_lm_head else hidden @ self.lm_head.w[...]), cache
-
-
-class Trainer:
-    """Tunix's trainer, as far as a loss sees it: sums' gradients over sums' weights, or means of means' gradients."""
-
-    def with_loss_fn(self, loss_fn):
-        self.loss_fn = loss_fn
-        return self
-
-    def train(self, microbatches, gradient_accumulation_steps):
-        graph, params = nnx.split(Model(nnx.Rngs(0)))
-
-        def summed(params, batch):
-            out = self.loss_fn(nnx.merge(graph, params), **batch)
-            if isinstance(out, LossOutput):
-                return out.primary_loss.unreduced_sum, out.primary_loss.denominator
-            return out, 1.0
-
-        @jax.jit
-        def updated(params, batches):
-            found = [jax.grad(summed, has_aux=True)(params, batch) for batch in batches]
-            weight = sum(denominator for _, denominator in found)
-            return jax.tree.map(
-                lambda old, *each: old - 0.3 * sum(each) / weight, params, *(grads for grads, _ in found)
-            )
-
-        for start in range(0, len(microbatches), gradient_accumulation_steps):
-            params = updated(params, microbatches[start : start + gradient_accumulation_steps])
-        return nnx.to_pure_dict(params)
-
-
-def own_loss(model, input_tokens, input_mask, positions, attention_mask):
-    """Tunix's: of full logits, without the last, for the next token where the mask has it."""
-    logits, _ = model(input_tokens, positions, None, attention_mask)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], input_tokens[:, 1:])
-    counted = input_mask[:, 1:]
-    return LossOutput(WeightedMetric(jnp.sum(losses * counted), jnp.sum(counted), eps=1e-8), {})
-
-
-def make_microbatch(random, longest):
-    lengths = random.integers(2, longest + 1, (SHAPE[0], 1))
-    return {
-        "input_tokens": random.integers(0, VOCAB, SHAPE),
-        "input_mask": np.arange(SHAPE[1]) < lengths,
-        "positions": np.broadcast_to(np.arange(SHAPE[1], dtype=np.float32) / 8, SHAPE),
-        "attention_mask": np.ones((SHAPE[0], SHAPE[1], SHAPE[1]), bool),
-    }
-
-
-def test_tunix_with_gradient_accumulation(monkeypatch):
-    utils = types.ModuleType("tunix.sft.utils")
-    utils.LossOutput, utils.WeightedMetric = LossOutput, WeightedMetric
-    for name in ("tunix", "tunix.sft"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, "tunix.sft.utils", utils)
-    names = {"jliger": jliger, "trainer": Trainer()}
-    exec(block_with("LossOutput"), names)
-
-    random = np.random.default_rng(0)
-    microbatches = [make_microbatch(random, longest) for longest in (6, 2, 3, 6)]
-    found = names["trainer"].train(microbatches, 2)
-    own = Trainer().with_loss_fn(own_loss).train(microbatches, 2)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(own), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
-
-
-# ---- all others --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ FLOORS = [
     ["jliger.heads", "jliger.losses", "jliger.accumulation", "jliger.labels", "jliger.reference"],
     ["jliger.nnx", "jliger.linen"],
     ["jliger"],
-    ["jliger.bench"],
+    ["jliger.bench", "jliger.integrations"],
 ]
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_MODULE = 60, 400
 
@@ -92,7 +92,9 @@ def lines_of_code(source, function):
     return count
 
 
-@pytest.mark.parametrize("module", ["jliger", "jliger.losses", "jliger.accumulation", "jliger.nnx", "jliger.linen"])
+@pytest.mark.parametrize(
+    "module", ["jliger", "jliger.losses", "jliger.accumulation", "jliger.nnx", "jliger.linen", "jliger.integrations"]
+)
 def test_a_module_shows_what_is_public_and_nothing_else(module):
     module = importlib.import_module(module)
     assert dir(module) == sorted(module.__all__)
