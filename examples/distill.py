@@ -11,9 +11,11 @@ import argparse
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,26 +94,26 @@ class Distillation:
 def build_trainings(args: argparse.Namespace, corpus: Corpus) -> tuple[Training, Training, dict[str, Training]]:
     """Traces the teacher's training, the student's without it, and the student's with it, by head."""
     student, teacher = (options.model_of(args, corpus.vocab_size, prefix) for prefix in ("", "teacher_"))
-    learning = TrainingConfig.of(args)
+    learning, end, jliger_head = TrainingConfig.of(args), corpus.end_of_text, options.jliger_head(args)
     teaching = replace(learning, steps=args.teacher_steps, learning_rate=args.teacher_learning_rate)
     heldout = heldout_batches(corpus.heldout, learning.batch_size, learning.length, args.eval_batches)
-    end, text, jliger_head = corpus.end_of_text, corpus.train[: args.student_tokens], options.jliger_head(args)
     # The cached teacher lies under a hash of everything that shapes it.
     key = json.dumps([CACHE_VERSION, corpus.digest, asdict(teacher), asdict(teaching)])
     folder = args.cache_dir / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     loss_fn, evaluate = language_model_loss(jliger_head, teacher, end), evaluation(teacher, jliger_head, heldout, end)
     of_teacher = text_training(TEACHER, folder, loss_fn, teacher, teaching, corpus.train, evaluate=evaluate)
-    loss_fn, evaluate = language_model_loss(jliger_head, student, end), evaluation(student, jliger_head, heldout, end)
-    folder = args.out / ALONE
-    alone = text_training(STUDENTS[ALONE], folder, loss_fn, student, learning, text, evaluate=evaluate)
+    evaluate = evaluation(student, jliger_head, heldout, end)
+
+    def of_student(name: str, folder: Path, loss_fn: Callable[..., Any], *given: Tree) -> Training:
+        text = corpus.train[: args.student_tokens]
+        return text_training(name, folder, loss_fn, student, learning, text, *given, evaluate=evaluate)
+
+    alone = of_student(STUDENTS[ALONE], args.out / ALONE, language_model_loss(jliger_head, student, end))
     config = DistillationConfig(args.divergence, args.beta, args.temperature, args.hard_weight)
-    teacher_params, distilled = of_teacher.program.abstract_state["parameters"], {}
+    given, distilled = of_teacher.program.abstract_state["parameters"], {}
     for head in options.heads_of(args):
-        loss_fn = Distillation(head, student, teacher, config, end)
-        name, folder = f"{STUDENTS[DISTILLED]}, {head.name}", args.out / DISTILLED / head.name
-        distilled[head.name] = text_training(
-            name, folder, loss_fn, student, learning, text, teacher_params, evaluate=evaluate
-        )
+        loss_fn, folder = Distillation(head, student, teacher, config, end), args.out / DISTILLED / head.name
+        distilled[head.name] = of_student(f"{STUDENTS[DISTILLED]}, {head.name}", folder, loss_fn, given)
     return of_teacher, alone, distilled
 
 
@@ -127,21 +129,22 @@ def train_teacher(teacher: Training, args: argparse.Namespace) -> Tree:
     return teacher.state["parameters"]
 
 
-def report_of(students: Mapping[str, Events], runs: Mapping[str, Events], summary: Record) -> list[str]:
+def report_of(students: Mapping[str, Events], heads: Mapping[str, Events], summary: Record) -> list[str]:
     """Who learned from what, what the student has of its teacher, and how much memory the step takes."""
-    gain = summary["gain"]
+    models = summary["models"]
     titles = {TEACHER: TEACHER} | {name: f"student, {title}" for name, title in STUDENTS.items()}
     columns = {"": lambda model: titles[model["name"]]}
     columns |= {name: reporting.number(name, ",") for name in ("parameters", "steps", "tokens_per_step", "tokens")}
     columns |= {f"held-out {name}": reporting.number(f"heldout/{name}", ".4f") for name in ("loss", "accuracy")}
     title, form = "The student's held-out loss, nats per token", {"digits": 4, "difference": "+.4f"}
+    change = models[DISTILLED]["heldout"]["loss"] - models[ALONE]["heldout"]["loss"]
     return [
-        reporting.table_of([{"name": name, **model} for name, model in summary["models"].items()], columns),
+        reporting.table_of([{"name": name, **model} for name, model in models.items()], columns),
         reporting.curve_table(students, title, "eval", titles=STUDENTS, lines=11, **form),
-        f"With the teacher the student's held-out loss is {'lower' if gain['last'] > 0 else 'NOT lower'}: "
-        f"{-gain['last']:+.4f} nats after the last step, {-gain['lowest']:+.4f} at the lowest of each.",
-        f"The training with the teacher, by last layer. {reporting.curve_table(runs)}",
-        *reporting.summary_parts(summary, CURVE_TOLERANCE[summary["settings"]["dtype"]]),
+        f"With the teacher the student's held-out loss is {'lower' if change < 0 else 'NOT lower'}: {change:+.4f} nats "
+        "after the last step.",
+        f"The training with the teacher, by last layer. {reporting.curve_table(heads)}",
+        *reporting.summary_parts(summary, CURVE_TOLERANCE[summary["dtype"]]),
     ]
 
 
@@ -197,46 +200,28 @@ def run(args: argparse.Namespace) -> None:
     corpus = options.corpus_of(args)
     # Whatever can be refused is refused before the folder is changed.
     teacher, alone, distilled = build_trainings(args, corpus)
-    names = ("student_tokens", "divergence", "beta", "temperature", "hard_weight")
+    student = options.model_of(args, corpus.vocab_size)
     # What shapes the curves: a run is only resumed with the same values.
-    settings = {
-        "corpus": corpus.digest,
-        **asdict(options.model_of(args, corpus.vocab_size)),
-        **asdict(TrainingConfig.of(args)),
-        **{name: value for name, value in vars(args).items() if name in names or name.startswith("teacher_")},
-    }
+    names = ("student_tokens", "divergence", "beta", "temperature", "hard_weight")
+    own = {name: value for name, value in vars(args).items() if name in names or name.startswith("teacher_")}
+    settings = {"corpus": corpus.digest, **asdict(student), **asdict(TrainingConfig.of(args)), **own}
     runs.open_folder(args, settings, (ALONE, DISTILLED), corpus.tokenizer)
-    teacher_params = train_teacher(teacher, args)
-    train([alone], args, args.steps)
+    params = train_teacher(teacher, args)
     for training in distilled.values():
-        training.given = (teacher_params,)
-    train(list(distilled.values()), args, args.steps)
+        training.given = (params,)
+    train([alone, *distilled.values()], args, args.steps)
 
-    events = runs.read_heads(args.out / DISTILLED)
+    heads = runs.read_heads(args.out / DISTILLED)
     # Of two heads, the last one's student stands for both.
-    students = {ALONE: runs.read_metrics(args.out / ALONE), DISTILLED: events[list(distilled)[-1]]}
-
-    def model(prefix: str, steps: int, tokens: int, heldout: Record) -> Record:
-        parameters = parameter_count(options.model_of(args, corpus.vocab_size, prefix))
-        per_step = args.batch_size * args.length
-        return {
-            "parameters": parameters,
-            "steps": steps,
-            "tokens_per_step": per_step,
-            "tokens": tokens,
-            "heldout": heldout,
-        }
-
-    models = {TEACHER: model("teacher_", args.teacher_steps, len(corpus.train), teacher.evaluate(teacher_params))}
-    curves = {}
-    for name, student in students.items():
-        tokens = min(args.student_tokens, len(corpus.train))
-        models[name] = model("", args.steps, tokens, student["eval"][args.steps])
-        curves[name] = [record["loss"] for _, record in sorted(student["eval"].items())]
-    gain = {"last": curves[ALONE][-1] - curves[DISTILLED][-1], "lowest": min(curves[ALONE]) - min(curves[DISTILLED])}
-    summary = {**reporting.summarize(events, {"settings": settings}), "models": models, "gain": gain}
-    panels = [partial(students_panel, students, models[TEACHER]), *reporting.comparison_panels(events, summary)]
-    reporting.report(args.out, summary, panels, report_of(students, events, summary))
+    students = {ALONE: runs.read_metrics(alone.folder), DISTILLED: heads[list(distilled)[-1]]}
+    about = {"parameters": parameter_count(student), "steps": args.steps}
+    about |= {"tokens_per_step": args.batch_size * args.length, "tokens": min(args.student_tokens, len(corpus.train))}
+    models = {name: {**about, "heldout": events["eval"][args.steps]} for name, events in students.items()}
+    about |= {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params)), "steps": args.teacher_steps}
+    models = {TEACHER: {**about, "tokens": len(corpus.train), "heldout": teacher.evaluate(params)}, **models}
+    summary = {**reporting.summarize(heads, settings), "models": models}
+    panels = [partial(students_panel, students, models[TEACHER]), *reporting.comparison_panels(heads, summary)]
+    reporting.report(args.out, summary, panels, report_of(students, heads, summary))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -41,18 +41,12 @@ def run(args: argparse.Namespace) -> None:
     settings = {"corpus": corpus.digest, **asdict(config), **asdict(learning)}
     # Whatever can be refused is refused before the folder is changed.
     end, heldout = corpus.end_of_text, heldout_batches(corpus.heldout, args.batch_size, args.length, args.eval_batches)
-    trainings = [
-        text_training(
-            head.name,
-            args.out / head.name,
-            language_model_loss(head, config, end),
-            config,
-            learning,
-            corpus.train,
-            evaluate=evaluation(config, head, heldout, end),
-        )
-        for head in options.heads_of(args)
-    ]
+    trainings = []
+    for head in options.heads_of(args):
+        loss_fn, evaluate = language_model_loss(head, config, end), evaluation(config, head, heldout, end)
+        folder = args.out / head.name
+        training = text_training(head.name, folder, loss_fn, config, learning, corpus.train, evaluate=evaluate)
+        trainings.append(training)
     runs.open_folder(args, settings, HEADS, corpus.tokenizer)
     last = args.steps if args.stop_at is None else args.stop_at
     train(trainings, args, last)

@@ -30,14 +30,7 @@ from llama import AXES, BATCH, LlamaConfig, Tree, flops_per_token, parameter_cou
 from measuring import HOPPER_TFLOPS, Records, in_words, measured_steps, rates
 from options import COUNT, COUNT_OR_ZERO, DTYPES, NUMBER, NUMBER_OR_ZERO
 from runs import DeviceMemoryError, Record, RunError, say
-from training import (
-    Program,
-    Training,
-    TrainingConfig,
-    build_program,
-    device_memory,
-    train,
-)
+from training import Program, Training, TrainingConfig, build_program, device_memory, train
 
 HEADS = ("jliger", "full")
 CONFIGS = {
@@ -53,7 +46,7 @@ DEFAULTS = {"tiny": (8, 128, 3e-3), "llama3-1b": (64, 512, 3e-4), "llama3-8b": (
 
 def program_of(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, batch_size: int, end_of_text: int) -> Program:
     """Traces the training step under the current mesh; nothing is compiled or run."""
-    learning = TrainingConfig.of(argparse.Namespace(**{**vars(args), "batch_size": batch_size}))
+    learning = replace(TrainingConfig.of(args), batch_size=batch_size)
     optimizer = learning.optimizer(config)
 
     def shardings(state: Tree) -> Tree:
@@ -75,45 +68,37 @@ def on_devices(mesh: Mesh, batch: np.ndarray) -> jax.Array:
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(BATCH)), batch, batch.shape)
 
 
-def train_run(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus: Corpus, settings: Record) -> None:
+def train_run(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus: Corpus) -> None:
     """Trains from the latest checkpoint, or from the seed, up to `--steps` or `--stop-at`."""
-    (batch_size,) = args.batch
-    size = (batch_size, args.length)
-    batches = Batches(windows(corpus.train, args.length), batch_size, args.seed)
-    program = program_of(args, config, mesh, batch_size, corpus.end_of_text)
-    runs.check_folder(args.out, settings, resume=args.resume, overwrite=args.overwrite)
-    # No process begins the folder before every process has checked it.
-    multihost_utils.sync_global_devices("folder checked")
-    if jax.process_index() == 0 and not args.resume:
-        contents = (runs.METRICS, runs.CHECKPOINTS, runs.TOKENIZER, runs.SUMMARY)
-        runs.begin_folder(args.out, settings, contents)
-        corpus.tokenizer.save(str(args.out / runs.TOKENIZER))
-    multihost_utils.sync_global_devices("folder begun")
-    last: int = args.steps if args.stop_at is None else args.stop_at
+    learning = TrainingConfig.of(args)
+    rate = partial(rates, config, (learning.batch_size, args.length), peak_tflops=args.peak_tflops)
+    batches = Batches(windows(corpus.train, args.length), learning.batch_size, args.seed)
+    about = {"mesh": dict(mesh.shape), "accumulate": args.accumulate}
     training = Training(
         args.head,
         args.out,
-        program,
+        program_of(args, config, mesh, learning.batch_size, corpus.end_of_text),
         lambda step, params: on_devices(mesh, batches[step - 1]),
-        figures=lambda results, batch, seconds: rates(config, size, seconds, args.peak_tflops),
-        about={"mesh": dict(mesh.shape), "accumulate": args.accumulate},
+        figures=lambda results, batch, seconds: rate(seconds),
+        about=about,
     )
+    # What shapes the curve. The mesh and the microbatches only change the rounding, and may change.
+    settings = {"corpus": corpus.digest, "head": args.head, **asdict(config), **asdict(learning)}
+    runs.open_folder(args, settings, (runs.METRICS, runs.CHECKPOINTS), corpus.tokenizer)
+    last: int = args.steps if args.stop_at is None else args.stop_at
     train([training], args, last)
     if training.start >= last:
         say(f"the run in {args.out} is at step {training.start} already")
-        return
-    if jax.process_index() != 0:
-        return
-    figures = reporting.figures_of(runs.read_metrics(args.out))
-    seconds = figures["step_seconds"]
-    figures |= {"milliseconds": 1e3 * seconds, "peak_bytes": device_memory("peak_bytes_in_use")}
-    figures |= rates(config, size, seconds, args.peak_tflops)
-    about = {"mesh": dict(mesh.shape), "device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    runs.write_json(args.out / runs.SUMMARY, {**settings, **figures, **about})
-    say(f"step {last}: loss {figures['train_loss']:.6f}; in the median {in_words(figures)}")
-    if last < args.steps:
-        say(f"Stopped at step {last} of {args.steps}; --resume continues.")
-    say(f"metrics, checkpoints and {runs.SUMMARY} are in {args.out}")
+    elif jax.process_index() == 0:
+        figures = reporting.figures_of(runs.read_metrics(args.out))
+        seconds = figures["step_seconds"]
+        figures |= {"milliseconds": 1e3 * seconds, "peak_bytes": device_memory("peak_bytes_in_use"), **rate(seconds)}
+        about |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        runs.write_json(args.out / runs.SUMMARY, {**settings, **figures, **about})
+        say(f"step {last}: loss {figures['train_loss']:.6f}; in the median {in_words(figures)}")
+        if last < args.steps:
+            say(f"Stopped at step {last} of {args.steps}; --resume continues.")
+        say(f"metrics, checkpoints and {runs.SUMMARY} are in {args.out}")
 
 
 def largest_batch(measurements: Sequence[tuple[int, int]], limit: int, multiple: int) -> int | None:
@@ -218,7 +203,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args.command = list(sys.argv[1:] if argv is None else argv)
     batch, length, learning_rate = DEFAULTS[args.config]
     args.batch, args.length = args.batch or [batch], args.length or length
-    args.learning_rate = args.learning_rate or learning_rate
+    args.batch_size, args.learning_rate = args.batch[0], args.learning_rate or learning_rate
     check_args(parser, args)
     return args
 
@@ -293,28 +278,14 @@ def run(args: argparse.Namespace) -> None:
         np.frombuffer(corpus.digest.encode(), np.uint8),
         "the processes read different texts: give all the same --corpus",
     )
-    if corpus.vocab_size < config.vocab_size:
-        say(
-            f"the model's vocabulary is {config.vocab_size}: the tokenizer's {corpus.vocab_size} tokens are its first, "
-            "the others occur in no text"
-        )
-    device = jax.devices()[0]
     say(
         f"model: {args.config}, {parameter_count(config):,} parameters, head {args.head}, {args.dtype}; mesh "
-        f"{', '.join(f'{name}={size}' for name, size in mesh.shape.items())} of {device.platform} "
-        f"({device.device_kind}), {jax.process_count()} process(es), JAX {jax.__version__}"
+        f"{', '.join(f'{name}={size}' for name, size in mesh.shape.items())}, {jax.process_count()} process(es)"
     )
-    # What shapes the curve. The mesh and the microbatches only change the rounding, and may change.
-    names = ("config", "dtype", "head", "steps", "length", "learning_rate", "warmup_steps", "weight_decay", "seed")
-    own = {name: getattr(args, name) for name in names}
-    settings = {"corpus": corpus.digest, **asdict(config), **own, "batch": args.batch[0]}
     # GPUs would otherwise round float32 operands of products to fewer bits.
     precision = "highest" if args.dtype == "float32" else "default"
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
-        if args.benchmark is None:
-            train_run(args, config, mesh, corpus, settings)
-        else:
-            benchmark(args, config, mesh, corpus)
+        (train_run if args.benchmark is None else benchmark)(args, config, mesh, corpus)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
