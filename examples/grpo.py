@@ -20,7 +20,6 @@ import optax
 import options
 import reporting
 import runs
-from brackets import OPENING, Brackets
 from language_model import HEADS, Head
 from llama import LlamaConfig, Tree, full_logits, hidden_states, initial_parameters
 from options import COUNT, NUMBER, NUMBER_OR_ZERO
@@ -30,10 +29,41 @@ from training import Program, Training, build_program, train
 from jliger import LinearLogprobs, losses
 from jliger.accumulation import AccumulatedLoss
 
+OPENING, CLOSING, END = "([{<", ")]}>", "="
 # How far apart the two losses of a step may be, to be called the same. A token's loss is about as large as an
 # advantage, of order 1. Rounding errors grow from step to step, faster as the policy gets more certain: then a small
 # change of its parameters is a large one of an unlikely token's log-probability.
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Brackets:
+    """Prompts of `depth` opening brackets and `=`; an answer closes them, the last one first.
+
+    Tokens are the opening brackets, the closing ones, `=`, and any others that a vocabulary has.
+    """
+
+    depth: int
+    kinds: int
+
+    @property
+    def tokens(self) -> int:
+        return 2 * self.kinds + 1
+
+    def prompts(self, count: int, random: np.random.Generator) -> np.ndarray:
+        """`[count, depth + 1]` tokens."""
+        brackets = random.integers(0, self.kinds, (count, self.depth))
+        return np.pad(brackets, ((0, 0), (0, 1)), constant_values=2 * self.kinds).astype(np.int32)
+
+    def rewards(self, tokens: np.ndarray) -> np.ndarray:
+        """The share of brackets that are right, `[count]`, in prompts with completions `[count, 2 * depth + 1]`."""
+        opening, completions = tokens[:, : self.depth], tokens[:, self.depth + 1 :]
+        return np.mean(opening[:, ::-1] + self.kinds == completions, axis=1, dtype=np.float32)
+
+    def text(self, tokens: np.ndarray) -> str:
+        """Tokens as text, with `·` for those that are not the task's."""
+        names = OPENING[: self.kinds] + CLOSING[: self.kinds] + END
+        return "".join(names[token] if token < len(names) else "·" for token in tokens)
 
 
 @dataclass(frozen=True)

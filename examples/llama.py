@@ -168,9 +168,14 @@ def rotary(x: jax.Array, base: float) -> jax.Array:
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Causal grouped-query attention: cuDNN's on a GPU in 16 bits, else with all weights in memory."""
-    is_cudnn = query.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu"
-    implementation = "cudnn" if is_cudnn else "xla"
-    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=implementation)
+    if query.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu":
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+    batch, length, heads, size = query.shape
+    grouped = query.reshape(batch, length, key.shape[2], -1, size)
+    scores = wide(jnp.einsum("btkgd,bskd->bkgts", grouped, key)) * size**-0.5
+    scores = jnp.where(jnp.tri(length, dtype=bool), scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(batch, length, heads, size)
 
 
 def mlp(matrices: Tree, x: jax.Array, pieces: int) -> jax.Array:

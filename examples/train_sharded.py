@@ -176,16 +176,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config", choices=list(CONFIGS), default="tiny", help="sizes of the model (%(default)s)")
     add("--dtype", choices=DTYPES, help="of the arithmetic (default: bfloat16, on a CPU float32)")
 
-    batches, lengths, learning_rates = (
-        ", ".join(f"{name}: {each[i]}" for name, each in DEFAULTS.items()) for i in range(3)
-    )
+    given = [", ".join(f"{name}: {each[i]}" for name, each in DEFAULTS.items()) for i in range(3)]
     add = parser.add_argument_group("training").add_argument
     options.add_head_options(add, choices=HEADS)
     add("--steps", type=COUNT, default=30, metavar="N", help="optimizer steps (%(default)s)")
-    add("--batch", type=COUNT, nargs="+", metavar="N", help=f"sequences per step, over all devices ({batches})")
-    add("--length", type=COUNT, metavar="N", help=f"tokens per sequence ({lengths})")
+    add("--batch", type=COUNT, nargs="+", metavar="N", help=f"sequences per step, over all devices ({given[0]})")
+    add("--length", type=COUNT, metavar="N", help=f"tokens per sequence ({given[1]})")
     add("--accumulate", type=COUNT, default=1, metavar="K", help="microbatches per step (%(default)s)")
-    add("--learning-rate", type=NUMBER, metavar="X", help=f"the highest, after warmup ({learning_rates})")
+    add("--learning-rate", type=NUMBER, metavar="X", help=f"the highest, after warmup ({given[2]})")
     add("--warmup-steps", type=COUNT_OR_ZERO, metavar="N", help="(default: a third of the steps, at most 10)")
     add("--weight-decay", type=NUMBER_OR_ZERO, default=0.1, metavar="X", help="of AdamW (%(default)s)")
 
@@ -237,14 +235,11 @@ def find_devices(args: argparse.Namespace) -> None:
 
 
 def make_mesh(sizes: dict[str, int] | None) -> Mesh:
-    devices = jax.device_count()
-    sizes = sizes or {"data": 1, "fsdp": devices, "tensor": 1}
-    if math.prod(sizes.values()) != devices:
-        asked = ",".join(f"{name}={size}" for name, size in sizes.items())
-        raise RunError(
-            f"--mesh {asked} has {math.prod(sizes.values())} devices and JAX sees {devices}: choose axes whose "
-            f"product is {devices}, or simulate devices on a CPU with --devices"
-        )
+    sizes = sizes or {"data": 1, "fsdp": jax.device_count(), "tensor": 1}
+    if (asked := math.prod(sizes.values())) != (devices := jax.device_count()):
+        text = ",".join(f"{name}={size}" for name, size in sizes.items())
+        what_to_do = f"choose axes whose product is {devices}, or simulate devices on a CPU with --devices"
+        raise RunError(f"--mesh {text} has {asked} devices and JAX sees {devices}: {what_to_do}")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -253,10 +248,8 @@ def check_sizes(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh) -> No
     share = args.accumulate * data * fsdp
     for batch_size in args.batch:
         if batch_size % share:
-            raise RunError(
-                f"--batch {batch_size} must be a multiple of {share}: --accumulate {args.accumulate} times data={data} "
-                f"times fsdp={fsdp}"
-            )
+            product = f"--accumulate {args.accumulate} times data={data} times fsdp={fsdp}"
+            raise RunError(f"--batch {batch_size} must be a multiple of {share}: {product}")
     divisors = dict.fromkeys(("heads", "kv_heads", "mlp_size", "vocab_size"), tensor) | {"hidden_size": fsdp * tensor}
     for name, divisor in divisors.items():
         if getattr(config, name) % divisor:
@@ -268,9 +261,8 @@ def run(args: argparse.Namespace) -> None:
     args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if args.largest and (device_memory("bytes_limit") is None or jax.process_count() > 1):
         raise RunError("--largest needs devices that say how much memory they have, all of one process")
-    config = replace(CONFIGS[args.config], dtype=args.dtype)
-    if args.config == "tiny":
-        config = replace(config, vocab_size=args.vocab_size)
+    vocab_size = args.vocab_size if args.config == "tiny" else CONFIGS[args.config].vocab_size
+    config = replace(CONFIGS[args.config], dtype=args.dtype, vocab_size=vocab_size)
     mesh = make_mesh(args.mesh)
     check_sizes(args, config, mesh)
     corpus = options.corpus_of(args)

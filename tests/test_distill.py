@@ -54,7 +54,6 @@ def test_the_teacher_helps_and_jliger_takes_less_memory(finished):
     teacher, alone, distilled = (models[name]["heldout"]["loss"] for name in ("teacher", "alone", "distilled"))
     # By a multiple of what the two heads' rounding comes to.
     assert teacher < distilled < alone - 0.02
-    assert summary["gain"]["last"] == pytest.approx(alone - distilled)
     assert models["teacher"]["parameters"] > models["alone"]["parameters"] == models["distilled"]["parameters"]
     full, fused = losses(finished / "distilled" / "full"), losses(finished / "distilled" / "jliger")
     assert list(full) == list(fused) == list(losses(finished / "alone")) == list(range(1, STEPS + 1))
@@ -99,7 +98,7 @@ def test_both_losses_are_one(distill, config, tie_embeddings):
     of_heads = [distill.Distillation(head, *configs, distill.DistillationConfig(*config), 0) for head in heads]
     with jax.default_matmul_precision("highest"):
         ((full, count), full_grads), ((fused, _), fused_grads) = (
-            jax.value_and_grad(loss, has_aux=True)(student, jnp.asarray(tokens), teacher) for loss in of_heads
+            jax.jit(jax.value_and_grad(loss, has_aux=True))(student, jnp.asarray(tokens), teacher) for loss in of_heads
         )
     # Neither the label after an end of text counts, nor one that is no token.
     assert count == 20 + 19 + 8
@@ -108,6 +107,7 @@ def test_both_losses_are_one(distill, config, tie_embeddings):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
 
 
+@pytest.mark.exhaustive
 def test_a_gpu_gets_triton_by_itself(distill, options):
     pytest.importorskip("jax_triton")
     pytest.importorskip("jax_cuda13_plugin")
