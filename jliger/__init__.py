@@ -14,6 +14,7 @@ from jliger.ops.linear_head.adapter import LinearAdapter
 from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics, fused_linear_cross_entropy
 from jliger.ops.linear_head.logprob_loss import fused_linear_loss
 from jliger.ops.linear_head.logprobs import LinearLogprobs, linear_logprobs
+from jliger.ops.linear_head.top_k import LinearTopK, linear_top_k
 from jliger.ops.logits.cross_entropy import softmax_cross_entropy
 from jliger.ops.norms.api import layer_norm, rms_norm
 from jliger.ops.rope.api import apply_rope
@@ -25,6 +26,7 @@ __all__ = [
     "CrossEntropyMetrics",
     "LinearAdapter",
     "LinearLogprobs",
+    "LinearTopK",
     "__version__",
     "accumulate_gradients",
     "accumulation",
@@ -36,6 +38,7 @@ __all__ = [
     "geglu",
     "layer_norm",
     "linear_logprobs",
+    "linear_top_k",
     "linen",
     "losses",
     "nnx",

@@ -14,6 +14,7 @@ from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics
 from jliger.ops.linear_head.distillation import DistillationMetrics
 from jliger.ops.linear_head.logprobs import LinearLogprobs
+from jliger.ops.linear_head.top_k import LinearTopK
 
 
 def fused_linear_cross_entropy(
@@ -122,14 +123,113 @@ def fused_linear_jsd(
     """`jliger.losses.fused_linear_jsd` on full logits of both models, with the same arguments and results."""
     student = _logits(student_hidden, student_kernel, **_options_of("student_", heads))
     teacher = _logits(teacher_hidden, teacher_kernel, **_options_of("teacher_", heads))
-    teacher, weights = jax.lax.stop_gradient((teacher, weights))
+    teacher = jax.lax.stop_gradient(teacher)
+    log_p, log_r = jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
+    of_teacher = jnp.argmax(teacher, axis=-1).astype(jnp.int32)
+    return _distillation(
+        student, _divergence(beta, log_p, log_r), of_teacher, labels, hard_weight, soft_weight,
+        where, weights, ignore_index, reduction, normalizer, return_metrics,
+    )  # fmt: skip
+
+
+def linear_top_k(
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    k: int,
+    *,
+    where: Bool[Array, "*B"] | None = None,
+    **head: Any,
+) -> LinearTopK:
+    """`jliger.linear_top_k` on full logits, with the same arguments and results."""
+    logits = jax.lax.stop_gradient(_logits(hidden, kernel, **head))
+    values, ids = jax.lax.top_k(logits, k)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    counted = jnp.ones_like(lse, bool) if where is None else where
+    every = counted[..., None]
+    return LinearTopK(
+        ids=jnp.where(every, ids, -1),
+        logprobs=jnp.where(every, values - lse[..., None], 0),
+        logsumexp=jnp.where(counted, lse, 0),
+    )
+
+
+def fused_linear_top_k_kl(
+    hidden: Float[Array, "*B H"],
+    kernel: Float[Array, "H V"] | Float[Array, "V H"],
+    teacher_ids: Integer[Array, "*B K"],
+    teacher_logprobs: Float[Array, "*B K"],
+    *,
+    normalize: str = "vocab",
+    remainder: bool = False,
+    temperature: float = 1.0,
+    labels: Integer[Array, "*B"] | None = None,
+    hard_weight: Any = 0.0,
+    soft_weight: Any = 1.0,
+    where: Bool[Array, "*B"] | None = None,
+    weights: Float[Array, "*B"] | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    normalizer: Num[Array, ""] | float | None = None,
+    return_metrics: bool = False,
+    **head: Any,
+) -> Any:
+    """`jliger.losses.fused_linear_top_k_kl` on full logits, with the same arguments and results."""
+    student = _logits(hidden, kernel, **head)
+    vocab_size = student.shape[-1]
+    teacher_ids, logprobs = jax.lax.stop_gradient((teacher_ids, teacher_logprobs.astype(student.dtype)))
+    present = teacher_ids >= 0
+    # Of equal ids the first gets the sum of all.
+    equal = (teacher_ids[..., :, None] == teacher_ids[..., None, :]) & present[..., None, :]
+    r = jnp.where(equal, jnp.exp(logprobs)[..., None, :], 0).sum(axis=-1)
+    present &= ~jnp.tril(equal, -1).any(axis=-1)
+    r = jnp.where(present, r, 0)
+    of_teacher = jnp.where(r == r.max(axis=-1, keepdims=True), teacher_ids, vocab_size)
+    of_teacher = jnp.where(present, of_teacher, vocab_size).min(axis=-1)
+    safe = jnp.where(present & (teacher_ids < vocab_size), teacher_ids, 0)
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(student / temperature), safe, axis=-1)
+    if normalize == "top_k":
+        r = r ** (1 / temperature)
+        total = r.sum(axis=-1, keepdims=True)
+        r = r / jnp.where(total == 0, 1, total)
+        log_p = jax.nn.log_softmax(log_p, where=present, axis=-1)
+    log_r = jnp.log(jnp.where(r == 0, 1, r))
+    divergence = jnp.sum(r * (log_r - jnp.where(r == 0, 0, log_p)), axis=-1)
+    if remainder:
+        named = (safe[..., None] == jnp.arange(vocab_size)) & present[..., None]
+        others = ~named.any(axis=-2)
+        rest = jnp.where(others.any(axis=-1), jnp.maximum(1 - r.sum(axis=-1), 0), 0)
+        log_rest = jax.nn.logsumexp(jax.nn.log_softmax(student / temperature), where=others, axis=-1)
+        log_rho = jnp.log(jnp.where(rest == 0, 1, rest))
+        divergence += rest * (log_rho - jnp.where(rest == 0, 0, log_rest))
+    divergence = jnp.where((teacher_ids < vocab_size).all(axis=-1), divergence, jnp.nan)
+    return _distillation(
+        student, divergence, jnp.where(of_teacher == vocab_size, -1, of_teacher).astype(jnp.int32), labels, hard_weight,
+        soft_weight, where, weights, ignore_index, reduction, normalizer, return_metrics,
+    )  # fmt: skip
+
+
+def _distillation(
+    student: Float[Array, "*B V"],
+    divergence: Float[Array, "*B"],
+    of_teacher: Int[Array, "*B"],
+    labels: Integer[Array, "*B"] | None,
+    hard_weight: Any,
+    soft_weight: Any,
+    where: Bool[Array, "*B"] | None,
+    weights: Float[Array, "*B"] | None,
+    ignore_index: int | None,
+    reduction: str,
+    normalizer: Num[Array, ""] | float | None,
+    return_metrics: bool,
+) -> Any:
+    """Reduces divergences and cross entropies; `of_teacher` are the teacher's predictions."""
+    weights = jax.lax.stop_gradient(weights)
     dtype = student.dtype
     some_labels = jnp.zeros(student.shape[:-1], jnp.int32) if labels is None else labels
     # Without labels all tokens count, for any ignore_index.
     index = -1 if labels is None else ignore_index
     counted, inside, safe = _labels(some_labels, where, index, student.shape[-1])
 
-    log_p, log_r = jax.nn.log_softmax(student / temperature), jax.nn.log_softmax(teacher / temperature)
     cross_entropy = -jnp.take_along_axis(jax.nn.log_softmax(student), safe[..., None], axis=-1)[..., 0]
     cross_entropy = jnp.where(inside, cross_entropy, jnp.nan)
 
@@ -144,11 +244,11 @@ def fused_linear_jsd(
     def share_of_weight(true: Bool[Array, "*B"]) -> Float[Array, ""]:
         return jnp.where(weight == 0, 0, jnp.sum(token_weights, where=true) / jnp.where(weight == 0, 1, weight))
 
-    divergence, cross_entropy = reduced(_divergence(beta, log_p, log_r)), reduced(cross_entropy)
+    divergence, cross_entropy = reduced(divergence), reduced(cross_entropy)
     with_labels = not isinstance(hard_weight, int | float) or hard_weight != 0
     loss = soft_weight * divergence + (hard_weight * cross_entropy if with_labels else 0)
     predictions, teacher_predictions = (
-        jnp.where(counted, jnp.argmax(logits, axis=-1).astype(jnp.int32), -1) for logits in (student, teacher)
+        jnp.where(counted, columns, -1) for columns in (jnp.argmax(student, axis=-1).astype(jnp.int32), of_teacher)
     )
     metrics = DistillationMetrics(
         weight=weight,

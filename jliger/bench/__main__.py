@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jliger.bench import processes, report
 
-BENCHMARKS = ("head", "logprobs", "distillation", "operations", "mesh")
+BENCHMARKS = ("head", "logprobs", "distillation", "top_k", "operations", "mesh")
 
 
 def main() -> None:

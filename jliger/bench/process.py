@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from jliger.bench import distillation, head, logprobs, measure, mesh, operations, report
+from jliger.bench import distillation, head, logprobs, measure, mesh, operations, report, top_k
 from jliger.bench.measure import Record
 from jliger.bench.problem import Problem
 from jliger.bench.timing import Effort
@@ -55,4 +55,6 @@ def _problems(arguments: argparse.Namespace) -> list[tuple[str, Problem]]:
             result += [(what, problem) for problem in operations.problems(quick=arguments.quick)]
         elif what == "distillation":
             result += [(what, problem) for problem in distillation.problems()]
+        elif what == "top_k":
+            result += [(what, problem) for problem in top_k.problems()]
     return result

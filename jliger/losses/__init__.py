@@ -9,7 +9,8 @@ The losses that are called `fused_linear_...` are the same, fused with a linear 
 four.
 
 Distillation losses compare whole distributions. They are fused with the heads of both models, as
-`jliger.fused_linear_cross_entropy` is fused with one head.
+`jliger.fused_linear_cross_entropy` is fused with one head; `fused_linear_top_k_kl` with the student's alone, and the
+teacher's largest log-probabilities.
 """
 
 from jliger.losses.dpo_variants import DPODivergence, DPOLossType, dpo
@@ -28,6 +29,7 @@ from jliger.losses.reference_free import cpo, orpo, simpo
 from jliger.losses.sampler import SamplerMetrics, sampler_correction
 from jliger.losses.sequence import SequenceLogprobs, sequence_logprobs
 from jliger.ops.linear_head.distillation import DistillationMetrics, fused_linear_jsd, fused_linear_kl
+from jliger.ops.linear_head.top_k_kl import fused_linear_top_k_kl
 
 __all__ = [
     "DPODivergence",
@@ -50,6 +52,7 @@ __all__ = [
     "fused_linear_orpo",
     "fused_linear_ppo_clip",
     "fused_linear_simpo",
+    "fused_linear_top_k_kl",
     "grpo",
     "kto",
     "kto_kl",

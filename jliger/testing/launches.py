@@ -86,11 +86,14 @@ def pointers(ptx: str) -> int:
     return len(re.findall(r"^\s*\.param .*_param_\d+", ptx, re.MULTILINE)) - 2
 
 
+_SHARED = "%shared_memory"
+
+
 def written_parameters(ptx: str) -> set[int]:
     """The parameters that a kernel's stores may write to, found by a data-flow analysis of their addresses.
 
-    A register depends on the registers that it is computed from. Values loaded from memory depend on nothing, because
-    no kernel here stores pointers in memory.
+    A register depends on the registers that it is computed from. Shared memory is like one register, because threads
+    exchange addresses through it. Values loaded from other memory depend on nothing: no kernel stores pointers there.
     """
     depends: dict[str, set[int]] = {}
     instructions = list(_instructions(ptx))
@@ -98,10 +101,14 @@ def written_parameters(ptx: str) -> set[int]:
     while changed:
         changed = False
         for opcode, target, sources in instructions:
-            if opcode.startswith(("st.", "red.", "atom.", "bra", "bar")):
+            if opcode.startswith("st.shared"):
+                target = _SHARED
+            elif opcode.startswith(("st.", "red.", "atom.", "bra", "bar")):
                 continue
             if opcode.startswith("ld.param"):
                 result = {int(re.search(r"_param_(\d+)", sources)[1])}
+            elif opcode.startswith("ld.shared"):
+                result = depends.get(_SHARED, set())
             elif opcode.startswith("ld."):
                 result = set()
             else:

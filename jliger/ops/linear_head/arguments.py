@@ -177,7 +177,7 @@ def inverse_temperature_of(temperature: Any, labels: Any, dtype: Any) -> Float[A
             f"temperature got shape {temperature.shape}; pass one number, or one for each token, {labels.shape}."
         )
     temperature = temperature.astype(dtype)
-    inverse = _one_or_nan(temperature > 0, dtype) / jnp.where(temperature > 0, temperature, 1)
+    inverse = one_or_nan(temperature > 0, dtype) / jnp.where(temperature > 0, temperature, 1)
     # Sharded like the labels.
     return inverse if inverse.shape == labels.shape else inverse * jnp.ones_like(labels, dtype)
 
@@ -224,9 +224,10 @@ def if_counted(counted: Bool[Array, "*B"] | None, values: Array, otherwise: floa
 
 def column_validity(columns: Int[Array, "*B"], dtype: jax.typing.DTypeLike) -> Float[Array, "*B"]:
     """1 for a valid label, NaN for an invalid one; multiplying by it makes that token's loss and gradient NaN."""
-    return _one_or_nan(columns >= 0, dtype)
+    return one_or_nan(columns >= 0, dtype)
 
 
-def _one_or_nan(is_one: Bool[Array, "*B"], dtype: jax.typing.DTypeLike) -> Float[Array, "*B"]:
+def one_or_nan(is_one: Bool[Array, "*B"], dtype: jax.typing.DTypeLike) -> Float[Array, "*B"]:
+    """1 where true, and NaN elsewhere."""
     # The root of −1, because without jit a NaN constant would always trigger `jax_debug_nans`.
     return jnp.sqrt(jnp.where(is_one, 1, -1).astype(dtype))

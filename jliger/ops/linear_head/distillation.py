@@ -1,47 +1,18 @@
 """Distillation: how far a student's linear head is from a teacher's, without storing either's logits whole."""
 
 import functools
-from typing import Literal, NamedTuple, Unpack, overload
+from typing import Literal, Unpack, overload
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 from jliger.core import checks
-from jliger.core.dtypes import accumulator_dtype
-from jliger.core.reduction import Normalizer, divided, divisor
-from jliger.ops.linear_head import gradients, sharding
+from jliger.core.reduction import Normalizer
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
-from jliger.ops.linear_head.arguments import column_validity, counted_tokens, if_counted, label_columns
 from jliger.ops.linear_head.distillation_arguments import Call, DistillationOptions, distillation_arguments
+from jliger.ops.linear_head.distillation_reduction import DistillationMetrics as DistillationMetrics
+from jliger.ops.linear_head.distillation_reduction import Loss, reduced_distillation
 from jliger.ops.linear_head.types import Operands
-from jliger.ops.logits.objectives import Distillation, DistillationWeights, LabelTerms
-
-
-class DistillationMetrics(NamedTuple):
-    """Figures to log beside the loss. None of them carries a gradient.
-
-    Attributes:
-      weight: `[]`, the sum of the weights of the tokens that count; without `weights`, their number.
-      divergence: `[]`, reduced like the loss, without the factor `soft_weight`.
-      cross_entropy: `[]`, reduced like the loss, without the factor `hard_weight`; None without a hard part.
-      accuracy: `[]`, the share of `weight` on tokens whose label the student predicts; None without labels.
-      agreement: `[]`, the share of `weight` on tokens for which student and teacher predict the same. If nothing
-        counts, it and the accuracy are 0.
-      predictions: int32 `[*B]`, the first column with the student's largest logit; −1 for a token that doesn't count.
-      teacher_predictions: int32 `[*B]`, likewise the teacher's.
-    """
-
-    weight: Float[Array, ""]
-    divergence: Float[Array, ""]
-    cross_entropy: Float[Array, ""] | None
-    accuracy: Float[Array, ""] | None
-    agreement: Float[Array, ""]
-    predictions: Int[Array, "*B"]
-    teacher_predictions: Int[Array, "*B"]
-
-
-Loss = Float[Array, ""]
 
 
 @overload
@@ -296,50 +267,7 @@ def _distillation(
     hard_weight: Float[Array, ""],
     soft_weight: Float[Array, ""],
 ) -> tuple[Loss, DistillationMetrics]:
-    dtype = accumulator_dtype(operands.hidden.dtype)
-    assert call.config.teacher is not None
     operands = with_adapter(call.config, operands, adapter)
     teacher = {name: array for name, array in operands._asdict().items() if name.startswith("teacher_")}
     operands = operands._replace(**jax.lax.stop_gradient(teacher))
-    weights, hard_weight, soft_weight = jax.lax.stop_gradient((weights, hard_weight, soft_weight))
-    loss_function = Distillation(call.config.teacher.temperature, sharding.vocab_size(call.config, operands.kernel))
-    counted = where
-    if labels is None:
-        # Spread over devices as the tokens are. Any value is as good as another.
-        columns = jnp.zeros_like(operands.hidden.sum(axis=-1), dtype=jnp.int32)
-    else:
-        if call.ignore_index is not None:
-            counted = counted_tokens(labels, where, call.ignore_index)
-        columns = label_columns(labels, counted, loss_function.vocab_size)
-    weights = jnp.ones_like(columns, dtype) if weights is None else weights.astype(dtype)
-    token_weights = if_counted(counted, weights, 0)
-    weight = token_weights.sum()
-    shares = token_weights if call.reduction == "sum" else divided(token_weights, divisor(weight, normalizer))
-    label_terms, hard_shares = None, None
-    if call.config.teacher.with_labels:
-        label_terms = LabelTerms(column_validity(columns, dtype), None, float(loss_function.vocab_size))
-        hard_shares = shares
-    loss_weights = DistillationWeights(shares * soft_weight, None if hard_shares is None else hard_shares * hard_weight)
-    loss, result = gradients.weighted_loss(
-        call.config, loss_function, operands._replace(labels=columns, counted=counted), label_terms, loss_weights
-    )
-    result = jax.lax.stop_gradient(result)
-    divergence, cross_entropy = loss_function.weighted_sums(
-        result, label_terms, DistillationWeights(shares, hard_shares)
-    )
-    predictions, teacher_predictions = result.pair.student.prediction, result.pair.teacher.prediction
-
-    def share_of_weight(true: Bool[Array, "*B"]) -> Float[Array, ""]:
-        return divided(jnp.sum(jnp.where(true, token_weights, 0)), weight)
-
-    return loss, jax.lax.stop_gradient(
-        DistillationMetrics(
-            weight=weight,
-            divergence=divergence,
-            cross_entropy=None if hard_shares is None else cross_entropy,
-            accuracy=None if labels is None else share_of_weight(predictions == columns),
-            agreement=share_of_weight(predictions == teacher_predictions),
-            predictions=predictions,
-            teacher_predictions=teacher_predictions,
-        )
-    )
+    return reduced_distillation(call, operands, labels, where, weights, normalizer, hard_weight, soft_weight)

@@ -89,7 +89,8 @@ def distillation_arguments(
             raise TypeError(f"{name} is no option here; pass one of {', '.join(DistillationOptions.__annotations__)}.")
     temperature, normalizer = options.get("temperature", 1.0), options.get("normalizer")
     reduction = options.get("reduction", "mean")
-    _check_loss_options(beta, temperature, reduction, normalizer)
+    checks.check_number("beta", beta, least=0, most=1)
+    check_loss_options(temperature, reduction, normalizer)
     student_hidden = checks.as_array("student_hidden", student_hidden)
     teacher_hidden = checks.as_array("teacher_hidden", teacher_hidden)
     _check_same_tokens(student_hidden, teacher_hidden)
@@ -146,8 +147,8 @@ def _head_options(options: DistillationOptions) -> tuple[Any, Any]:
     return student, teacher
 
 
-def _check_loss_options(beta: Any, temperature: Any, reduction: Any, normalizer: Any) -> None:
-    checks.check_number("beta", beta, least=0, most=1)
+def check_loss_options(temperature: Any, reduction: Any, normalizer: Any) -> None:
+    """Checks the options that all distillation losses have."""
     checks.check_number("temperature", temperature)
     if temperature <= 0:
         raise ValueError(f"temperature got {temperature!r}; pass a number above 0.")

@@ -31,6 +31,7 @@ from jliger.ops.linear_head.sharding import LossPass, Result
 from jliger.ops.linear_head.types import DIMS, Differentiable, GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import RowStats
 from jliger.ops.logits.objectives import LossArrays, coefficients_of
+from jliger.ops.logits.top_k_types import TopKStats
 from jliger.ops.logits.unit_loss import UnitLoss
 
 _NO_ARRAYS = LossArrays()
@@ -165,6 +166,16 @@ def _token_stats_bwd(config: HeadConfig, residuals: Any, cotangents: Any) -> tup
 
 
 token_stats.defvjp(_token_stats_fwd, _token_stats_bwd, symbolic_zeros=True)
+
+
+# ---- no gradients ----------------------------------------------------------------------------------------------
+
+
+def top_k_stats(config: HeadConfig, operands: Operands) -> TopKStats:
+    """The tokens' largest logits, and what makes them log-probabilities."""
+    stats = _run(LossPass("stats", config), operands).stats
+    assert isinstance(stats, TopKStats)
+    return stats
 
 
 # ---- what both need ------------------------------------------------------------------------------------------

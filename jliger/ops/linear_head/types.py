@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jliger.core.backend import Choice
 from jliger.ops.logits import LogitMap, StatsWanted
+from jliger.ops.logits.top_k_divergence import TopKDivergence
 
 KernelLayout = Literal["hv", "vh"]
 Kernel = Float[Array, "H V"] | Float[Array, "V H"]
@@ -50,7 +51,8 @@ class HeadConfig:
       logits_budget: the most bytes of logits that each device keeps; None for no limit.
       vocab_axes: inside a user's `shard_map`, the manual axes that shard the kernel's columns.
       vocab_size: how many of the whole kernel's columns exist; the rest is padding. None for all.
-      teacher: the teacher's head, or None.
+      teacher: the teacher's head, or how the student is compared with a teacher of which K columns are known; or None.
+      top_k: how many of each token's largest logits to return; None for statistics of all logits.
     """
 
     kernel_layout: KernelLayout
@@ -66,7 +68,8 @@ class HeadConfig:
     vocab_size: int | None = None
     keep_logits: bool = False
     logits_budget: int | None = None
-    teacher: TeacherConfig | None = None
+    teacher: TeacherConfig | TopKDivergence | None = None
+    top_k: int | None = None
 
     @property
     def vocab_dim(self) -> int:
@@ -121,6 +124,9 @@ class Operands(NamedTuple):
       class_weights: weights of the columns in label smoothing.
       inverse_temperature: `1 / T`, which multiplies a token's logits last; None for 1.
       teacher_hidden, teacher_kernel, teacher_bias: a second head to compare with, for distillation.
+      teacher_ids: in its stead, the columns that are known of the teacher: each at most once, and negative for none.
+      teacher_logprobs: the teacher's log-probabilities of these columns; −∞ where there is none.
+      teacher_rest: the teacher's probability of all other columns together; None if they are not compared.
       logits: the products, if an earlier pass kept them: of all tokens; of some with `HeadConfig.logits_budget`.
       logit_rows: with a budget, the number of each row of `logits`. Numbers are unique over all devices.
       row_of: with a budget, the number of each token's row of `logits`; −1 if it has none.
@@ -139,6 +145,9 @@ class Operands(NamedTuple):
     teacher_hidden: Float[Array, "*B G"] | None = None
     teacher_kernel: Float[Array, "G V"] | Float[Array, "V G"] | None = None
     teacher_bias: Float[Array, " V"] | None = None
+    teacher_ids: Int[Array, "*B N"] | None = None
+    teacher_logprobs: Float[Array, "*B N"] | None = None
+    teacher_rest: Float[Array, "*B"] | None = None
     logits: Float[Array, "*B V"] | Float[Array, "*K V"] | None = None
     logit_rows: Int[Array, "*K"] | None = None
     row_of: Int[Array, "*B"] | None = None
@@ -175,8 +184,9 @@ Gradients = Differentiable[Array]
 GradientDtypes = Differentiable[np.dtype]
 
 # Which dimensions each operand, and its gradient, has: t tokens, h hidden, v vocabulary, r the adapter's rank, g the
-# teacher's hidden size, k tokens whose logits are kept within a budget. Shardings, reductions over devices and dtypes
-# of sums all follow from this table: a gradient without t is a sum over tokens, one without v is a sum over columns.
+# teacher's hidden size, k tokens whose logits are kept within a budget, n columns of a token, such as its largest.
+# Shardings, reductions over devices and dtypes of sums all follow from this table: a gradient without t is a sum over
+# tokens, one without v is a sum over columns.
 DIMS: Mapping[str, str] = {
     "hidden": "th",
     "kernel": "hv",
@@ -190,6 +200,9 @@ DIMS: Mapping[str, str] = {
     "teacher_hidden": "tg",
     "teacher_kernel": "gv",
     "teacher_bias": "v",
+    "teacher_ids": "tn",
+    "teacher_logprobs": "tn",
+    "teacher_rest": "t",
     "logits": "tv",
     "num_columns": "",
     "logit_rows": "k",
@@ -204,6 +217,6 @@ def operand_dims(config: HeadConfig) -> dict[str, str]:
         dims["logits"] = "kv"
     if config.kernel_layout == "vh":
         dims["kernel"] = "vh"
-    if config.teacher is not None and config.teacher.head.kernel_layout == "vh":
+    if isinstance(config.teacher, TeacherConfig) and config.teacher.head.kernel_layout == "vh":
         dims["teacher_kernel"] = "vg"
     return dims

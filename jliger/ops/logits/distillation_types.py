@@ -79,13 +79,13 @@ class DistillationStats(NamedTuple):
     """Statistics of a pair of rows, which the divergence needs.
 
     Attributes:
-      student, teacher: the softmax statistics of each.
+      student, teacher: the softmax statistics of each; None if only some of the teacher's columns are known.
       label_logit: the student's logit of the label, 0 if the label is not in this block; None without labels.
       hard_log_sum: the student's `log_sum` at temperature 1; None without labels, or if `τ` is 1.
     """
 
     student: SoftmaxStats
-    teacher: SoftmaxStats
+    teacher: SoftmaxStats | None
     label_logit: Float[Array, "*B"] | None
     hard_log_sum: Float[Array, "*B"] | None
 

@@ -31,7 +31,7 @@ def row_stats(
         flops=5 * product.size,
         bytes_accessed=product.nbytes,
         compute_capability=compute_capability,
-        **_launch(product, logit_map, passes=1),
+        **launch(product, logit_map, passes=1),
     )
     return RowStats(*outputs)
 
@@ -55,7 +55,7 @@ def row_grads(
         flops=5 * product.size,
         bytes_accessed=product.nbytes + product.size * jnp.dtype(dtype).itemsize,
         compute_capability=compute_capability,
-        **_launch(product, logit_map, passes=1),
+        **launch(product, logit_map, passes=1),
     )
     return grads
 
@@ -78,12 +78,12 @@ def row_stats_and_grads(
         flops=10 * product.size,
         bytes_accessed=product.nbytes + product.size * jnp.dtype(dtype).itemsize,
         compute_capability=compute_capability,
-        **_launch(product, logit_map, passes=2),
+        **launch(product, logit_map, passes=2),
     )
     return RowStats(*stats), grads
 
 
-def _launch(product: Float[Array, "T V"], logit_map: LogitMap, *, passes: int) -> dict[str, Any]:
+def launch(product: Float[Array, "T V"], logit_map: LogitMap, *, passes: int) -> dict[str, Any]:
     """The launch: one program per row, with the tiles and registers that were fastest on an H100 (docs/tuning.md).
 
     With two passes, programs are large: fewer rows are then in flight, and more of each row is still in the L2 cache
@@ -104,7 +104,7 @@ def _launch(product: Float[Array, "T V"], logit_map: LogitMap, *, passes: int) -
         "num_stages": 1,
         # With 64 registers, a multiprocessor holds 1024 threads; with 32, twice as many.
         "most_registers": 64 if tile.vector == 16 else 32,
-        "SHAPE": Shape(stride, logit_map.width, logit_map.scale, logit_map.softcap),
+        "SHAPE": Shape(stride, logit_map.width, logit_map.scale, logit_map.softcap, logit_map.masked),
         "TILE": tile,
     }
 

@@ -48,13 +48,14 @@ class Shape(NamedTuple):
       stride: distance between rows, in columns.
       width: number of vocabulary columns, unless an operand says how many there are (`Block.width`). Columns from there
         to `stride` are padding; gradients there are 0.
-      scale, softcap: as in `jliger.ops.logits.LogitMap`.
+      scale, softcap, masked: as in `jliger.ops.logits.LogitMap`.
     """
 
     stride: int
     width: int
     scale: float
     softcap: float | None
+    masked: bool = False
 
 
 class Row(NamedTuple):
@@ -203,7 +204,8 @@ def _tanh(x):
 @triton.jit
 def load_logits(row, columns, inside, SHAPE: tl.constexpr, EVICTION: tl.constexpr):
     """The logits of some columns in float32, and their derivative by the product."""
-    logits = load_columns(row.product + columns, inside, EVICTION).to(tl.float32)
+    product = load_columns(row.product + columns, inside, EVICTION).to(tl.float32)
+    logits = product
     if row.bias is not None:
         logits += load_columns(row.bias + columns, inside, "")
     logits *= SHAPE.scale
@@ -215,6 +217,8 @@ def load_logits(row, columns, inside, SHAPE: tl.constexpr, EVICTION: tl.constexp
     if row.inverse_temperature is not None:
         logits *= row.inverse_temperature
         dlogit_dproduct *= row.inverse_temperature
+    if SHAPE.masked:
+        logits = tl.where(product == float("-inf"), product, logits)
     return logits, dlogit_dproduct
 
 

@@ -75,8 +75,10 @@ class LogitMap(NamedTuple):
       scale: multiplies the logits.
       softcap: `c` in `c · tanh(z / c)`, or None.
       width: the number of vocabulary columns. The product may have more columns, as padding.
+      masked: whether a product of −∞ marks a column to leave out, as if its logit were −∞ whatever the softcap.
     """
 
     scale: float
     softcap: float | None
     width: int
+    masked: bool = False

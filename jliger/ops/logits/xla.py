@@ -90,6 +90,8 @@ def _logits(
         logits, dlogit_dproduct = logits * by_row, dlogit_dproduct * by_row
     columns = jax.lax.broadcasted_iota(jnp.int32, product.shape, 1)
     inside = columns < (logit_map.width if block.width is None else block.width)
+    if logit_map.masked:
+        inside &= product != -jnp.inf
     return jnp.where(inside, logits, -jnp.inf), dlogit_dproduct, inside
 
 

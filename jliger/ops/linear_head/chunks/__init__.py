@@ -26,7 +26,11 @@ from jliger.ops.linear_head.chunks.sizes import saved_tokens as saved_tokens
 from jliger.ops.linear_head.chunks.stats import merge_stats as merge_stats
 from jliger.ops.linear_head.chunks.stats import shifted_sums as shifted_sums
 from jliger.ops.linear_head.chunks.stats import stats_pass as stats_pass
+from jliger.ops.linear_head.chunks.top_k import top_k_pass as top_k_pass
+from jliger.ops.linear_head.chunks.top_k_kl import StudentMerge as StudentMerge
+from jliger.ops.linear_head.chunks.top_k_kl import top_k_kl_pass as top_k_kl_pass
 from jliger.ops.linear_head.chunks.types import Stats as Stats
+from jliger.ops.linear_head.chunks.types import empty_stats as empty_stats
 from jliger.ops.linear_head.chunks.types import stats_of as stats_of
 from jliger.ops.linear_head.chunks.types import zero_gradients as zero_gradients
 from jliger.ops.logits.distillation_types import Comparison as Comparison

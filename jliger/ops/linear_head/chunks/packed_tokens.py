@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head.chunks.arrays import materialize, pad
 from jliger.ops.linear_head.chunks.sizes import is_symbolic
-from jliger.ops.linear_head.chunks.types import stats_of
+from jliger.ops.linear_head.chunks.types import empty_stats
 from jliger.ops.linear_head.types import HeadConfig, Operands
 
 
@@ -117,18 +116,17 @@ class PackedTokens(NamedTuple):
 
     def empty_stats(self, config: HeadConfig, hidden: Float[Array, "T H"]) -> Any:
         """Statistics of 0 and predictions of −1 for all places, varying over the same mesh axes as `hidden`."""
-        zeros = jnp.zeros_like(hidden, accumulator_dtype(hidden.dtype), shape=self.token_of.shape)
-        return stats_of(config, zeros, jnp.full_like(zeros, -1, jnp.int32))
+        return empty_stats(config, hidden, self.token_of.shape)
 
     def restore(self, stats: Any) -> Any:
-        """Statistics in the order of the tokens; uncounted tokens get 0, and −1 as prediction."""
+        """Statistics in the order of the tokens; uncounted tokens get 0, and −1 as columns."""
 
         def restored(field: Array) -> Array:
             if self.all_count:
                 return field[: self.num_tokens]
-            # Predictions are the only integers.
+            # Columns are the only integers.
             otherwise = -1 if jnp.issubdtype(field.dtype, jnp.integer) else 0
-            full = jnp.full_like(field, otherwise, shape=(self.num_tokens,))
+            full = jnp.full_like(field, otherwise, shape=(self.num_tokens, *field.shape[1:]))
             return full.at[self.token_of].set(field, mode="drop", unique_indices=True)
 
         return jax.tree.map(restored, stats)
@@ -162,7 +160,7 @@ class Part(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The tokens of one chunk. Places after the last counted token have zeros and the label −1."""
+    """The tokens of one chunk. Places after the last counted token have zeros, and columns of −1."""
 
     slots: Int[Array, " C"]
     hidden: Float[Array, "C H"]
@@ -170,6 +168,7 @@ class Chunk(NamedTuple):
     adapted: Float[Array, "C R"] | None
     teacher: Float[Array, "C G"] | None
     inverse_temperature: Float[Array, " C"] | None = None
+    teacher_ids: Int[Array, "C K"] | None = None
 
     @classmethod
     def make(cls, slots: Int[Array, " C"], operands: Operands, alignment: int) -> "Chunk":
@@ -181,7 +180,7 @@ class Chunk(NamedTuple):
         adapted, teacher = (
             None if array is None else rows(array) for array in (operands.adapted, operands.teacher_hidden)
         )
-        inverse_temperature = operands.inverse_temperature
+        inverse_temperature, teacher_ids = operands.inverse_temperature, operands.teacher_ids
         return cls(
             slots=slots,
             hidden=rows(operands.hidden),
@@ -189,6 +188,7 @@ class Chunk(NamedTuple):
             adapted=adapted,
             teacher=teacher,
             inverse_temperature=None if inverse_temperature is None else _take(inverse_temperature, slots, 0),
+            teacher_ids=None if teacher_ids is None else _take(teacher_ids, slots, -1),
         )
 
     def take(self, tree: Any) -> Any:
@@ -203,7 +203,7 @@ class Chunk(NamedTuple):
 
 def write_stats(stats: Any, part: Any, start: Int[Array, ""] | int) -> Any:
     """`stats` in packed order, with the statistics `part` of a chunk written at `start`."""
-    return jax.tree.map(lambda full, new: jax.lax.dynamic_update_slice(full, new, (start,)), stats, part)
+    return jax.tree.map(lambda full, new: jax.lax.dynamic_update_slice_in_dim(full, new, start, 0), stats, part)
 
 
 def take(slots: Int[Array, " C"], tree: Any) -> Any:

@@ -1,5 +1,6 @@
 """Types of the statistics and gradients that the loops over chunks return."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,22 +13,44 @@ from jliger.ops.linear_head.types import Differentiable, GradientDtypes, Gradien
 from jliger.ops.logits import RowStats
 from jliger.ops.logits.distillation import DistillationStats, SoftmaxStats
 from jliger.ops.logits.distillation_types import Comparison
+from jliger.ops.logits.top_k_divergence import TopKDivergence
+from jliger.ops.logits.top_k_types import TopKStats, TopLogits
 
-Stats = RowStats | Comparison
+Stats = RowStats | Comparison | TopKStats
 
 
-def stats_of(config: HeadConfig, number: Any, column: Any) -> Stats:
-    """The statistics tree that `config` asks for, with `number` at float leaves and `column` at index leaves."""
+def stats_of(config: HeadConfig, leaf: Callable[[str, bool], Any]) -> Stats:
+    """The statistics tree that `config` asks for.
+
+    `leaf` makes a leaf from its dimensions, named as in `types.DIMS`, and from whether it holds columns, not numbers.
+    """
+    number, column = leaf("t", False), leaf("t", True)
+    if config.top_k is not None:
+        return TopKStats(TopLogits(leaf("tn", True), leaf("tn", False)), number, number)
     teacher = config.teacher
     if teacher is None:
         optional = (number if wanted else None for wanted in config.stats_wanted)
         return RowStats(number, number, number, column, *optional)
     softmax = SoftmaxStats(number, number, column)
+    # Of a teacher of which only K columns are known, there are no statistics.
+    of_teacher = None if isinstance(teacher, TopKDivergence) else softmax
     with_labels = teacher.with_labels
     with_hard_sum = with_labels and teacher.temperature != 1
     return Comparison(
-        DistillationStats(softmax, softmax, number if with_labels else None, number if with_hard_sum else None), number
+        DistillationStats(softmax, of_teacher, number if with_labels else None, number if with_hard_sum else None),
+        number,
     )
+
+
+def empty_stats(config: HeadConfig, hidden: Array, shape: tuple[int, ...]) -> Any:
+    """Statistics of 0 and columns of −1 for tokens of this shape, varying over the same mesh axes as `hidden`."""
+
+    def leaf(dims: str, is_column: bool) -> Array:
+        of_token = () if dims == "t" else (config.top_k,)
+        dtype = jnp.dtype(jnp.int32) if is_column else accumulator_dtype(hidden.dtype)
+        return jnp.full_like(hidden, -1 if is_column else 0, dtype, shape=(*shape, *of_token))
+
+    return stats_of(config, leaf)
 
 
 def dtypes_of_sums(wanted: GradientDtypes, dtype: jax.typing.DTypeLike) -> GradientDtypes:

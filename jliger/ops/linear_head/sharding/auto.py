@@ -24,7 +24,7 @@ from jliger.ops.logits.objectives import LossArrays
 jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 
 
-_DIMS = frozenset("tu").union(*DIMS.values())
+_DIMS = frozenset("tun").union(*DIMS.values())
 
 
 def run_partitioned(loss_pass: LossPass, operands: Operands, arrays: LossArrays) -> Result:
@@ -104,7 +104,7 @@ def _partitioned(
     # `run_on_shard` does itself.
     whole_tokens = tokens[token_ndim - loss_pass.row_ndim :]
     names = dict.fromkeys(re.findall("[a-z0-9]+", rule))  # in the order that Shardy wants
-    inner = tuple(name for name in names if name in {*"hrgk", *whole_tokens} or name.startswith("x"))
+    inner = tuple(name for name in names if name in {*"hrgkn", *whole_tokens} or name.startswith("x"))
     special: dict[str, Any] = {"need_replication_factors": inner}
     special |= {f"t{dim}": rest for dim, (part, rest) in enumerate(saved) if part > 1 and rest > 1}
     if not any("v" in its_dims for its_dims in result_dims):

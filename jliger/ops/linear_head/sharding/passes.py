@@ -28,7 +28,8 @@ class LossPass:
         token; `"recompute"` is `chunks.recompute_pass`, with maximum, log-sum and `Coefficients`; `"save logits"` and
         `"saved logits"` are `chunks.stats_and_logits_pass` and `chunks.saved_logits_pass`; with a budget of logits,
         `chunks.stats_and_some_logits_pass` and `chunks.partly_saved_pass`. With a teacher, `"stats"` and `"fused"` are
-        `chunks.distillation_pass`, without and with `DistillationCoefficients`.
+        `chunks.distillation_pass`, without and with `DistillationCoefficients`. With `HeadConfig.top_k`, `"stats"` is
+        `chunks.top_k_pass`.
       config: how logits are computed.
       wanted: the dtypes of the wanted gradients.
       low_memory: as in `chunks.stats_pass`.
@@ -130,7 +131,9 @@ def dims_of_operands(loss_pass: LossPass, operands: Operands, arrays: LossArrays
 def dims_of_results(loss_pass: LossPass) -> Any:
     """The dimensions of each result, in a `Result`."""
     dims = operand_dims(loss_pass.config)
-    result: Any = Result(stats_of(loss_pass.config, "t", "t") if loss_pass.has_stats else None, None)
+    result: Any = Result(
+        stats_of(loss_pass.config, lambda its_dims, _: its_dims) if loss_pass.has_stats else None, None
+    )
     if loss_pass.unit_loss is not None:
         letters = map(chr, itertools.count(ord("Ā")))
         outputs = loss_pass.unit_loss.outputs

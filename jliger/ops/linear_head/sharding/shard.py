@@ -15,12 +15,13 @@ from jliger.core.meshes import Axes
 from jliger.ops.linear_head import chunks
 from jliger.ops.linear_head.chunks import Stats
 from jliger.ops.linear_head.sharding.examples import run_examples, shape_to_save
-from jliger.ops.linear_head.sharding.merge import distillation_merge, merge_over
+from jliger.ops.linear_head.sharding.merge import distillation_merge, merge_over, student_merge, top_k_merge
 from jliger.ops.linear_head.sharding.passes import LossPass, Result
 from jliger.ops.linear_head.sharding.plan import Plan, first_column
 from jliger.ops.linear_head.types import DIMS, Differentiable, GradientDtypes, Gradients, Operands, operand_dims
 from jliger.ops.logits import RowStats
 from jliger.ops.logits.objectives import LossArrays
+from jliger.ops.logits.top_k_divergence import TopKDivergence
 
 
 def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, arrays: LossArrays) -> Result:
@@ -57,7 +58,9 @@ def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, arrays: Lo
     result = run_by_platform(run, loss_pass.config.implementation, flat, arrays)
     shape = operands.labels.shape
     of_units = shape[: len(shape) - loss_pass.row_ndim]
-    of_tokens = jax.tree.map(lambda array: array.reshape(shape), (result.stats, result.scales, result.row_of))
+    of_tokens = jax.tree.map(
+        lambda array: array.reshape(*shape, *array.shape[1:]), (result.stats, result.scales, result.row_of)
+    )
     of_logits = loss_pass.saved_shape or shape
     return Result(
         stats=of_tokens[0],
@@ -78,10 +81,17 @@ def _run_chunks(
     merge = functools.partial(_merged, plan.columns, start) if plan.columns else None
     stats: Stats | None = None
     grads = logits = logit_rows = row_of = scales = None
-    if config.teacher is not None:
+    if isinstance(config.teacher, TopKDivergence):
+        coefficients = per_token[0] if per_token else None
+        merge_student = student_merge(config.teacher.temperature, plan.columns, start) if plan.columns else None
+        stats, grads = chunks.top_k_kl_pass(config, wanted, operands, coefficients, start, merge_student)
+    elif config.teacher is not None:
         coefficients = per_token[0] if per_token else None
         merge_pairs = distillation_merge(config.teacher.temperature, plan.columns, start) if plan.columns else None
         stats, grads = chunks.distillation_pass(config, wanted, operands, coefficients, merge=merge_pairs)
+    elif config.top_k is not None:
+        stats = chunks.top_k_pass(config, operands)
+        stats = top_k_merge(plan.columns, start, stats) if plan.columns else stats
     elif loss_pass.kind == "stats":
         stats = chunks.stats_pass(config, operands, low_memory=loss_pass.low_memory)
     elif loss_pass.saved_shape is not None:
@@ -120,7 +130,7 @@ def _run_without_tokens(loss_pass: LossPass, plan: Plan, operands: Operands) -> 
     """Empty statistics, and gradients of zero."""
     hidden, shape = operands.hidden, operands.labels.shape
     rows = jnp.zeros_like(hidden, accumulator_dtype(hidden.dtype), shape=shape)
-    stats = chunks.stats_of(loss_pass.config, rows, rows.astype(jnp.int32)) if loss_pass.has_stats else None
+    stats = chunks.empty_stats(loss_pass.config, hidden, shape) if loss_pass.has_stats else None
     result = Result(stats, None)
     if loss_pass.unit_loss is not None:
         of_units = shape[: len(shape) - loss_pass.row_ndim]
