@@ -203,7 +203,8 @@ def report_of(students: Mapping[str, Events], heads: Mapping[str, Events], summa
     models = summary["models"]
     titles = {TEACHER: TEACHER} | {name: f"student, {title}" for name, title in STUDENTS.items()}
     columns = {"": lambda model: titles[model["name"]]}
-    columns |= {name: reporting.number(name, ",") for name in ("parameters", "steps", "tokens_per_step", "tokens")}
+    names = ("parameters", "steps", "tokens_per_step", "tokens")
+    columns |= {name.replace("_", " "): reporting.number(name, ",") for name in names}
     columns |= {f"held-out {name}": reporting.number(f"heldout/{name}", ".4f") for name in ("loss", "accuracy")}
     columns |= {"ms a step": reporting.number("step_seconds", ".0f", 1e-3)}
     title, form = "The student's held-out loss, nats per token", {"digits": 4, "difference": "+.4f"}
@@ -225,9 +226,9 @@ def report_of(students: Mapping[str, Events], heads: Mapping[str, Events], summa
         memory, temporary = (own["memory_bytes"][kind] / whole["memory_bytes"][kind] for kind in ("total", "temporary"))
         parts.append(
             f"The {stored['k']} largest log-probabilities of each token are {stored['bytes'] / 1e6:.1f} MB on disk and "
-            f"took {stored['seconds']:.1f} s. With them the held-out loss is {change:+.2%} from that with the whole "
-            f"teacher, and a step takes {time:.0%} of the time, {memory:.0%} of the memory ({temporary:.0%} of the "
-            "temporary memory)."
+            f"took {stored['seconds']:.1f} s. With them the held-out loss is {abs(change):.2%} "
+            f"{'above' if change >= 0 else 'below'} that with the whole teacher, and a step takes {time:.0%} of the "
+            f"time, {memory:.0%} of the memory ({temporary:.0%} of the temporary memory)."
         )
     return parts
 

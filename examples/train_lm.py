@@ -29,6 +29,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = options.add_run_options(parser, "runs/train_lm", checkpoint_every=50)
     options.add_eval_options(add, 25, 8)
     add("--stop-at", type=COUNT, metavar="STEP", help="stop here, with the schedule of all --steps")
+    parser.set_defaults(learning_rate=2e-3)
     args = parser.parse_args(argv)
     options.check(parser, args)
     return args
