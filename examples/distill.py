@@ -257,7 +257,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--teacher-layers", type=COUNT, default=2, metavar="N", help="layers (%(default)s)")
     add("--teacher-heads", type=COUNT, default=4, metavar="N", help="attention heads per layer (%(default)s)")
     add("--teacher-steps", type=COUNT, default=200, metavar="N", help="optimizer steps (%(default)s)")
-    add("--teacher-learning-rate", type=NUMBER, default=3e-3, metavar="X", help="the highest (%(default)s)")
+    add("--teacher-learning-rate", type=NUMBER, default=2e-3, metavar="X", help="the highest (%(default)s)")
 
     add = parser.add_argument_group("distillation").add_argument
     add("--divergence", choices=["forward", "reverse", "jsd"], default="forward", help="from the teacher (%(default)s)")
@@ -277,7 +277,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_training_options(parser, chunk_size=128)
     options.add_eval_options(options.add_run_options(parser, "runs/distill", checkpoint_every=50), 20, 4)
     # About two minutes on two CPU cores.
-    parser.set_defaults(max_bytes=2_000_000, vocab_size=8192, hidden_size=32, heads=2, steps=100, learning_rate=1e-2)
+    parser.set_defaults(max_bytes=2_000_000, vocab_size=8192, hidden_size=32, heads=2, steps=100, learning_rate=4e-3)
     args = parser.parse_args(argv)
     options.check(parser, args, "teacher_steps")
     options.check_size(parser, args, "teacher-")
