@@ -276,7 +276,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     # At this vocabulary, what fits the device would be the whole batch.
     options.add_training_options(parser, chunk_size=128)
     options.add_eval_options(options.add_run_options(parser, "runs/distill", checkpoint_every=50), 20, 4)
-    # About two minutes on two CPU cores.
+    # About three minutes on two CPU cores.
     parser.set_defaults(max_bytes=2_000_000, vocab_size=8192, hidden_size=32, heads=2, steps=100, learning_rate=4e-3)
     args = parser.parse_args(argv)
     options.check(parser, args, "teacher_steps")
