@@ -57,7 +57,10 @@ def distilled(hidden, kernel):
     options = {"student_bias": BIAS, "teacher_bias": BIAS, "labels": LABELS, "weights": WEIGHTS, "where": WHERE}
     of_kl = losses.fused_linear_kl(hidden, kernel, 2 * HIDDEN, KERNEL, **options, temperature=2.0)
     of_jsd = losses.fused_linear_jsd(hidden, kernel, 2 * HIDDEN, KERNEL, **options, hard_weight=0.5)
-    return of_kl + of_jsd
+    top = jliger.linear_top_k(2 * HIDDEN, KERNEL, 3, bias=BIAS, where=WHERE, temperature=2.0)
+    options = {"bias": BIAS, "labels": LABELS, "weights": WEIGHTS, "where": WHERE, "hard_weight": 0.5}
+    of_top_k = losses.fused_linear_top_k_kl(hidden, kernel, *top[:2], **options, remainder=True, temperature=2.0)
+    return of_kl + of_jsd + of_top_k
 
 
 def of_medusa(hidden, kernel):

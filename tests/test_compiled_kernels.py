@@ -18,6 +18,8 @@ from jliger.ops.logits.distillation import (
     Products,
     get_distillation_rows,
 )
+from jliger.ops.logits.top_k import get_top_logits
+from jliger.ops.logits.top_k_kl import StudentCoefficients, StudentMap, get_student_rows
 from jliger.ops.norms.types import NormConfig, NormInputs, NormSaved
 from jliger.testing.launches import HAS_PLUGIN, launches, lowered, narrow_row_offsets, pointers, written_parameters
 from jliger.testing.oracle import every_pair
@@ -180,6 +182,74 @@ def test_every_branch_of_every_kernel_of_pairs(branch, tmp_path):
     found = launches(lowered(call, *shapes, capability=branch["capability"]))
     kinds = ("stats", "divergence", "grads", "stats_and_grads")
     assert [launch.name for launch in found] == [f"distillation_{kind}_kernel" for kind in kinds]
+    for launch in found:
+        assemble(launch.ptx, branch["capability"], tmp_path)
+        assert_writes_its_results_alone(launch)
+        assert not narrow_row_offsets(launch.ptx)
+
+
+TOP_K_BRANCHES = {
+    "capability": CAPABILITIES,
+    "k": [7, 64, 256],
+    "columns": [1, 100],
+    "bias": [False, True],
+    "inverse_temperature": [False, True],
+    "softcap": [None, 30.0],
+    "temperature": [1.0, 2.0],
+    "labels": [False, True],
+    "masked": [False, True],
+    "dtype": ["float32", "bfloat16", "float16"],
+    "width": [301, 262144],
+    "run_time_width": [False, True],
+}
+
+
+def all_top_k_kernels(branch):
+    """A function that calls all kernels of the top k in one form, and its arguments' shapes."""
+    tokens, width = 4, branch["width"]
+    stride = width + -width % 8
+    top_logits = get_top_logits("triton", branch["capability"])
+    rows = get_student_rows("triton", branch["capability"])
+
+    def shape(*dims, dtype="float32"):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    per_token, of_columns = shape(tokens), shape(tokens, branch["columns"])
+    run_time_width = shape(dtype="int32") if branch["run_time_width"] else None
+    inverse_temperature = per_token if branch["inverse_temperature"] else None
+    bias = shape(stride) if branch["bias"] else None
+    block = Block(bias, None, shape(tokens, dtype="int32"), inverse_temperature, run_time_width)
+    logit_map = LogitMap(-0.5, branch["softcap"], width, branch["masked"])
+    student_map = StudentMap(logit_map, branch["temperature"], branch["labels"])
+    hard = per_token if student_map.with_hard_sum else None
+    coefficients = StudentCoefficients(per_token, hard, per_token if branch["labels"] else None)
+    dtype = jnp.dtype(branch["dtype"])
+
+    def call(product, block, coefficients, ids, of_columns):
+        top = top_logits(product, block, logit_map, branch["k"])
+        stats = rows.student_stats(product, block, student_map)
+        grads = rows.student_grads(product, block, student_map, stats, coefficients, ids, of_columns, dtype=dtype)
+        both = rows.student_stats_and_grads(product, block, student_map, coefficients, ids, of_columns, dtype=dtype)
+        return top, stats, grads, both
+
+    ids = shape(tokens, branch["columns"], dtype="int32")
+    return call, (shape(tokens, stride, dtype=branch["dtype"]), block, coefficients, ids, of_columns)
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        pytest.param(branch, marks=[pytest.mark.exhaustive] if number else [])
+        for number, branch in enumerate(every_pair(TOP_K_BRANCHES))
+    ],
+    ids=itertools.count(),
+)
+def test_every_branch_of_every_kernel_of_the_top_k(branch, tmp_path):
+    call, shapes = all_top_k_kernels(branch)
+    found = launches(lowered(call, *shapes, capability=branch["capability"]))
+    of_student = ("student_stats_kernel", "student_grads_kernel", "student_stats_and_grads_kernel")
+    of_selection = ("group_maxima_kernel", "select_groups_kernel", "select_columns_kernel")
+    assert [launch.name for launch in found] == [*of_selection, *of_student]
     for launch in found:
         assemble(launch.ptx, branch["capability"], tmp_path)
         assert_writes_its_results_alone(launch)

@@ -21,7 +21,7 @@ def test_the_code_of_the_guide_runs():
     names = {name: jnp.asarray(random.normal(size=size), jnp.float32) for name, size in sizes.items()}
     names["labels"] = jnp.asarray(random.integers(0, 11, (2, 6))).at[0, :2].set(-100)
     blocks = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, names)
     assert names["metrics"].weight == 10

@@ -51,6 +51,14 @@ def distillation(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> Non
     )
     assert_type(loss, jax.Array)
     assert_type(metrics, losses.DistillationMetrics)
+    top = jliger.linear_top_k(hidden, kernel, 64, where=labels != 0, temperature=2.0)
+    assert_type(top, jliger.LinearTopK)
+    assert_type(losses.fused_linear_top_k_kl(hidden, kernel, top.ids, top.logprobs, temperature=2.0), jax.Array)
+    loss, metrics = losses.fused_linear_top_k_kl(
+        hidden, kernel, top.ids, top.logprobs, normalize="top_k", labels=labels, hard_weight=0.5, return_metrics=True
+    )
+    assert_type(loss, jax.Array)
+    assert_type(metrics, losses.DistillationMetrics)
 
 
 def flax_heads(layer: nnx.Linear, module: nn.Dense, hidden: jax.Array, labels: jax.Array) -> None:

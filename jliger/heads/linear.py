@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jliger.core import checks
 from jliger.core.dtypes import promoted_dtype
 from jliger.ops.linear_head.adapter import LinearAdapter
+from jliger.ops.linear_head.arguments import HeadOptions
 from jliger.ops.linear_head.cross_entropy import (
     CrossEntropyMetrics,
     CrossEntropyOptions,
@@ -24,6 +25,7 @@ from jliger.ops.linear_head.cross_entropy import (
 )
 from jliger.ops.linear_head.logprob_loss import LossFn, LossOptions, fused_linear_loss
 from jliger.ops.linear_head.logprobs import LinearLogprobs, LogprobsOptions, linear_logprobs
+from jliger.ops.linear_head.top_k import LinearTopK, linear_top_k
 from jliger.ops.linear_head.types import KernelLayout
 
 Promote = Callable[[Array, Array, Array | None], tuple[Array, Array, Array | None]]
@@ -78,6 +80,11 @@ class HeadMethods:
         """Log-probabilities and entropies of `self(hidden)`, a token each, as `jliger.linear_logprobs` gives them."""
         hidden, kernel, arguments = self.linear_head(hidden).arguments(hidden, options)
         return linear_logprobs(hidden, kernel, labels, **arguments)
+
+    def top_k(self, hidden: Float[Array, "*B H"], k: int, **options: Unpack[HeadOptions]) -> LinearTopK:
+        """The k most likely columns of `self(hidden)` for each token, as `jliger.linear_top_k` gives them."""
+        hidden, kernel, arguments = self.linear_head(hidden).arguments(hidden, options)
+        return linear_top_k(hidden, kernel, k, **arguments)
 
     def logprob_loss(
         self,

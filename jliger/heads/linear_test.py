@@ -120,6 +120,21 @@ def test_a_loss_of_log_probabilities():
         np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
+def test_the_most_likely_columns():
+    """With a head of each library, and as a method."""
+    hidden = make_hidden()
+    layer = nnx.Linear(HIDDEN_SIZE, VOCAB, rngs=nnx.Rngs(0))
+    variables = {"kernel": layer.kernel[...], "bias": layer.bias[...]}
+    head = heads.LinearHead(**variables, logit_scale=2.0)
+    expected = jliger.linear_top_k(hidden, variables["kernel"], 3, bias=variables["bias"], logit_scale=2.0)
+    for found in (
+        head.top_k(hidden, 3),
+        jliger.nnx.linear_top_k(layer, hidden, 3, logit_scale=2.0),
+        jliger.linen.linear_top_k(variables, hidden, 3, logit_scale=2.0),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_a_tied_head_of_something_else():
     with pytest.raises(TypeError, match=r"embed got a Linear; pass a flax.nnx.Embed. .*jliger.nnx.fused_linear"):
         jliger.nnx.LMHead.tied(nnx.Linear(4, 7, rngs=nnx.Rngs(0)))

@@ -8,9 +8,11 @@ from jaxtyping import Array, Float, Int
 
 from jliger.heads.linear import hidden_of
 from jliger.linen.layers import linear_head
+from jliger.ops.linear_head.arguments import HeadOptions
 from jliger.ops.linear_head.cross_entropy import CrossEntropyMetrics, CrossEntropyOptions, Loss
 from jliger.ops.linear_head.logprob_loss import LossFn, LossOptions
 from jliger.ops.linear_head.logprobs import LinearLogprobs, LogprobsOptions
+from jliger.ops.linear_head.top_k import LinearTopK
 
 
 @overload
@@ -120,6 +122,30 @@ def linear_logprobs(
     """
     hidden = hidden_of(module, hidden)
     return linear_head(module, hidden).logprobs(hidden, labels, **options)
+
+
+def linear_top_k(
+    module: nn.Module | Mapping[str, Any], hidden: Float[Array, "*B H"], k: int, **options: Unpack[HeadOptions]
+) -> LinearTopK:
+    """The k most likely columns of `module(hidden)` for each token, without storing the logits `[tokens, V]` whole.
+
+    Args:
+      module: the head, as `jliger.linen.fused_linear_cross_entropy` takes it.
+      hidden: the model's last hidden states, `[*B, H]`.
+      k: how many columns, a Python integer.
+      **options: those of `jliger.linear_top_k`. They override the module's own.
+
+    Returns:
+      `jliger.LinearTopK`.
+
+    Raises:
+      NotImplementedError: a module of another kind.
+      TypeError: an array as `module`; an option that is the module's own, such as `bias`; what
+        `jliger.linear_top_k` raises.
+      ValueError: what `jliger.linear_top_k` raises.
+    """
+    hidden = hidden_of(module, hidden)
+    return linear_head(module, hidden).top_k(hidden, k, **options)
 
 
 def fused_linear_loss(

@@ -1,6 +1,7 @@
 """The largest logits, and distillation from them, wherever tokens and columns are: results of one device."""
 
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from hlo import collectives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from sharded import BATCH, HIDDEN, IMPLEMENTATION, MODES, PLACES, VOCAB, now_and_then, pick
+from sharded import BATCH, HIDDEN, IMPLEMENTATION, MODES, PLACES, VOCAB, assert_same, now_and_then, pick
 
 import jliger
+from jliger import losses
 
 # Some ids are equal on several devices, and the last device has fewer columns than are asked for.
 K, VOCAB_SIZE = 12, 40
@@ -27,7 +29,8 @@ def head():
 
 
 def placed(arrays, place, mesh):
-    names = {"hidden": place.tokens, "where": place.tokens, "kernel": place.spec("kernel", "hv")}
+    of_tokens = ("hidden", "where", "ids", "logprobs", "labels", "weights")
+    names = {"kernel": place.spec("kernel", "hv")} | {name: place.tokens for name in of_tokens}
     specs = {name: names.get(name, place.spec("bias", "hv")) for name in arrays}
     return {name: jax.device_put(array, NamedSharding(mesh, specs[name])) for name, array in arrays.items()}, specs
 
@@ -74,7 +77,8 @@ def test_equal_to_those_of_one_device(mode, place):
         assert one.shape in ((HIDDEN, VOCAB), (VOCAB,)) or one.shape[-1] not in (VOCAB, VOCAB // 2), one
 
 
-@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_a_shard_map(check_vma):
     place = PLACES["dp+tp"]
     mesh = place.mesh("auto")
@@ -82,3 +86,115 @@ def test_inside_a_shard_map(check_vma):
     run = functools.partial(top_k, vocab_axis_name="model")
     around = jax.shard_map(run, mesh=mesh, in_specs=(specs,), out_specs=P("data"), check_vma=check_vma)
     assert_top_k(jax.block_until_ready(jax.jit(around)(arrays)))
+
+
+# ---- distillation ----------------------------------------------------------------------------------------------
+
+LEARNT = ("hidden", "kernel", "bias")
+KINDS = {
+    "vocab": {"normalize": "vocab"},
+    "remainder": {"remainder": True, "temperature": 2.0, "hard_weight": 0.5},
+    "top_k": {"normalize": "top_k", "temperature": 2.0, "hard_weight": 0.5},
+}
+
+
+@functools.cache
+def student_and_teacher():
+    """The teacher's columns are on all devices; some are equal, some absent, and some are the label."""
+    random = np.random.default_rng(1)
+    hidden, kernel, bias = (random.normal(size=size) for size in ((*BATCH, HIDDEN), (HIDDEN, VOCAB), VOCAB))
+    ids = random.integers(-4, VOCAB_SIZE, (*BATCH, 6))
+    ids[..., 1] = ids[..., 2]
+    labels = np.where(random.random(BATCH) < 0.5, np.maximum(ids[..., 3], 0), random.integers(0, VOCAB_SIZE, BATCH))
+    labels[0, 0] = -100
+    numbers = {
+        "hidden": hidden / 4,
+        "kernel": kernel,
+        "bias": bias,
+        "logprobs": np.log(0.8 * random.dirichlet(np.ones(6), BATCH)),
+        "weights": random.uniform(0.5, 2, BATCH),
+    }
+    arrays = {name: array.astype(np.float32) for name, array in numbers.items()}
+    return arrays | {"ids": ids.astype(np.int32), "labels": labels.astype(np.int32)}
+
+
+def distilled(function, arrays, options):
+    """Loss, metrics, and the student's gradients."""
+
+    def loss(learnt):
+        given = {**arrays, **learnt}
+        rest = {name: given[name] for name in ("bias", "labels", "weights")}
+        head = (given[name] for name in ("hidden", "kernel", "ids", "logprobs"))
+        return function(*head, **rest, vocab_size=VOCAB_SIZE, precision="highest", **options)
+
+    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)({name: arrays[name] for name in LEARNT})
+    found = {"loss": value, **grads, **metrics._asdict()}
+    return {name: array for name, array in found.items() if array is not None}
+
+
+@functools.cache
+def expected_of(kind):
+    with jax.enable_x64(True):
+        arrays = {
+            name: a.astype(np.float64) if a.dtype == np.float32 else a for name, a in student_and_teacher().items()
+        }
+        found = distilled(
+            jliger.reference.fused_linear_top_k_kl,
+            {name: jax.numpy.asarray(array) for name, array in arrays.items()},
+            {**KINDS[kind], "return_metrics": True},
+        )
+        return {name: np.asarray(array) for name, array in found.items()}
+
+
+OFTEN = ("auto", "dp+tp", "remainder")
+EVERY_KIND = [(mode, place, kind) for mode, place, kind in itertools.product(MODES, ("dp+tp", "fsdp-v"), KINDS)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "place", "kind"),
+    pick(
+        now_and_then(EVERY_KIND, lambda _, case: case == OFTEN),
+        on_gpus=[OFTEN],
+        interpreted=now_and_then([("explicit", "dp+tp", "remainder")], lambda *_: False),
+    ),
+)
+def test_distillation_gives_the_results_of_one_device(mode, place, kind):
+    expected = expected_of(kind)  # outside of any mesh
+    place = PLACES[place]
+    mesh = place.mesh(mode)
+    options = {**KINDS[kind], "return_metrics": True, "chunk_size": 4, "implementation": IMPLEMENTATION}
+    run = functools.partial(distilled, losses.fused_linear_top_k_kl, options=options)
+    with jax.set_mesh(mesh):
+        arrays, _ = placed(student_and_teacher(), place, mesh)
+        compiled = jax.jit(run).lower(arrays).compile()
+        found = jax.block_until_ready(compiled(arrays))
+    assert_same(found, expected)
+    for name in LEARNT:
+        assert found[name].sharding.is_equivalent_to(arrays[name].sharding, arrays[name].ndim), name
+    # Logits do not move: in loops, only numbers of a chunk's tokens and of the teacher's columns.
+    for one in collectives(compiled.as_text()):
+        assert not one.in_loop or one.size <= 4 * 7, one
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("check_vma", "kind"), [*itertools.product([True, False], KINDS)])
+def test_distillation_inside_a_shard_map(check_vma, kind):
+    expected, place = expected_of(kind), PLACES["dp+tp"]
+    mesh = place.mesh("auto")
+    arrays, specs = placed(student_and_teacher(), place, mesh)
+    weight = float(expected["weight"])
+
+    def loss(arrays):
+        rest = {name: arrays[name] for name in ("bias", "labels", "weights")}
+        options = {**KINDS[kind], "chunk_size": 4, "implementation": IMPLEMENTATION, "vocab_axis_name": "model"}
+        head = (arrays[name] for name in ("hidden", "kernel", "ids", "logprobs"))
+        total = losses.fused_linear_top_k_kl(
+            *head, **rest, **options, reduction="sum", vocab_size=VOCAB_SIZE, precision="highest"
+        )
+        return jax.lax.psum(total, "data")
+
+    around = jax.shard_map(loss, mesh=mesh, in_specs=(specs,), out_specs=P(), check_vma=check_vma)
+    learnt = {name: arrays[name] for name in LEARNT}
+    value, grads = jax.jit(jax.value_and_grad(lambda learnt, arrays: around({**arrays, **learnt})))(learnt, arrays)
+    assert_same({"loss": value / weight, **jax.tree.map(lambda grad: grad / weight, grads)},
+                {name: expected[name] for name in ("loss", *LEARNT)})  # fmt: skip

@@ -1,5 +1,6 @@
 """Arguments that all operations share: checks, defaults, and which tokens count."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -77,11 +78,7 @@ def head_arguments(
 
     `whose` is the prefix of the head's own arguments, if there are two heads.
     """
-    for name in options:
-        if name not in HEAD_DEFAULTS:
-            raise TypeError(
-                f"{name} is no option of this function, nor of a linear head, which are {', '.join(HEAD_DEFAULTS)}."
-            )
+    check_names(options)
     given: HeadOptions = {**HEAD_DEFAULTS, **options}
     head_checks.check_logit_options(
         kernel_layout=given["kernel_layout"],
@@ -114,6 +111,15 @@ def head_arguments(
     operands = Operands(hidden, kernel, bias, inverse_temperature=inverse_temperature)
     ignore_index = None if given["ignore_index"] is None else int(given["ignore_index"])
     return Arguments(config, operands, labels, where, adapter, ignore_index)
+
+
+def check_names(options: Mapping[str, Any]) -> None:
+    """Raises for an option that heads do not have."""
+    for name in options:
+        if name not in HEAD_DEFAULTS:
+            raise TypeError(
+                f"{name} is no option of this function, nor of a linear head, which are {', '.join(HEAD_DEFAULTS)}."
+            )
 
 
 def _config(options: HeadOptions, arrays: tuple[Any, ...], stats_wanted: StatsWanted) -> HeadConfig:

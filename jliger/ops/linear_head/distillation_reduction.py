@@ -95,12 +95,11 @@ def reduced_distillation(
     divergence, cross_entropy = loss_function.weighted_sums(
         result, label_terms, DistillationWeights(soft_shares, hard_shares)
     )
-    predictions, of_teacher = result.pair.student.prediction, result.pair.teacher
+    predictions = result.pair.student.prediction
     if known is not None:
         teacher_predictions = if_counted(counted, known.predictions, -1)
     else:
-        assert of_teacher is not None
-        teacher_predictions = of_teacher.prediction
+        teacher_predictions = result.pair.teacher.prediction
 
     def share_of_weight(true: Bool[Array, "*B"]) -> Float[Array, ""]:
         return divided(jnp.sum(jnp.where(true, token_weights, 0)), weight)

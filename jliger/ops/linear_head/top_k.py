@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jliger.core import checks
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
-from jliger.ops.linear_head.arguments import HeadOptions, head_arguments, if_counted
+from jliger.ops.linear_head.arguments import HeadOptions, check_names, head_arguments, if_counted
 from jliger.ops.linear_head.types import HeadConfig, Operands
 from jliger.ops.logits import StatsWanted
 from jliger.ops.logits.top_k import MOST_COLUMNS
@@ -48,7 +48,8 @@ def linear_top_k(
     Nothing is differentiable: the results are constants for `jax.grad`.
 
     Logits are computed in chunks of tokens. Memory beside arguments and results is about 0.5 GiB on a GPU for any `V`.
-    Columns are selected in two stages: the best groups of columns, and the best columns of these.
+    A kernel that is not in hidden's dtype is cast in blocks of columns, of which one is held at a time. Columns are
+    selected in two stages: the best groups of columns, and the best columns of these.
 
     Args:
       hidden: the model's last hidden states, `[*B, H]`: float32, bfloat16, float16, or float64 (XLA only).
@@ -76,7 +77,7 @@ def linear_top_k(
     """
     hidden = checks.as_array("hidden", hidden)
     checks.check_integer("k", k)
-    # Labels do not matter, and checks of hidden come first.
+    check_names(options)
     labels = jnp.zeros(hidden.shape[:-1], jnp.int32)
     arguments = head_arguments(hidden, kernel, labels, stats_wanted=StatsWanted(), **options)
     if not 1 <= k <= MOST_COLUMNS:

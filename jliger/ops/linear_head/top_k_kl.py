@@ -115,7 +115,7 @@ def fused_linear_top_k_kl(
       kernel: the student's head, `[H, V]`, or `[V, H]` with `kernel_layout="vh"`: hidden's dtype or float32.
       teacher_ids: the columns $v_k$, `[*B, K]`, integers, in any order. A negative id is a column that is absent.
         Probabilities of equal ids add up. An id that is too large makes the loss and the gradients NaN, if its token
-        counts.
+        counts. With K above 4096, `implementation=None` is `"xla"`.
       teacher_logprobs: the teacher's log-probabilities of these columns, `[*B, K]`, of any floating-point dtype.
       return_metrics: also return `jliger.losses.DistillationMetrics`. The teacher's predictions are its most likely
         columns.
@@ -147,15 +147,13 @@ def fused_linear_top_k_kl(
       >>> expected = (jnp.exp(top.logprobs) * (top.logprobs - log_p)).sum(-1).mean()
       >>> print(bool(jnp.allclose(loss, expected, rtol=1e-5)), grads[0].shape)
       True (2, 5, 8)
-      >>> everything = jliger.linear_top_k(*teacher, 32)
-      >>> loss = losses.fused_linear_top_k_kl(*student, everything.ids, everything.logprobs)
-      >>> print(bool(jnp.allclose(loss, losses.fused_linear_kl(*student, *teacher), rtol=1e-5)))
-      True
     """
     loss, metrics = _top_k_kl(*_arguments(hidden, kernel, teacher_ids, teacher_logprobs, options))
     return (loss, metrics) if return_metrics else loss
 
 
+# The Triton kernels hold a row's columns in registers.
+_MOST_COLUMNS = 4096
 _OF_THE_LOSS = TopKOptions.__annotations__.keys() - HeadOptions.__annotations__.keys() | {"temperature"}
 
 
@@ -185,10 +183,18 @@ def _arguments(hidden: Any, kernel: Any, ids: Any, logprobs: Any, options: TopKO
         weights = checks.as_array("weights", weights)
         checks.check_weights(weights, head.labels)
     divergence = TopKDivergence(normalize, bool(remainder), float(temperature), with_labels)
-    call = Call(dataclasses.replace(head.config, teacher=divergence), reduction, head.ignore_index)
-    operands = head.operands._replace(teacher_ids=ids, teacher_logprobs=logprobs)
+    config = dataclasses.replace(head.config, teacher=divergence)
+    if ids.shape[-1] > _MOST_COLUMNS:
+        if options.get("implementation") == "triton":
+            raise ValueError(
+                f"teacher_ids got {ids.shape[-1]} columns for each token, of which the Triton kernels take at most "
+                f"{_MOST_COLUMNS}; pass fewer, or implementation='xla'."
+            )
+        config = dataclasses.replace(config, implementation="xla")
+    call = Call(config, reduction, head.ignore_index)
     labels = None if labels is None else head.labels
-    return call, operands, head.adapter, labels, head.where, weights, normalizer, hard_weight, soft_weight
+    arrays = head.operands, (ids, logprobs), head.adapter, labels, head.where, weights
+    return call, *arrays, normalizer, hard_weight, soft_weight
 
 
 def _check_teacher(hidden: Any, ids: Any, logprobs: Any) -> None:
@@ -207,6 +213,7 @@ def _check_teacher(hidden: Any, ids: Any, logprobs: Any) -> None:
 def _top_k_kl(
     call: Call,
     operands: Operands,
+    teacher: tuple[Integer[Array, "*B K"], Float[Array, "*B K"]],
     adapter: LinearAdapter | None,
     labels: Integer[Array, "*B"] | None,
     where: Bool[Array, "*B"] | None,
@@ -219,7 +226,7 @@ def _top_k_kl(
     divergence, vocab_size = call.config.teacher, sharding.vocab_size(call.config, operands.kernel)
     assert isinstance(divergence, TopKDivergence)
     dtype = accumulator_dtype(operands.hidden.dtype)
-    ids, logprobs = jax.lax.stop_gradient((operands.teacher_ids, operands.teacher_logprobs))
+    ids, logprobs = jax.lax.stop_gradient(teacher)
     inside = ids <= min(vocab_size - 1, jnp.iinfo(ids.dtype).max)
     ids, log_r = _merged(jnp.where(inside & (ids >= 0), ids, -1).astype(jnp.int32), logprobs.astype(dtype))
     best = jnp.argmax(log_r, axis=-1, keepdims=True)
@@ -242,15 +249,15 @@ def _top_k_kl(
 
 def _merged(ids: Int[Array, "*B K"], logprobs: Float[Array, "*B K"]) -> tuple[Int[Array, "*B K"], Float[Array, "*B K"]]:
     """Sorted ids, each of them once, and log-probabilities, added up over equal ids; −1 and −∞ for none."""
-    ids, logprobs = jax.lax.sort((ids, logprobs), num_keys=1)
-    is_first = jnp.concatenate([jnp.ones_like(ids[..., :1], bool), ids[..., 1:] != ids[..., :-1]], axis=-1)
-
-    def add(left: Any, right: Any) -> Any:
-        sums = jnp.where(right[0], right[1], jnp.logaddexp(left[1], right[1]))
-        return left[0] | right[0], sums
-
-    # Sums that begin anew at each id: the last of equal ids has the sum of all.
-    _, sums = jax.lax.associative_scan(add, (is_first, logprobs), axis=ids.ndim - 1)
-    is_last = jnp.concatenate([is_first[..., 1:], jnp.ones_like(is_first[..., :1])], axis=-1)
+    ids, logprobs = jax.lax.sort((ids, logprobs), num_keys=1, is_stable=False)
+    is_last = jnp.concatenate([ids[..., 1:] != ids[..., :-1], jnp.ones_like(ids[..., :1], bool)], axis=-1)
+    # The last of equal ids gets the sum of all: each adds the sum that ends `step` places before it, for steps of 1, 2,
+    # 4 and so on. Ids are sorted, so if two are equal, all between them are.
+    step = 1
+    while step < ids.shape[-1]:
+        is_equal = ids[..., step:] == ids[..., :-step]
+        sums = jnp.logaddexp(logprobs[..., step:], jnp.where(is_equal, logprobs[..., :-step], -jnp.inf))
+        logprobs = jnp.concatenate([logprobs[..., :step], sums], axis=-1)
+        step *= 2
     ids = jnp.where(is_last, ids, -1)
-    return ids, jnp.where(ids < 0, -jnp.inf, sums)
+    return ids, jnp.where(ids < 0, -jnp.inf, logprobs)

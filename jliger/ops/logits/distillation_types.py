@@ -79,13 +79,13 @@ class DistillationStats(NamedTuple):
     """Statistics of a pair of rows, which the divergence needs.
 
     Attributes:
-      student, teacher: the softmax statistics of each; None if only some of the teacher's columns are known.
+      student, teacher: the softmax statistics of each.
       label_logit: the student's logit of the label, 0 if the label is not in this block; None without labels.
       hard_log_sum: the student's `log_sum` at temperature 1; None without labels, or if `τ` is 1.
     """
 
     student: SoftmaxStats
-    teacher: SoftmaxStats | None
+    teacher: SoftmaxStats
     label_logit: Float[Array, "*B"] | None
     hard_log_sum: Float[Array, "*B"] | None
 
@@ -117,13 +117,21 @@ class DistillationCoefficients(NamedTuple):
     label: Float[Array, " T"] | None
 
 
+class LabelledStudent(NamedTuple):
+    """The student's part of `DistillationStats`, if only some columns of the teacher are known."""
+
+    student: SoftmaxStats
+    label_logit: Float[Array, "*B"] | None
+    hard_log_sum: Float[Array, "*B"] | None
+
+
 class Comparison(NamedTuple):
     """The statistics of each token in distillation.
 
     Attributes:
-      pair: the statistics of both softmaxes.
+      pair: the statistics of the softmaxes.
       divergence: `D`.
     """
 
-    pair: DistillationStats
+    pair: DistillationStats | LabelledStudent
     divergence: Float[Array, "*B"]

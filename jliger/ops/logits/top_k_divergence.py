@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jliger.ops.logits.distillation_types import DistillationCoefficients, SoftmaxStats
@@ -190,7 +191,8 @@ def column_logits(
     is_column = ids >= 0
     safe = jnp.maximum(ids, 0)
     values = product.at[jnp.arange(ids.shape[0])[:, None], safe].get(mode="promise_in_bounds")
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    # NumPy's promotion: JAX's raises under jax_numpy_dtype_promotion="strict".
+    values = values.astype(np.promote_types(values.dtype, np.float32))
     if block.bias is not None:
         values += block.bias.at[safe].get(mode="promise_in_bounds")
     here = Block(None, None, block.labels)

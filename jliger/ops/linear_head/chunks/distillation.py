@@ -10,7 +10,7 @@ from jliger.ops.linear_head.chunks.matmuls import logits_product
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk, PackedTokens, write_stats
 from jliger.ops.linear_head.chunks.sizes import forward_chunk
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
-from jliger.ops.linear_head.types import GradientDtypes, Gradients, HeadConfig, Operands
+from jliger.ops.linear_head.types import GradientDtypes, Gradients, HeadConfig, Operands, TeacherConfig
 from jliger.ops.logits.distillation import (
     DistillationBlock,
     DistillationCoefficients,
@@ -46,7 +46,7 @@ def distillation_pass(
       coefficients: coefficients of the logit gradients, `[T]`; None for no gradients, which are then not computed.
       merge: merges statistics over the vocabulary shards; None if unsharded. The returned statistics are merged.
     """
-    assert config.teacher is not None
+    assert isinstance(config.teacher, TeacherConfig)
     assert operands.teacher_hidden is not None
     rows = get_distillation_rows(config.implementation, config.compute_capability)
     dtype = operands.hidden.dtype

@@ -54,6 +54,18 @@ def recompute_tile(config: HeadConfig, num_tokens: int, vocab: int) -> tuple[int
     return chunk, min(vocab, round_up(-(-vocab // num_blocks), 128))
 
 
+def selection_tile(config: HeadConfig, num_tokens: int, vocab: int) -> tuple[int, int]:
+    """Tokens per chunk and columns per block, to select columns of a kernel that is cast block by block.
+
+    Each chunk casts the kernel, so chunks are large; each block costs a selection of its own, so blocks are large, too.
+    Logits take 0.5 GiB.
+    """
+    on_gpu = config.implementation == "triton"
+    chunk = even_chunk(num_tokens, config.chunk_size or (8192 if on_gpu else 1024))
+    num_blocks = -(-vocab // max(1024, (2**28 if on_gpu else 2**23) // chunk))
+    return chunk, min(vocab, round_up(-(-vocab // num_blocks), 128))
+
+
 def saved_tokens(config: HeadConfig, num_tokens: int, vocab: int, shares: int) -> int:
     """How many tokens' logits fit in a share of `config.logits_budget`; the same for both implementations."""
     assert config.logits_budget is not None

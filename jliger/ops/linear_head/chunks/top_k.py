@@ -5,7 +5,7 @@ from jaxtyping import Array, Int
 
 from jliger.ops.linear_head.chunks.matmuls import logits_product
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk, PackedTokens, write_stats
-from jliger.ops.linear_head.chunks.sizes import part_sizes, recompute_tile, stats_chunk
+from jliger.ops.linear_head.chunks.sizes import part_sizes, selection_tile, stats_chunk
 from jliger.ops.linear_head.chunks.stats import merge_stats
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks, Span
 from jliger.ops.linear_head.types import HeadConfig, Operands
@@ -15,7 +15,7 @@ from jliger.ops.logits.top_k_types import NO_COLUMN, TopKStats
 
 
 def top_k_pass(config: HeadConfig, operands: Operands) -> TopKStats:
-    """The `config.top_k` largest logits of each token, in the memory of the recompute pass.
+    """The `config.top_k` largest logits of each token, with 0.5 GiB of logits on a GPU.
 
     Uncounted tokens get statistics of 0, and ids of −1.
 
@@ -32,7 +32,7 @@ def top_k_pass(config: HeadConfig, operands: Operands) -> TopKStats:
     # A kernel of another dtype is cast block by block, so that it is never held in both.
     in_blocks = operands.kernel.dtype != dtype
     chunk_size, width = (
-        recompute_tile(config, num_tokens, vocab) if in_blocks else (stats_chunk(config, num_tokens, vocab), vocab)
+        selection_tile(config, num_tokens, vocab) if in_blocks else (stats_chunk(config, num_tokens, vocab), vocab)
     )
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment, width)
     packed = PackedTokens.of(operands, chunk_size)

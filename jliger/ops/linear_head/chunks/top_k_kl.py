@@ -14,7 +14,7 @@ from jliger.ops.linear_head.chunks.sizes import forward_chunk
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
 from jliger.ops.linear_head.types import GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import Block, LogitMap
-from jliger.ops.logits.distillation_types import Comparison, DistillationCoefficients, DistillationStats
+from jliger.ops.logits.distillation_types import Comparison, DistillationCoefficients, LabelledStudent
 from jliger.ops.logits.top_k_divergence import StudentSoftmax, TeacherColumns, TopKDivergence, column_logits
 from jliger.ops.logits.top_k_kl import StudentRows, StudentStats, get_student_rows
 from jliger.ops.logits.top_k_xla import at_columns
@@ -92,7 +92,7 @@ def top_k_kl_pass(
         stats, value, logit_grads = _compared(divergence, student, teacher, of_chunk, merge, dtype)
         if logit_grads is not None:
             grads = add_chunk(config, wanted, grads, chunk, columns, logit_grads)
-        comparison = Comparison(DistillationStats(stats.softmax, None, label_logit, stats.hard_log_sum), value)
+        comparison = Comparison(LabelledStudent(stats.softmax, label_logit, stats.hard_log_sum), value)
         return write_stats(result, comparison, place), grads
 
     initial = (packed.empty_stats(config, operands.hidden), before_chunks(wanted, operands))

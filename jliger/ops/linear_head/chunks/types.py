@@ -12,7 +12,7 @@ from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head.types import Differentiable, GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import RowStats
 from jliger.ops.logits.distillation import DistillationStats, SoftmaxStats
-from jliger.ops.logits.distillation_types import Comparison
+from jliger.ops.logits.distillation_types import Comparison, LabelledStudent
 from jliger.ops.logits.top_k_divergence import TopKDivergence
 from jliger.ops.logits.top_k_types import TopKStats, TopLogits
 
@@ -32,14 +32,12 @@ def stats_of(config: HeadConfig, leaf: Callable[[str, bool], Any]) -> Stats:
         optional = (number if wanted else None for wanted in config.stats_wanted)
         return RowStats(number, number, number, column, *optional)
     softmax = SoftmaxStats(number, number, column)
-    # Of a teacher of which only K columns are known, there are no statistics.
-    of_teacher = None if isinstance(teacher, TopKDivergence) else softmax
     with_labels = teacher.with_labels
-    with_hard_sum = with_labels and teacher.temperature != 1
-    return Comparison(
-        DistillationStats(softmax, of_teacher, number if with_labels else None, number if with_hard_sum else None),
-        number,
-    )
+    label_logit = number if with_labels else None
+    hard_log_sum = number if with_labels and teacher.temperature != 1 else None
+    if isinstance(teacher, TopKDivergence):
+        return Comparison(LabelledStudent(softmax, label_logit, hard_log_sum), number)
+    return Comparison(DistillationStats(softmax, softmax, label_logit, hard_log_sum), number)
 
 
 def empty_stats(config: HeadConfig, hidden: Array, shape: tuple[int, ...]) -> Any:

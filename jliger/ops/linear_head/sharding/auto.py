@@ -24,7 +24,7 @@ from jliger.ops.logits.objectives import LossArrays
 jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
 
 
-_DIMS = frozenset("tun").union(*DIMS.values())
+_DIMS = frozenset("tu").union(*DIMS.values())
 
 
 def run_partitioned(loss_pass: LossPass, operands: Operands, arrays: LossArrays) -> Result:

@@ -73,7 +73,6 @@ def distillation_merge(temperature: float, axes: Axes, start: Int[Array, ""] | i
     def merge_stats(stats: DistillationStats) -> DistillationStats:
         student, hard_log_sum = merge_student(StudentStats(stats.student, stats.hard_log_sum))
         label_logit = None if stats.label_logit is None else jax.lax.psum(stats.label_logit, axes)
-        assert stats.teacher is not None
         teacher = merge_student(StudentStats(stats.teacher, None)).softmax
         return DistillationStats(student, teacher, label_logit, hard_log_sum)
 
