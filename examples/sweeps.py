@@ -117,6 +117,7 @@ def sweep_parser(name: str, doc: str | None, program: str, out: str, timeout: fl
     add("--out", type=Path, default=Path(out), help="results; table and plot beside (%(default)s)")
     add("--timeout", type=NUMBER, default=timeout, metavar="S", help="seconds of one process (%(default)s)")
     add("--overwrite", action="store_true", help="replace the results file, if there is one")
+    add("--plot-only", action="store_true", help="measure nothing; make table and plot of --out again")
     add("--no-progress", action="store_true", help="draw no progress bar")
     add("rest", nargs="*", metavar="-- OPTIONS", help=f"options of {program}, after --")
     return parser
@@ -130,11 +131,16 @@ def sweep(
     group: str,
     settings: Sequence[str],
 ) -> None:
-    """Measures, and writes results, table and plot; `group` is a record's key."""
-    if args.out.exists() and not args.overwrite:
-        sys.exit(f"{name}: error: {args.out} exists: --overwrite replaces it, --out names another file")
-    command = " ".join(["python", f"examples/{name}.py", *(sys.argv[1:] if argv is None else argv)])
-    results = run_children(children, command, args.no_progress, args.out)
+    """Measures, or reads what had been measured, and writes results, table and plot; `group` is a record's key."""
+    if args.plot_only:
+        if not args.out.exists():
+            sys.exit(f"{name}: error: there is no {args.out}")
+        results = read_json(args.out)
+    else:
+        if args.out.exists() and not args.overwrite:
+            sys.exit(f"{name}: error: {args.out} exists: --overwrite replaces it, --out names another file")
+        command = " ".join(["python", f"examples/{name}.py", *(sys.argv[1:] if argv is None else argv)])
+        results = run_children(children, command, args.no_progress, args.out)
     text = text_of(results, group, settings)
     args.out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
     records = sorted(results["records"], key=lambda record: record.get("batch", 0))

@@ -123,6 +123,9 @@ def test_a_sweep_of_processes_that_wait_for_one_another(measure, sweep, tmp_path
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="--overwrite replaces it"):
         sweep.main(arguments)
+    file.with_suffix(".txt").unlink()
+    sweep.main([*arguments, "--plot-only"])
+    assert file.with_suffix(".txt").read_text() == text
 
 
 def test_a_sweep_whose_processes_fail(sweep, tmp_path, capfd):
