@@ -238,31 +238,6 @@ def train_table(path: Path, page: Path) -> str:
     )
 
 
-def distill_table(path: Path, page: Path) -> str:
-    """What examples/distill.py found, from its summary."""
-    del page
-    result = json.loads(path.read_text(encoding="utf-8"))
-    titles = {"teacher": "teacher", "alone": "student, labels alone", "distilled": "student, with teacher"}
-    rows = [
-        [
-            title,
-            *(f"{result['models'][name][key]:,}" for key in ("parameters", "steps", "tokens")),
-            f"{result['models'][name]['heldout']['loss']:.4f}",
-        ]
-        for name, title in titles.items()
-    ]
-    settings, comparison = result["settings"], result["comparison"]
-    full, fused = (result["heads"][head]["memory_bytes"]["temporary"] / MIB for head in ("full", "jliger"))
-    return (
-        markdown(("", "parameters", "steps", "tokens to learn from", "held-out loss"), rows)
-        + f"\n\nOn {result['device']}, jax {result['jax']}: vocabulary {settings['vocab_size']}, "
-        f"{settings['batch_size']} × {settings['length']} tokens a step, {settings['dtype']}. The step with the "
-        f"teacher takes {full:.1f} MiB of temporary memory with full logits of both models and {fused:.1f} MiB with "
-        f"jliger, {comparison['temporary_memory_saving_percent']:.1f} % less; over {comparison['steps']} steps the two "
-        f"training losses differ by at most {comparison['largest_relative_difference']:.1e} of the loss."
-    )
-
-
 def post_training_table(path: Path, page: Path) -> str:
     """Steps of examples/sweep_post_training.py, each head beside the other."""
     del page
@@ -310,7 +285,6 @@ KINDS: dict[str, Callable[[Path, Path], str]] = {
     "plot": plot,
     "memory_plot": memory_plot,
     "train": train_table,
-    "distill": distill_table,
     "post_training": post_training_table,
     "text": text,
     **ACCUMULATION_KINDS,

@@ -1,27 +1,27 @@
 """Studies of gradient accumulation that run in one process: exactness, stability, and training on real text.
 
 "Full" is full logits. "Means" is the usual mistake: the mean of the microbatches' means, which does not weight tokens
-equally.
+equally. GPUs have to be told not to round float32 operands of products (`runs.run_program`).
 """
 
 import argparse
-import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import options
 from corpus import Batches, Corpus
 from language_model import HEADS, Head, evaluation, language_model_loss
 from llama import LlamaConfig, Tree, initial_parameters
-from reporting import TITLES
+from numpy.linalg import norm
 from runs import Record, read_metrics
 from tqdm import tqdm
 from training import Training, build_program, train
@@ -35,13 +35,16 @@ LossFn = Callable[[Tree, jax.Array], tuple[jax.Array, Any]]
 Step = Callable[[Tree, Any], tuple[AccumulatedLoss, Tree]]
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of a batch and a model."""
+# The models that are compared and trained.
+COMPARED = LlamaConfig(1024, 32, 96, 2, 4, 2, tie_embeddings=True)
+TRAINED = LlamaConfig(4096, 64, 192, 2, 4, 2, tie_embeddings=True)
 
-    config: LlamaConfig
-    rows: int
-    length: int
+
+class Sizes:
+    """The sizes of a model and of its batches, as the options say."""
+
+    def __init__(self, config: LlamaConfig, vocab_size: int, args: argparse.Namespace) -> None:
+        self.config, self.rows, self.length = replace(config, vocab_size=vocab_size), args.rows, args.length
 
     def loss_fn(self, head: str, dtype: str = "float32") -> LossFn:
         return language_model_loss(Head(head), replace(self.config, dtype=dtype))
@@ -73,42 +76,37 @@ def mean_of_means(loss_fn: LossFn) -> LossFn:
     return means
 
 
-def norm(tree: Tree) -> float:
-    """The norm of all arrays together, in float64."""
-    return math.sqrt(sum(float(np.sum(np.square(np.asarray(leaf, np.float64)))) for leaf in jax.tree.leaves(tree)))
-
-
-def difference(one: Tree, other: Tree) -> Tree:
-    return jax.tree.map(lambda a, b: np.asarray(a, np.float64) - np.asarray(b, np.float64), one, other)
+def vector(tree: Tree) -> np.ndarray:
+    """All arrays of a tree as one vector in float64."""
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
 
 
 def distances(result: tuple[AccumulatedLoss, Tree], truth: tuple[AccumulatedLoss, Tree]) -> dict[str, float]:
     """The distances of loss and gradients from the truth, relative to it."""
-    loss, true_loss = float(result[0].loss), float(truth[0].loss)
-    return {
-        "loss": abs(loss - true_loss) / abs(true_loss),
-        "gradient": norm(difference(result[1], truth[1])) / norm(truth[1]),
-    }
+    pairs = {"loss": (result[0].loss, truth[0].loss), "gradient": (result[1], truth[1])}
+    vectors = {name: (vector(found), vector(true)) for name, (found, true) in pairs.items()}
+    return {name: float(norm(found - true) / norm(true)) for name, (found, true) in vectors.items()}
 
 
-def exactness(sizes: Sizes, dtypes: Sequence[str], microbatches: Sequence[int], quiet: bool) -> list[Record]:
+def exactness(args: argparse.Namespace) -> list[Record]:
     """Each way of accumulating against full logits of the whole batch, in each dtype.
 
     Parameters are float32 (float64 for float64), the arithmetic is of the dtype. The means, which are wrong whatever
     the dtype is, are of the first dtype alone.
     """
-    records = []
-    with tqdm(total=len(dtypes) * len(microbatches), desc="exactness", disable=quiet) as bar:
-        for dtype in dtypes:
-            with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
+    sizes, records = Sizes(COMPARED, args.vocab_size, args), []
+    total = len(args.dtypes) * len(args.microbatches)
+    with tqdm(total=total, desc="exactness", disable=args.no_progress) as bar:
+        for dtype in args.dtypes:
+            with jax.enable_x64(dtype == "float64"):
                 params = sizes.parameters(0, jnp.promote_types(dtype, jnp.float32))
                 batches = {tokens: sizes.batch(tokens, seed=0) for tokens in TOKENS}
                 loss_fns = {head: sizes.loss_fn(head, dtype) for head in HEADS}
                 whole = accumulated(loss_fns["full"], 1)
                 truth = {tokens: whole(params, batch) for tokens, batch in batches.items()}
-                if dtype == dtypes[0]:
+                if dtype == args.dtypes[0]:
                     loss_fns["means"] = mean_of_means(loss_fns["full"])
-                for count in microbatches:
+                for count in args.microbatches:
                     steps = {way: accumulated(loss_fn, count) for way, loss_fn in loss_fns.items()}
                     for tokens, batch in batches.items():
                         found = {way: distances(step(params, batch), truth[tokens]) for way, step in steps.items()}
@@ -117,46 +115,38 @@ def exactness(sizes: Sizes, dtypes: Sequence[str], microbatches: Sequence[int], 
     return records
 
 
-def stability(sizes: Sizes, microbatches: int, seeds: int, cycles: int, quiet: bool) -> list[Record]:
+def stability(args: argparse.Namespace) -> list[Record]:
     """The variance of loss and gradients over accumulation cycles of a constant model: a record per seed and way.
 
     Each cycle has a batch of its own, with unequal tokens, the same for all ways. The first cycle is done twice.
     """
+    sizes = Sizes(COMPARED, args.vocab_size, args)
     loss_fns = {head: sizes.loss_fn(head) for head in HEADS}
     whole = accumulated(loss_fns["full"], 1)
     loss_fns["means"] = mean_of_means(loss_fns["full"])
-    ways = {way: accumulated(loss_fn, microbatches) for way, loss_fn in loss_fns.items()}
+    steps = {way: accumulated(loss_fn, args.microbatches) for way, loss_fn in loss_fns.items()}
     records = []
-    with tqdm(total=seeds * cycles, desc="stability", disable=quiet) as bar, jax.default_matmul_precision("highest"):
-        for seed in range(seeds):
-            params = sizes.parameters(seed)
-            results: dict[str, list[tuple[AccumulatedLoss, Tree]]] = {way: [] for way in ways}
-            apart: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-            for cycle in range(cycles):
-                batch = sizes.batch("unequal", seed=1000 * seed + cycle)
-                truth = whole(params, batch)
-                for way, step in ways.items():
-                    results[way].append(jax.device_get(step(params, batch)))
-                    apart[way].append(distances(results[way][-1], truth))
-                bar.update()
-            again = {way: step(params, sizes.batch("unequal", seed=1000 * seed)) for way, step in ways.items()}
-            for way in ways:
-                losses = [float(result.loss) for result, _ in results[way]]
-                record = {"seed": seed, "way": way, "loss_mean": statistics.mean(losses)}
-                record["loss_variance"] = statistics.variance(losses)
-                record["gradient_variance"] = variance_of([gradients for _, gradients in results[way]])
-                for name in ("loss", "gradient"):
-                    record[f"largest_{name}_difference"] = max(each[name] for each in apart[way])
-                record["repeat_difference"] = max(distances(again[way], results[way][0]).values())
-                records.append(record)
+    for seed in tqdm(range(args.seeds), desc="stability", disable=args.no_progress):
+        params = sizes.parameters(seed)
+        batches = [sizes.batch("unequal", seed=1000 * seed + cycle) for cycle in range(args.cycles)]
+        truths = [whole(params, batch) for batch in batches]
+        for way, step in steps.items():
+            results = [jax.device_get(step(params, batch)) for batch in batches]
+            apart = [distances(result, truth) for result, truth in zip(results, truths, strict=True)]
+            losses = [float(result.loss) for result, _ in results]
+            record = {"seed": seed, "way": way, "loss_mean": statistics.mean(losses)}
+            record["loss_variance"] = statistics.variance(losses)
+            record["gradient_variance"] = variance_of(np.stack([vector(gradients) for _, gradients in results]))
+            for name in ("loss", "gradient"):
+                record[f"largest_{name}_difference"] = max(each[name] for each in apart)
+            record["repeat_difference"] = max(distances(step(params, batches[0]), results[0]).values())
+            records.append(record)
     return records
 
 
-def variance_of(trees: Sequence[Tree]) -> float:
-    """The mean squared distance from the mean, relative to the mean's squared norm."""
-    mean = jax.tree.map(lambda *leaves: np.mean(np.asarray(leaves, np.float64), axis=0), *trees)
-    squares = sum(norm(difference(tree, mean)) ** 2 for tree in trees) / (len(trees) - 1)
-    return squares / norm(mean) ** 2
+def variance_of(vectors: np.ndarray) -> float:
+    """The mean squared distance of the rows from their mean, relative to the mean's squared norm."""
+    return float(vectors.var(axis=0, ddof=1).sum() / norm(vectors.mean(axis=0)) ** 2)
 
 
 def rows_of_paragraphs(stream: np.ndarray, corpus: Corpus, length: int) -> np.ndarray:
@@ -172,30 +162,27 @@ def rows_of_paragraphs(stream: np.ndarray, corpus: Corpus, length: int) -> np.nd
     return np.stack(rows).astype(np.int32)
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way of training: a head, how a batch is split, and what part of a batch the optimizer gets at once."""
+class Way(NamedTuple):
+    """One way of training: a head, how a batch is split, and in how many parts the optimizer gets it."""
 
     head: str
     microbatches: int = 1
     calls: int = 1
     is_weighted: bool = True
 
-    @property
-    def name(self) -> str:
-        if not self.is_weighted:
-            return f"{TITLES[self.head]}, mean of {self.microbatches} means"
-        if self.calls > 1:
-            return f"{TITLES[self.head]}, {self.calls} calls of the optimizer"
-        return f"{TITLES[self.head]}, {f'{self.microbatches} microbatches' if self.microbatches > 1 else 'whole batch'}"
+
+def ways_of_training(count: int) -> dict[str, Way]:
+    return {
+        "full logits, whole batch": Way("full"),
+        f"full logits, {count} microbatches": Way("full", count),
+        "jliger, whole batch": Way("jliger"),
+        f"jliger, {count} microbatches": Way("jliger", count),
+        f"jliger, {count} calls of the optimizer": Way("jliger", calls=count),
+        f"jliger, mean of {count} means": Way("jliger", count, is_weighted=False),
+    }
 
 
-def ways_of_training(microbatches: int) -> Iterator[Way]:
-    yield from (Way("full"), Way("full", microbatches), Way("jliger"), Way("jliger", microbatches))
-    yield from (Way("jliger", calls=microbatches), Way("jliger", microbatches, is_weighted=False))
-
-
-def training_of(way: Way, sizes: Sizes, rows: np.ndarray, args: argparse.Namespace, folder: Path) -> Training:
+def training_of(name: str, way: Way, sizes: Sizes, batches: Batches, args: argparse.Namespace, out: Path) -> Training:
     loss_fn = sizes.loss_fn(way.head)
     highest = args.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(highest / 10, highest, args.steps // 10, args.steps)
@@ -203,56 +190,52 @@ def training_of(way: Way, sizes: Sizes, rows: np.ndarray, args: argparse.Namespa
     if way.calls > 1:
         optimizer = jliger.weighted_multi_steps(optimizer, way.calls)
 
-    def figures(results: Sequence[AccumulatedLoss], batch: np.ndarray, seconds: float) -> Record:
-        del seconds
+    def mean_loss(results: Sequence[AccumulatedLoss], *_: Any) -> Record:
         sums = np.sum([(float(result.loss * result.weight), float(result.weight)) for result in results], axis=0)
-        return {"loss": float(sums[0] / max(sums[1], 1)), "counts": np.sum(batch[:, 1:] >= 0, axis=1).tolist()}
+        return {"loss": float(sums[0] / max(sums[1], 1))}
 
     loss_fn = loss_fn if way.is_weighted else mean_of_means(loss_fn)
     batch = jax.ShapeDtypeStruct((sizes.rows // way.calls, sizes.length + 1), jnp.int32)
-    create, batches = partial(sizes.parameters, 1), Batches(rows, sizes.rows, seed=2)
     return Training(
-        way.name,
-        folder / way.name,
-        build_program(loss_fn, create, optimizer, batch, microbatches=way.microbatches),
+        name,
+        out / name,
+        build_program(loss_fn, partial(sizes.parameters, 1), optimizer, batch, microbatches=way.microbatches),
         lambda step, params: batches[step - 1],
-        figures=figures,
+        figures=mean_loss,
         parts=lambda batch: [batch[i :: way.calls] for i in range(way.calls)],
     )
 
 
-def train_in_all_ways(corpus: Corpus, sizes: Sizes, args: argparse.Namespace) -> list[Record]:
-    """The same training in each way: a record with its curve."""
-    sizes = replace(sizes, config=replace(sizes.config, vocab_size=corpus.vocab_size))
+def train_in_all_ways(args: argparse.Namespace) -> list[Record]:
+    """The same training on real text in each way: a record with its curve."""
+    corpus = options.corpus_of(args)
+    sizes = Sizes(TRAINED, corpus.vocab_size, args)
     rows, heldout = (rows_of_paragraphs(part, corpus, sizes.length) for part in (corpus.train, corpus.heldout))
     # An even sample, of as many as make whole batches.
     count = min(len(heldout) // sizes.rows, 16)
     heldout = heldout[np.linspace(0, len(heldout), count * sizes.rows, endpoint=False).astype(int)]
     evaluate = evaluation(sizes.config, Head("jliger"), np.split(heldout, count), end_of_text=-1)
-    ways, records = list(ways_of_training(args.microbatches)), []
-    with jax.default_matmul_precision("highest"), tempfile.TemporaryDirectory() as folder:
-        trainings = [training_of(way, sizes, rows, args, Path(folder)) for way in ways]
+    batches = Batches(rows, sizes.rows, seed=2)
+    tokens = np.sum(np.stack([batches[step] for step in range(args.steps)])[..., 1:] >= 0, axis=-1)
+    tokens_per_row = {"least": int(tokens.min()), "mean": float(tokens.mean()), "most": int(tokens.max())}
+    records: list[Record] = []
+    with tempfile.TemporaryDirectory() as folder:
+        ways = ways_of_training(args.microbatches).items()
+        trainings = [training_of(name, way, sizes, batches, args, Path(folder)) for name, way in ways]
         train(trainings, args, args.steps)
-        for way, training in zip(ways, trainings, strict=True):
+        for training in trainings:
             steps = list(read_metrics(training.folder)["train"].values())
             losses = [step["loss"] for step in steps]
             first = records[0]["losses"] if records else losses
-            counts = np.concatenate([step["counts"] for step in steps])
             records.append(
                 {
-                    "way": way.name,
-                    "head": way.head,
-                    "is_weighted": way.is_weighted,
+                    "way": training.name,
                     "losses": losses,
                     "last_loss": losses[-1],
                     "largest_difference": max(abs(a - b) / b for a, b in zip(losses, first, strict=True)),
                     "milliseconds": 1e3 * statistics.median(step["seconds"] for step in steps),
                     "memory_bytes": training.compiled.memory,
-                    "tokens_per_row": {
-                        "least": int(counts.min()),
-                        "mean": float(counts.mean()),
-                        "most": int(counts.max()),
-                    },
+                    "tokens_per_row": tokens_per_row,
                     "heldout_loss": evaluate(training.state["parameters"])["loss"],
                 }
             )

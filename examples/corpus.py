@@ -30,10 +30,6 @@ SKIPPED_IN_LIBRARY = {"test", "tests", "idle_test", "pydoc_data"}
 CACHE_VERSION = 1
 
 
-class CorpusError(RunError):
-    """The corpus cannot be used; the message says why and what to do."""
-
-
 @dataclass(frozen=True)
 class Corpus:
     """Token streams ready for training; documents are separated by the end-of-text token."""
@@ -69,7 +65,7 @@ def _library() -> tuple[list[Path], list[str]]:
 def _files(root: Path, skipped: set[str]) -> Iterator[Path]:
     """The text files under a folder; a file itself, whatever its name ends in."""
     if not root.exists():
-        raise CorpusError(f"corpus path {root} does not exist")
+        raise RunError(f"corpus path {root} does not exist")
     if root.is_file():
         yield root
     for folder, folders, files in root.walk():
@@ -90,19 +86,15 @@ def read_documents(paths: Sequence[Path] | None, max_bytes: int) -> list[str]:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             texts.append(path.read_bytes().decode())
     by_content = {hashlib.sha256(text.encode()).digest(): text for text in texts if text.strip()}
-    documents: list[str] = []
-    left = max_bytes
+    documents, left = [], max_bytes
     for _, text in sorted(by_content.items()):
-        encoded = text.encode()[:left]
-        left -= len(encoded)
-        documents.append(encoded.decode(errors="ignore"))
-        if left <= 0:
-            break
+        if left > 0:
+            encoded = text.encode()[:left]
+            documents.append(encoded.decode(errors="ignore"))
+            left -= len(encoded)
     if not documents:
-        raise CorpusError(
-            f"the corpus is empty: no UTF-8 text in files ending in {', '.join(TEXT_SUFFIXES)} under "
-            f"{', '.join(map(str, roots))}; name files or folders that hold text"
-        )
+        where = f"in files ending in {', '.join(TEXT_SUFFIXES)} under {', '.join(map(str, roots))}"
+        raise RunError(f"the corpus is empty: no UTF-8 text {where}; name files or folders that hold text")
     return documents
 
 
@@ -111,18 +103,16 @@ def split_heldout(documents: Sequence[str], fraction: float) -> tuple[list[str],
     size = sum(map(len, documents))
     if len(documents) == 1:
         (only,) = documents
-        cut = only.rfind("\n", 0, max(1, int(size * (1 - fraction)))) + 1 or int(size * (1 - fraction))
+        wanted = int(size * (1 - fraction))
+        cut = only.rfind("\n", 0, max(1, wanted)) + 1 or wanted
         if not only[:cut].strip() or not only[cut:].strip():
-            raise CorpusError(f"the corpus is one file of {size} characters: too short for a held-out part")
+            raise RunError(f"the corpus is one file of {size} characters: too short for a held-out part")
         return [only[:cut]], [only[cut:]]
     # A document that is a large part of what is wanted stays in the training part, if there are enough others.
-    wanted = size * fraction
-    small = [document for document in documents if len(document) <= wanted / 8]
-    heldout: list[str] = []
-    for document in small if sum(map(len, small)) >= wanted else documents[:-1]:
-        heldout.append(document)
-        if sum(map(len, heldout)) >= wanted:
-            break
+    small = [document for document in documents if len(document) <= size * fraction / 8]
+    candidates = small if sum(map(len, small)) >= size * fraction else documents[:-1]
+    ends = np.cumsum([len(document) for document in candidates])
+    heldout = candidates[: int(np.searchsorted(ends, size * fraction)) + 1]
     return [document for document in documents if document not in set(heldout)], heldout
 
 
@@ -191,7 +181,7 @@ def load_corpus(
 def windows(tokens: np.ndarray, length: int) -> np.ndarray:
     """Rows `[n, length + 1]` of consecutive tokens; each row begins with the last token of the row before."""
     if len(tokens) <= length:
-        raise CorpusError(f"the corpus has {len(tokens)} tokens to train on, fewer than one window of {length + 1}")
+        raise RunError(f"the corpus has {len(tokens)} tokens to train on, fewer than one window of {length + 1}")
     return np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
 
 

@@ -8,7 +8,7 @@ full logits and with jliger alike. docs/post_training.md says what a run leaves 
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import takewhile
@@ -20,7 +20,6 @@ import optax
 import options
 import reporting
 import runs
-from brackets import OPENING, Brackets
 from language_model import HEADS, Head
 from llama import LlamaConfig, Tree, full_logits, hidden_states, initial_parameters
 from options import COUNT, NUMBER, NUMBER_OR_ZERO
@@ -30,10 +29,41 @@ from training import Program, Training, build_program, train
 from jliger import LinearLogprobs, losses
 from jliger.accumulation import AccumulatedLoss
 
+OPENING, CLOSING, END = "([{<", ")]}>", "="
 # How far apart the two losses of a step may be, to be called the same. A token's loss is about as large as an
 # advantage, of order 1. Rounding errors grow from step to step, faster as the policy gets more certain: then a small
 # change of its parameters is a large one of an unlikely token's log-probability.
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Brackets:
+    """Prompts of `depth` opening brackets and `=`; an answer closes them, the last one first.
+
+    Tokens are the opening brackets, the closing ones, `=`, and any others that a vocabulary has.
+    """
+
+    depth: int
+    kinds: int
+
+    @property
+    def tokens(self) -> int:
+        return 2 * self.kinds + 1
+
+    def prompts(self, count: int, random: np.random.Generator) -> np.ndarray:
+        """`[count, depth + 1]` tokens."""
+        brackets = random.integers(0, self.kinds, (count, self.depth))
+        return np.pad(brackets, ((0, 0), (0, 1)), constant_values=2 * self.kinds).astype(np.int32)
+
+    def rewards(self, tokens: np.ndarray) -> np.ndarray:
+        """The share of brackets that are right, `[count]`, in prompts with completions `[count, 2 * depth + 1]`."""
+        opening, completions = tokens[:, : self.depth], tokens[:, self.depth + 1 :]
+        return np.mean(opening[:, ::-1] + self.kinds == completions, axis=1, dtype=np.float32)
+
+    def text(self, tokens: np.ndarray) -> str:
+        """Tokens as text, with `·` for those that are not the task's."""
+        names = OPENING[: self.kinds] + CLOSING[: self.kinds] + END
+        return "".join(names[token] if token < len(names) else "·" for token in tokens)
 
 
 @dataclass(frozen=True)
@@ -63,27 +93,6 @@ def group_advantages(rewards: np.ndarray, group: int) -> np.ndarray:
     return (centred / (groups.std(axis=1, keepdims=True) + 1e-4)).reshape(-1)
 
 
-def policy_loss(
-    config: GrpoConfig, head: Head, model: LlamaConfig, params: Tree, batch: Tree, where: jax.Array
-) -> tuple[jax.Array, losses.PolicyMetrics]:
-    """The loss of completions: of the tokens after the first of `[B, T+1]` for which `where` `[B, T]` is true.
-
-    The batch has `"tokens"`, `"advantages"` `[B]`, and log-probabilities `[B, T]`: `"old"`, of the policy that sampled,
-    and, if `config.beta` is not 0, `"reference"`.
-    """
-    inputs, labels, advantages = batch["tokens"][:, :-1], batch["tokens"][:, 1:], batch["advantages"]
-    given = {"old_logprobs": batch["old"], "ref_logprobs": batch.get("reference"), "loss_type": "grpo"}
-    given |= {"beta": config.beta, "entropy_coef": config.entropy_coef, "where": where}
-    if head.name == "jliger":
-        hidden, kernel, how = head.last_layer(model, params, inputs)
-        how |= {"entropy_metric": True, "temperature": config.temperature}
-        return losses.fused_linear_grpo(hidden, kernel, labels, advantages, **given, **how)
-    result = head.logprobs(model, params, inputs, labels, where=where, temperature=config.temperature)
-    # If the entropy is only logged, the backward pass need not compute it.
-    entropy = result.entropy if config.entropy_coef else jax.lax.stop_gradient(result.entropy)
-    return losses.grpo(result.logprobs, advantages, entropy=entropy, **given)
-
-
 @dataclass(frozen=True)
 class Policy:
     """Log-probabilities of completions and their loss, with one head."""
@@ -94,63 +103,58 @@ class Policy:
     prompt_length: int
 
     @partial(jax.jit, static_argnums=0)
-    def logprobs(self, params: Tree, tokens: jax.Array) -> tuple[LinearLogprobs, jax.Array]:
-        """Those `[B, T]` of the tokens after the first of `[B, T+1]`, and which of them belong to a completion."""
-        where = self.where(tokens)
-        logit_options = {"where": where, "temperature": self.config.temperature}
-        return self.head.logprobs(self.model, params, tokens[:, :-1], tokens[:, 1:], **logit_options), where
+    def logprobs(self, params: Tree, tokens: jax.Array) -> LinearLogprobs:
+        """Those `[B, T]` of the tokens after the first of `[B, T+1]`; 0 for the prompt's."""
+        options = {"where": self.where(tokens), "temperature": self.config.temperature}
+        return self.head.logprobs(self.model, params, tokens[:, :-1], tokens[:, 1:], **options)
 
     def where(self, tokens: jax.Array) -> jax.Array:
+        """Which of the tokens after the first belong to a completion."""
         return jnp.broadcast_to(jnp.arange(1, tokens.shape[1]) >= self.prompt_length, tokens[:, 1:].shape)
 
     def program(self, completion_length: int) -> Program:
         count, length = self.config.prompts * self.config.group, self.prompt_length + completion_length
-        tokens = jax.ShapeDtypeStruct((count, length), jnp.int32)
         logprobs = jax.ShapeDtypeStruct((count, length - 1), jnp.float32)
-        batch = {"tokens": tokens, "advantages": jax.ShapeDtypeStruct((count,), jnp.float32), "old": logprobs}
-        if self.config.beta:
-            batch["reference"] = logprobs
+        batch = {"tokens": jax.ShapeDtypeStruct((count, length), jnp.int32), "old": logprobs}
+        batch |= {"advantages": jax.ShapeDtypeStruct((count,), jnp.float32)}
+        batch |= {"reference": logprobs} if self.config.beta else {}
         create = partial(initial_parameters, self.model, jax.random.key(self.config.seed))
         return build_program(self, create, self.config.optimizer(), batch)
 
     def __call__(self, params: Tree, batch: Tree) -> tuple[jax.Array, float, losses.PolicyMetrics]:
-        """The loss, its weight, and metrics."""
-        where = self.where(batch["tokens"])
-        loss, metrics = policy_loss(self.config, self.head, self.model, params, batch, where)
+        """The loss of completions, its weight, and metrics.
+
+        The batch has `"tokens"` `[B, T+1]`, `"advantages"` `[B]`, and log-probabilities `[B, T]`: `"old"`, of the
+        policy that sampled, and, if `config.beta` is not 0, `"reference"`.
+        """
+        tokens, advantages, config = batch["tokens"], batch["advantages"], self.config
+        given = {"old_logprobs": batch["old"], "ref_logprobs": batch.get("reference"), "where": self.where(tokens)}
+        given |= {"beta": config.beta, "entropy_coef": config.entropy_coef, "loss_type": "grpo"}
+        if self.head.name == "jliger":
+            hidden, kernel, how = self.head.last_layer(self.model, params, tokens[:, :-1])
+            given |= {"entropy_metric": True, "temperature": config.temperature}
+            loss, metrics = losses.fused_linear_grpo(hidden, kernel, tokens[:, 1:], advantages, **given, **how)
+        else:
+            result = self.logprobs(params, tokens)
+            # If the entropy is only logged, the backward pass need not compute it.
+            entropy = result.entropy if config.entropy_coef else jax.lax.stop_gradient(result.entropy)
+            loss, metrics = losses.grpo(result.logprobs, advantages, entropy=entropy, **given)
         return loss, 1.0, metrics
-
-
-def complete(
-    config: LlamaConfig,
-    params: Tree,
-    prompts: jax.Array,
-    length: int,
-    choose: Callable[[jax.Array, jax.Array], jax.Array],
-) -> jax.Array:
-    """Prompts `[B, P]` with completions, a token at a time: `[B, P + length]`.
-
-    `choose` makes a token from float32 logits `[B, V]` and the position after which it stands.
-    """
-
-    def one(tokens: jax.Array, place: jax.Array) -> tuple[jax.Array, None]:
-        # Attention is causal: the zeros after this position do not matter.
-        hidden = hidden_states(config, params, tokens)[:, place]
-        return tokens.at[:, place + 1].set(choose(full_logits(config, params, hidden), place)), None
-
-    tokens = jnp.pad(prompts, ((0, 0), (0, length)))
-    return jax.lax.scan(one, tokens, prompts.shape[1] - 1 + jnp.arange(length))[0]
 
 
 @partial(jax.jit, static_argnums=(0, 3))
 def sample(policy: Policy, params: Tree, prompts: jax.Array, length: int, key: jax.Array | None = None) -> jax.Array:
-    """Random completions, or the likeliest ones without a key."""
+    """Prompts `[B, P]` with random completions, or the likeliest ones without a key: `[B, P + length]`."""
 
-    def choose(logits: jax.Array, place: jax.Array) -> jax.Array:
-        if key is None:
-            return logits.argmax(axis=-1)
-        return jax.random.categorical(jax.random.fold_in(key, place), logits / policy.config.temperature)
+    def add_token(tokens: jax.Array, place: jax.Array) -> tuple[jax.Array, None]:
+        # Attention is causal: the zeros after this position do not matter.
+        hidden = hidden_states(policy.model, params, tokens)[:, place]
+        logits = full_logits(policy.model, params, hidden) / policy.config.temperature
+        chosen = logits.argmax(-1) if key is None else jax.random.categorical(jax.random.fold_in(key, place), logits)
+        return tokens.at[:, place + 1].set(chosen), None
 
-    return complete(policy.model, params, prompts, length, choose)
+    tokens = jnp.pad(prompts, ((0, 0), (0, length)))
+    return jax.lax.scan(add_token, tokens, prompts.shape[1] - 1 + jnp.arange(length))[0]
 
 
 class Sampler:
@@ -172,22 +176,19 @@ class Sampler:
             self.last = step, np.asarray(sample(policy, params, prompts, self.task.depth, key))
         tokens = self.last[1]
         advantages = group_advantages(self.task.rewards(tokens), self.config.group)
-        batch = {"tokens": tokens, "advantages": advantages, "old": policy.logprobs(params, tokens)[0].logprobs}
+        batch = {"tokens": tokens, "advantages": advantages, "old": policy.logprobs(params, tokens).logprobs}
         if policy.config.beta:
-            batch["reference"] = policy.logprobs(self.begun_with, tokens)[0].logprobs
+            batch["reference"] = policy.logprobs(self.begun_with, tokens).logprobs
         return batch
 
     def figures(self, results: Sequence[AccumulatedLoss], batch: Tree, seconds: float) -> Record:
         """What is logged of a step's last update."""
         del seconds
         metrics = results[-1].aux
-        return {
-            "reward": float(self.task.rewards(batch["tokens"]).mean()),
-            "entropy": float(metrics.entropy),
-            "old_kl": float(metrics.old_kl),
-            "clip_fraction": float(metrics.clip_fraction_low + metrics.clip_fraction_high),
-            **({} if metrics.kl is None else {"kl": float(metrics.kl)}),
-        }
+        figures = {"reward": self.task.rewards(batch["tokens"]).mean(), "entropy": metrics.entropy}
+        figures |= {"old_kl": metrics.old_kl, "clip_fraction": metrics.clip_fraction_low + metrics.clip_fraction_high}
+        figures |= {} if metrics.kl is None else {"kl": metrics.kl}
+        return {name: float(figure) for name, figure in figures.items()}
 
 
 def evaluate(policy: Policy, task: Brackets, questions: np.ndarray, params: Tree) -> Record:
@@ -200,15 +201,13 @@ def evaluate(policy: Policy, task: Brackets, questions: np.ndarray, params: Tree
 def compare(full: Events, fused: Events, tolerance: float) -> Record:
     """How far apart two runs are that learned from the same completions, and for how many steps they are the same."""
 
-    def differences(event: str, figure: str) -> list[float]:
+    def apart(event: str, figure: str) -> list[float]:
         return [abs(record[figure] - fused[event][step][figure]) for step, record in full[event].items()]
 
-    of_losses = differences("train", "loss")
     return {
-        "largest_difference": max(of_losses),
-        "largest_difference_of_entropies": max(differences("train", "entropy")),
-        "largest_difference_of_evaluations": max(differences("eval", "reward")),
-        "agreeing_steps": sum(1 for _ in takewhile(lambda difference: difference <= tolerance, of_losses)),
+        "agreeing_steps": sum(1 for _ in takewhile(lambda difference: difference <= tolerance, apart("train", "loss"))),
+        "largest_difference_of_entropies": max(apart("train", "entropy")),
+        "largest_difference_of_evaluations": max(apart("eval", "reward")),
     }
 
 

@@ -58,7 +58,7 @@ class Head:
     def last_layer(
         self, config: LlamaConfig, params: Tree, inputs: jax.Array
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        """Hidden states, kernel and options, for a loss of jliger that is fused with the head."""
+        """Hidden states, kernel and options, for an operation of jliger."""
         kernel, layout = last_layer(config, params)
         return hidden_states(config, params, inputs), kernel, {"kernel_layout": layout, **self.options(config)}
 
@@ -66,11 +66,11 @@ class Head:
         self, config: LlamaConfig, params: Tree, inputs: jax.Array, labels: jax.Array, **options: Any
     ) -> jliger.LinearLogprobs:
         """The log-probabilities of `labels` `[B, T]`, each after its input and those before it."""
-        hidden = hidden_states(config, params, inputs)
-        kernel, layout = last_layer(config, params)
+        hidden, kernel, own = self.last_layer(config, params, inputs)
         if self.name == "full":
+            layout = own["kernel_layout"]
             return jliger.reference.linear_logprobs(hidden, kernel, labels, kernel_layout=layout, **options)
-        return jliger.linear_logprobs(hidden, kernel, labels, kernel_layout=layout, **self.options(config), **options)
+        return jliger.linear_logprobs(hidden, kernel, labels, **own, **options)
 
 
 def language_model_loss(
@@ -94,8 +94,7 @@ def evaluation(
     @jax.jit
     def sums(params: Tree, tokens: jax.Array) -> jax.Array:
         inputs, labels, where = inputs_and_labels(tokens, end_of_text)
-        kernel, layout = last_layer(config, params)
-        hidden, own = hidden_states(config, params, inputs), {"kernel_layout": layout, **head.options(config)}
+        hidden, kernel, own = head.last_layer(config, params, inputs)
         loss, metrics = jliger.fused_linear_cross_entropy(
             hidden, kernel, labels, where=where, reduction="sum", return_metrics=True, **own
         )

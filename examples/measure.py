@@ -45,12 +45,6 @@ PIECE = 8192
 Task = tuple[Record, Callable[[], Record]]
 
 
-def text(count: int) -> np.ndarray:
-    """The first bytes of the modules of Python's library, repeated if there are too few."""
-    modules = b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
-    return np.resize(np.frombuffer(modules, np.uint8), count).astype(np.int32)
-
-
 def tasks_of(args: argparse.Namespace, what: str) -> Iterator[Task]:
     """The loss alone in each dtype and with each chunk size, or steps of each length and number of microbatches."""
     if what == "loss":
@@ -99,7 +93,10 @@ def program_of(args: argparse.Namespace, config: LlamaConfig, what: str, length:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(args.learning_rate, b2=0.95))
     if what == "step":
         loss_fn = language_model_loss(head, config)
-        batch = jax.device_put(text(args.rows * (length + 1)).reshape(args.rows, length + 1))
+        # The first bytes of the modules of Python's library, repeated if there are too few.
+        modules = b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
+        text = np.resize(np.frombuffer(modules, np.uint8), (args.rows, length + 1))
+        batch = jax.device_put(text.astype(np.int32))
     else:
         loss_fn = Preference(what, head, config, BETA.get(what, 0.0), args.prompt_length, end_of_text=-1)
         if what == "grpo":
@@ -110,17 +107,13 @@ def program_of(args: argparse.Namespace, config: LlamaConfig, what: str, length:
 
 def random_batch(what: str, config: LlamaConfig, rows: int, length: int, key: jax.Array) -> Tree:
     """Tokens `[B, T+1]`, and what the loss needs beside them, close to what a model with random weights would give."""
-    keys = jax.random.split(key, 4)
-
-    def logprobs(key: jax.Array) -> jax.Array:
-        return -math.log(config.vocab_size) + 0.1 * jax.random.normal(key, (rows, length))
-
+    keys = jax.random.split(key, 3)
     batch = {"tokens": jax.random.randint(keys[0], (rows, length + 1), 0, config.vocab_size)}
+    old, reference = -math.log(config.vocab_size) + 0.1 * jax.random.normal(keys[1], (2, rows, length))
     if what == "dpo":
-        batch["reference"] = logprobs(keys[1]).sum(axis=1)
+        batch["reference"] = reference.sum(axis=1)
     if what == "grpo":
-        batch |= {"advantages": jax.random.normal(keys[3], (rows,))}
-        batch |= {"old": logprobs(keys[1]), "reference": logprobs(keys[2])}
+        batch |= {"advantages": jax.random.normal(keys[2], (rows,)), "old": old, "reference": reference}
     return batch
 
 

@@ -128,8 +128,8 @@ def add_eval_options(add: Any, every: int, batches: int) -> None:
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, *more_steps: str, share: int = 10) -> None:
     """Ends the program with a message if options do not fit together, and sets `args.warmup_steps` if it is not given.
 
-    `more_steps` name the options with the steps of further trainings. The default warmup is the shortest training's
-    steps divided by `share`, and at most 10.
+    The default warmup is a `share` of the shortest training's steps, and at most 10; `more_steps` name the options with
+    the steps of further trainings.
     """
     if args.seed >= 2**31:
         parser.error(f"--seed {args.seed}: must be below 2**31")

@@ -39,39 +39,6 @@ TOLERANCE_FACTOR = {"orpo": 1, "dpo": 10}
 PRETRAINING = "pretraining"
 
 
-def sequence_logprobs(loss: str, logprobs: jax.Array, where: jax.Array) -> losses.SequenceLogprobs:
-    """Log-probabilities `[B, T]` of tokens to those of sequences: ORPO is defined on means, DPO on sums."""
-    return losses.sequence_logprobs(logprobs, where, reduction="mean" if loss == "orpo" else "sum")
-
-
-def pair_loss(
-    loss: str,
-    head: Head,
-    config: LlamaConfig,
-    params: Tree,
-    tokens: tuple[jax.Array, jax.Array, jax.Array],
-    beta: float,
-    reference: jax.Array | None = None,
-) -> tuple[jax.Array, losses.PreferenceMetrics]:
-    """The loss of pairs, from inputs, labels and the mask of labels, each `[2·B, T]`, the chosen sequences first.
-
-    `reference` is for DPO: log-probabilities `[2·B]` of the sequences under the model that training began with.
-    """
-    inputs, labels, where = tokens
-    references = () if loss == "orpo" else jnp.split(reference, 2)
-    if head.name == "jliger":
-        hidden, kernel, how = head.last_layer(config, params, inputs)
-        # Both sequences of a pair side by side: [B, 2, T].
-        hidden, labels, where = (jnp.stack(jnp.split(array, 2), axis=1) for array in (hidden, labels, where))
-        fused = losses.fused_linear_orpo if loss == "orpo" else losses.fused_linear_dpo
-        return fused(hidden, kernel, labels, *references, beta=beta, where=where, **how)
-    sequences = sequence_logprobs(loss, head.logprobs(config, params, inputs, labels, where=where).logprobs, where)
-    chosen, rejected = jnp.split(sequences.logprobs, 2)
-    counted = (sequences.counts > 0).reshape(2, -1).all(axis=0)
-    flat = losses.orpo if loss == "orpo" else losses.dpo
-    return flat(chosen, rejected, *references, beta=beta, where=counted)
-
-
 @dataclass(frozen=True)
 class Preference:
     """The loss of a batch of pairs, with one head."""
@@ -83,15 +50,17 @@ class Preference:
     prompt_length: int
     end_of_text: int
 
-    def logprobs(self, params: Tree, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Log-probabilities `[2·B, T]` of the tokens after the first, and which belong to a completion."""
-        inputs, labels, where = self.of_tokens(tokens)
-        return self.head.logprobs(self.config, params, inputs, labels, where=where).logprobs, where
-
     def of_tokens(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Inputs, labels, and which labels belong to a completion, of `[2·B, T+1]` tokens."""
         inputs, labels, where = inputs_and_labels(tokens, self.end_of_text)
         return inputs, labels, where & (jnp.arange(1, tokens.shape[1]) >= self.prompt_length)
+
+    @partial(jax.jit, static_argnums=0)
+    def logprobs(self, params: Tree, tokens: jax.Array) -> losses.SequenceLogprobs:
+        """Log-probabilities of completions, `[2·B]`: ORPO is defined on means over tokens, DPO on sums."""
+        inputs, labels, where = self.of_tokens(tokens)
+        logprobs = self.head.logprobs(self.config, params, inputs, labels, where=where).logprobs
+        return losses.sequence_logprobs(logprobs, where, reduction="mean" if self.loss == "orpo" else "sum")
 
     def training(self, folder: Path, learning: TrainingConfig) -> Training:
         """The training, without its data."""
@@ -106,18 +75,25 @@ class Preference:
         """Tokens `[2·B, T+1]` of pairs and, for DPO, their log-probabilities under the reference model."""
         if self.loss == "orpo":
             return {"tokens": tokens}
-        return {"tokens": tokens, "reference": _reference(self, reference, tokens)}
+        return {"tokens": tokens, "reference": self.logprobs(reference, tokens).logprobs}
 
     def __call__(self, params: Tree, batch: Tree) -> tuple[jax.Array, float, losses.PreferenceMetrics]:
-        """The loss, its weight, and metrics."""
-        tokens, reference = self.of_tokens(batch["tokens"]), batch.get("reference")
-        loss, metrics = pair_loss(self.loss, self.head, self.config, params, tokens, self.beta, reference)
+        """The loss, its weight, and metrics; the first half of the batch's sequences is the chosen ones."""
+        references = () if self.loss == "orpo" else jnp.split(batch["reference"], 2)
+        if self.head.name == "jliger":
+            inputs, labels, where = self.of_tokens(batch["tokens"])
+            hidden, kernel, how = self.head.last_layer(self.config, params, inputs)
+            # Both sequences of a pair side by side: [B, 2, T].
+            hidden, labels, where = (jnp.stack(jnp.split(array, 2), axis=1) for array in (hidden, labels, where))
+            fused = losses.fused_linear_orpo if self.loss == "orpo" else losses.fused_linear_dpo
+            loss, metrics = fused(hidden, kernel, labels, *references, beta=self.beta, where=where, **how)
+        else:
+            sequences = self.logprobs(params, batch["tokens"])
+            chosen, rejected = jnp.split(sequences.logprobs, 2)
+            counted = (sequences.counts > 0).reshape(2, -1).all(axis=0)
+            flat = losses.orpo if self.loss == "orpo" else losses.dpo
+            loss, metrics = flat(chosen, rejected, *references, beta=self.beta, where=counted)
         return loss, 1.0, metrics
-
-
-@partial(jax.jit, static_argnums=0)
-def _reference(preference: Preference, params: Tree, tokens: jax.Array) -> jax.Array:
-    return sequence_logprobs(preference.loss, *preference.logprobs(params, tokens)).logprobs
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,25 +118,17 @@ class Pairs:
 
 
 def figures(result: AccumulatedLoss) -> Record:
-    metrics = result.aux
-    return {
-        "loss": float(result.loss),
-        "margin": float(metrics.margins),
-        "accuracy": float(metrics.accuracy),
-        "chosen_reward": float(metrics.chosen_rewards),
-        "rejected_reward": float(metrics.rejected_rewards),
-    }
+    names = {"margin": "margins", "accuracy": "accuracy"}
+    names |= {"chosen_reward": "chosen_rewards", "rejected_reward": "rejected_rewards"}
+    return {"loss": float(result.loss)} | {name: float(getattr(result.aux, own)) for name, own in names.items()}
 
 
 def evaluate(preference: Preference, batches: Sequence[Tree], params: Tree) -> Record:
     """Means over the pairs of all batches."""
     results = [AccumulatedLoss(*_loss(preference, params, batch)) for batch in batches]
-    counts = [int(result.aux.count) for result in results]
-    records = [figures(result) for result in results]
-    return {
-        name: sum(count * record[name] for count, record in zip(counts, records, strict=True)) / max(1, sum(counts))
-        for name in records[0]
-    } | {"pairs": sum(counts)}
+    counts, records = [int(result.aux.count) for result in results], [figures(result) for result in results]
+    means = {name: np.dot(counts, [each[name] for each in records]) / max(1, sum(counts)) for name in records[0]}
+    return {name: float(mean) for name, mean in means.items()} | {"pairs": sum(counts)}
 
 
 _loss = jax.jit(Preference.__call__, static_argnums=0)

@@ -17,21 +17,22 @@ Column = Callable[[Record], str]
 TITLES = {"full": "full logits", "jliger": "jliger"}
 COLORS = {"full": "tab:orange", "jliger": "tab:blue"}
 MIB, GIB = 2**20, 2**30
+# What XLA needs for a step beside its arguments and results, and with them.
+MEMORY = ("temporary", "total")
 STARTED = time.perf_counter()
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text with the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in rows
-    )
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
 
 
-def number(path: str, form: str | None = None, unit: float = 1) -> Column:
+def number(path: str, form: str | None = None, unit: float = 1, suffix: str = "") -> Column:
     """A column with a figure in some unit, by default as is; slashes separate the names of nested records."""
 
     def cell(record: Record) -> str:
@@ -41,7 +42,7 @@ def number(path: str, form: str | None = None, unit: float = 1) -> Column:
         if value is None:
             return "-"
         default = ".4g" if isinstance(value, float) else "," if isinstance(value, int) else ""
-        return format(value / unit if unit != 1 else value, default if form is None else form)
+        return format(value / unit if unit != 1 else value, default if form is None else form) + suffix
 
     return cell
 
@@ -89,21 +90,16 @@ LOSSES = LAST_LOSS | {
 
 def summary_table(summary: Mapping[str, Any], figures: Mapping[str, Column] = LOSSES) -> str:
     """The last figures, a column per head, with the memory that jliger saves."""
-    memory = {f"XLA {kind} memory of the step": f"memory_bytes/{kind}" for kind in ("temporary", "total")}
-    columns = {
-        "steps": number("steps"),
-        "loss rows computed by": number("rows_by"),
-        **figures,
-        "median step": lambda head: f"{number('step_seconds', '.1f', 1e-3)(head)} ms",
-        **{name: lambda head, path=path: f"{number(path, '.1f', MIB)(head)} MiB" for name, path in memory.items()},
-    }
+    columns = {"steps": number("steps"), "loss rows computed by": number("rows_by"), **figures}
+    columns["median step"] = number("step_seconds", ".1f", 1e-3, " ms")
+    for kind in MEMORY:
+        columns[f"XLA {kind} memory of the step"] = number(f"memory_bytes/{kind}", ".1f", MIB, " MiB")
     rows = [["", *(TITLES[head] for head in summary["heads"])]]
     rows += [[name, *map(cell, summary["heads"].values())] for name, cell in columns.items()]
     if "comparison" in summary:
-        kinds = {f"XLA {kind} memory of the step": kind for kind in ("temporary", "total")}
-        for row in rows:
-            kind = kinds.get(row[0])
-            row.append(saved(summary["comparison"][f"{kind}_memory_saving_percent"]) if kind else "")
+        savings = [saved(summary["comparison"][f"{kind}_memory_saving_percent"]) for kind in MEMORY]
+        last = [""] * (len(rows) - len(savings)) + savings
+        rows = [[*row, cell] for row, cell in zip(rows, last, strict=True)]
     return table(rows)
 
 
@@ -111,7 +107,7 @@ def summary_parts(summary: Record, tolerance: float, figures: Mapping[str, Colum
     """The summary's table and, with both heads, a sentence that says whether the two curves are the same."""
     if "comparison" not in summary:
         return [summary_table(summary, figures)]
-    comparison, dtype = summary["comparison"], summary.get("settings", summary)["dtype"]
+    comparison, dtype = summary["comparison"], summary["dtype"]
     relative = comparison["largest_relative_difference"]
     verdict = (
         f"Over {comparison['steps']} steps the training losses differ by at most "
@@ -141,19 +137,22 @@ def summarize(runs: Mapping[str, Events], settings: Record) -> Record:
     """The settings, the figures of each head's run and, with both heads, a comparison of them."""
     heads = {head: figures_of(events) for head, events in runs.items()}
     summary = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, **settings, "heads": heads}
-    if len(runs) == 2:
-        full, fused = (runs[head].get("train", {}) for head in ("full", "jliger"))
-        pairs = [(full[step]["loss"], fused[step]["loss"]) for step in full.keys() & fused.keys()]
-        comparison = {
+    if pairs := losses_of_both(runs):
+        summary["comparison"] = {
             "steps": len(pairs),
-            "largest_difference": max((abs(b - a) for a, b in pairs), default=0.0),
-            "largest_relative_difference": max((abs(b - a) / abs(a) for a, b in pairs if a), default=0.0),
+            "largest_difference": max(abs(b - a) for a, b in pairs.values()),
+            "largest_relative_difference": max(abs(b - a) / abs(a) for a, b in pairs.values() if a),
         }
-        for kind in ("temporary", "total"):
+        for kind in MEMORY:
             less = heads["jliger"]["memory_bytes"][kind] / heads["full"]["memory_bytes"][kind]
-            comparison[f"{kind}_memory_saving_percent"] = 100 * (1 - less)
-        summary["comparison"] = comparison
+            summary["comparison"][f"{kind}_memory_saving_percent"] = 100 * (1 - less)
     return summary
+
+
+def losses_of_both(runs: Mapping[str, Events]) -> dict[int, tuple[float, float]]:
+    """Training losses with full logits and with jliger by step; nothing without both."""
+    full, fused = (runs.get(head, {}).get("train", {}) for head in ("full", "jliger"))
+    return {step: (full[step]["loss"], fused[step]["loss"]) for step in sorted(full.keys() & fused.keys())}
 
 
 def report(out: Path, summary: Record, panels: Sequence[Callable[[Axes], None]], parts: Sequence[str]) -> None:
@@ -198,22 +197,17 @@ def curves_panel(
 
 def difference(runs: Mapping[str, Events], axes: Axes) -> None:
     """How far apart the training losses of the two heads are."""
-    if len(runs) == 2:
-        full, fused = (runs[head].get("train", {}) for head in ("full", "jliger"))
-        steps = sorted(full.keys() & fused.keys())
-        # Equal losses have no place on a logarithmic axis.
-        apart = [abs(full[i]["loss"] - fused[i]["loss"]) / abs(full[i]["loss"]) or math.nan for i in steps]
-        axes.plot(steps, apart, ".-", color="black", linewidth=0.8)
-        axes.axhline(2.0**-23, color="gray", linestyle=":", label="float32 spacing, $2^{-23}$")
-        axes.set_yscale("log")
-        axes.legend()
-    else:
-        axes.text(0.5, 0.5, "needs both heads", ha="center", va="center", transform=axes.transAxes)
-    axes.set(title="Difference of the training losses", xlabel="step", ylabel="relative to the loss")
+    pairs = losses_of_both(runs)
+    # Equal losses have no place on a logarithmic axis.
+    apart = [abs(full - fused) / abs(full) or math.nan for full, fused in pairs.values()]
+    axes.plot(list(pairs), apart, ".-", color="black", linewidth=0.8)
+    axes.axhline(2.0**-23, color="gray", linestyle=":", label="float32 spacing, $2^{-23}$")
+    axes.set(title="Difference of the training losses", xlabel="step", ylabel="relative to the loss", yscale="log")
+    axes.legend()
 
 
 def memory(summary: Mapping[str, Any], axes: Axes) -> None:
-    for kind in ("temporary", "total"):
+    for kind in MEMORY:
         for head, figures in summary["heads"].items():
             amount = figures["memory_bytes"][kind] / MIB
             axes.bar_label(axes.bar(f"{kind}\n{TITLES[head]}", amount, color=COLORS[head]), fmt="%.0f")
@@ -221,5 +215,5 @@ def memory(summary: Mapping[str, Any], axes: Axes) -> None:
 
 
 def comparison_panels(runs: Mapping[str, Events], summary: Mapping[str, Any]) -> list[Callable[[Axes], None]]:
-    """The difference of the two heads' losses, and the memory of their steps."""
-    return [partial(difference, runs), partial(memory, summary)]
+    """The difference of the two heads' losses, if there are both, and the memory of their steps."""
+    return [*([partial(difference, runs)] if len(runs) == 2 else []), partial(memory, summary)]

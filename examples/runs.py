@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.multihost_utils import sync_global_devices
 
 Record = dict[str, Any]
 Events = dict[str, dict[int, Record]]
@@ -87,7 +88,7 @@ def read_heads(folder: Path) -> dict[str, Events]:
     return {name: events for name, events in metrics.items() if "compiled" in events}
 
 
-def check_folder(out: Path, settings: Record, *, resume: bool | None = None, overwrite: bool) -> None:
+def check_folder(out: Path, settings: Record, *, resume: bool | None, overwrite: bool) -> None:
     """Refuses a folder in which this run may not begin or continue; changes nothing.
 
     `resume` is None if the program has no such option.
@@ -99,14 +100,12 @@ def check_folder(out: Path, settings: Record, *, resume: bool | None = None, ove
         if not is_run:
             raise RunError(f"--resume: {out} holds no run (there is no {CONFIG} in it)")
         try:
-            earlier = read_json(out / CONFIG)
-            changes = [
-                f"{key} was {earlier.get(key)} and is {value}"
-                for key, value in settings.items()
-                if earlier.get(key) != value
-            ]
+            earlier = {key: read_json(out / CONFIG).get(key) for key in settings}
         except (ValueError, AttributeError) as error:
             raise RunError(f"{out / CONFIG} cannot be read ({error}); nothing was changed") from error
+        changes = [
+            f"{key} was {earlier[key]} and is {value}" for key, value in settings.items() if earlier[key] != value
+        ]
         if changes:
             raise RunError(f"--resume: the run in {out} has other settings: {', '.join(changes)}. Nothing was changed")
     elif is_run and not overwrite:
@@ -119,11 +118,11 @@ def check_folder(out: Path, settings: Record, *, resume: bool | None = None, ove
 def begin_folder(out: Path, settings: Record, contents: Sequence[str]) -> None:
     """Removes an earlier run's `contents` (and nothing else) and writes this run's configuration."""
     # The configuration is removed last: as long as it is there, the folder is known to hold a run.
-    for name in (*contents, CONFIG):
-        if (out / name).is_dir():
-            shutil.rmtree(out / name, ignore_errors=True)
+    for path in [out / name for name in (*contents, CONFIG)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            (out / name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
     write_json(out / CONFIG, settings)
 
 
@@ -131,10 +130,13 @@ def open_folder(args: argparse.Namespace, settings: Record, contents: Sequence[s
     """Checks the folder `--out` and, unless the run is resumed, begins it."""
     resume = getattr(args, "resume", None)
     check_folder(args.out, settings, resume=resume, overwrite=args.overwrite)
-    if not resume:
+    # No process begins the folder before every process has checked it.
+    sync_global_devices("folder checked")
+    if not resume and jax.process_index() == 0:
         begin_folder(args.out, settings, (*contents, TOKENIZER, SUMMARY, PLOT))
         if tokenizer is not None:
             tokenizer.save(str(args.out / TOKENIZER))
+    sync_global_devices("folder begun")
     device = jax.devices()[0]
     say(f"device: {device.platform} ({device.device_kind}), JAX {jax.__version__}")
 

@@ -29,6 +29,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = options.add_run_options(parser, "runs/train_lm", checkpoint_every=50)
     options.add_eval_options(add, 25, 8)
     add("--stop-at", type=COUNT, metavar="STEP", help="stop here, with the schedule of all --steps")
+    parser.set_defaults(learning_rate=2e-3)
     args = parser.parse_args(argv)
     options.check(parser, args)
     return args
@@ -41,18 +42,12 @@ def run(args: argparse.Namespace) -> None:
     settings = {"corpus": corpus.digest, **asdict(config), **asdict(learning)}
     # Whatever can be refused is refused before the folder is changed.
     end, heldout = corpus.end_of_text, heldout_batches(corpus.heldout, args.batch_size, args.length, args.eval_batches)
-    trainings = [
-        text_training(
-            head.name,
-            args.out / head.name,
-            language_model_loss(head, config, end),
-            config,
-            learning,
-            corpus.train,
-            evaluate=evaluation(config, head, heldout, end),
-        )
-        for head in options.heads_of(args)
-    ]
+    trainings = []
+    for head in options.heads_of(args):
+        loss_fn, evaluate = language_model_loss(head, config, end), evaluation(config, head, heldout, end)
+        folder = args.out / head.name
+        training = text_training(head.name, folder, loss_fn, config, learning, corpus.train, evaluate=evaluate)
+        trainings.append(training)
     runs.open_folder(args, settings, HEADS, corpus.tokenizer)
     last = args.steps if args.stop_at is None else args.stop_at
     train(trainings, args, last)

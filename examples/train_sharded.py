@@ -30,14 +30,7 @@ from llama import AXES, BATCH, LlamaConfig, Tree, flops_per_token, parameter_cou
 from measuring import HOPPER_TFLOPS, Records, in_words, measured_steps, rates
 from options import COUNT, COUNT_OR_ZERO, DTYPES, NUMBER, NUMBER_OR_ZERO
 from runs import DeviceMemoryError, Record, RunError, say
-from training import (
-    Program,
-    Training,
-    TrainingConfig,
-    build_program,
-    device_memory,
-    train,
-)
+from training import Program, Training, TrainingConfig, build_program, device_memory, train
 
 HEADS = ("jliger", "full")
 CONFIGS = {
@@ -53,7 +46,7 @@ DEFAULTS = {"tiny": (8, 128, 3e-3), "llama3-1b": (64, 512, 3e-4), "llama3-8b": (
 
 def program_of(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, batch_size: int, end_of_text: int) -> Program:
     """Traces the training step under the current mesh; nothing is compiled or run."""
-    learning = TrainingConfig.of(argparse.Namespace(**{**vars(args), "batch_size": batch_size}))
+    learning = replace(TrainingConfig.of(args), batch_size=batch_size)
     optimizer = learning.optimizer(config)
 
     def shardings(state: Tree) -> Tree:
@@ -75,45 +68,37 @@ def on_devices(mesh: Mesh, batch: np.ndarray) -> jax.Array:
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(BATCH)), batch, batch.shape)
 
 
-def train_run(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus: Corpus, settings: Record) -> None:
+def train_run(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, corpus: Corpus) -> None:
     """Trains from the latest checkpoint, or from the seed, up to `--steps` or `--stop-at`."""
-    (batch_size,) = args.batch
-    size = (batch_size, args.length)
-    batches = Batches(windows(corpus.train, args.length), batch_size, args.seed)
-    program = program_of(args, config, mesh, batch_size, corpus.end_of_text)
-    runs.check_folder(args.out, settings, resume=args.resume, overwrite=args.overwrite)
-    # No process begins the folder before every process has checked it.
-    multihost_utils.sync_global_devices("folder checked")
-    if jax.process_index() == 0 and not args.resume:
-        contents = (runs.METRICS, runs.CHECKPOINTS, runs.TOKENIZER, runs.SUMMARY)
-        runs.begin_folder(args.out, settings, contents)
-        corpus.tokenizer.save(str(args.out / runs.TOKENIZER))
-    multihost_utils.sync_global_devices("folder begun")
-    last: int = args.steps if args.stop_at is None else args.stop_at
+    learning = TrainingConfig.of(args)
+    rate = partial(rates, config, (learning.batch_size, args.length), peak_tflops=args.peak_tflops)
+    batches = Batches(windows(corpus.train, args.length), learning.batch_size, args.seed)
+    about = {"mesh": dict(mesh.shape), "accumulate": args.accumulate}
     training = Training(
         args.head,
         args.out,
-        program,
+        program_of(args, config, mesh, learning.batch_size, corpus.end_of_text),
         lambda step, params: on_devices(mesh, batches[step - 1]),
-        figures=lambda results, batch, seconds: rates(config, size, seconds, args.peak_tflops),
-        about={"mesh": dict(mesh.shape), "accumulate": args.accumulate},
+        figures=lambda results, batch, seconds: rate(seconds),
+        about=about,
     )
+    # What shapes the curve. The mesh and the microbatches only change the rounding, and may change.
+    settings = {"corpus": corpus.digest, "head": args.head, **asdict(config), **asdict(learning)}
+    runs.open_folder(args, settings, (runs.METRICS, runs.CHECKPOINTS), corpus.tokenizer)
+    last: int = args.steps if args.stop_at is None else args.stop_at
     train([training], args, last)
     if training.start >= last:
         say(f"the run in {args.out} is at step {training.start} already")
-        return
-    if jax.process_index() != 0:
-        return
-    figures = reporting.figures_of(runs.read_metrics(args.out))
-    seconds = figures["step_seconds"]
-    figures |= {"milliseconds": 1e3 * seconds, "peak_bytes": device_memory("peak_bytes_in_use")}
-    figures |= rates(config, size, seconds, args.peak_tflops)
-    about = {"mesh": dict(mesh.shape), "device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    runs.write_json(args.out / runs.SUMMARY, {**settings, **figures, **about})
-    say(f"step {last}: loss {figures['train_loss']:.6f}; in the median {in_words(figures)}")
-    if last < args.steps:
-        say(f"Stopped at step {last} of {args.steps}; --resume continues.")
-    say(f"metrics, checkpoints and {runs.SUMMARY} are in {args.out}")
+    elif jax.process_index() == 0:
+        figures = reporting.figures_of(runs.read_metrics(args.out))
+        seconds = figures["step_seconds"]
+        figures |= {"milliseconds": 1e3 * seconds, "peak_bytes": device_memory("peak_bytes_in_use"), **rate(seconds)}
+        about |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        runs.write_json(args.out / runs.SUMMARY, {**settings, **figures, **about})
+        say(f"step {last}: loss {figures['train_loss']:.6f}; in the median {in_words(figures)}")
+        if last < args.steps:
+            say(f"Stopped at step {last} of {args.steps}; --resume continues.")
+        say(f"metrics, checkpoints and {runs.SUMMARY} are in {args.out}")
 
 
 def largest_batch(measurements: Sequence[tuple[int, int]], limit: int, multiple: int) -> int | None:
@@ -191,16 +176,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config", choices=list(CONFIGS), default="tiny", help="sizes of the model (%(default)s)")
     add("--dtype", choices=DTYPES, help="of the arithmetic (default: bfloat16, on a CPU float32)")
 
-    batches, lengths, learning_rates = (
-        ", ".join(f"{name}: {each[i]}" for name, each in DEFAULTS.items()) for i in range(3)
-    )
+    given = [", ".join(f"{name}: {each[i]}" for name, each in DEFAULTS.items()) for i in range(3)]
     add = parser.add_argument_group("training").add_argument
     options.add_head_options(add, choices=HEADS)
     add("--steps", type=COUNT, default=30, metavar="N", help="optimizer steps (%(default)s)")
-    add("--batch", type=COUNT, nargs="+", metavar="N", help=f"sequences per step, over all devices ({batches})")
-    add("--length", type=COUNT, metavar="N", help=f"tokens per sequence ({lengths})")
+    add("--batch", type=COUNT, nargs="+", metavar="N", help=f"sequences per step, over all devices ({given[0]})")
+    add("--length", type=COUNT, metavar="N", help=f"tokens per sequence ({given[1]})")
     add("--accumulate", type=COUNT, default=1, metavar="K", help="microbatches per step (%(default)s)")
-    add("--learning-rate", type=NUMBER, metavar="X", help=f"the highest, after warmup ({learning_rates})")
+    add("--learning-rate", type=NUMBER, metavar="X", help=f"the highest, after warmup ({given[2]})")
     add("--warmup-steps", type=COUNT_OR_ZERO, metavar="N", help="(default: a third of the steps, at most 10)")
     add("--weight-decay", type=NUMBER_OR_ZERO, default=0.1, metavar="X", help="of AdamW (%(default)s)")
 
@@ -218,7 +201,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args.command = list(sys.argv[1:] if argv is None else argv)
     batch, length, learning_rate = DEFAULTS[args.config]
     args.batch, args.length = args.batch or [batch], args.length or length
-    args.learning_rate = args.learning_rate or learning_rate
+    args.batch_size, args.learning_rate = args.batch[0], args.learning_rate or learning_rate
     check_args(parser, args)
     return args
 
@@ -252,14 +235,11 @@ def find_devices(args: argparse.Namespace) -> None:
 
 
 def make_mesh(sizes: dict[str, int] | None) -> Mesh:
-    devices = jax.device_count()
-    sizes = sizes or {"data": 1, "fsdp": devices, "tensor": 1}
-    if math.prod(sizes.values()) != devices:
-        asked = ",".join(f"{name}={size}" for name, size in sizes.items())
-        raise RunError(
-            f"--mesh {asked} has {math.prod(sizes.values())} devices and JAX sees {devices}: choose axes whose "
-            f"product is {devices}, or simulate devices on a CPU with --devices"
-        )
+    sizes = sizes or {"data": 1, "fsdp": jax.device_count(), "tensor": 1}
+    if (asked := math.prod(sizes.values())) != (devices := jax.device_count()):
+        text = ",".join(f"{name}={size}" for name, size in sizes.items())
+        what_to_do = f"choose axes whose product is {devices}, or simulate devices on a CPU with --devices"
+        raise RunError(f"--mesh {text} has {asked} devices and JAX sees {devices}: {what_to_do}")
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -268,10 +248,8 @@ def check_sizes(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh) -> No
     share = args.accumulate * data * fsdp
     for batch_size in args.batch:
         if batch_size % share:
-            raise RunError(
-                f"--batch {batch_size} must be a multiple of {share}: --accumulate {args.accumulate} times data={data} "
-                f"times fsdp={fsdp}"
-            )
+            product = f"--accumulate {args.accumulate} times data={data} times fsdp={fsdp}"
+            raise RunError(f"--batch {batch_size} must be a multiple of {share}: {product}")
     divisors = dict.fromkeys(("heads", "kv_heads", "mlp_size", "vocab_size"), tensor) | {"hidden_size": fsdp * tensor}
     for name, divisor in divisors.items():
         if getattr(config, name) % divisor:
@@ -283,9 +261,8 @@ def run(args: argparse.Namespace) -> None:
     args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if args.largest and (device_memory("bytes_limit") is None or jax.process_count() > 1):
         raise RunError("--largest needs devices that say how much memory they have, all of one process")
-    config = replace(CONFIGS[args.config], dtype=args.dtype)
-    if args.config == "tiny":
-        config = replace(config, vocab_size=args.vocab_size)
+    vocab_size = args.vocab_size if args.config == "tiny" else CONFIGS[args.config].vocab_size
+    config = replace(CONFIGS[args.config], dtype=args.dtype, vocab_size=vocab_size)
     mesh = make_mesh(args.mesh)
     check_sizes(args, config, mesh)
     corpus = options.corpus_of(args)
@@ -293,28 +270,14 @@ def run(args: argparse.Namespace) -> None:
         np.frombuffer(corpus.digest.encode(), np.uint8),
         "the processes read different texts: give all the same --corpus",
     )
-    if corpus.vocab_size < config.vocab_size:
-        say(
-            f"the model's vocabulary is {config.vocab_size}: the tokenizer's {corpus.vocab_size} tokens are its first, "
-            "the others occur in no text"
-        )
-    device = jax.devices()[0]
     say(
         f"model: {args.config}, {parameter_count(config):,} parameters, head {args.head}, {args.dtype}; mesh "
-        f"{', '.join(f'{name}={size}' for name, size in mesh.shape.items())} of {device.platform} "
-        f"({device.device_kind}), {jax.process_count()} process(es), JAX {jax.__version__}"
+        f"{', '.join(f'{name}={size}' for name, size in mesh.shape.items())}, {jax.process_count()} process(es)"
     )
-    # What shapes the curve. The mesh and the microbatches only change the rounding, and may change.
-    names = ("config", "dtype", "head", "steps", "length", "learning_rate", "warmup_steps", "weight_decay", "seed")
-    own = {name: getattr(args, name) for name in names}
-    settings = {"corpus": corpus.digest, **asdict(config), **own, "batch": args.batch[0]}
     # GPUs would otherwise round float32 operands of products to fewer bits.
     precision = "highest" if args.dtype == "float32" else "default"
     with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
-        if args.benchmark is None:
-            train_run(args, config, mesh, corpus, settings)
-        else:
-            benchmark(args, config, mesh, corpus)
+        (train_run if args.benchmark is None else benchmark)(args, config, mesh, corpus)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

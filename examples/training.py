@@ -99,20 +99,15 @@ def build_program(
         return {"parameters": params, "optimizer": optimizer.init(params)}
 
     def step(state: Tree, batch: Tree, *given: Tree) -> tuple[Tree, AccumulatedLoss]:
-        result, gradients = loss_and_gradients(state["parameters"], batch, *given)
-        updates, optimizer_state = optimizer.update(
-            gradients, state["optimizer"], state["parameters"], weight=result.weight
-        )
-        return {"parameters": optax.apply_updates(state["parameters"], updates), "optimizer": optimizer_state}, result
+        params, optimizer_state = state["parameters"], state["optimizer"]
+        result, gradients = loss_and_gradients(params, batch, *given)
+        updates, optimizer_state = optimizer.update(gradients, optimizer_state, params, weight=result.weight)
+        return {"parameters": optax.apply_updates(params, updates), "optimizer": optimizer_state}, result
 
     abstract_state, where = jax.eval_shape(initial_state), None
     if shardings is not None:
         where = shardings(abstract_state)
-        abstract_state = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract_state,
-            where,
-        )
+        abstract_state = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), abstract_state, where)
     # The new state takes over the memory of the old one.
     jitted = jax.jit(step, donate_argnums=0, out_shardings=None if where is None else (where, None))
     try:
@@ -156,12 +151,8 @@ def compile_step(traced: jax.stages.Traced) -> Compiled:
     # Read from the program itself, not from the options.
     rows_by = "triton" if "triton_kernel_call" in step.as_text() else "xla"
     analysis = step.memory_analysis()
-    memory = {
-        "temporary": analysis.temp_size_in_bytes,
-        "arguments": analysis.argument_size_in_bytes,
-        "outputs": analysis.output_size_in_bytes,
-        "aliased": analysis.alias_size_in_bytes,
-    }
+    names = {"temporary": "temp", "arguments": "argument", "outputs": "output", "aliased": "alias"}
+    memory = {name: getattr(analysis, f"{own}_size_in_bytes") for name, own in names.items()}
     memory["total"] = memory["temporary"] + memory["arguments"] + memory["outputs"] - memory["aliased"]
     return Compiled(step, time.perf_counter() - began, memory, rows_by)
 
@@ -236,10 +227,8 @@ class Training:
         loss = float(results[-1].loss)
         seconds = time.perf_counter() - began
         if not math.isfinite(loss):
-            raise RunError(
-                f"the loss of {self.name} is {loss} at step {step}: try a lower learning rate. The steps before are in "
-                f"{self.folder}"
-            )
+            where = f"of {self.name} is {loss} at step {step}; the steps before are in {self.folder}"
+            raise RunError(f"the loss {where}. Try a lower learning rate")
         record = {"loss": loss, **self.figures(results, batch, seconds), "seconds": seconds}
         write_metrics(self.folder, "train", step, **record)
         return record

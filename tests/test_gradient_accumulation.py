@@ -1,10 +1,8 @@
-"""examples/gradient_accumulation.py at sizes where each study takes seconds, in processes of its own."""
+"""examples/gradient_accumulation.py at sizes where each study takes seconds."""
 
+import contextlib
+import io
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -14,63 +12,47 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-# Several commands in one process: JAX is imported once.
-SEVERAL = """
-import json, sys
-import gradient_accumulation
-for arguments in json.loads(sys.argv[1]):
-    gradient_accumulation.main(arguments)
-"""
-
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL = "--vocab-size 512 --rows 8 --length 16 --no-progress"
 COMMANDS = {
     "exactness": f"exactness {SMALL} --dtypes float64 --microbatches 4",
     "stability": f"stability {SMALL} --seeds 2 --cycles 3 --microbatches 4",
-    "train": f"train {SMALL} --microbatches 4 --steps 10 --corpus {{folder}}/corpus --cache-dir {{folder}}",
+    "train": f"train {SMALL} --microbatches 4 --steps 10 --corpus {{corpus}} --cache-dir {{folder}}",
     "memory": "memory --tokens 512 --vocab 2048 --chunk-sizes 128 --length 64 --microbatches 1 4 --rows 4",
     "long_context": "long-context --runs jliger:64 full:64 --timed-steps 1",
 }
 
 
-def run_commands(folder, sections):
+@pytest.fixture(scope="module")
+def program(import_example) -> ModuleType:
+    return import_example("gradient_accumulation")
+
+
+def run_commands(program, folder, corpus_folder, sections):
     """The results file after the commands of these sections, and what was printed."""
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    for path in sorted(Path(os.__file__).parent.glob("[a-f]*.py"))[:24]:
-        (corpus / path.name).write_bytes(path.read_bytes()[:4000])
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    environment = {
-        **kept,
-        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)]),
-        # Compiling is most of the time, and what is compared here doesn't depend on it.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_PLATFORMS": "cpu",
-    }
-    commands = [COMMANDS[section].format(folder=folder) for section in sections]
-    arguments = [[*command.split(), "--out", str(folder / "results.json")] for command in commands]
-    ended = subprocess.run(
-        [sys.executable, "-c", SEVERAL, json.dumps(arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / "results.json").read_text()), ended.stdout
+    out = folder / "results.json"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for section in sections:
+            command = COMMANDS[section].format(corpus=corpus_folder, folder=folder)
+            program.main([*command.split(), "--out", str(out)])
+    if "train" in sections:
+        assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    return json.loads(out.read_text()), printed.getvalue()
 
 
 @pytest.fixture(scope="module")
-def exactness(tmp_path_factory):
-    return run_commands(tmp_path_factory.mktemp("exactness"), ["exactness"])
+def exactness(program, tmp_path_factory, corpus_folder):
+    return run_commands(program, tmp_path_factory.mktemp("exactness"), corpus_folder, ["exactness"])
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    return run_commands(tmp_path_factory.mktemp("accumulation"), COMMANDS)
+def found(program, tmp_path_factory, corpus_folder):
+    with pytest.MonkeyPatch.context() as patch:
+        # For the processes of measure.py.
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        patch.setenv("JAX_PLATFORMS", "cpu")
+        return run_commands(program, tmp_path_factory.mktemp("accumulation"), corpus_folder, COMMANDS)
 
 
 def records(found, section):
@@ -157,20 +139,6 @@ def test_long_sequences(found):
 # ---- without running anything ----------------------------------------------------------------------------------
 
 
-def import_example(name: str) -> ModuleType:
-    """An example as a module; its helpers lie beside it."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        return __import__(name)
-    finally:
-        sys.path.remove(str(EXAMPLES))
-
-
-@pytest.fixture(scope="module")
-def program() -> ModuleType:
-    return import_example("gradient_accumulation")
-
-
 def test_runs_are_parsed(program):
     assert program.parse_run("jliger@24:16384,65536") == ("jliger", 24.0, [16384, 65536])
     assert program.parse_run("full:128") == ("full", None, [128])
@@ -206,7 +174,7 @@ def test_a_limit_is_a_fraction_of_the_gpus_memory(program, monkeypatch):
         program.variables_for(24.0)
 
 
-def test_out_of_memory_is_a_record(tmp_path, monkeypatch):
+def test_out_of_memory_is_a_record(import_example, tmp_path, monkeypatch):
     measuring = import_example("measure")
 
     def refuse(*_):
@@ -223,14 +191,14 @@ def test_out_of_memory_is_a_record(tmp_path, monkeypatch):
     assert "RESOURCE_EXHAUSTED" in record["reason"]
 
 
-def test_a_limit_that_is_not_kept_is_refused(tmp_path, monkeypatch):
+def test_a_limit_that_is_not_kept_is_refused(import_example, tmp_path, monkeypatch):
     measuring = import_example("measure")
     monkeypatch.setattr(measuring, "device_memory", lambda figure: 30 * 10**9)
     with pytest.raises(SystemExit, match="--limit 24 GB, and JAX may use 30000000000 bytes"):
         measuring.main(["--head", "full", "--limit", "24", "--out", str(tmp_path / "records.json")])
 
 
-def test_a_program_that_needs_more_than_there_is_does_not_run(monkeypatch):
+def test_a_program_that_needs_more_than_there_is_does_not_run(import_example, monkeypatch):
     measuring = import_example("measure")
     monkeypatch.setattr(import_example("measuring"), "device_memory", lambda figure: 1)
     args = measuring.parse_args(["--head", "full", "--what", "loss", "--tokens", "8", "--vocab", "64", "--out", "x"])

@@ -127,19 +127,25 @@ def test_only_completions_count(preference, loss):
         head: preference.Preference(loss, preference.Head(head), config, 0.3, prompt_length=4, end_of_text=0)
         for head in HEADS
     }
-    logprobs, where = of_head["full"].logprobs(params, tokens)
+    found = of_head["full"].logprobs(params, tokens)
     # Of 12 labels, the tokens from the second on, the first 3 are the prompt's.
-    np.testing.assert_array_equal(where, np.broadcast_to(np.arange(12) >= 3, (6, 12)))
-    log_p = jax.nn.log_softmax(full_logits(config, params, hidden_states(config, params, tokens[:, :-1])))
-    wanted = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
-    np.testing.assert_allclose(logprobs[:, 3:], wanted[:, 3:], rtol=1e-5)
+    np.testing.assert_array_equal(found.counts, 9)
+
+    @jax.jit
+    def logprobs(params):
+        log_p = jax.nn.log_softmax(full_logits(config, params, hidden_states(config, params, tokens[:, :-1])))
+        return jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
+
+    wanted = logprobs(params)
+    reduce = jnp.mean if loss == "orpo" else jnp.sum
+    np.testing.assert_allclose(found.logprobs, reduce(wanted[:, 3:], axis=1), rtol=1e-5)
 
     batch = {"tokens": tokens}
     if loss == "dpo":
         reference = wanted[:, 3:].sum(axis=1)
         np.testing.assert_allclose(of_head["jliger"].batch(tokens, params)["reference"], reference, rtol=1e-5)
         batch["reference"] = reference + jnp.array([0.5, -1, 2, 0, 1, -0.5])
-    (full, *_), (fused, *_) = (of_head[head](params, batch) for head in HEADS)
+    (full, *_), (fused, *_) = (jax.jit(of_head[head])(params, batch) for head in HEADS)
     np.testing.assert_allclose(fused, full, rtol=1e-6)
     if loss == "dpo":
         # The policy is the reference but for what was added to it: chosen less rejected.
@@ -147,6 +153,7 @@ def test_only_completions_count(preference, loss):
         np.testing.assert_allclose(full, np.log1p(np.exp(-margins)).mean(), rtol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_a_gpu_gets_triton_by_itself(preference):
     pytest.importorskip("jax_triton")
     pytest.importorskip("jax_cuda13_plugin")

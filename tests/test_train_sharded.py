@@ -37,17 +37,25 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def environment() -> dict[str, str]:
-    """Without what this process has set for its own JAX; compiling is most of these tests' time."""
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Without what this process has set for its own JAX; compiling is most of these tests' time, so it is kept."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
-    path = os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)])
-    return {**kept, "PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)]),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        # A pointer to jliger's partitioning rule, which is another in each program.
+        "JAX_REMOVE_CUSTOM_PARTITIONING_PTR_FROM_CACHE_KEY": "1",
+    }
 
 
-def run_several(arguments: list[list[str]]) -> str:
+def run_several(environment: dict[str, str], arguments: list[list[str]]) -> str:
     """Runs the program with each list of arguments in turn, in one process; returns what it printed."""
     command = [sys.executable, "-c", SEVERAL, json.dumps(arguments)]
-    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -76,29 +84,30 @@ def arguments_of(options, tmp_path_factory) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="module")
-def runs(arguments_of) -> Path:
+def runs(arguments_of, environment) -> Path:
     """Runs of both heads, a benchmark, and what is refused."""
     folder = arguments_of.folder
     printed = run_several(
+        environment,
         [
             arguments_of("jliger", MESHES["jliger"]),
             arguments_of("full", MESHES["full"], "--head", "full", "--accumulate", "1"),
             arguments_of("", MESHES["jliger"], "--benchmark", str(folder / "record.json"), "--timed-steps", "2"),
             arguments_of("jliger", MESHES["jliger"]),
             arguments_of("jliger", MESHES["jliger"], "--resume", "--learning-rate", "0.02"),
-        ]
+        ],
     )
     (folder / "printed").write_text(printed)
     return folder
 
 
 @pytest.fixture(scope="module")
-def resumed(runs, arguments_of) -> Path:
+def resumed(runs, arguments_of, environment) -> Path:
     """Beside the others: a run that was killed and resumed, and one that was resumed on another mesh."""
     folder = arguments_of.folder
     killed = arguments_of("killed", MESHES["jliger"])
     process = subprocess.Popen(
-        [sys.executable, str(PROGRAM), *killed], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, str(PROGRAM), *killed], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     # In the middle of step 6 or a little later, and with no chance to tidy up.
     deadline = time.monotonic() + 240
@@ -110,10 +119,11 @@ def resumed(runs, arguments_of) -> Path:
     shutil.copytree(folder / "killed", folder / "resumed")
     shutil.copytree(folder / "killed", folder / "as killed")
     run_several(
+        environment,
         [
             [*killed, "--resume"],
             arguments_of("resumed", MESHES["resumed"], "--resume", "--accumulate", "1"),
-        ]
+        ],
     )
     return folder
 
