@@ -39,11 +39,12 @@ def environment(result: Record, records: Sequence[Record]) -> str:
     driver = f", driver {about['driver']}" if about.get("driver") else ""
     counts = sorted({record["processes"] for record in records if "processes" in record})
     processes = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    source = "One process" if counts == [1] else f"Medians of {processes} processes"
     copies = about.get("copy_gb_per_second")
     copy = f" A large copy moved {statistics.median(copies) / 1e3:.2f} TB/s." if copies else ""
     return (
         f"Measured on {about['devices']} × {about['device']}{driver}, Python {about['python']}, {versions}, {flags}, "
-        f"by `{about['command']}`. Medians of {processes} processes, with five bursts of calls in each.{copy}"
+        f"by `{about['command']}`. {source}, with five bursts of calls in each.{copy}"
     )
 
 
