@@ -215,8 +215,8 @@ def hidden_of(module: Any, hidden: Any) -> Array:
     """The hidden states as an array; raises if an array was passed as the module."""
     if checks.is_array(module):
         raise TypeError(
-            f"module got an array of shape {jnp.shape(module)}; the order is (module, hidden, labels). Pass arrays to "
-            "jliger.fused_linear_cross_entropy(hidden, kernel, labels)."
+            f"module got an array of shape {jnp.shape(module)}; the order is (module, hidden, ...). Pass arrays to "
+            "the function of the same name in jliger: (hidden, kernel, ...)."
         )
     return checks.as_array("hidden", hidden)
 

@@ -42,7 +42,7 @@ def linear_top_k(
 
     With logits $z$ as in `jliger.fused_linear_cross_entropy`, the ids of the k largest $z_v$ and their
     $\log p_v = z_v - \mathrm{lse}$. Ids and logits are those of `jax.lax.top_k` on the logits in float32, after they
-    are rounded to `logits_dtype`. A teacher's, written to disk once, are what
+    are rounded to `logits_dtype`, with 0 and −0 equal. A teacher's, written to disk once, are what
     `jliger.losses.fused_linear_top_k_kl` trains a student with.
 
     Nothing is differentiable: the results are constants for `jax.grad`.

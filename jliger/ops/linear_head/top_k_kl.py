@@ -164,6 +164,8 @@ def _arguments(hidden: Any, kernel: Any, ids: Any, logprobs: Any, options: TopKO
     reduction = options.get("reduction", "mean")
     checks.check_choice("normalize", normalize, ("vocab", "top_k"))
     check_loss_options(temperature, reduction, normalizer)
+    if not isinstance(remainder, bool):
+        raise TypeError(f"remainder got {remainder!r}; pass True or False.")
     if remainder and normalize != "vocab":
         raise ValueError(f"remainder got True with normalize={normalize!r}; nothing remains there: pass 'vocab'.")
     hidden, ids = checks.as_array("hidden", hidden), checks.as_array("teacher_ids", ids)
@@ -182,7 +184,7 @@ def _arguments(hidden: Any, kernel: Any, ids: Any, logprobs: Any, options: TopKO
     if weights is not None:
         weights = checks.as_array("weights", weights)
         checks.check_weights(weights, head.labels)
-    divergence = TopKDivergence(normalize, bool(remainder), float(temperature), with_labels)
+    divergence = TopKDivergence(normalize, remainder, float(temperature), with_labels)
     config = dataclasses.replace(head.config, teacher=divergence)
     if ids.shape[-1] > _MOST_COLUMNS:
         if options.get("implementation") == "triton":

@@ -265,6 +265,26 @@ def test_an_id_out_of_range_poisons_its_token(implementation):
     assert np.isfinite(np.delete(of_hidden.reshape(15, -1), 7, axis=0)).all()
 
 
+def test_an_only_id_that_is_out_of_range_poisons_all_gradients(implementation):
+    hidden, kernel = jnp.ones((3, 4)), jnp.ones((4, 9))
+    ids, logprobs = jnp.array([[1], [9], [2]]), jnp.log(jnp.full((3, 1), 0.4))
+    options = {"normalize": "top_k", "implementation": implementation}
+    loss, (of_hidden, of_kernel) = jax.value_and_grad(fused, (0, 1))(hidden, kernel, ids, logprobs, **options)
+    assert np.isnan(loss)
+    np.testing.assert_array_equal(np.isnan(of_hidden), [[False] * 4, [True] * 4, [False] * 4])
+    assert np.isnan(of_kernel).all()
+
+
+def test_a_float16_product_that_overflows_is_one_of_the_other_columns(implementation):
+    hidden = jnp.full((2, 1), 300, jnp.float16)
+    kernel = jnp.asarray([[-300, 1e-3, 2e-3, -300, 0]], jnp.float16)
+    ids, logprobs = jnp.array([[1], [0]]), jnp.log(jnp.full((2, 1), 0.5))
+    loss = fused(hidden, kernel, ids, logprobs, remainder=True, logit_softcap=2.0, implementation=implementation)
+    logits = 2 * np.tanh(np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64) / 2)
+    p = np.take_along_axis(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), np.asarray(ids), 1)
+    np.testing.assert_allclose(loss, np.mean(np.log(0.5 / p) / 2 + np.log(0.5 / (1 - p)) / 2), rtol=1e-3)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["vocab", "remainder", "top_k"])
 def test_a_token_without_columns_and_columns_without_probability(kind, implementation):
@@ -369,6 +389,7 @@ def test_more_columns_than_the_kernels_take():
     ("changes", "error", "match"),
     [
         ({"normalize": "k"}, ValueError, "normalize got 'k'"),
+        ({"remainder": "no"}, TypeError, "remainder got 'no'; pass True or False"),
         ({"normalize": "top_k", "remainder": True}, ValueError, "remainder got True with normalize='top_k'"),
         ({"temperature": 0}, ValueError, "temperature got 0"),
         ({"temperature": jnp.ones(())}, TypeError, "temperature"),

@@ -31,11 +31,12 @@ def get_top_logits(implementation: Choice, compute_capability: int | None) -> _T
 
 
 def first_of(candidates: TopLogits, k: int) -> TopLogits:
-    """The k largest of some candidates, which have different ids but may be in any order.
+    """The k largest of some candidates, which have different ids but may be in any order; NaN comes first.
 
     Sorted by logit and id, because `jax.lax.top_k` prefers the earlier place, not the lower id.
     """
-    below, ids = jax.lax.sort((-candidates.logits, candidates.ids), num_keys=2, is_stable=False)
+    keys = ~jnp.isnan(candidates.logits), -candidates.logits, candidates.ids
+    _, below, ids = jax.lax.sort(keys, num_keys=3, is_stable=False)
     return TopLogits(ids[..., :k], -below[..., :k])
 
 

@@ -115,7 +115,8 @@ class TopKDivergence:
             column_grads += hard - jnp.where(is_label, coefficients.label[:, None], 0)
         if student.rest is not None and teacher.rest is not None:
             return self._with_remainder(student, teacher.rest, total, coefficients, column_grads)
-        of_others = jnp.zeros_like(soft) if self.normalize == "top_k" else soft * total
+        # Times 0, which keeps the NaN of a token with an id out of range.
+        of_others = soft * (0 if self.normalize == "top_k" else total)
         return RowTerms(student.all, self._of_rows(coefficients, of_others), column_grads)
 
     def _with_remainder(

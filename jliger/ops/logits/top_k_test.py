@@ -77,6 +77,19 @@ def test_numbers_of_either_sign_and_any_size_are_in_order(implementation):
     assert_largest(found, np.asarray(product, np.float64), 64)
 
 
+@pytest.mark.parametrize("kinds", [("zero",), ("nan", "inf", "zero")])
+def test_zeros_are_equal_and_nan_comes_first(kinds, implementation):
+    values = np.tile(np.array([-0.0, 0.0, -1.0, np.nan, np.inf], np.float32), 30)
+    columns = {"nan": np.isnan(values), "inf": values == np.inf, "zero": values == 0}
+    values = np.where(columns["nan"] & ("nan" not in kinds) | columns["inf"] & ("inf" not in kinds), -5, values)
+    expected = np.concatenate([np.flatnonzero(columns[kind]) for kind in kinds])[:100]
+    block, logit_map = Block(None, None, jnp.zeros(1, jnp.int32)), LogitMap(1.0, None, values.size)
+    found = get_top_logits(implementation, None)(jnp.asarray(values[None]), block, logit_map, expected.size)
+    np.testing.assert_array_equal(found.ids[0], expected)
+    nothing = TopLogits(jnp.full_like(found.ids, NO_COLUMN), jnp.full_like(found.logits, -jnp.inf))
+    np.testing.assert_array_equal(merge_top_logits(nothing, found).ids[0], expected)
+
+
 def test_merging_prefers_the_lower_id():
     left = TopLogits(jnp.array([[2, 0]]), jnp.array([[5.0, 4.0]]))
     right = TopLogits(jnp.array([[9, NO_COLUMN]]), jnp.array([[5.0, -jnp.inf]]))

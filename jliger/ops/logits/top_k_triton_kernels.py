@@ -43,13 +43,14 @@ class Selection(NamedTuple):
 def _places_of_largest(values, exists, SELECT: tl.constexpr):
     """The place of each of the `k` largest values among these, in the order of their indices; `k` for all others.
 
-    Of equal values, the first are selected, and values that do not exist only after all others.
+    Of equal values, the first are selected, and values that do not exist only after all others. NaN comes first.
 
     Each value and its index become a key of its own, and the k-th largest key is found bit by bit, by counting.
     """
     # The bits of a float as an integer, with those of negative numbers but the sign inverted, are in the floats' order.
-    bits = values.to(tl.int32, bitcast=True)
+    bits = tl.where(values == 0, 0.0, values).to(tl.int32, bitcast=True)  # 0 and −0 are equal
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    ordered = tl.where(values != values, 0x7FFFFFFF, ordered)
     ordered = tl.where(exists, ordered, -0x80000000).to(tl.int64)
     keys = (ordered << SELECT.index_bits) | (SELECT.size - 1 - tl.arange(0, SELECT.size)).to(tl.int64)
     step = tl.full([], 1, tl.int64) << (31 + SELECT.index_bits)
@@ -72,6 +73,8 @@ def _store_maxima_of_tile(
     logits, _ = load_logits(row, columns, inside, SHAPE, "evict_last")
     if inside is not None:
         logits = tl.where(inside, logits, float("-inf"))
+    # A maximum skips NaN, which comes first.
+    logits = tl.where(logits != logits, float("inf"), logits)
     groups = start // TILE.vector + tl.arange(0, TILE.lanes)
     tl.store(maxima_ptr + groups, tl.max(logits, axis=1), mask=groups < num_groups)
 

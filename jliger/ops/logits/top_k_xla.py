@@ -21,6 +21,7 @@ def top_logits(product: Float[Array, "T V"], block: Block, logit_map: LogitMap, 
     maxima. Groups are contiguous, so that of equal maxima the first group has the lower ids.
     """
     logits, _, inside = _logits(product, block, logit_map)
+    logits = jnp.where(logits == 0, 0, logits)  # `jax.lax.top_k` puts 0 before −0
     rows, width = product.shape
     # Columns that are not inside come last, after those with −inf.
     ids = jnp.where(inside, jax.lax.broadcasted_iota(jnp.int32, product.shape, 1), NO_COLUMN)

@@ -119,6 +119,9 @@ def _at_columns_of_teacher(
     if divergence.remainder:
         # The products are read before they are masked, so that XLA can mask them in place.
         product, values, by_product = jax.lax.optimization_barrier((product, values, by_product))
+        if product.dtype == jnp.float16:
+            # What overflowed is −∞ too, and is no column of the teacher's.
+            product = jnp.maximum(product, jnp.finfo(product.dtype).min)
         product = at_columns(product, here).set(-jnp.inf, mode="drop", unique_indices=True)
     values = values if merge is None else merge.logits(values)
     k = here.shape[1]
