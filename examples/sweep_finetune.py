@@ -1,0 +1,148 @@
+"""Measures fine-tuning steps of several models with both heads, and writes one file, a table and a plot.
+
+    python examples/sweep_finetune.py --out results/finetune_h100.json --models llama-3.2-1b:144 llama-3-8b:96:16
+
+`llama-3.2-1b:144` begins with batch 144 to find the largest one, and `llama-3-8b:96:16` is LoRA of rank 16. Full logits
+are measured first, at the largest batch that they allow; then jliger at the same batch, and at the largest that it
+allows. Each head has a process of its own.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from options import NUMBER, parser_of
+from reporting import COLORS, GIB, TITLES, Column, number, plot, table_of
+from runs import Record, read_json, write_json
+from shapes import SHAPES
+from sweeps import memory_of, run_child
+
+# A device that does nothing else can be given to XLA as a whole: memory in pieces would fit smaller batches only.
+VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+
+# The share of the memory that a batch takes at least if it is said to be the largest.
+FILLED = 0.85
+
+
+def model(text: str) -> tuple[str, int, int]:
+    """An argparse type: a shape's name, the first batch to try, and the rank of adapters."""
+    name, _, numbers = text.partition(":")
+    first, _, rank = numbers.partition(":")
+    if name not in SHAPES or not first.isdecimal() or (rank and not rank.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: needed is NAME:BATCH or NAME:BATCH:RANK, of {', '.join(SHAPES)}")
+    return name, int(first), int(rank or 0)
+
+
+def largest(records: Sequence[Record]) -> int:
+    """The largest batch that fitted; 0 if none did."""
+    return max((record["batch"] for record in records if not record["out_of_memory"]), default=0)
+
+
+def measure(args: argparse.Namespace, results: Record, name: str, first: int, rank: int) -> None:
+    """Adds the records of a model, with full logits first."""
+    same = 0
+    for head in ("full", "jliger"):
+        batch = ["--batch", same, "--largest"] if same else ["--largest", first]
+        options = ["--shape", name, "--head", head, "--lora-rank", rank, *args.rest, *batch, "--"]
+        part = run_child(f"{name}, {head}", "measure_finetune.py", options, args.timeout, VARIABLES)
+        if part is not None:
+            results["environment"] = {**part["environment"], "command": results["environment"]["command"]}
+            results["records"] += part["records"]
+            write_json(args.out, results)
+            same = largest(part["records"])
+
+
+def model_of(record: Record) -> str:
+    return record["shape"] + (f", LoRA {record['lora_rank']}" if record["lora_rank"] else "")
+
+
+def compared(results: Record) -> list[Record]:
+    """For each model: full logits at their largest batch, jliger at the same batch and at its own largest.
+
+    Memory is compared at the same batch only. So is speed, if full logits left much of the memory free: then a larger
+    batch would fit, and the largest ones of both heads are not known.
+    """
+    fitting = [record for record in results["records"] if not record["out_of_memory"]]
+    limit = results["environment"]["bytes_limit"] or 0
+    rows = []
+    for name in dict.fromkeys(map(model_of, fitting)):
+        own = [record for record in fitting if model_of(record) == name]
+        full, fused = ([record for record in own if record["head"] == head] for head in ("full", "jliger"))
+        if not full:
+            rows += fused
+            continue
+        best = max(full, key=lambda record: record["batch"])
+        rows.append(best)
+        for record in fused:
+            is_same = record["batch"] == best["batch"]
+            if is_same or record["batch"] == largest(fused):
+                is_comparable = is_same or memory_of(best) > FILLED * limit
+                faster = record["tokens_per_second"] / best["tokens_per_second"] - 1 if is_comparable else None
+                saved = 1 - memory_of(record) / memory_of(best) if is_same else None
+                rows.append({**record, "faster": faster, "saved": saved})
+    return rows
+
+
+def text_of(results: Record) -> str:
+    about = results["environment"]
+    columns: dict[str, Column] = {
+        "model": model_of,
+        "head": lambda record: TITLES[record["head"]],
+        "batch": number("batch"),
+        "ms a step": number("milliseconds", ".0f"),
+        "tokens/s": number("tokens_per_second", ",.0f"),
+        "GiB": lambda record: f"{memory_of(record) / GIB:.1f}",
+        "more tokens/s": number("faster", "+.1%"),
+        "memory saved": number("saved", ".1%"),
+    }
+    first = results["records"][0]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return (
+        f"{table_of(compared(results), columns)}\n\nlength {first['length']}, arithmetic {first['dtype']}, parameters "
+        f"{first['param_dtype']}, AdamW\n{about['devices']} x {about['device']}, Python {about['python']}, {versions}, "
+        f"XLA_FLAGS={about['xla_flags'] or '(none)'}\n{about['command']}"
+    )
+
+
+def bars(rows: Sequence[Record], is_memory: bool, axes: Axes) -> None:
+    """A bar for each row of the table."""
+    for place, record in enumerate(rows):
+        amount = memory_of(record) / GIB if is_memory else record["tokens_per_second"]
+        drawn = axes.bar(place, amount, color=COLORS[record["head"]])
+        axes.bar_label(drawn, fmt="{:.1f}" if is_memory else "{:,.0f}")
+    labels = [f"{model_of(record)}\n{TITLES[record['head']]}, {record['batch']}" for record in rows]
+    axes.set_xticks(range(len(rows)), labels, rotation=60, ha="right", fontsize=7)
+    axes.set(title="peak memory, GiB" if is_memory else "tokens per second")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of("sweep_finetune", __doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("results/finetune.json"), help="results; table and plot beside (%(default)s)")
+    add("--models", type=model, nargs="+", required=True, metavar="NAME:BATCH[:RANK]", help=f"of {', '.join(SHAPES)}")
+    add("--timeout", type=NUMBER, default=300.0, metavar="S", help="seconds of one process (%(default)s)")
+    add("--plot-only", action="store_true", help="measure nothing; make table and plot of --out again")
+    add("rest", nargs="*", metavar="-- OPTIONS", help="options of measure_finetune.py, after --")
+    args = parser.parse_args(argv)
+    if args.plot_only:
+        results = read_json(args.out)
+    else:
+        command = " ".join(["python", "examples/sweep_finetune.py", *(sys.argv[1:] if argv is None else argv)])
+        results: Record = {"environment": {"command": command}, "records": []}
+        for name, first, rank in args.models:
+            measure(args, results, name, first, rank)
+    if not results["records"]:
+        sys.exit("sweep_finetune: error: nothing was measured")
+    text = text_of(results)
+    args.out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    rows = compared(results)
+    panels = [partial(bars, rows, is_memory) for is_memory in (False, True)]
+    plot(panels, args.out.with_suffix(".png"), width=7, title=results["environment"]["device"])
+    print(f"{text}\n\nwritten: {args.out}, and .txt and .png beside it")
+
+
+if __name__ == "__main__":
+    main()
