@@ -1,7 +1,7 @@
 """Pictures of words, and an encoder of their patches, in the way of Qwen2-VL.
 
-An image is cut into square patches, which see each other and have two positions each, row and column. Of every 2 x 2
-patches a projector makes one token of the language model.
+An image is cut into square patches, which see each other and have two positions each, row and column. A projector makes
+a token of the language model of each patch.
 """
 
 import re
@@ -19,7 +19,6 @@ from PIL import Image, ImageDraw, ImageFont
 import jliger
 
 Tree = Any
-MERGED = 2
 # Pixels from one letter to the next, and the font's size.
 PITCH, FONT_SIZE = 8, 14
 
@@ -30,7 +29,7 @@ class VisionConfig:
 
     height: int = 16
     width: int = 64
-    patch: int = 4
+    patch: int = 8
     size: int = 64
     heads: int = 4
     layers: int = 2
@@ -41,13 +40,8 @@ class VisionConfig:
         return self.height // self.patch, self.width // self.patch
 
     @property
-    def token_grid(self) -> tuple[int, int]:
-        """Rows and columns of the language model's tokens."""
-        return self.grid[0] // MERGED, self.grid[1] // MERGED
-
-    @property
     def tokens(self) -> int:
-        return self.token_grid[0] * self.token_grid[1]
+        return self.grid[0] * self.grid[1]
 
     @property
     def longest_word(self) -> int:
@@ -64,11 +58,11 @@ def picture(config: VisionConfig, word: str, random: np.random.Generator) -> np.
     """A word in light letters on dark ground, `[height, width]` in 0 to 1, with noise and not quite in its place."""
     image = Image.new("L", (config.width, config.height))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT_SIZE)
-    x, y = PITCH / 2 + random.uniform(0, 2), config.height / 2 + random.uniform(-1, 1)
+    x, y = PITCH / 2 + random.uniform(0, 1), config.height / 2 + random.uniform(-1, 1)
     for place, letter in enumerate(word):
         draw.text((x + PITCH * place, y), letter, fill=int(random.integers(160, 256)), font=font, anchor="mm")
     pixels = np.asarray(image, np.float32) / 255
-    return np.clip(pixels + random.normal(0, 0.1, pixels.shape), 0, 1).astype(np.float32)
+    return np.clip(pixels + random.normal(0, 0.05, pixels.shape), 0, 1).astype(np.float32)
 
 
 def initial_encoder(config: VisionConfig, hidden_size: int, key: jax.Array) -> Tree:
@@ -81,7 +75,7 @@ def initial_encoder(config: VisionConfig, hidden_size: int, key: jax.Array) -> T
             "up": (layers, size, 4 * size),
             "down": (layers, 4 * size, size),
         },
-        "projector": {"up": (MERGED**2 * size, 2 * hidden_size), "down": (2 * hidden_size, hidden_size)},
+        "projector": {"up": (size, 2 * hidden_size), "down": (2 * hidden_size, hidden_size)},
     }
     leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     keys = jax.random.split(key, len(leaves))
@@ -95,7 +89,7 @@ def initial_encoder(config: VisionConfig, hidden_size: int, key: jax.Array) -> T
 def rotary(config: VisionConfig, x: jax.Array) -> jax.Array:
     """Half of the pairs of `[B, N, heads, head size]` turns with a patch's row, half with its column."""
     pairs = x.shape[-1] // 4
-    frequencies = np.kron(np.eye(2), 100.0 ** (-np.arange(pairs) / pairs))
+    frequencies = np.kron(np.eye(2), 10.0 ** (-np.arange(pairs) / pairs))
     positions = jnp.asarray(np.indices(config.grid).reshape(2, 1, -1))
     return jliger.apply_rope(x, jnp.broadcast_to(positions, (2, *x.shape[:2])), frequencies=frequencies)
 
@@ -117,7 +111,5 @@ def encode(config: VisionConfig, params: Tree, pixels: jax.Array) -> jax.Array:
     patches = pixels.reshape(batch, rows, patch, columns, patch).swapaxes(2, 3).reshape(batch, rows * columns, -1)
     body = partial(layer, config)
     x, _ = jax.lax.scan(lambda x, weights: (body(x, weights), None), patches @ params["patches"], params["layers"])
-    x = jliger.layer_norm(x, params["norm"])
-    x = x.reshape(batch, rows // MERGED, MERGED, columns // MERGED, MERGED, config.size).swapaxes(2, 3)
-    merged = x.reshape(batch, config.tokens, MERGED**2 * config.size)
-    return jax.nn.gelu(merged @ params["projector"]["up"]) @ params["projector"]["down"]
+    normed = jliger.layer_norm(x, params["norm"])
+    return jax.nn.gelu(normed @ params["projector"]["up"]) @ params["projector"]["down"]

@@ -76,27 +76,28 @@ class Reader:
         return jliger.shift_labels(tokens, (tokens < len(LETTERS)) | ((tokens == END) & (before != END)))
 
     def positions(self, batch_size: int) -> jax.Array:
-        """Time, row and column of each token `[3, B, T]`; a text's token has one number for all three."""
-        rows, columns = self.vision.token_grid
-        places = np.indices((1, rows, columns)).reshape(3, -1)
+        """Column, row and time of each token `[3, B, T]`; a text's token has one number for all three."""
+        rows, columns = self.vision.grid
+        places = np.indices((1, rows, columns)).reshape(3, -1)[::-1]
         text = max(rows, columns) + np.arange(self.length - self.vision.tokens)
         own = np.concatenate([places, np.broadcast_to(text, (3, len(text)))], axis=1)
         return jnp.broadcast_to(own[:, None], (3, batch_size, self.length))
 
-    def hidden_states(self, params: Tree, batch: Tree) -> jax.Array:
-        image = vision.encode(self.vision, params["vision"], batch["pixels"])
-        text = decoder.embeddings(self.config, params["decoder"], batch["tokens"][:, self.vision.tokens :])
+    def hidden_states(self, params: Tree, image: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Those of `[B, T]` tokens, where the first are an image's, `[B, N, H]` as encoded."""
+        text = decoder.embeddings(self.config, params, tokens[:, self.vision.tokens :])
         inputs = jnp.concatenate([image.astype(text.dtype), text], axis=1)
-        return decoder.hidden_states(self.config, params["decoder"], inputs, positions=self.positions(len(inputs)))
+        return decoder.hidden_states(self.config, params, inputs, positions=self.positions(len(inputs)))
 
     def __call__(self, params: Tree, batch: Tree) -> tuple[jax.Array, jax.Array]:
         """The sum of the answers' token losses, and how many tokens they are."""
         labels = self.labels(batch["tokens"])
+        image = vision.encode(self.vision, params["vision"], batch["pixels"])
         loss = decoder.loss_sum(
             self.head.name,
             self.config,
             params["decoder"],
-            self.hidden_states(params, batch),
+            self.hidden_states(params["decoder"], image, batch["tokens"]),
             labels,
             implementation=self.head.implementation,
             chunk_size=self.head.chunk_size,
@@ -109,11 +110,11 @@ class Reader:
 
         def one(tokens: jax.Array, place: jax.Array) -> tuple[jax.Array, None]:
             # Attention is causal: the tokens after this position do not matter.
-            hidden = self.hidden_states(params, {"pixels": pixels, "tokens": tokens})[:, place]
+            hidden = self.hidden_states(params["decoder"], image, tokens)[:, place]
             logits = decoder.full_logits(self.config, params["decoder"], hidden)
             return tokens.at[:, place + 1].set(logits.argmax(axis=-1)), None
 
-        first = self.vision.tokens
+        first, image = self.vision.tokens, vision.encode(self.vision, params["vision"], pixels)
         prompt = jnp.broadcast_to(jnp.asarray(self.tokens_of("")), (len(pixels), self.length)).astype(jnp.int32)
         return jax.lax.scan(one, prompt, first + jnp.arange(self.length - first - 1))[0][:, first + 1 :]
 
@@ -174,7 +175,7 @@ def pictures(exam: Exam, axes: Axes) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options.parser_of("vlm_sft", __doc__)
     add = options.add_run_options(parser, "runs/vlm_sft")
-    add("--eval-every", type=COUNT, default=50, metavar="N", help="steps between evaluations (%(default)s)")
+    add("--eval-every", type=COUNT, default=100, metavar="N", help="steps between evaluations (%(default)s)")
     add("--eval-words", type=COUNT, default=256, metavar="N", help="held-out words (%(default)s)")
     add = parser.add_argument_group("task").add_argument
     options.add_text_options(add)
@@ -183,7 +184,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_model_options(parser)
     add = parser.add_argument_group("training").add_argument
     options.add_head_options(add)
-    add("--steps", type=COUNT, default=400, metavar="N", help="optimizer steps (%(default)s)")
+    add("--steps", type=COUNT, default=700, metavar="N", help="optimizer steps (%(default)s)")
     add("--batch-size", type=COUNT, default=32, metavar="N", help="images per step (%(default)s)")
     add("--learning-rate", type=NUMBER, default=3e-3, metavar="X", help="the highest, after warmup (%(default)s)")
     parser.set_defaults(warmup_steps=None)
@@ -195,17 +196,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def model_of(args: argparse.Namespace) -> DecoderConfig:
-    """A small Qwen2-VL: a third of the pairs of features for time and rows each, the others for columns."""
+    """A small Qwen2-VL. An image has more columns than rows: columns get most pairs of features, and the fastest."""
     sizes = options.model_of(args, args.vocab_size)
     head_size = sizes.hidden_size // sizes.heads
-    few = head_size // 6
+    few = head_size // 16
     return DecoderConfig(
         **{name: getattr(sizes, name) for name in ("vocab_size", "hidden_size", "mlp_size", "layers", "heads")},
         kv_heads=sizes.heads,
         head_size=head_size,
         qkv_bias=True,
-        rope_theta=100.0,
-        rope_sections=(few, few, head_size // 2 - 2 * few),
+        rope_theta=10.0,
+        rope_sections=(head_size // 2 - 2 * few, few, few),
         tie_embeddings=sizes.tie_embeddings,
         dtype=sizes.dtype,
     )
