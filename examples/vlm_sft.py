@@ -120,7 +120,9 @@ class Reader:
 
     def program(self, args: argparse.Namespace) -> Program:
         example = jax.eval_shape(partial(jax.tree.map, jnp.asarray), self.batch(["a"], np.random.default_rng(0)))
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((args.batch_size, *leaf.shape[1:]), leaf.dtype), example)
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((args.batch_size, *leaf.shape[1:]), leaf.dtype), example
+        )
         low, high = args.learning_rate / 20, args.learning_rate
         schedule = optax.warmup_cosine_decay_schedule(low, high, args.warmup_steps, args.steps, low)
         # An epsilon that keeps Adam from making whole steps of gradients that are little more than rounding errors.
@@ -157,7 +159,9 @@ def report_of(events: dict[str, Events], summary: Record) -> list[str]:
     last = run["eval"][max(run["eval"])]
     exact = {"held-out images read exactly": reporting.number("heldout/exact_match", ".4f")}
     return [
-        reporting.curve_table(events, "Share of held-out images that are read exactly", "eval", "exact_match", digits=4),
+        reporting.curve_table(
+            events, "Share of held-out images that are read exactly", "eval", "exact_match", digits=4
+        ),
         reporting.curve_table(events, "Loss"),
         *reporting.summary_parts(summary, CURVE_TOLERANCE[summary["dtype"]], reporting.LAST_LOSS | exact),
         f"Of {summary['heldout_words']} images of words that are not in training {last['exact_match']:.1%} are read "
