@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import takewhile
 
 import decoder
 import jax
@@ -154,20 +155,33 @@ class Exam:
         }
 
 
+def agreement(events: dict[str, Events], tolerance: float) -> int:
+    """For how many steps two runs have the same losses, up to `tolerance` of the loss."""
+    full, fused = (events[head]["train"] for head in HEADS)
+    return sum(1 for _ in takewhile(lambda i: abs(full[i]["loss"] / fused[i]["loss"] - 1) <= tolerance, sorted(full)))
+
+
 def report_of(events: dict[str, Events], summary: Record) -> list[str]:
-    run = next(iter(events.values()))
+    run = events[list(events)[-1]]
     last = run["eval"][max(run["eval"])]
     exact = {"held-out images read exactly": reporting.number("heldout/exact_match", ".4f")}
-    return [
+    parts = [
         reporting.curve_table(
             events, "Share of held-out images that are read exactly", "eval", "exact_match", digits=4
         ),
         reporting.curve_table(events, "Loss"),
-        *reporting.summary_parts(summary, CURVE_TOLERANCE[summary["dtype"]], reporting.LAST_LOSS | exact),
+        reporting.summary_table(summary, reporting.LAST_LOSS | exact),
         f"Of {summary['heldout_words']} images of words that are not in training {last['exact_match']:.1%} are read "
         f"exactly. The word of another image is the answer to {last['exact_match_of_other_images']:.1%}.\n"
         f"Words and answers: {', '.join(last['answers'])}",
     ]
+    if len(events) == 2:
+        tolerance = CURVE_TOLERANCE[summary["dtype"]]
+        parts.append(
+            f"The losses agree within {tolerance:.0e} of the loss for the first {agreement(events, tolerance)} of "
+            f"{summary['steps']} steps. While a model learns where to look, rounding errors grow from step to step."
+        )
+    return parts
 
 
 def pictures(exam: Exam, axes: Axes) -> None:

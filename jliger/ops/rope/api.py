@@ -121,4 +121,5 @@ def _angles(positions: Array, frequencies: Array, dtype: Any, *, has_sections: b
         return positions * frequencies
     # A sum in Python, not over an axis: XLA's CPU compiler (jaxlib 0.12.0) turns a sum over an axis of products of two
     # broadcast arrays into one that reads undefined memory, as with positions that are broadcast to a batch under jit.
-    return sum(each * own for each, own in zip(positions, frequencies, strict=True))
+    first, *others = (each * own for each, own in zip(positions, frequencies, strict=True))
+    return sum(others, first)
