@@ -28,7 +28,7 @@ class VisionConfig:
     """Sizes of an image, its patches in pixels, and the encoder."""
 
     height: int = 16
-    width: int = 64
+    width: int = 48
     patch: int = 8
     size: int = 64
     heads: int = 4

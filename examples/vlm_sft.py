@@ -202,7 +202,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_model_options(parser)
     add = parser.add_argument_group("training").add_argument
     options.add_head_options(add)
-    add("--steps", type=COUNT, default=700, metavar="N", help="optimizer steps (%(default)s)")
+    add("--steps", type=COUNT, default=800, metavar="N", help="optimizer steps (%(default)s)")
     add("--batch-size", type=COUNT, default=32, metavar="N", help="images per step (%(default)s)")
     add("--learning-rate", type=NUMBER, default=3e-3, metavar="X", help="the highest, after warmup (%(default)s)")
     parser.set_defaults(warmup_steps=None)
