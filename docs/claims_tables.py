@@ -27,7 +27,7 @@ def compared(full: Record, fused: Record) -> list[str]:
 def matched(records: Sequence[Record], **about: Any) -> list[Record]:
     """The records of full logits and of jliger at the largest batch that both fitted; none if there is none."""
     own = [r for r in records if not r["out_of_memory"] and all(r.get(key) == value for key, value in about.items())]
-    at = {head: {r.get("batch"): r for r in own if r["head"] == head} for head in ("full", "jliger")}
+    at = {head: {r.get("batch", 0): r for r in own if r["head"] == head} for head in ("full", "jliger")}
     shared = at["full"].keys() & at["jliger"].keys()
     return [at[head][max(shared)] for head in at] if shared else []
 
