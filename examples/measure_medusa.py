@@ -2,8 +2,8 @@
 
     python examples/measure_medusa.py --shape llama-3-8b --head jliger --stages 1 --medusa-heads 3 5 --batch 4 out.json
 
-A device's peak memory cannot be reset: ask for several numbers of heads in one process only in ascending order, and for
-each stage and head in a process of its own. The heads begin with zeros, which take as long as any others.
+A device's peak memory cannot be reset, so examples/sweep_medusa.py gives each measurement a process of its own. The heads
+begin with zeros, which take as long as any others.
 """
 
 import argparse
@@ -71,11 +71,14 @@ def config_of(args: argparse.Namespace) -> DecoderConfig:
 
 
 def run(args: argparse.Namespace) -> None:
-    records, names = Records(args.record), ("shape", "head", "batch", "length", "dtype", "param_dtype")
+    config = config_of(args)
+    records = Records(args.record, parameters=decoder.parameter_count(config))
+    common = {name: getattr(args, name) for name in ("head", "batch", "length", "dtype", "param_dtype")}
     for count in sorted(args.medusa_heads):
-        model = Medusa(config_of(args), count, Head(args.head), end_of_text=-1)
+        model = Medusa(config, count, Head(args.head), end_of_text=-1)
         for stage in args.stages:
-            about = {**{name: getattr(args, name) for name in names}, "medusa_heads": count, "stage": stage}
+            about = {"config": args.shape, **common, "medusa_heads": count, "stage": stage}
+            about |= {"case": f"{count} heads, stage {stage}"}
             record = records.add(about, partial(measure, args, model, stage))
             say(f"{args.shape}, {args.head}, {count} heads, stage {stage}: {in_words(record)}")
             if record["out_of_memory"]:
