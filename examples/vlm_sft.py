@@ -56,7 +56,7 @@ class Reader:
         keys = jax.random.split(jax.random.key(seed))
         params = decoder.initial_parameters(self.config, keys[1])
         # Matrices begin with a deviation of 0.02. One over the root of the inputs is more for a model as narrow as this
-        # one, which then learns in half of the steps where to look.
+        # one, which then learns much sooner where to look.
         more = self.config.hidden_size**-0.5 / 0.02
         described = decoder.layer_parameters(self.config)
         params["layers"] = {
