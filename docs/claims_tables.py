@@ -87,7 +87,10 @@ def claims_table(folder: Path, page: Path) -> str:
         "more tokens/s",
         "measured on",
     )
-    return markdown(headings, rows, left=2)
+    files = (sharded_path, folder / "train_sharded_h200x4_816.json", tuned, posted, medusa)
+    paths = [path for path in files if path.exists()]
+    commands = "\n".join(f"- `{folder.name}/{path.name}`: `{_read(path)['environment']['command']}`" for path in paths)
+    return f"{markdown(headings, rows, left=2)}\n\nThe commands:\n\n{commands}"
 
 
 def small_claims_table(folder: Path, page: Path) -> str:
