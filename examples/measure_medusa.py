@@ -2,8 +2,8 @@
 
     python examples/measure_medusa.py --shape llama-3-8b --head jliger --stages 1 --medusa-heads 3 5 --batch 4 out.json
 
-A device's peak memory cannot be reset, so examples/sweep_medusa.py gives each measurement a process of its own. The heads
-begin with zeros, which take as long as any others.
+A device's peak memory cannot be reset, so examples/sweep_medusa.py gives each measurement a process of its own. The
+heads begin with zeros, which take as long as any others.
 """
 
 import argparse
