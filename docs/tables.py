@@ -19,6 +19,7 @@ from typing import Any
 
 from accumulation_tables import ACCUMULATION_KINDS
 from cells import NOTHING, markdown, mib, percent
+from claims_tables import CLAIMS_KINDS
 from facts import OWN, at_shape, facts, fastest_liger, plain_jax
 from operations_tables import OPERATIONS_KINDS
 from study_tables import STUDY_KINDS
@@ -292,6 +293,7 @@ KINDS: dict[str, Callable[[Path, Path], str]] = {
     **OPERATIONS_KINDS,
     **TRADE_KINDS,
     **STUDY_KINDS,
+    **CLAIMS_KINDS,
     "operations_plot": operations_plot,
 }
 

@@ -129,11 +129,11 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
-    """All texts as one stream of token ids, with the end-of-text token after each text."""
+def encode(tokenizer: Tokenizer, texts: Sequence[str], end_of_text: int | None = None) -> np.ndarray:
+    """All texts as one stream of token ids, with the end-of-text token (None: END_OF_TEXT) after each text."""
     # If a text spells the end-of-text token out (as this file does), it means the characters, not the token.
     tokenizer.encode_special_tokens = True
-    end = [tokenizer.token_to_id(END_OF_TEXT)]
+    end = [tokenizer.token_to_id(END_OF_TEXT) if end_of_text is None else end_of_text]
     encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return np.concatenate([np.asarray(encoding.ids + end, np.int32) for encoding in encodings])
 

@@ -42,6 +42,8 @@ class DecoderConfig:
       activation: of the gated MLP, `"silu"` or `"gelu_tanh"`.
       norm_offset: what is added to the scales of norms (Gemma: 1).
       embedding_scale: what embeddings are multiplied by (Gemma: the root of the hidden size).
+      rope_sections: how many pairs of features are rotated by each of a token's positions, such as time, height and
+        width (Qwen2-VL). Empty: tokens have one position.
       qkv_bias: whether queries, keys and values have a bias (Qwen2).
       qk_norms: whether queries and keys are normalized (Qwen3).
       output_norms: whether the outputs of attention and MLP are normalized (Gemma 2).
@@ -65,6 +67,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     rope_theta: float = 10_000.0
     rope_scaling: Llama3Rope | None = None
+    rope_sections: tuple[int, ...] = ()
     qkv_bias: bool = False
     qk_norms: bool = False
     output_norms: bool = False
@@ -155,9 +158,11 @@ def parameter_count(config: DecoderConfig) -> int:
 
 
 def frequencies(config: DecoderConfig) -> np.ndarray:
-    """The angle per position of each pair of features."""
+    """The angle per position of each pair of features; with sections, a row for each, 0 for the others' pairs."""
     pairs = config.head_size // 2
     plain = config.rope_theta ** (-np.arange(pairs) / pairs)
+    if sections := config.rope_sections:
+        return np.repeat(np.eye(len(sections)), sections, axis=1) * plain
     if (scaling := config.rope_scaling) is None:
         return plain
     # How often a pair turns around over the length that the model was trained with.
@@ -249,34 +254,39 @@ class Layer:
         return sharded(x + (self.norm(out, weights["mlp_out_norm"]) if config.output_norms else out), HIDDEN)
 
 
+def embeddings(config: DecoderConfig, params: Tree, tokens: jax.Array) -> jax.Array:
+    """`[B, T]` tokens to what the first layer gets, `[B, T, H]`."""
+    # Sharded by columns, then exchanged one axis at a time, as in `llama.hidden_states`.
+    columns = params["embedding"][sharded(tokens, P("data", None))]
+    columns = sharded(columns, P("data", None, ("fsdp", "tensor"))).astype(config.dtype)
+    x = sharded(sharded(columns, P("data", None, "fsdp")), HIDDEN)
+    return x * jnp.asarray(config.embedding_scale, x.dtype)
+
+
 def hidden_states(
     config: DecoderConfig,
     params: Tree,
-    tokens: jax.Array,
+    inputs: jax.Array,
     segments: jax.Array | None = None,
     positions: jax.Array | None = None,
     adapters: Tree | None = None,
     adapter_scale: float = 1.0,
 ) -> jax.Array:
-    """`[B, T]` tokens to the last hidden states `[B, T, H]`; for the gradient, only each layer's input is kept.
+    """The last hidden states `[B, T, H]` of `[B, T]` tokens; for the gradient, only each layer's input is kept.
 
     Args:
       config: of the decoder.
       params: the parameters.
-      tokens: `[B, T]`.
+      inputs: tokens `[B, T]`, or what the first layer gets in place of their embeddings, `[B, T, H]`.
       segments: `[B, T]`, the example that a token belongs to, which alone it sees; None: a row is one example.
-      positions: `[B, T]`, of a token in its example; None: as in the row.
+      positions: `[B, T]`, of a token in its example; None: as in the row. `[sections, B, T]` with `rope_sections`.
       adapters: low-rank updates of matrices, if there are any (`adapters.py`).
       adapter_scale: what their products are multiplied by.
     """
-    length = tokens.shape[1]
+    length = inputs.shape[1]
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    # Sharded by columns, then exchanged one axis at a time, as in `llama.hidden_states`.
-    columns = params["embedding"][sharded(tokens, P("data", None))]
-    columns = sharded(columns, P("data", None, ("fsdp", "tensor"))).astype(config.dtype)
-    x = sharded(sharded(columns, P("data", None, "fsdp")), HIDDEN)
-    x *= jnp.asarray(config.embedding_scale, x.dtype)
+        positions = jnp.broadcast_to(jnp.arange(length), inputs.shape[:2])
+    x = embeddings(config, params, inputs) if inputs.ndim == 2 else sharded(inputs.astype(config.dtype), HIDDEN)
     # A window that is longer than the rows changes nothing.
     has_windows = any(0 < window < length for window in config.windows)
     windows = jnp.asarray(config.windows, jnp.int32) if has_windows else None

@@ -39,11 +39,16 @@ def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"{name}.py", description=(doc or "").partition("\n")[0])
 
 
+def add_text_options(add: Any) -> None:
+    """Adds the options of `corpus.read_documents`."""
+    add("--corpus", type=Path, nargs="+", metavar="PATH", help="files and folders of text (default: Python's library)")
+    add("--max-bytes", type=COUNT, default=16_000_000, metavar="N", help="read at most this much text (%(default)s)")
+
+
 def add_corpus_options(parser: argparse.ArgumentParser) -> Any:
     """Adds the options of `corpus.load_corpus`."""
     add = parser.add_argument_group("corpus").add_argument
-    add("--corpus", type=Path, nargs="+", metavar="PATH", help="files and folders of text (default: Python's library)")
-    add("--max-bytes", type=COUNT, default=16_000_000, metavar="N", help="read at most this much text (%(default)s)")
+    add_text_options(add)
     add("--vocab-size", type=COUNT, default=32768, metavar="N", help="tokens of the byte-level BPE (%(default)s)")
     add("--heldout-fraction", type=NUMBER, default=0.05, metavar="X", help="share of the text held out (%(default)s)")
     add("--cache-dir", type=Path, default=Path("runs/cache"), help="keeps tokenizers and tokens (%(default)s)")

@@ -65,6 +65,20 @@ def test_several_positions_of_a_token():
         np.testing.assert_allclose(result[..., [pair, pair + 6]], one, rtol=1e-5, atol=1e-5)
 
 
+def test_several_positions_that_are_broadcast_to_a_batch():
+    """XLA's CPU compiler must not see a sum over sections, which it gets wrong."""
+    x, sections = jnp.ones((32, 64, 1, 16)), np.indices((4, 16)).reshape(2, 1, 64)
+    table = np.kron(np.eye(2), 100.0 ** (-np.arange(4) / 4))
+
+    @jax.jit
+    def rotated(x):
+        return jliger.apply_rope(x, jnp.broadcast_to(jnp.asarray(sections), (2, 32, 64)), frequencies=table)
+
+    angles = np.einsum("st,sp->tp", sections[:, 0], table)
+    expected = np.cos(angles) - np.sin(angles)
+    np.testing.assert_allclose(rotated(x)[:, :, 0, :8], np.broadcast_to(expected, (32, 64, 8)), rtol=1e-5, atol=1e-5)
+
+
 def test_only_angles_are_saved():
     x = random(0, 2, 4, 3, 8, dtype="bfloat16")
     saved = saved_bytes(lambda x: jliger.apply_rope(x, POSITIONS), x)

@@ -1,0 +1,162 @@
+"""examples/medusa.py, at sizes where a run takes seconds, and whole."""
+
+import json
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from example_runs import losses
+
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("safetensors")
+pytest.importorskip("tokenizers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TINY = "--hidden-size 16 --layers 1 --heads 2 --vocab-size 300 --batch-size 2 --length 16 --prompts 3 --prompt-length 4"
+STEPS = "--new-tokens 6 --eval-batches 1 --backbone-steps 2 --stage-1-steps 2 --stage-2-steps 2 --no-progress"
+OPTIONS = f"{TINY} {STEPS}".split()
+
+
+@pytest.fixture(scope="module")
+def medusa(import_example) -> ModuleType:
+    return import_example("medusa")
+
+
+@pytest.fixture
+def run(medusa, corpus_folder, tmp_path):
+    """Runs the program; returns its folder and its summary."""
+
+    def run_it(*more: str):
+        out = tmp_path / "run"
+        folders = ["--corpus", str(corpus_folder), "--cache-dir", str(tmp_path / "cache"), "--out", str(out)]
+        medusa.main([*OPTIONS, *folders, *more])
+        return out, json.loads((out / "summary.json").read_text())
+
+    return run_it
+
+
+def test_two_steps(run):
+    out, summary = run("--head", "jliger", "--medusa-heads", "2", "--stages", "1")
+    assert list(losses(out / "2_heads" / "stage_1" / "jliger")) == [1, 2]
+    before, after = (each["loss"] for each in summary["evaluations"])
+    # The decoder is frozen, and each head learns.
+    assert before[0] == after[0]
+    assert all(new < old for new, old in zip(after[1:], before[1:], strict=True))
+    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.exhaustive
+def test_two_steps_of_each_stage(run):
+    out, summary = run("--head", "jliger", "--medusa-heads", "2")
+    assert [list(losses(out / "2_heads" / f"stage_{stage}" / "jliger")) for stage in (1, 2)] == [[1, 2], [1, 2]]
+    assert [(each["heads"], each["after"]) for each in summary["evaluations"]] == [
+        (2, "no training"),
+        (2, "stage 1"),
+        (2, "stage 2"),
+    ]
+    before, frozen, after = (each["loss"] for each in summary["evaluations"])
+    # Stage 2 changes the decoder, stage 1 does not.
+    assert before[0] == frozen[0] != after[0]
+
+
+@pytest.mark.exhaustive
+def test_both_ways_to_compute_the_losses_agree(run):
+    _, summary = run("--medusa-heads", "1", "3")
+    assert len(summary["records"]) == 8
+    assert all(record["apart"] < 1e-5 for record in summary["records"] if record["head"] == "jliger")
+
+
+@pytest.fixture(scope="module")
+def model(import_example, medusa):
+    """A decoder whose likeliest tokens differ from place to place, and heads, of which some guesses are right."""
+    speculation = import_example("speculation")
+    config = medusa.DecoderConfig(8, 16, 16, 1, 2, 2, 8)
+    model = speculation.Medusa(config, 2, speculation.Head("jliger"), end_of_text=0)
+
+    @jax.jit
+    def create():
+        backbone = medusa.decoder.initial_parameters(config, jax.random.key(0, impl="rbg"))
+        backbone = jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim > 1 else leaf, backbone)
+        return {"backbone": backbone, "heads": model.initial_parameters(backbone)}
+
+    return model, create()
+
+
+def test_speculative_decoding_gives_the_tokens_of_greedy_decoding(medusa, model):
+    model, params = model
+    prompts = jax.random.randint(jax.random.key(1), (16, 3), 0, 8)
+    tokens, found, passes = map(np.asarray, model.speculate(params, prompts, 12))
+    assert tokens.shape == (16, 15)
+    np.testing.assert_array_equal(tokens[:, :3], prompts)
+
+    @jax.jit
+    def own_tokens(backbone, tokens):
+        hidden = model.hidden_states(backbone, tokens)
+        return medusa.decoder.full_logits(model.config, backbone, hidden).argmax(axis=-1)
+
+    own = own_tokens(params["backbone"], tokens)
+    np.testing.assert_array_equal(tokens[:, 3:], own[:, 2:-1])
+    # Some guesses are accepted and some are not; no row goes on when it is done.
+    assert len(set(passes.tolist())) > 1
+    assert ((found >= 12) & (found <= 14)).all()
+    assert (passes <= found).all()
+    assert (3 * passes >= found).all()
+
+
+def test_labels_stay_in_their_document(model):
+    model, _ = model
+    labels = model.labels(jnp.array([[5, 6, 0, 7, 4, -1]]))
+    none = -100
+    expected = [[6, 0, none, 4, none, none], [0, none, none, none, none, none], [none] * 6]
+    np.testing.assert_array_equal(labels[:, 0], expected)
+
+
+@pytest.mark.exhaustive
+def test_the_frozen_stage_has_no_gradient_of_the_backbone(model):
+    model, params = model
+    tokens = jax.random.randint(jax.random.key(2), (2, 9), 1, 8)
+    of_backbone = jax.grad(lambda backbone: model.stage_2({**params, "backbone": backbone}, tokens)[0])
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(of_backbone(params["backbone"])))
+    of_heads = jax.grad(lambda heads: model.stage_1(heads, tokens, params["backbone"])[0])(params["heads"])
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(of_heads))
+
+
+@pytest.mark.exhaustive
+def test_a_checkpoint_is_the_decoder(run, import_example, tmp_path):
+    import shutil
+    from pathlib import Path
+
+    from tiny_checkpoint import write_tokenizer
+
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(Path(__file__).parent / "golden" / "finetune" / "gemma2", folder)
+    write_tokenizer(folder)
+    _, summary = run("--model", str(folder), "--medusa-heads", "1", "--stages", "1")
+    assert summary["logit_softcap"] is not None
+    assert all(record["apart"] < 1e-4 for record in summary["records"] if record["head"] == "jliger")
+
+
+@pytest.mark.exhaustive
+def test_heads_are_good_for_something(medusa, tmp_path):
+    """The example as it is, with one head: under three minutes on an idle machine with two cores."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    out = tmp_path / "run"
+    medusa.main(["--head", "jliger", "--no-progress", "--out", str(out), "--cache-dir", str(tmp_path / "cache")])
+    evaluations = json.loads((out / "summary.json").read_text())["evaluations"]
+    for count in (3, 5):
+        before, first, second = (each for each in evaluations if each["heads"] == count)
+        assert before["acceptance_length"] < first["acceptance_length"]
+        assert before["acceptance_length"] < second["acceptance_length"]
+        assert all(new > old for new, old in zip(first["accuracy"][1:], before["accuracy"][1:], strict=True))
+
+
+def test_bad_arguments(medusa, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        medusa.main([*OPTIONS, "--medusa-heads", "17", "--out", str(tmp_path / "run")])
+    assert ended.value.code == 2
+    assert "at most 16" in capsys.readouterr().err
