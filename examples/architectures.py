@@ -92,16 +92,23 @@ def decoder_config(values: Record, name: str = CONFIG, dtype: str = "float32") -
     kind = values.get("model_type")
     if kind not in ARCHITECTURES:
         raise PretrainedError(f"{name}: model_type {kind!r} is not supported; {', '.join(ARCHITECTURES)} are")
+    if values.get("quantization_config"):
+        raise PretrainedError(f"{name}: quantization_config is not supported; pass a checkpoint that is not quantized")
     own, is_tied = ARCHITECTURES[kind]
     try:
         heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
+        kv_heads = values.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise PretrainedError(
+                f"{name}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+            )
         return DecoderConfig(
             vocab_size=values["vocab_size"],
             hidden_size=values["hidden_size"],
             mlp_size=values["intermediate_size"],
             layers=layers,
             heads=heads,
-            kv_heads=values.get("num_key_value_heads") or heads,
+            kv_heads=kv_heads,
             head_size=values.get("head_dim") or values["hidden_size"] // heads,
             tie_embeddings=values.get("tie_word_embeddings", is_tied),
             norm_epsilon=values["rms_norm_eps"],

@@ -88,11 +88,17 @@ class Data:
     problems: list[str]
 
     @classmethod
-    def read(cls, args: argparse.Namespace) -> "Data":
+    def read(cls, args: argparse.Namespace, vocab_size: int) -> "Data":
         dataset = read_dataset(args.data, ModelTokenizer(args.model), args.length)
         say(f"data: {dataset.in_words()}")
         examples = split(dataset, args.eval_fraction, args.seed)
         rows, heldout = (pack(part, args.length, args.packing) for part in examples)
+        largest = max(int(part[:, :2].max(initial=0)) for part in (rows, heldout))
+        if largest >= vocab_size:
+            raise RunError(
+                f"the tokenizer gives the id {largest}, and config.json has vocab_size {vocab_size}; resize the "
+                "checkpoint's embedding and head for the tokens that were added"
+            )
         filled = np.mean(rows[:, 2] > 0)
         say(f"data: {len(rows)} rows of {args.length} to train on, {filled:.0%} full; {len(heldout)} rows held out")
         return cls(rows, eval_batches(heldout, args.batch_size, args.eval_batches), dataset.problems)
@@ -244,7 +250,7 @@ def run(args: argparse.Namespace) -> None:
     mesh = make_mesh(args.mesh) if jax.device_count() > 1 or args.mesh else None
     if mesh is not None:
         check_mesh(args, config, mesh)
-    data = Data.read(args)
+    data = Data.read(args, config.vocab_size)
     settings = settings_of(args, config, data)
     runs.open_folder(args, settings, (runs.METRICS, runs.CHECKPOINTS, EXPORT, LEFT_OUT))
     if data.problems:

@@ -22,6 +22,7 @@ from runs import Record, read_json
 from safetensors import SafetensorError, safe_open
 
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
 def read_config(folder: Path, dtype: str = "float32") -> DecoderConfig:
@@ -155,6 +156,8 @@ def _check_tensors(config: DecoderConfig, tensors: Tensors) -> None:
         found = tuple(tensors.part(name).get_shape())
         if found != shape:
             raise PretrainedError(f"{tensors.folder}: {name} has shape {found}; config.json implies {shape}")
+        if (dtype := tensors.part(name).get_dtype()) not in FLOATING:
+            raise PretrainedError(f"{tensors.folder}: {name} is {dtype}; pass one of {', '.join(FLOATING)}")
 
 
 def leaf_at(tree: Tree, path: tuple[str, ...]) -> Any:

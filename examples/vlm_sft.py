@@ -23,12 +23,12 @@ import options
 import reporting
 import runs
 import vision
-from corpus import CorpusError, read_documents
+from corpus import read_documents
 from decoder import DecoderConfig, Tree
 from language_model import CURVE_TOLERANCE, HEADS, Head
 from matplotlib.axes import Axes
 from options import COUNT, NUMBER
-from runs import Events, Record, say
+from runs import Events, Record, RunError, say
 from training import Program, Training, build_program, train
 from vision import VisionConfig
 
@@ -242,7 +242,7 @@ def run(args: argparse.Namespace) -> None:
     order = np.random.default_rng(args.seed).permutation(len(words))
     heldout, learned = ([words[i] for i in part] for part in (order[: args.eval_words], order[args.eval_words :]))
     if not learned:
-        raise CorpusError(f"the corpus has {len(words)} words, no more than --eval-words {args.eval_words}")
+        raise RunError(f"the corpus has {len(words)} words, no more than --eval-words {args.eval_words}")
     say(f"corpus: {len(learned)} words to learn from, {len(heldout)} held out")
     names = ("steps", "batch_size", "learning_rate", "warmup_steps", "seed")
     settings = {**asdict(config), **{name: getattr(args, name) for name in names}, "heldout_words": len(heldout)}

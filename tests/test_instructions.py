@@ -1,6 +1,7 @@
 """Data and checkpoint folders of examples/finetune.py: what counts, and what is refused by name."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -99,6 +100,8 @@ def pretrained(import_example):
         ({"hidden_act": "relu"}, "hidden_act = 'relu' is not supported; 'silu' is"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "type 'yarn' are not supported"),
         ({"vocab_size": None}, "vocab_size is missing"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is not supported"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 2}, "heads 5 is no multiple of num_key_value_heads 2"),
         ({"intermediate_size": 25}, r"mlp.gate_proj.weight has shape \(24, 16\); config.json implies \(25, 16\)"),
         ({"num_hidden_layers": 4}, "lacks tensors: model.layers.3.input_layernorm.weight, .* and 4 more"),
         ({"num_hidden_layers": 2}, "tensors that the architecture does not: model.layers.2.input_layernorm.weight"),
@@ -111,6 +114,30 @@ def test_a_checkpoint_that_is_none_is_refused_by_name(pretrained, tmp_path, chan
     (folder / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
     with pytest.raises(pretrained.PretrainedError, match=message):
         pretrained.load(folder, pretrained.read_config(folder), "float32")
+
+
+def test_a_tensor_of_integers_is_refused(pretrained, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN / "llama", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(pretrained.PretrainedError, match=r"model.norm.weight is I8; pass one of F64, F32"):
+        pretrained.load(folder, pretrained.read_config(folder), "float32")
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(import_example, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN / "llama", folder)
+    write_tokenizer(folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "vocab_size": 12}))
+    (tmp_path / "data.json").write_text(json.dumps(RECORDS))
+    arguments = ["--model", str(folder), "--data", str(tmp_path / "data.json"), "--out", str(tmp_path / "out")]
+    said = refusal(import_example("finetune"), [*arguments, "--length", "32"])
+    assert re.search(r"the tokenizer gives the id \d+, and config.json has vocab_size 12", said)
 
 
 def test_files_in_pieces(import_example, pretrained, tmp_path):
