@@ -103,9 +103,8 @@ def check_folder(out: Path, settings: Record, *, resume: bool | None, overwrite:
             earlier = {key: read_json(out / CONFIG).get(key) for key in settings}
         except (ValueError, AttributeError) as error:
             raise RunError(f"{out / CONFIG} cannot be read ({error}); nothing was changed") from error
-        changes = [
-            f"{key} was {earlier[key]} and is {value}" for key, value in settings.items() if earlier[key] != value
-        ]
+        own = json.loads(json.dumps(settings))  # as they are read back: tuples are lists
+        changes = [f"{key} was {earlier[key]} and is {value}" for key, value in own.items() if earlier[key] != value]
         if changes:
             raise RunError(f"--resume: the run in {out} has other settings: {', '.join(changes)}. Nothing was changed")
     elif is_run and not overwrite:

@@ -22,7 +22,7 @@ from jliger.ops.logits.top_k import get_top_logits
 from jliger.ops.logits.top_k_kl import StudentCoefficients, StudentMap, get_student_rows
 from jliger.ops.norms.types import NormConfig, NormInputs, NormSaved
 from jliger.testing.launches import HAS_PLUGIN, launches, lowered, narrow_row_offsets, pointers, written_parameters
-from jliger.testing.oracle import every_pair
+from jliger.testing.oracle import every_pair, pairs_as_parameters
 
 pytestmark = pytest.mark.skipif(not HAS_PLUGIN, reason="lowering for a GPU needs jax-cuda13-plugin")
 
@@ -93,9 +93,9 @@ PAIR_BRANCHES = {
 
 
 def and_exhaustive(branches):
-    """Every pair of branches; with widths of run time, and for GPUs that are like others here, marked exhaustive."""
+    """Every branch, and every pair of branches; with widths of run time, and for other GPUs, marked exhaustive."""
     more = every_pair({**branches, "capability": [90, *OTHER_CAPABILITIES], "run_time_width": [False, True]})
-    return [*every_pair(branches), *(pytest.param(branch, marks=pytest.mark.exhaustive) for branch in more)]
+    return [*pairs_as_parameters(branches), *(pytest.param(branch, marks=pytest.mark.exhaustive) for branch in more)]
 
 
 def all_pair_kernels(branch):
@@ -295,7 +295,7 @@ def both_norm_kernels(branch):
     return call, (NormInputs(row, residual, parameter, offset), output)
 
 
-@pytest.mark.parametrize("branch", every_pair(NORM_BRANCHES), ids=itertools.count())
+@pytest.mark.parametrize("branch", pairs_as_parameters(NORM_BRANCHES), ids=itertools.count())
 def test_every_branch_of_every_kernel_of_norms(branch, tmp_path):
     call, shapes = both_norm_kernels(branch)
     found = launches(lowered(call, *shapes, capability=branch["capability"]))

@@ -40,7 +40,7 @@ def options(corpus_folder, tmp_path_factory) -> list[str]:
     return text.split()
 
 
-@pytest.fixture(scope="module", params=[pytest.param("orpo", marks=pytest.mark.exhaustive), "dpo"])
+@pytest.fixture(scope="module", params=[pytest.param(loss, marks=pytest.mark.exhaustive) for loss in ("orpo", "dpo")])
 def finished(preference, options, tmp_path_factory, request) -> Path:
     """A run of both heads from beginning to end."""
     out = tmp_path_factory.mktemp("runs") / request.param

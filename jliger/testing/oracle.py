@@ -309,6 +309,17 @@ def every_pair(options: dict[str, list[Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def pairs_as_parameters(options: dict[str, list[Any]]) -> list[Any]:
+    """`every_pair` for `pytest.mark.parametrize`, with rows in which no value is new marked exhaustive."""
+    seen: set[str] = set()
+    result = []
+    for row in every_pair(options):
+        values = {repr(item) for item in row.items()}
+        result.append(pytest.param(row, marks=[pytest.mark.exhaustive] if values <= seen else []))
+        seen |= values
+    return result
+
+
 def equations(program: Any) -> Iterator[Any]:
     """Every equation of a jaxpr, including those of the jaxprs inside it."""
     for equation in getattr(program, "jaxpr", program).eqns:

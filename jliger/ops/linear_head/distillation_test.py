@@ -12,7 +12,7 @@ import pytest
 import jliger
 from jliger import losses
 from jliger.testing.distillation_oracle import DTYPES, check, exact, fused, make_problem
-from jliger.testing.oracle import INTERPRETED, equations, every_pair
+from jliger.testing.oracle import INTERPRETED, equations, pairs_as_parameters
 
 BETAS = [0.0, 0.1, 0.5, 1.0]
 
@@ -40,7 +40,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", every_pair(OPTIONS), ids=itertools.count())
+@pytest.mark.parametrize("options", pairs_as_parameters(OPTIONS), ids=itertools.count())
 def test_every_pair_of_options(options, implementation):
     ignored = 0.3 if options["hard_weight"] else 0.0
     options = {**options, "labels": options["hard_weight"] > 0, "ignored": ignored, "soft_weight": 0.7}
@@ -68,7 +68,7 @@ def test_an_adapter_of_the_student(kernel_layout, implementation):
 LARGE = {"beta": BETAS, "scale": [32.0, 1024.0], "dtypes": DTYPES[1::2]}
 
 
-@pytest.mark.parametrize("options", every_pair(LARGE), ids=itertools.count())
+@pytest.mark.parametrize("options", pairs_as_parameters(LARGE), ids=itertools.count())
 def test_large_logits(options, implementation):
     check(make_problem(1, coarse=True, precision="highest", **options), implementation, str(options))
 

@@ -16,13 +16,13 @@ from jliger.testing.oracle import (
     ON_GPU,
     assert_rule_of_two,
     equations,
-    every_pair,
     found_by,
     make_problem,
+    pairs_as_parameters,
 )
 
 OUTPUTS = ("logprobs", "logsumexp", "entropy")
-PAIRS = every_pair(
+PAIRS = pairs_as_parameters(
     {
         "dtype": ["float32", "bfloat16", "float16"],
         "rank": [None, 3],
