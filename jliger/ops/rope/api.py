@@ -117,9 +117,11 @@ def _pairs(head_dim: int, rotary_fraction: float) -> int:
 
 def _angles(positions: Array, frequencies: Array, dtype: Any, *, has_sections: bool) -> Float[Array, "*B pairs"]:
     positions, frequencies = positions.astype(dtype)[..., None], frequencies.astype(dtype)
+    token_ndim = positions.ndim - 1 - has_sections
+    own = jnp.expand_dims(frequencies, tuple(range(has_sections, has_sections + token_ndim)))
     if not has_sections:
-        return positions * frequencies
+        return positions * own
     # A sum in Python, not over an axis: XLA's CPU compiler (jaxlib 0.12.0) turns a sum over an axis of products of two
     # broadcast arrays into one that reads undefined memory, as with positions that are broadcast to a batch under jit.
-    first, *others = (each * own for each, own in zip(positions, frequencies, strict=True))
+    first, *others = (each * its for each, its in zip(positions, own, strict=True))
     return sum(others, first)
