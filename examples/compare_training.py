@@ -133,7 +133,9 @@ def merged(args: argparse.Namespace) -> Record:
         if any(each[key] != results[0][key] for key in ("settings", "variants")):
             raise RunError(f"--report: {path} has other settings or variants than {args.report[0]}")
     runs.open_folder(args, results[0]["settings"], [])
-    return {**results[0], "records": [record for each in results for record in each["records"]]}
+    commands = "\n".join(each["environment"]["command"] for each in results)
+    records = [record for each in results for record in each["records"]]
+    return {**results[0], "environment": {**results[0]["environment"], "command": commands}, "records": records}
 
 
 def curves_of(results: Record) -> dict[str, Curves]:

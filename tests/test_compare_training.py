@@ -45,7 +45,8 @@ def test_variants_share_all_but_the_loss_and_seeds_merge(compare_training, corpu
         file.write_text(json.dumps({**results, "records": own}))
     report = ["--report", *map(str, files), "--out"]
     compare_training.main([*report, str(tmp_path / "merged")])
-    assert (tmp_path / "merged" / "table.txt").read_text() == table
+    command = table.splitlines()[-1]
+    assert (tmp_path / "merged" / "table.txt").read_text() == table + command + "\n"
     files[1].write_text(json.dumps({**results, "variants": {"plain": {}}}))
     assert "other settings" in refusal(compare_training, [*report, str(tmp_path / "other")])
 
