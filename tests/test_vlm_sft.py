@@ -86,7 +86,7 @@ def test_words_that_were_never_seen_are_read(vlm_sft, tmp_path):
     jax.config.update("jax_disable_most_optimizations", False)
     vlm_sft.main(["--head", "jliger", "--no-progress", "--out", str(tmp_path / "run")])
     heldout = json.loads((tmp_path / "run" / "summary.json").read_text())["heads"]["jliger"]["heldout"]
-    assert heldout["exact_match"] > 0.2
+    assert heldout["exact_match"] > 0.5
     assert heldout["exact_match_of_other_images"] < 0.02
 
 
