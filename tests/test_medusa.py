@@ -110,7 +110,7 @@ def test_speculative_decoding_gives_the_tokens_of_greedy_decoding(medusa, model)
 
 def test_labels_stay_in_their_document(model):
     model, _ = model
-    labels = model.labels(jnp.array([[5, 6, 0, 7, 4, -1]]))
+    labels = jax.jit(model.labels)(jnp.array([[5, 6, 0, 7, 4, -1]]))
     none = -100
     expected = [[6, 0, none, 4, none, none], [0, none, none, none, none, none], [none] * 6]
     np.testing.assert_array_equal(labels[:, 0], expected)
