@@ -89,7 +89,7 @@ def text_of(results: Record) -> str:
         "batch": number("batch"),
         "ms a step": number("milliseconds", ".0f"),
         "tokens/s": number("tokens_per_second", ",.0f"),
-        "GiB": lambda record: f"{memory_of(record) / GIB:.1f}",
+        "GiB a device" if about["devices"] > 1 else "GiB": lambda record: f"{memory_of(record) / GIB:.1f}",
         "more tokens/s": number("faster", "+.1%"),
         "memory saved": number("saved", ".1%"),
     }
