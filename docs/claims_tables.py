@@ -63,6 +63,7 @@ def claims_table(folder: Path, page: Path) -> str:
     """Each claim with what was measured: memory and throughput of the same step with full logits and with jliger."""
     del page
     sharded_path, tuned = folder / "train_sharded_h200x4.json", folder / "finetune_h100.json"
+    tuned_mesh, adapted = folder / "finetune_h100x4.json", folder / "finetune_lora_h100.json"
     posted, medusa = folder / "post_training_h100.json", folder / "medusa_h100.json"
     vision = folder / "vlm_sft_h100_vocabulary.json"
 
@@ -77,8 +78,13 @@ def claims_table(folder: Path, page: Path) -> str:
 
     rows = [
         row("Llama 3 8B, FSDP, 512 tokens", "−40 %, +20 %", sharded_path, "4 × H200", sharded(folder)),
-        row("Qwen2 7B, LoRA here", "−50 %, +10 %", tuned, "H100", shape("qwen2-7b")),
-        row("Gemma 7B, LoRA here", "−33 %, +24 %", tuned, "H100", shape("gemma-7b")),
+        row("Llama 3 8B, fine-tuning, FSDP, 512 tokens", "−40 %, +20 %", tuned_mesh, "4 × H100", shape("llama-3-8b")),
+        row("Qwen2 7B, fine-tuning, FSDP, 512 tokens", "−50 %, +10 %", tuned_mesh, "4 × H100", shape("qwen2-7b")),
+        row("Gemma 7B, fine-tuning, FSDP, 512 tokens", "−33 %, +24 %", tuned_mesh, "4 × H100", shape("gemma-7b")),
+        row("Llama 3 8B, LoRA, 512 tokens", "", adapted, "H100", shape("llama-3-8b")),
+        row("Qwen2 7B, LoRA, 512 tokens", "", adapted, "H100", shape("qwen2-7b")),
+        row("Gemma 7B, LoRA, 512 tokens", "", adapted, "H100", shape("gemma-7b")),
+        row("Gemma 2 2B, fine-tuning, 512 tokens", "", tuned, "H100", shape("gemma-2-2b")),
         row("Llama 3.2 1B, fine-tuning, 512 tokens", "", tuned, "H100", shape("llama-3.2-1b")),
         row("Qwen3 0.6B, fine-tuning, 512 tokens", "", tuned, "H100", shape("qwen3-0.6b")),
         row("Llama 3.2 1B, ORPO, 2,048 tokens", "−50 %", posted, "H100", loss("orpo")),
@@ -96,7 +102,7 @@ def claims_table(folder: Path, page: Path) -> str:
         "more tokens/s",
         "measured on",
     )
-    files = (sharded_path, folder / "train_sharded_h200x4_816.json", tuned, posted, medusa)
+    files = (sharded_path, folder / "train_sharded_h200x4_816.json", tuned_mesh, adapted, tuned, posted, medusa)
     paths = [path for path in files if path.exists()]
     commands = "\n".join(f"- `{folder.name}/{path.name}`: `{_read(path)['environment']['command']}`" for path in paths)
     return f"{markdown(headings, rows, left=2)}\n\nThe commands:\n\n{commands}"

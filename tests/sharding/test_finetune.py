@@ -4,7 +4,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
+from hlo import collectives
 from jax.sharding import AxisType, NamedSharding
 
 pytest.importorskip("safetensors")
@@ -37,3 +39,25 @@ def test_a_sharded_step(import_example, name):
     theirs = pretrained.load(folder / "gradients", config, "float32")
     for ours, other in zip(*map(jax.tree.leaves, (gradients, theirs)), strict=True):
         np.testing.assert_allclose(ours / weight, other, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("head", ["jliger", "full"])
+def test_one_layer_is_gathered_at_a_time(import_example, head):
+    """A step keeps its state sharded, and gathers a layer's matrices, and the embedding where it is the last layer."""
+    decoder, pretrained, tuning = map(import_example, ("decoder", "pretrained", "tuning"))
+    config = pretrained.read_config(GOLDEN / "gemma")
+    mesh = jax.make_mesh((1, 8, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    own = tuning.Tuning(config, head, 0, 0.0, (), "float32", True, mesh, {})
+    optimizer = optax.adamw(1e-3)
+    with jax.set_mesh(mesh):
+        program = own.program(optimizer, lambda: None, batch_size=8, length=16)
+        compiled = program.step.lower().compile()
+    state, _ = compiled.output_shardings
+    specs = jax.tree.map(lambda leaf: leaf.spec, own.trained())
+    assert jax.tree.map(lambda leaf: leaf.spec, state["parameters"]) == specs
+    assert state["optimizer"][0].mu == state["optimizer"][0].nu == state["parameters"]
+    gathers = [one for one in collectives(compiled.as_text()) if one.kind == "all-gather" and one.dtype == "f32"]
+    of_a_layer = {leaf.shape for leaf in decoder.layer_parameters(config).values() if leaf.is_matrix}
+    assert {one.shape for one in gathers if one.in_loop} == of_a_layer
+    assert {one.shape for one in gathers if not one.in_loop} == {(config.vocab_size, config.hidden_size)}
