@@ -232,8 +232,14 @@ def last_layer(config: LlamaConfig, params: Tree) -> tuple[jax.Array, str]:
     return sharded(params["head"].astype(config.dtype), HEAD_SPEC), "hv"
 
 
+def whole_last_layer(config: LlamaConfig, params: Tree) -> tuple[jax.Array, str]:
+    """The last layer's kernel and its layout, for logits that are all in memory: gathered over `fsdp` if untied."""
+    if config.tie_embeddings:
+        return last_layer(config, params)
+    return _gathered(params["head"], HEAD_SPEC, config.dtype), "hv"
+
+
 def full_logits(config: LlamaConfig, params: Tree, hidden: jax.Array) -> jax.Array:
     """Hidden states `[..., H]` to logits `[..., V]` in float32 or float64, all of them in memory."""
-    if config.tie_embeddings:
-        return wide(jnp.einsum("...h,vh->...v", hidden, params["embedding"].astype(config.dtype)))
-    return wide(hidden @ _gathered(params["head"], HEAD_SPEC, config.dtype))
+    kernel, layout = whole_last_layer(config, params)
+    return wide(jnp.einsum(f"...h,{layout}->...v", hidden, kernel))

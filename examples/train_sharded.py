@@ -17,7 +17,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 import options
 import reporting
 import runs
@@ -26,11 +25,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from language_model import language_model_loss
-from llama import AXES, BATCH, LlamaConfig, Tree, flops_per_token, parameter_count, parameters
+from llama import AXES, BATCH, LlamaConfig, flops_per_token, parameter_count, parameters
 from measuring import HOPPER_TFLOPS, Records, in_words, measured_steps, rates
 from options import COUNT, COUNT_OR_ZERO, DTYPES, NUMBER, NUMBER_OR_ZERO
 from runs import DeviceMemoryError, Record, RunError, say
-from training import Program, Training, TrainingConfig, build_program, device_memory, train
+from training import Program, Training, TrainingConfig, build_program, device_memory, state_shardings, train
 
 HEADS = ("jliger", "full")
 CONFIGS = {
@@ -48,15 +47,8 @@ def program_of(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, batch_
     """Traces the training step under the current mesh; nothing is compiled or run."""
     learning = replace(TrainingConfig.of(args), batch_size=batch_size)
     optimizer = learning.optimizer(config)
-
-    def shardings(state: Tree) -> Tree:
-        specs = jax.tree.map(lambda leaf: leaf.spec, parameters(config))
-        # The optimizer's state of a parameter is sharded like the parameter.
-        others = optax.tree_map_params(
-            optimizer, lambda _, spec: spec, state["optimizer"], specs, transform_non_params=lambda _: P()
-        )
-        return jax.tree.map(partial(NamedSharding, mesh), {"parameters": specs, "optimizer": others})
-
+    specs = jax.tree.map(lambda leaf: leaf.spec, parameters(config))
+    shardings = state_shardings(optimizer, specs, partial(NamedSharding, mesh))
     loss_fn = language_model_loss(options.heads_of(args)[0], config, end_of_text)
     tokens = jax.ShapeDtypeStruct((batch_size, args.length + 1), np.int32, sharding=NamedSharding(mesh, P(BATCH)))
     create = partial(learning.initial_parameters, config)

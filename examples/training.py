@@ -19,6 +19,8 @@ import numpy as np
 import optax
 from checkpoints import Checkpoints
 from corpus import Batches, windows
+from jax.sharding import PartitionSpec as P
+from jax.sharding import Sharding
 from llama import LlamaConfig, Tree, initial_parameters, parameters
 from runs import CHECKPOINTS, DeviceMemoryError, Record, RunError, read_metrics, say, write_metrics
 from tqdm import tqdm
@@ -116,6 +118,20 @@ def build_program(
     except (ValueError, NotImplementedError) as error:
         raise RunError(str(error)) from error
     return Program(traced, abstract_state, jax.jit(initial_state, out_shardings=where))
+
+
+def state_shardings(
+    optimizer: optax.GradientTransformation, specs: Tree, sharding: Callable[[P], Sharding]
+) -> Callable[[Tree], Tree]:
+    """A function of a training state: `sharding` of each parameter's spec; the optimizer's state is sharded alike."""
+
+    def shardings(state: Tree) -> Tree:
+        others = optax.tree_map_params(
+            optimizer, lambda _, spec: spec, state["optimizer"], specs, transform_non_params=lambda _: P()
+        )
+        return jax.tree.map(sharding, {"parameters": specs, "optimizer": others})
+
+    return shardings
 
 
 @contextmanager
