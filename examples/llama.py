@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -129,6 +130,12 @@ def flops_per_token(config: LlamaConfig, length: int) -> int:
 def sharded(x: jax.Array, spec: P) -> jax.Array:
     """The array, sharded if there is a mesh."""
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
+
+
+def placed(spec: P) -> NamedSharding | None:
+    """The sharding on the mesh that is set, or None without one; for arrays outside of jit."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else NamedSharding(mesh, spec)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -16,17 +16,15 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import optax
 import options
 from grpo import GrpoConfig, Policy
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from language_model import HEADS, Head, language_model_loss
-from llama import BATCH, LlamaConfig, Tree, initial_parameters, parameter_count, parameters
+from llama import BATCH, LlamaConfig, Tree, initial_parameters, parameter_count, parameters, placed
 from measuring import Records, in_words, measured, measured_steps
 from options import COUNT, COUNT_OR_ZERO, DTYPES, NUMBER
 from preference import BETA, Preference
@@ -86,26 +84,22 @@ def measure_loss(args: argparse.Namespace, dtype: str, chunk_size: int | None) -
 def measure_step(args: argparse.Namespace, what: str, length: int, microbatches: int) -> Record:
     """A whole training step, with AdamW's update."""
     config = replace(CONFIGS[args.config], dtype=args.dtype, mlp_pieces=-(-length // PIECE))
-    mesh = None if args.mesh is None else make_mesh(args.mesh)
-    with nullcontext() if mesh is None else jax.set_mesh(mesh):
-        program, batch = program_of(args, config, what, length, microbatches, mesh)
+    with nullcontext() if args.mesh is None else jax.set_mesh(make_mesh(args.mesh)):
+        program, batch = program_of(args, config, what, length, microbatches)
         return measured_steps(program, batch, config, (args.rows, length), args)
 
 
 def program_of(
-    args: argparse.Namespace, config: LlamaConfig, what: str, length: int, microbatches: int, mesh: Mesh | None = None
+    args: argparse.Namespace, config: LlamaConfig, what: str, length: int, microbatches: int
 ) -> tuple[Program, Tree]:
-    """The traced step and its batch, sharded over a mesh if there is one."""
+    """The traced step and its batch."""
     head = Head(args.head, args.implementation, args.chunk_size)
     # A generator that is quick to compile and to run; on a mesh, one whose numbers each device can make a part of.
-    keys = jax.random.split(jax.random.key(args.seed, impl="rbg" if mesh is None else "threefry2x32"))
+    keys = jax.random.split(jax.random.key(args.seed, impl="rbg" if args.mesh is None else "threefry2x32"))
     create = partial(initial_parameters, config, keys[0], args.parameters)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(args.learning_rate, b2=0.95))
-    shardings, rows = None, None
-    if mesh is not None:
-        specs = jax.tree.map(lambda leaf: leaf.spec, parameters(config))
-        shardings = state_shardings(optimizer, specs, partial(NamedSharding, mesh))
-        rows = NamedSharding(mesh, P(BATCH))
+    shardings = state_shardings(optimizer, jax.tree.map(lambda leaf: leaf.spec, parameters(config)))
+    rows = placed(P(BATCH))
     if what == "step":
         loss_fn = language_model_loss(head, config)
         # The first bytes of the modules of Python's library, repeated if there are too few.

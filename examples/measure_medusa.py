@@ -21,10 +21,9 @@ import numpy as np
 import optax
 import options
 import runs
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from language_model import HEADS, Head
-from llama import BATCH
+from llama import BATCH, placed
 from measuring import Records, in_words, measured
 from options import COUNT, DTYPES, NUMBER
 from runs import DeviceMemoryError, Record, say
@@ -36,13 +35,13 @@ from training import build_program, compile_step, device_memory_errors, state_sh
 LEARNING_RATE = 1e-5
 
 
-def measure(args: argparse.Namespace, model: Medusa, mesh: Mesh | None, stage: int, batch_size: int) -> Record:
+def measure(args: argparse.Namespace, model: Medusa, stage: int, batch_size: int) -> Record:
     """A training step with AdamW's update."""
     create = partial(decoder.initial_parameters, model.config, jax.random.key(0), args.param_dtype)
     specs: Any = {"backbone": jax.tree.map(lambda leaf: leaf.spec, decoder.parameters(model.config))}
     shapes = jax.eval_shape(model.initial_parameters, jax.eval_shape(create))
     specs["heads"] = model.specs(shapes)
-    backbone = on_mesh(mesh, jax.eval_shape(create), specs["backbone"])
+    backbone = on_mesh(jax.eval_shape(create), specs["backbone"])
 
     def heads() -> Any:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -52,9 +51,8 @@ def measure(args: argparse.Namespace, model: Medusa, mesh: Mesh | None, stage: i
     if stage == 2:
         loss_fn, initial, own, given = model.stage_2, lambda: {"backbone": create(), "heads": heads()}, specs, ()
     optimizer = optax.adamw(LEARNING_RATE)
-    shardings = None if mesh is None else state_shardings(optimizer, own, partial(NamedSharding, mesh))
-    tokens = on_mesh(mesh, jax.ShapeDtypeStruct((batch_size, args.length), jnp.int32), P(BATCH))
-    program = build_program(loss_fn, initial, optimizer, tokens, *given, shardings=shardings)
+    tokens = jax.ShapeDtypeStruct((batch_size, args.length), jnp.int32, sharding=placed(P(BATCH)))
+    program = build_program(loss_fn, initial, optimizer, tokens, *given, shardings=state_shardings(optimizer, own))
     compiled = compile_step(program.step)
     places = jax.tree.map(lambda leaf: leaf.sharding, backbone)
     with device_memory_errors():
@@ -75,11 +73,9 @@ def measure(args: argparse.Namespace, model: Medusa, mesh: Mesh | None, stage: i
     return {**record, **speed, "losses": [float(loss) for loss in losses]}
 
 
-def on_mesh(mesh: Mesh | None, shapes: Any, specs: Any) -> Any:
-    """The shapes, with the shardings of a mesh if there is one."""
-    if mesh is None:
-        return shapes
-    return jax.tree.map(lambda leaf, spec: leaf.update(sharding=NamedSharding(mesh, spec)), shapes, specs)
+def on_mesh(shapes: Any, specs: Any) -> Any:
+    """The shapes, with shardings on the mesh that is set, if there is one."""
+    return jax.tree.map(lambda leaf, spec: leaf.update(sharding=placed(spec)), shapes, specs)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -93,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
             model = Medusa(config, count, Head(args.head), end_of_text=-1)
             about = {**common, "medusa_heads": count, "stage": stage, "batch": batch_size}
             about |= {"case": f"{count} heads, stage {stage}, batch {batch_size}"}
-            record = records.add(about, partial(measure, args, model, mesh, stage, batch_size))
+            record = records.add(about, partial(measure, args, model, stage, batch_size))
             say(f"{args.shape}, {args.head}, {about['case']}: {in_words(record)}")
     if failed := [record["case"] for record in records.records if record["out_of_memory"]]:
         raise DeviceMemoryError(f"of {args.head}: {'; '.join(failed)}")

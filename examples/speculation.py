@@ -67,7 +67,7 @@ class Medusa:
         return nnx.state(self.initial_heads(backbone))
 
     def heads(self, backbone: Tree, state: Tree) -> Any:
-        """The module with its parameters. On a mesh they are gathered; jliger gathers the kernel of one head at a time."""
+        """The module with its parameters, gathered if there is a mesh; jliger gathers the kernel of one head at a time."""
         # The blocks' kernels and, for full logits, those of all heads.
         gathered = ("blocks", "heads") if self.head.name == "full" else ("blocks",)
         parts = {name: jax.tree.map(self._gathered, part) if name in gathered else part for name, part in state.items()}
