@@ -67,10 +67,10 @@ class Medusa:
         return nnx.state(self.initial_heads(backbone))
 
     def heads(self, backbone: Tree, state: Tree) -> Any:
-        """The module with its parameters, gathered if there is a mesh; jliger gathers the kernel of one head at a time."""
-        # The blocks' kernels and, for full logits, those of all heads.
-        gathered = ("blocks", "heads") if self.head.name == "full" else ("blocks",)
-        parts = {name: jax.tree.map(self._gathered, part) if name in gathered else part for name, part in state.items()}
+        """The module with its parameters. On a mesh they are gathered, but jliger gathers one head's at a time."""
+        # Blocks are small. All heads at once are gathered for full logits alone.
+        how = {"blocks": self._gathered, "heads": self._gathered if self.head.name == "full" else self._sharded}
+        parts = {name: jax.tree.map(how[name], part) for name, part in state.items()}
         return nnx.merge(nnx.graphdef(nnx.eval_shape(partial(self.initial_heads, backbone))), nnx.State(parts))
 
     def specs(self, heads: Tree) -> Tree:
@@ -79,6 +79,9 @@ class Medusa:
 
     def _gathered(self, leaf: jax.Array) -> jax.Array:
         return llama._gathered(leaf, STACKED_SPEC, self.config.dtype) if leaf.ndim == 3 else leaf
+
+    def _sharded(self, leaf: jax.Array) -> jax.Array:
+        return llama.sharded(leaf, STACKED_SPEC) if leaf.ndim == 3 else leaf
 
     def labels(self, tokens: jax.Array) -> jax.Array:
         """The tokens 1, 2, ... places after `[B, T]` tokens, `[count + 1, B, T]`, in the same document; -1 is none."""
