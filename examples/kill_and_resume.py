@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from options import COUNT, parser_of
@@ -51,7 +51,7 @@ def losses(folder: Path) -> dict[int, float]:
     return {step: record["loss"] for step, record in read_metrics(folder).get("train", {}).items()}
 
 
-def wait_for(process: subprocess.Popen[str], is_there: object) -> None:
+def wait_for(process: subprocess.Popen[str], is_there: Callable[[], bool]) -> None:
     while process.poll() is None and not is_there():
         time.sleep(0.02)
 
