@@ -8,6 +8,7 @@ import optax
 import pytest
 from hlo import collectives
 from jax.sharding import AxisType, NamedSharding
+from sharded import example_mesh
 
 pytest.importorskip("safetensors")
 pytest.importorskip("orbax.checkpoint")
@@ -28,7 +29,7 @@ def test_a_sharded_step(import_example, name):
     tokens, labels = (np.concatenate([expected[key]] * 4) for key in ("tokens", "labels"))
     places = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     rows = np.stack([tokens, labels, np.ones_like(tokens), places], axis=1)
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = example_mesh()
     own = tuning.Tuning(config, "jliger", 0, 0.0, (), "float32", True, mesh, {})
     with jax.set_mesh(mesh):
         params = pretrained.load(folder, config, "float32", own.sharding)
