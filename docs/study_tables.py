@@ -117,6 +117,25 @@ def batches(records: list[Record]) -> str:
     return markdown((*headings, "times as fast", "memory saved"), rows, left=3)
 
 
+def largest(records: list[Record]) -> str:
+    """The largest batch of none and of all that was measured and fits."""
+    rows = []
+    for model, is_remat in sorted({(r["model"], r["is_remat"]) for r in records}):
+        own = [r for r in records if (r["model"], r["is_remat"]) == (model, is_remat) and not r["out_of_memory"]]
+        sides = [
+            max((r for r in own if bool(r["kernels"]) == is_all), key=lambda record: record["batch"])
+            for is_all in (False, True)
+        ]
+        cells = [cell for side in sides for cell in (str(side["batch"]), speed(side), peak(side))]
+        rows.append([MODELS[model], "yes" if is_remat else "no", *cells, compared(sides[1], sides[0])[0]])
+    sides = ("plain XLA, sequences", "tokens/s", "peak GiB", "jliger, sequences", "tokens/s", "peak GiB")
+    return markdown(("model", "remat", *sides, "times as fast"), rows, left=2)
+
+
+def is_none_or_all(record: Record) -> bool:
+    return len(record["kernels"]) != 1 and not record["offload"]
+
+
 def times(records: list[Record]) -> str:
     """The time of a step's kernels by kind."""
     traced = sorted(records, key=order)
@@ -214,7 +233,8 @@ def plot(name: str) -> Callable[[Path, Path], str]:
 
 STUDY_KINDS: dict[str, Callable[[Path, Path], str]] = {
     "study_switches": kind(switches, is_of_switches),
-    "study_batches": kind(batches, lambda record: len(record["kernels"]) != 1 and not record["offload"]),
+    "study_batches": kind(batches, is_none_or_all),
+    "study_largest": kind(largest, is_none_or_all),
     "study_times": kind(times, lambda record: "milliseconds_by_kind" in record),
     "study_losses": kind(losses, is_of_switches),
     "study_offloads": kind(offloads, lambda record: bool(record["offload"])),
