@@ -11,16 +11,16 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from options import NUMBER, parser_of
 from reporting import COLORS, GIB, TITLES, Column, number, plot, table_of
-from runs import Record, read_json, write_json
+from runs import Record, RunError, run_program, write_json
 from shapes import SHAPES
-from sweeps import memory_of, run_child, without_folder
+from sweeps import KEPT, memory_of, parts_of, read_results, run_child, without_folder
 
 # A device that does nothing else can be given to XLA as a whole: memory in pieces would fit smaller batches only.
 VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
@@ -43,14 +43,17 @@ def model(text: str) -> tuple[str, int]:
 def measure(args: argparse.Namespace, results: Record, command: str) -> None:
     """Measures each model and writes the results file after it; new records of a model replace its old ones."""
     end = time.monotonic() + args.budget
-    for name, rank in args.models:
-        if (seconds := min(args.timeout, end - time.monotonic())) <= 0:
-            break
-        options = ["--shape", name, "--lora-rank", rank, *args.rest, "--largest", *args.largest, "--"]
-        part = run_child(name, "measure_finetune.py", options, seconds, VARIABLES)
-        if part is not None:
-            add(results, part, command)
-            write_json(args.out, results)
+
+    def children() -> Iterator[Callable[[], Record | None]]:
+        for name, rank in args.models:
+            if (seconds := min(args.timeout, end - time.monotonic())) <= 0:
+                break
+            options = ["--shape", name, "--lora-rank", rank, *args.rest, "--largest", *args.largest, "--"]
+            yield partial(run_child, name, "measure_finetune.py", options, seconds, VARIABLES)
+
+    for part in parts_of(children()):
+        add(results, part, command)
+        write_json(args.out, results)
 
 
 def add(results: Record, part: Record, command: str) -> None:
@@ -59,7 +62,7 @@ def add(results: Record, part: Record, command: str) -> None:
     other = [name for name in SAME if results["records"] and about[name] != earlier[name]]
     if other:
         changes = ", ".join(f"{name} was {earlier[name]} and is {about[name]}" for name in other)
-        sys.exit(f"sweep_finetune: error: --add: other records are not comparable: {changes}. --out names another file")
+        raise RunError(f"--add: {changes}, so records are not comparable: --out names another file")
     measured = set(map(model_of, part["records"]))
     records = [{"command": earlier["command"], **each} for each in results["records"] if model_of(each) not in measured]
     records += [{**each, "command": command} for each in part["records"]]
@@ -143,18 +146,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--plot-only", action="store_true", help="measure nothing; make table and plot of --out again")
     add("rest", nargs="*", metavar="-- OPTIONS", help="options of measure_finetune.py, after --")
     args = parser.parse_args(argv)
-    if args.plot_only and not args.out.exists():
-        sys.exit(f"sweep_finetune: error: there is no {args.out}")
+    words = map(without_folder, sys.argv[1:] if argv is None else argv)
+    command = " ".join(["python", "examples/sweep_finetune.py", *words])
+    run_program("sweep_finetune", partial(run, command=command), args, KEPT)
+
+
+def run(args: argparse.Namespace, command: str) -> None:
     if args.out.exists() and not (args.plot_only or args.add or args.overwrite):
-        sys.exit(f"sweep_finetune: error: {args.out} exists: --add keeps it, --overwrite replaces it")
-    results: Record = {"environment": {"command": ""}, "records": []}
+        raise RunError(f"{args.out} exists: --add keeps it, --overwrite replaces it")
+    results: Record = {"environment": {}, "records": []}
     if args.plot_only or (args.add and args.out.exists()):
-        results = read_json(args.out)
+        results = read_results(args.out, ("shape", "lora_rank", "head", "batch"), ("environment",))
     if not args.plot_only:
-        words = map(without_folder, sys.argv[1:] if argv is None else argv)
-        measure(args, results, " ".join(["python", "examples/sweep_finetune.py", *words]))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        measure(args, results, command)
     if not results["records"]:
-        sys.exit("sweep_finetune: error: nothing was measured")
+        raise RunError("nothing was measured")
     text = text_of(results)
     args.out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
     rows = compared(results)
