@@ -131,6 +131,7 @@ def bars(rows: Sequence[Record], is_memory: bool, axes: Axes) -> None:
     labels = [f"{model_of(record)}\n{TITLES[record['head']]}, {record['batch']}" for record in rows]
     axes.set_xticks(range(len(rows)), labels, rotation=60, ha="right", fontsize=7)
     axes.set(title="peak memory, GiB" if is_memory else "tokens per second")
+    axes.margins(y=0.1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
