@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from jliger.core.backend import check_implementation
+from jliger.core.backend import capability_in_use, check_implementation
 from jliger.core.checks import check_choice, check_floating, check_integer, check_number, check_shape
-from jliger.ops.linear_head.types import KernelLayout
+from jliger.ops.linear_head.types import HeadConfig, KernelLayout
 
 _TRITON_DTYPES = (np.dtype("float32"), np.dtype("float16"), jnp.dtype("bfloat16"))
 _LAYOUTS = {"hv": "[H, V]", "vh": "[V, H]"}
@@ -144,6 +144,30 @@ def as_logits_dtype(dtype: Any, hidden: Any, implementation: str | None) -> np.d
     if implementation == "triton" and dtype not in _TRITON_DTYPES:
         raise TypeError(f"logits_dtype got {dtype}; the Triton kernels take float32, bfloat16 and float16.")
     return dtype
+
+
+def check_products(
+    products: Any, config: HeadConfig, hidden: Any, *, precision: Any, reduction: str, with_adapter: bool
+) -> None:
+    """Checks the option for 8-bit products, and that the other arguments fit it."""
+    check_choice("products", products, ("float8", None))
+    if products is None:
+        return
+    if reduction == "none":
+        raise NotImplementedError("products='float8' got reduction='none'; pass 'mean' or 'sum', or products=None.")
+    if with_adapter:
+        raise NotImplementedError("products='float8' got an adapter; pass products=None.")
+    for name, dtype in (("hidden", hidden.dtype), ("logits_dtype", config.logits_dtype)):
+        if dtype not in (np.dtype("float32"), jnp.dtype("bfloat16")):
+            raise TypeError(f"{name} got dtype {dtype} with products='float8'; pass bfloat16 or float32.")
+    if precision is not None:
+        raise ValueError(f"precision got {precision!r} with products='float8', whose operands have 8 bits; pass None.")
+    capability = capability_in_use()
+    if config.implementation != "xla" and capability is not None and capability < 89:
+        raise ValueError(
+            f"products='float8' needs a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell), and got one of "
+            f"{capability / 10}; pass products=None."
+        )
 
 
 def triton_takes(hidden: Any, logits_dtype: np.dtype) -> bool:
