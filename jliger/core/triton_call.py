@@ -61,7 +61,6 @@ def _lower_for_others(ctx: mlir.LoweringRuleContext, *operands: Any, **_: Any) -
 mlir.register_lowering(triton_kernel_call_p, _lower_for_others)
 
 
-
 def _convert_as_gpus_do(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
     """Triton's conversion of floats in its interpreter, but for 8 bits to the nearest, and clipped, as GPUs do.
 
@@ -76,7 +75,7 @@ def _convert_as_gpus_do(values: np.ndarray, source: Any, target: Any, rounding: 
 
 _FLOAT8_DTYPES = {"fp8e4nv": jnp.float8_e4m3fn, "fp8e5": jnp.float8_e5m2}
 _convert_float = interpreter._convert_float
-interpreter._convert_float = _convert_as_gpus_do
+interpreter._convert_float = _convert_as_gpus_do  # pyrefly: ignore[bad-assignment]
 
 # The interpreter patches `triton.language` while it runs, and simulated devices call it from several threads.
 _one_at_a_time = threading.Lock()

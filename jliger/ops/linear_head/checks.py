@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
@@ -146,27 +147,23 @@ def as_logits_dtype(dtype: Any, hidden: Any, implementation: str | None) -> np.d
     return dtype
 
 
-def check_products(
-    products: Any, config: HeadConfig, hidden: Any, *, precision: Any, reduction: str, with_adapter: bool
-) -> None:
-    """Checks the option for 8-bit products, and that the other arguments fit it."""
+def check_products(products: Any, config: HeadConfig, hidden: Any) -> None:
+    """Checks the option for 8-bit products against what they support."""
     check_choice("products", products, ("float8", None))
     if products is None:
         return
-    if reduction == "none":
-        raise NotImplementedError("products='float8' got reduction='none'; pass 'mean' or 'sum', or products=None.")
-    if with_adapter:
-        raise NotImplementedError("products='float8' got an adapter; pass products=None.")
     for name, dtype in (("hidden", hidden.dtype), ("logits_dtype", config.logits_dtype)):
         if dtype not in (np.dtype("float32"), jnp.dtype("bfloat16")):
-            raise TypeError(f"{name} got dtype {dtype} with products='float8'; pass bfloat16 or float32.")
-    if precision is not None:
-        raise ValueError(f"precision got {precision!r} with products='float8', whose operands have 8 bits; pass None.")
+            raise TypeError(f"{name} got dtype {dtype} with products={products!r}; pass bfloat16 or float32.")
+    if config.precision != jax.config.jax_default_matmul_precision:
+        raise ValueError(
+            f"precision got {config.precision!r} with products={products!r}, of 8-bit operands; pass None."
+        )
     capability = capability_in_use()
     if config.implementation != "xla" and capability is not None and capability < 89:
         raise ValueError(
-            f"products='float8' needs a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell), and got one of "
-            f"{capability / 10}; pass products=None."
+            f"products={products!r} needs a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell), and got "
+            f"one of {capability / 10}; pass products=None."
         )
 
 

@@ -85,9 +85,7 @@ def row_grads_float8_kernel(
     index = tl.minimum(rows, NUM_ROWS - 1)
     row = row_at(index, product_ptr, bias_ptr, class_weights_ptr, inverse_temperature_ptr, width_ptr, SHAPE)
     coefficients = load_coefficients(
-        Coefficients(
-            probability_ptr, label_coefficient_ptr, probability_lse_ptr, smoothing_ptr, probability_logit_ptr
-        ),
+        Coefficients(probability_ptr, label_coefficient_ptr, probability_lse_ptr, smoothing_ptr, probability_logit_ptr),
         index,
     )
     row_max = tl.load(max_ptr + index)
