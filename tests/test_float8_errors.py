@@ -1,6 +1,9 @@
 """The program that measures the errors of 8-bit products finds them larger than bfloat16's, and small."""
 
+import pytest
 
+
+@pytest.mark.exhaustive  # compilation takes 6 seconds
 def test_errors_of_8_bits_are_small(import_example, monkeypatch):
     program = import_example("float8_errors")
     monkeypatch.setattr(program, "SETTINGS", program.SETTINGS[:1])
