@@ -20,6 +20,7 @@ from jliger.ops.linear_head.arguments import (
     column_validity,
     head_arguments,
     if_counted,
+    with_products,
     with_tokens,
 )
 from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands, Products
@@ -259,8 +260,8 @@ def fused_linear_cross_entropy(
         implementation=implementation,
         stats_wanted=StatsWanted(weighted_sum=label_smoothing > 0),
     )
-    config = _with_products(products, arguments, reduction)
-    call = _Call(config, float(label_smoothing), float(z_loss), reduction, arguments.ignore_index)
+    arguments = with_products(arguments, products, reduction)
+    call = _Call(arguments.config, float(label_smoothing), float(z_loss), reduction, arguments.ignore_index)
     loss, metrics = _fused_linear_cross_entropy(
         call,
         arguments.operands,
@@ -278,18 +279,6 @@ def _check_loss_options(label_smoothing: Any, z_loss: Any, reduction: Any, norma
     checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
-
-
-def _with_products(products: Any, arguments: Arguments, reduction: Reduction) -> HeadConfig:
-    """The configuration, with the option for 8-bit products if the others fit it."""
-    if products is not None and reduction == "none":
-        raise NotImplementedError(
-            f"products={products!r} got reduction='none'; pass 'mean' or 'sum', or products=None."
-        )
-    if products is not None and arguments.adapter is not None:
-        raise NotImplementedError(f"products={products!r} got an adapter; pass products=None.")
-    head_checks.check_products(products, arguments.config, arguments.operands.hidden)
-    return dataclasses.replace(arguments.config, products=products)
 
 
 def _weights(

@@ -190,3 +190,27 @@ def test_second_derivatives_are_refused():
     hidden, kernel, labels = make_problem()
     with pytest.raises(NotImplementedError, match="got differentiated"):
         jax.jvp(jax.grad(lambda hidden: _loss(hidden, kernel, labels, products="float8")), (hidden,), (hidden,))
+
+
+@pytest.mark.parametrize("units", [pytest.param("tokens", marks=pytest.mark.exhaustive), "rows"])
+def test_any_loss_of_log_probabilities(units):
+    hidden, kernel, labels = make_problem(4)
+    hidden, labels = hidden.reshape(4, -1, HIDDEN), labels.reshape(4, -1)
+
+    def of_unit(result):
+        mean = jnp.mean(result.logprobs) - 0.1 * jnp.mean(result.entropy)
+        return mean * mean if units == "rows" else mean
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(products):
+        def loss(hidden, kernel):
+            return jliger.fused_linear_loss(
+                of_unit, hidden, kernel, labels, units=units, products=products, implementation=IMPLEMENTATIONS[0]
+            )
+
+        return jax.value_and_grad(loss, (0, 1))(hidden, kernel)
+
+    (value, grads), (plain_value, plain_grads) = gradients("float8"), gradients(None)
+    assert abs(value / plain_value - 1) < 0.01
+    for grad, plain in zip(grads, plain_grads, strict=True):
+        assert relative(grad, np.asarray(plain, np.float64)) < 0.04

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 from jliger.core.meshes import as_varying, varying_axes
 from jliger.ops.linear_head.chunks.arrays import accumulate, materialize, pad
 from jliger.ops.linear_head.chunks.grad_accumulators import after_chunks, before_chunks
-from jliger.ops.linear_head.chunks.packed_tokens import Chunk, PackedTokens, write_stats
-from jliger.ops.linear_head.chunks.sizes import forward_chunk, round_up
+from jliger.ops.linear_head.chunks.packed_rows import pack_units
+from jliger.ops.linear_head.chunks.packed_tokens import Chunk, write_stats
 from jliger.ops.linear_head.types import GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import Block, Coefficients, RowStats, get_rows
 from jliger.ops.logits.float8 import LARGEST_GRADIENT, Float8, get_float8, quantized, scale_of
@@ -52,16 +52,16 @@ def float8_pass(
     rule: CoefficientRule,
     arrays: LossArrays,
     merge: Callable[[RowStats], RowStats] | None = None,
+    row_length: int | None = None,
 ) -> tuple[RowStats, Gradients]:
-    """Statistics and gradients, as `fused_pass` computes them of units that are tokens, with 8-bit products.
+    """Statistics and gradients as `fused_pass` computes them, with 8-bit products.
 
     Without wanted gradients, `rule` is not called.
     """
     rows = get_rows(config.implementation, config.compute_capability)
     float8 = get_float8(config.implementation, config.compute_capability)
     vocab = operands.kernel.shape[config.vocab_dim]
-    chunk_size = forward_chunk(config, operands.labels.shape[0], vocab)
-    packed = PackedTokens.of(operands, round_up(chunk_size, _ALIGNMENT))
+    packed, loop = pack_units(config, operands, vocab, row_length, _ALIGNMENT)
     kernel = _Kernel.make(config, operands, float8)
     logit_map = config.logit_map(vocab)
 
@@ -87,7 +87,7 @@ def float8_pass(
         return write_stats(written, stats, part.start), grads
 
     empty = packed.empty_stats(config, operands.hidden)
-    written, grads = packed.loop(step, (empty, before_chunks(wanted, operands)), (packed.chunk,))
+    written, grads = loop(step, (empty, before_chunks(wanted, operands)))
     return packed.restore(written), after_chunks(wanted, grads, operands.head)
 
 
@@ -114,7 +114,10 @@ def _units(config: HeadConfig, stats: RowStats, coefficients: Coefficients, bloc
         probability = probability + probability_lse * (stats.max + stats.log_sum)
     of_label = jnp.exp(stats.label_logit - stats.max - stats.log_sum)
     largest = jnp.exp(-stats.log_sum)  # probability
-    at_label = jnp.abs(probability * of_label - label)
+    factor = probability
+    if probability_logit is not None:
+        factor = probability + probability_logit * (stats.label_logit - stats.max)
+    at_label = jnp.abs(factor * of_label - label)
     # Probabilities of other columns are also at most what the label's leaves.
     others = jnp.abs(probability) * jnp.minimum(largest, 1 - of_label)
     if smoothing is not None:

@@ -93,7 +93,7 @@ def _run_chunks(
         stats = chunks.top_k_pass(config, operands)
         stats = top_k_merge(plan.columns, start, stats) if plan.columns else stats
     elif config.products is not None:
-        stats, grads = chunks.float8_pass(config, wanted, operands, loss_pass.rule, arrays, merge)
+        stats, grads = chunks.float8_pass(config, wanted, operands, loss_pass.rule, arrays, merge, loss_pass.row_length)
         grads = None if loss_pass.kind == "stats" else grads
     elif loss_pass.kind == "stats":
         stats = chunks.stats_pass(config, operands, low_memory=loss_pass.low_memory)
