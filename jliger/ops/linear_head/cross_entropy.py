@@ -20,9 +20,10 @@ from jliger.ops.linear_head.arguments import (
     column_validity,
     head_arguments,
     if_counted,
+    with_products,
     with_tokens,
 )
-from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands
+from jliger.ops.linear_head.types import HeadConfig, KernelLayout, Operands, Products
 from jliger.ops.logits import StatsWanted
 from jliger.ops.logits.objectives import CrossEntropy, LabelTerms, LossWeights
 
@@ -59,6 +60,7 @@ class CrossEntropyOptions(HeadOptions, total=False):
     class_weights: Float[Array, " V"] | None
     reduction: Reduction
     normalizer: Num[Array, ""] | float | None
+    products: Products | None
 
 
 @overload
@@ -120,6 +122,7 @@ def fused_linear_cross_entropy(
     vocab_axis_name: str | tuple[str, ...] | None = None,
     adapter: LinearAdapter | None = None,
     implementation: Implementation | None = None,
+    products: Products | None = None,
 ) -> Loss | tuple[Loss, CrossEntropyMetrics]:
     r"""Cross entropy of a linear head, without storing the logits `[tokens, V]` whole.
 
@@ -202,6 +205,10 @@ def fused_linear_cross_entropy(
         to `a`, `b` and `scale` too.
       implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None selects by the device that
         the arrays are on, or under `jax.jit` by the platform that is compiled for.
+      products: `"float8"` for matrix products of 8-bit operands, with `"mean"` and `"sum"`: faster, and with larger
+        errors in logits and gradients. It needs a GPU of compute capability 8.9 or later; with `implementation="xla"`
+        it computes the same numbers on any device, slowly. There is no `jax.export` for GPUs. docs/float8.md has
+        speed, errors, and when to use it. None for products in hidden's dtype.
 
     Returns:
       The loss, float32 (float64 for float64 hidden states): `[]`, or `[*B]` with `"none"`. With `return_metrics`, that
@@ -253,6 +260,7 @@ def fused_linear_cross_entropy(
         implementation=implementation,
         stats_wanted=StatsWanted(weighted_sum=label_smoothing > 0),
     )
+    arguments = with_products(arguments, products, reduction)
     call = _Call(arguments.config, float(label_smoothing), float(z_loss), reduction, arguments.ignore_index)
     loss, metrics = _fused_linear_cross_entropy(
         call,

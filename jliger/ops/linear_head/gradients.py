@@ -208,6 +208,11 @@ def _run(loss_pass: LossPass, operands: Operands, arrays: LossArrays = _NO_ARRAY
         return sharding.run(dataclasses.replace(loss_pass, examples=examples), operands, arrays)
 
     def run_differentiably(operands: Operands, arrays: LossArrays) -> Result:
+        if loss_pass.config.products is not None:
+            raise NotImplementedError(
+                f"a gradient of products={loss_pass.config.products!r} got differentiated: rounding to 8 bits has no "
+                "derivative. Pass products=None for second derivatives."
+            )
         # Neither Triton's kernels nor custom_partitioning have derivatives: tangents are XLA's on every platform.
         in_xla = dataclasses.replace(loss_pass.config, implementation="xla")
         return sharding.run(dataclasses.replace(loss_pass, config=in_xla), operands, arrays, partition=False)

@@ -16,6 +16,7 @@ there are.
 
 from jliger.ops.linear_head.chunks.distillation import DistillationMerge as DistillationMerge
 from jliger.ops.linear_head.chunks.distillation import distillation_pass as distillation_pass
+from jliger.ops.linear_head.chunks.float8 import float8_pass as float8_pass
 from jliger.ops.linear_head.chunks.fused import fused_pass as fused_pass
 from jliger.ops.linear_head.chunks.partly_saved import partly_saved_pass as partly_saved_pass
 from jliger.ops.linear_head.chunks.partly_saved import stats_and_some_logits_pass as stats_and_some_logits_pass

@@ -29,7 +29,8 @@ class LossPass:
         `"saved logits"` are `chunks.stats_and_logits_pass` and `chunks.saved_logits_pass`; with a budget of logits,
         `chunks.stats_and_some_logits_pass` and `chunks.partly_saved_pass`. With a teacher, `"stats"` and `"fused"` are
         `chunks.distillation_pass`, without and with `DistillationCoefficients`. If only columns of the teacher
-        are known, they are `chunks.top_k_kl_pass`. With `HeadConfig.top_k`, `"stats"` is `chunks.top_k_pass`.
+        are known, they are `chunks.top_k_kl_pass`. With `HeadConfig.top_k`, `"stats"` is `chunks.top_k_pass`. With
+        `HeadConfig.products`, `"stats"` and `"fused"` are `chunks.float8_pass`.
       config: how logits are computed.
       wanted: the dtypes of the wanted gradients.
       low_memory: as in `chunks.stats_pass`.

@@ -92,6 +92,9 @@ def _run_chunks(
     elif config.top_k is not None:
         stats = chunks.top_k_pass(config, operands)
         stats = top_k_merge(plan.columns, start, stats) if plan.columns else stats
+    elif config.products is not None:
+        stats, grads = chunks.float8_pass(config, wanted, operands, loss_pass.rule, arrays, merge, loss_pass.row_length)
+        grads = None if loss_pass.kind == "stats" else grads
     elif loss_pass.kind == "stats":
         stats = chunks.stats_pass(config, operands, low_memory=loss_pass.low_memory)
     elif loss_pass.saved_shape is not None:
@@ -111,7 +114,7 @@ def _run_chunks(
     else:
         grads = chunks.recompute_pass(config, wanted, operands, *per_token)
     if isinstance(stats, RowStats):
-        if merge is not None and loss_pass.kind != "fused":
+        if merge is not None and loss_pass.kind != "fused" and config.products is None:
             stats = merge(stats)
         if operands.counted is not None:
             stats = stats._replace(prediction=jnp.where(operands.counted, stats.prediction, -1))
