@@ -38,6 +38,9 @@ class CrossEntropyMetrics(NamedTuple):
       z_loss: the z-loss, reduced like the loss.
       accuracy: `[]`, the share of `weight` on tokens that are predicted correctly; 0 if nothing counts.
       predictions: int32 `[*B]`, the first column with the largest logit; −1 for a token that doesn't count.
+      skipped_mass: `[]`, with `skip_gradients_below`, how much of the logit gradients was skipped: of each token the
+        sum of the sizes of what was, divided by its weight; and the mean of that by weight. It is below 1, plus ε. 0 if
+        no gradient is computed, and None without the option.
     """
 
     weight: Float[Array, ""]
@@ -45,6 +48,7 @@ class CrossEntropyMetrics(NamedTuple):
     z_loss: Float[Array, ""] | Float[Array, "*B"]
     accuracy: Float[Array, ""]
     predictions: Int[Array, "*B"]
+    skipped_mass: Float[Array, ""] | None = None
 
 
 Loss = Float[Array, ""] | Float[Array, "*B"]
@@ -59,6 +63,7 @@ class CrossEntropyOptions(HeadOptions, total=False):
     class_weights: Float[Array, " V"] | None
     reduction: Reduction
     normalizer: Num[Array, ""] | float | None
+    skip_gradients_below: float | None
 
 
 @overload
@@ -120,6 +125,7 @@ def fused_linear_cross_entropy(
     vocab_axis_name: str | tuple[str, ...] | None = None,
     adapter: LinearAdapter | None = None,
     implementation: Implementation | None = None,
+    skip_gradients_below: float | None = None,
 ) -> Loss | tuple[Loss, CrossEntropyMetrics]:
     r"""Cross entropy of a linear head, without storing the logits `[tokens, V]` whole.
 
@@ -253,7 +259,11 @@ def fused_linear_cross_entropy(
         implementation=implementation,
         stats_wanted=StatsWanted(weighted_sum=label_smoothing > 0),
     )
-    call = _Call(arguments.config, float(label_smoothing), float(z_loss), reduction, arguments.ignore_index)
+    config = arguments.config
+    if skip_gradients_below is not None:
+        _check_skipping(skip_gradients_below, reduction, label_smoothing)
+        config = dataclasses.replace(config, skip_below=float(skip_gradients_below))
+    call = _Call(config, float(label_smoothing), float(z_loss), reduction, arguments.ignore_index)
     loss, metrics = _fused_linear_cross_entropy(
         call,
         arguments.operands,
@@ -271,6 +281,16 @@ def _check_loss_options(label_smoothing: Any, z_loss: Any, reduction: Any, norma
     checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
+
+
+def _check_skipping(skip_gradients_below: Any, reduction: Reduction, label_smoothing: float) -> None:
+    checks.check_number("skip_gradients_below", skip_gradients_below, least=0, most=1)
+    if reduction == "none":
+        raise ValueError("skip_gradients_below got reduction='none', which recomputes logits; pass 'mean' or 'sum'.")
+    if label_smoothing:
+        raise ValueError(
+            "skip_gradients_below got label_smoothing, which gives every column a gradient; pass one of them."
+        )
 
 
 def _weights(
@@ -331,6 +351,7 @@ def _fused_linear_cross_entropy(
     smoothing_weights = class_weights if call.config.stats_wanted.weighted_sum else None
     operands = operands._replace(class_weights=smoothing_weights)
 
+    skipped_mass = None
     if call.reduction == "none":
         stats = gradients.token_stats(call.config, False, operands)[0]
         cross_entropy, z_loss = loss_function.token_losses(stats, label_terms)
@@ -342,8 +363,10 @@ def _fused_linear_cross_entropy(
             by_label = token_weights if label_terms.weights is None else token_weights * label_terms.weights
             divisors = (by_label.sum(), weight) if normalizer is None else (normalizer.astype(dtype),) * 2
             loss_weights = LossWeights(*(token_weights * _inverse(divisor) for divisor in divisors))
-        loss, stats = gradients.weighted_loss(call.config, loss_function, operands, label_terms, loss_weights)
+        loss, stats, skipped = gradients.weighted_loss(call.config, loss_function, operands, label_terms, loss_weights)
         stats = jax.lax.stop_gradient(stats)
+        if skipped is not None:
+            skipped_mass = _inverse(weight) * jnp.sum(token_weights * skipped)
         cross_entropy, z_loss = loss_function.weighted_sums(stats, label_terms, loss_weights)
     return loss, jax.lax.stop_gradient(
         CrossEntropyMetrics(
@@ -352,6 +375,7 @@ def _fused_linear_cross_entropy(
             z_loss=z_loss,
             accuracy=_inverse(weight) * jnp.sum(jnp.where(stats.prediction == columns, token_weights, 0)),
             predictions=stats.prediction,
+            skipped_mass=skipped_mass,
         )
     )
 

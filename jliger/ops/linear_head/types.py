@@ -53,6 +53,7 @@ class HeadConfig:
       vocab_size: how many of the whole kernel's columns exist; the rest is padding. None for all.
       teacher: the teacher's head, or how the student is compared with a teacher of which K columns are known; or None.
       top_k: how many of each token's largest logits to return; None for statistics of all logits.
+      skip_below: the share of a token's weight up to which the fused pass may skip its logit gradients; None for all.
     """
 
     kernel_layout: KernelLayout
@@ -70,6 +71,7 @@ class HeadConfig:
     logits_budget: int | None = None
     teacher: TeacherConfig | TopKDivergence | None = None
     top_k: int | None = None
+    skip_below: float | None = None
 
     @property
     def vocab_dim(self) -> int:
