@@ -1,10 +1,9 @@
-"""The segments of a chunk's logit gradients that matter, and products with them alone.
+"""The segments of a chunk's logit gradients that matter, and products with them.
 
-A segment is a run of 128 gradients: of a token in 128 adjacent columns, or of a column in 128 adjacent tokens. The
-kernel's gradient is a sum over tokens, so that for each 128 columns it takes the tokens whose segment there matters.
-Gradients of hidden states are sums over columns: for each 128 tokens, they take the columns whose segment matters.
-After training, tokens have a few probable columns each. That leaves a few percent of the segments, but most of the
-tiles of 128 tokens by 128 columns.
+For each 128 columns, the product for the kernel's gradient takes the tokens whose segment there matters. For each 128
+tokens, the product for gradients of hidden states takes the columns whose segment matters. A trained model gives each
+token a few probable columns. So a few percent of the segments matter, but many of the tiles of 128 tokens by 128
+columns have one that does.
 """
 
 from typing import NamedTuple
@@ -20,18 +19,22 @@ SEGMENT = 128
 
 
 class Counts(NamedTuple):
-    """How many segments of each tile matter, and how much is skipped.
+    """How many segments of each tile matter, and sums of the gradients in the others.
+
+    There are `J` blocks of columns and `B` blocks of tokens. The first of both sums is of segments of tokens, the
+    second of segments of columns.
 
     Attributes:
-      of_tokens: the number of tokens' segments in each tile, `[column blocks, token blocks]`.
-      of_columns: the number of columns' segments in each tile, `[token blocks, column blocks]`.
-      skipped: the sum of each token's sizes of gradients in segments that do not matter, `[T]`. There are two, by
-        tokens' and by columns' segments; this is the larger one.
+      of_tokens: the number of tokens' segments in each tile.
+      of_columns: the number of columns' segments in each tile.
+      by_token: the sum of each token's gradients in each block of columns.
+      by_column: the sum of the sizes of each column's gradients in each block of tokens.
     """
 
     of_tokens: Int[Array, "J B"]
     of_columns: Int[Array, "B J"]
-    skipped: Float[Array, " T"]
+    by_token: Float[Array, "2 J T"]
+    by_column: Float[Array, "2 B V"]
 
 
 class Segments(NamedTuple):
@@ -58,15 +61,14 @@ class Chunk(NamedTuple):
 
 def count(chunk: Chunk, compute_capability: int | None) -> Counts:
     grid = _grid(chunk.grads)
-    by_block = (grid.column_blocks, grid.tokens)
-    of_tokens, of_columns, *skipped = call_kernel(
+    results = call_kernel(
         kernels.count_kernel,
         [*chunk],
         [
             _shape((grid.column_blocks, grid.token_blocks), jnp.int32),
             _shape((grid.token_blocks, grid.column_blocks), jnp.int32),
-            _shape(by_block, jnp.float32),
-            _shape(by_block, jnp.float32),
+            _shape((2, grid.column_blocks, grid.tokens), jnp.float32),
+            _shape((2, grid.token_blocks, grid.stride), jnp.float32),
         ],
         name="jliger_count_segments",
         grid=(grid.token_blocks * grid.column_blocks,),
@@ -77,7 +79,7 @@ def count(chunk: Chunk, compute_capability: int | None) -> Counts:
         bytes_accessed=chunk.grads.nbytes,
         GRID=grid,
     )
-    return Counts(of_tokens, of_columns, jnp.maximum(*(part.sum(axis=0) for part in skipped)))
+    return Counts(*results)
 
 
 def copy(
@@ -130,13 +132,16 @@ def product(
     size: int,
     dtype: jax.typing.DTypeLike,
     *,
-    transposed: bool,
+    factors: Float[Array, "*N size"] | None = None,
+    means: Float[Array, "*N S W"] | None = None,
+    transposed: bool = False,
     precision: str,
     compute_capability: int | None,
 ) -> Float[Array, "size W"] | Float[Array, "W size"]:
     """The sums of `value · rows[index]` over each block's segments, `[size, W]`, or `[W, size]` if transposed.
 
-    Sums are in float32 and in the order of the segments.
+    Sums are in float32 and in the order of the segments. To the result `i` of a block, `factors[i] · means[block]` is
+    added, of each list.
     """
     *lists, room = segments.indices.shape
     num_lists, width = lists[0] if lists else 1, rows.shape[1]
@@ -156,7 +161,7 @@ def product(
     )
     (output,) = call_kernel(
         kernels.product_kernel,
-        [*segments, rows],
+        [*segments, rows, factors, means],
         [_shape((width, size) if transposed else (size, width), dtype)],
         name="jliger_segments_product",
         grid=(shape.blocks * -(-width // shape.columns),),

@@ -1,4 +1,4 @@
-"""The Triton kernels that find the segments of logit gradients that matter, copy them, and multiply by them alone.
+"""The Triton kernels that find the segments of logit gradients that matter, copy them, and multiply by them.
 
 A tile is `[SEGMENT, SEGMENT]` logit gradients: of adjacent tokens in adjacent columns. Its rows and its columns are the
 segments. Programs are numbered tile by tile, along a block of tokens first.
@@ -30,20 +30,31 @@ class Grid(NamedTuple):
 
 @triton.jit
 def _load_tile(grads_ptr, labels_ptr, limits_ptr, token_block, column_block, GRID: tl.constexpr):
-    """A tile of gradients, their sizes, and which of them must not be skipped."""
+    """A tile of gradients, and which of them are too large to be skipped."""
     SEGMENT: tl.constexpr = GRID.segment
     tokens = token_block * SEGMENT + tl.arange(0, SEGMENT)
     columns = column_block * SEGMENT + tl.arange(0, SEGMENT)
     is_token = tokens < GRID.tokens
     inside = is_token[:, None] & (columns < GRID.stride)[None, :]
     # 64 bits: there may be more than 2³¹ gradients.
-    grads = tl.load(grads_ptr + tokens.to(tl.int64)[:, None] * GRID.stride + columns[None, :], mask=inside, other=0.0)
+    offsets = tokens.to(tl.int64)[:, None] * GRID.stride + columns[None, :]
+    grads = tl.load(grads_ptr + offsets, mask=inside, other=0.0)
     limits = tl.load(limits_ptr + tokens, mask=is_token, other=0.0)
     labels = tl.load(labels_ptr + tokens, mask=is_token, other=-1)
     sizes = tl.abs(grads.to(tl.float32))
     # Not `>`, which is false for NaN.
     matters = (sizes <= limits[:, None]) == 0
-    return grads, sizes, (matters | (columns[None, :] == labels[:, None])) & inside
+    return grads, (matters | (columns[None, :] == labels[:, None])) & inside
+
+
+@triton.jit
+def _store_sums(by_token_ptr, by_column_ptr, grads, token_block, column_block, GRID: tl.constexpr):
+    """Writes each token's sum of gradients, and each column's sum of their sizes."""
+    SEGMENT: tl.constexpr = GRID.segment
+    tokens = token_block * SEGMENT + tl.arange(0, SEGMENT)
+    columns = column_block * SEGMENT + tl.arange(0, SEGMENT)
+    tl.store(by_token_ptr + tokens, tl.sum(grads, axis=1), mask=tokens < GRID.tokens)
+    tl.store(by_column_ptr + columns, tl.sum(tl.abs(grads), axis=0), mask=columns < GRID.stride)
 
 
 @triton.jit
@@ -53,26 +64,31 @@ def count_kernel(
     limits_ptr,  # [T]
     of_tokens_ptr,  # [column_blocks, token_blocks], written
     of_columns_ptr,  # [token_blocks, column_blocks], written
-    skipped_of_tokens_ptr,  # [column_blocks, T], written
-    skipped_of_columns_ptr,  # [column_blocks, T], written
+    by_token_ptr,  # [2, column_blocks, T], written
+    by_column_ptr,  # [2, token_blocks, V], written
     GRID: tl.constexpr,
 ):
     SEGMENT: tl.constexpr = GRID.segment
     index = tl.program_id(0)
     token_block, column_block = index // GRID.column_blocks, index % GRID.column_blocks
-    _, sizes, matters = _load_tile(grads_ptr, labels_ptr, limits_ptr, token_block, column_block, GRID)
+    grads, matters = _load_tile(grads_ptr, labels_ptr, limits_ptr, token_block, column_block, GRID)
     matters = matters.to(tl.int32)
     token_matters = tl.max(matters, axis=1)
     column_matters = tl.max(matters, axis=0)
     tl.store(of_tokens_ptr + column_block * GRID.token_blocks + token_block, tl.sum(token_matters, axis=0))
     tl.store(of_columns_ptr + index, tl.sum(column_matters, axis=0))
-    tokens = token_block * SEGMENT + tl.arange(0, SEGMENT)
-    places = column_block * GRID.tokens + tokens
-    is_token = tokens < GRID.tokens
-    skipped = tl.sum(tl.where(token_matters[:, None] == 0, sizes, 0.0), axis=1)
-    tl.store(skipped_of_tokens_ptr + places, skipped, mask=is_token)
-    skipped = tl.sum(tl.where(column_matters[None, :] == 0, sizes, 0.0), axis=1)
-    tl.store(skipped_of_columns_ptr + places, skipped, mask=is_token)
+    # What is skipped: first segments of tokens, then segments of columns.
+    grads = grads.to(tl.float32)
+    by_token_ptr += column_block * GRID.tokens
+    by_column_ptr += token_block * GRID.stride
+    _store_sums(
+        by_token_ptr, by_column_ptr, tl.where(token_matters[:, None] == 0, grads, 0.0), token_block, column_block, GRID
+    )
+    by_token_ptr += GRID.column_blocks * GRID.tokens
+    by_column_ptr += GRID.token_blocks * GRID.stride
+    _store_sums(
+        by_token_ptr, by_column_ptr, tl.where(column_matters[None, :] == 0, grads, 0.0), token_block, column_block, GRID
+    )
 
 
 @triton.jit
@@ -97,7 +113,7 @@ def copy_kernel(
     token_block, column_block = index // GRID.column_blocks, index % GRID.column_blocks
     # Most tiles of a trained model have some segment, but those that have none need not be read again.
     if tl.load(of_columns_ptr + index) > 0:
-        grads, _, matters = _load_tile(grads_ptr, labels_ptr, limits_ptr, token_block, column_block, GRID)
+        grads, matters = _load_tile(grads_ptr, labels_ptr, limits_ptr, token_block, column_block, GRID)
         matters = matters.to(tl.int32)
         lane = tl.arange(0, SEGMENT)
         if token_values_ptr is not None:
@@ -156,6 +172,8 @@ def product_kernel(
     indices_ptr,  # [lists, room]
     starts_ptr,  # [lists, blocks + 1]
     rows_ptr,  # [rows, width]
+    factors_ptr,  # [lists, size] or None
+    means_ptr,  # [lists, blocks, width] or None
     output_ptr,  # [size, width], or [width, size] if transposed; written
     SHAPE: tl.constexpr,
 ):
@@ -202,6 +220,15 @@ def product_kernel(
 
     results = block * SEGMENT + lane
     has_result = results < SHAPE.size
+    if factors_ptr is not None:
+        for at in range(SHAPE.lists):
+            factors = tl.load(factors_ptr + at * SHAPE.size + results, mask=has_result, other=0.0)
+            means_offset = (at * SHAPE.blocks + block) * SHAPE.width
+            means = tl.load(means_ptr + means_offset + columns, mask=has_column, other=0.0)
+            if SHAPE.transposed:
+                sums += means[:, None] * factors[None, :]
+            else:
+                sums += factors[:, None] * means[None, :]
     sums = sums.to(output_ptr.dtype.element_ty)
     if SHAPE.transposed:
         offsets = columns.to(tl.int64)[:, None] * SHAPE.size + results[None, :]

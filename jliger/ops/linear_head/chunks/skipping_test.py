@@ -47,21 +47,34 @@ def kept(matters):
     return for_hidden, for_kernel
 
 
+def with_rank_one(grads, kept):
+    """Gradients that are kept, and in place of the others the matrix of rank one with the same sums."""
+    skipped = np.where(kept, 0, grads)
+    total = skipped.sum()
+    replaced = skipped.sum(1, keepdims=True) * skipped.sum(0) / total if total else 0
+    return np.where(kept, grads, replaced)
+
+
 def oracle(hidden, kernel, labels, weights):
     """Gradients of hidden states, kernel and bias, and the skipped mass."""
     grads, weights, is_label = logit_grads_of(hidden, kernel, labels, weights)
     counted = np.flatnonzero(labels >= 0)
-    for_hidden, for_kernel = np.zeros(grads.shape, bool), np.zeros(grads.shape, bool)
+    of_hidden, of_kernel, mass = np.zeros(grads.shape), np.zeros(grads.shape), 0
     # Chunks have equal sizes, multiples of 8.
     chunk = -(-len(labels) // -(-len(labels) // CHUNK))
     chunk += -chunk % 8
     for first in range(0, len(counted), chunk):
         tokens = counted[first : first + chunk]
         matters = (np.abs(grads[tokens]) > LIMIT * weights[tokens, None]) | is_label[tokens]
-        for_hidden[tokens], for_kernel[tokens] = kept(matters)
-    skipped = np.maximum(*(np.abs(np.where(part, 0, grads)).sum(1) for part in (for_hidden, for_kernel)))
-    of_hidden, of_kernel = np.where(for_hidden, grads, 0), np.where(for_kernel, grads, 0)
-    return of_hidden @ kernel.T, hidden.T @ of_kernel, grads.sum(0), skipped.sum()
+        for_hidden, for_kernel = kept(matters)
+        mass += np.maximum(
+            *(np.abs(np.where(part, 0, grads[tokens])).sum(1) for part in (for_hidden, for_kernel))
+        ).sum()
+        of_hidden[tokens] = with_rank_one(grads[tokens], for_hidden)
+        for at in range(0, VOCAB, SEGMENT):
+            columns = slice(at, at + SEGMENT)
+            of_kernel[tokens, columns] = with_rank_one(grads[tokens, columns], for_kernel[:, columns])
+    return of_hidden @ kernel.T, hidden.T @ of_kernel, grads.sum(0), mass
 
 
 def run(implementation, hidden, kernel, labels, weights, *, layout="hv", limit=LIMIT, **options):
@@ -116,8 +129,14 @@ def test_a_kernel_in_the_other_layout_and_frozen_operands(implementation):
 
     def loss(hidden, kernel):
         return jliger.fused_linear_cross_entropy(
-            hidden, kernel, labels, weights=jnp.asarray(weights, jnp.float32), skip_gradients_below=LIMIT,
-            chunk_size=CHUNK, precision="highest", implementation=implementation,
+            hidden,
+            kernel,
+            labels,
+            weights=jnp.asarray(weights, jnp.float32),
+            skip_gradients_below=LIMIT,
+            chunk_size=CHUNK,
+            precision="highest",
+            implementation=implementation,
         )
 
     assert_close([jax.jit(jax.grad(loss, 0))(hidden, kernel)], expected[:1])

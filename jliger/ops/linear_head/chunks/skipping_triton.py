@@ -4,24 +4,20 @@ The first chunk decides for all: a choice at run time makes the host wait, and o
 it saves. If a later chunk has more segments than there is room for, all is computed again, with whole products.
 
 Segments of columns are multiplied chunk by chunk. Those of tokens are kept, and multiplied once after all chunks: a
-kernel whose output is not its operand cannot add to a sum in place, and most segments' columns are in every chunk.
+kernel whose output is not its operand cannot add to a sum in place, and each chunk has segments in most columns.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jliger.ops.linear_head.chunks import segments
-from jliger.ops.linear_head.chunks.arrays import materialize, pad
-from jliger.ops.linear_head.chunks.grad_accumulators import add_chunk
-from jliger.ops.linear_head.chunks.packed_tokens import PackedTokens
+from jliger.ops.linear_head.chunks.arrays import pad
 from jliger.ops.linear_head.chunks.segments import SEGMENT, Counts, Segments
-from jliger.ops.linear_head.chunks.skipping import Carry, Evaluated, add_rest, write
-from jliger.ops.linear_head.types import GradientDtypes, HeadConfig, Operands
+from jliger.ops.linear_head.chunks.skipping import Carry, Evaluated, SkippingPass
 
 # The share of a chunk's segments that there is room for, and the most bytes for all tokens' segments.
 _ROOM, _MOST_BYTES = 1 / 4, 2**30
@@ -29,60 +25,71 @@ _ROOM, _MOST_BYTES = 1 / 4, 2**30
 _ROOM_OF_FIRST = 7 / 8
 
 
+class _OfHidden(NamedTuple):
+    """What is left to add to gradients of hidden states: `factors[t] · Σ_v shares[block, v] · kernel[v]`."""
+
+    factors: Float[Array, "N C"]
+    shares: Float[Array, "N B V"]
+
+
+class _OfKernel(NamedTuple):
+    """The kernel's gradient: a product of segments, and `factors[v] · means[block]`."""
+
+    segments: Segments
+    factors: Float[Array, "N V"]
+    means: Float[Array, "N J H"]
+
+
 class _Kept(NamedTuple):
-    """What the loop carries beside `Carry`.
+    """What the loop carries beside `Carry`, with a dimension of chunks.
 
     Attributes:
-      of_tokens: the segments of tokens, `[chunks, ...]`; None if the kernel's gradient is not wanted.
-      fits: whether there was room for all segments so far.
+      of_hidden, of_kernel: what is left to do after the loop; None for a gradient that is not wanted.
+      fits: whether there was room for all segments so far. It has no dimension of chunks.
     """
 
-    of_tokens: Segments | None
+    of_hidden: _OfHidden | None
+    of_kernel: _OfKernel | None
     fits: Bool[Array, ""]
 
 
+def run(skipping: SkippingPass) -> Carry:
+    return _SegmentsPass(skipping, skipping.blocks.head.kernel.shape[0]).run()
+
+
 @dataclasses.dataclass(frozen=True)
-class SegmentsPass:
-    """The arguments of `skipping.skipping_pass`, and how it evaluates a chunk.
+class _SegmentsPass:
+    """The pass, and the number of columns with padding."""
 
-    Attributes:
-      config, wanted, operands: as there.
-      packed: the tokens.
-      evaluate: computes a chunk up to its logit gradients.
-      initial: the carry before the first chunk.
-      vocab: number of columns, with padding.
-    """
-
-    config: HeadConfig
-    wanted: GradientDtypes
-    operands: Operands
-    packed: PackedTokens
-    evaluate: Callable[[Int[Array, ""] | int], Evaluated]
-    initial: Carry
+    skipping: SkippingPass
     vocab: int
 
     def run(self) -> Carry:
-        first = self.evaluate(0)
+        skipping = self.skipping
+        first = skipping.evaluate(0)
         counts = self._count(first)
         return jax.lax.cond(
             self._fits(counts, _ROOM_OF_FIRST),
             lambda: self._with_segments(first, counts),
-            lambda: self.packed.after_first(self._add_whole, self._add(self.initial, first)),
+            lambda: skipping.packed.after_first(self._add_whole, self._whole(skipping.initial(), first)),
         )
 
     @property
     def _token_room(self) -> int:
         """The number of tokens' segments that there is room for in each chunk; 0 if none are needed."""
-        most = _MOST_BYTES // (self.packed.num_chunks * SEGMENT * self.operands.hidden.dtype.itemsize)
-        return min(int(_ROOM * self.packed.chunk * -(-self.vocab // SEGMENT)), most) if self.wanted.kernel is not None else 0
+        packed = self.skipping.packed
+        most = _MOST_BYTES // (packed.num_chunks * SEGMENT * self.skipping.operands.hidden.dtype.itemsize)
+        room = min(int(_ROOM * packed.chunk * -(-self.vocab // SEGMENT)), most)
+        return room if self.skipping.wanted.kernel is not None else 0
 
     @property
     def _column_room(self) -> int:
         """The same for columns' segments."""
-        return int(_ROOM * self.vocab * -(-self.packed.chunk // SEGMENT)) if self.wanted.hidden is not None else 0
+        room = int(_ROOM * self.vocab * -(-self.skipping.packed.chunk // SEGMENT))
+        return room if self.skipping.wanted.hidden is not None else 0
 
     def _count(self, evaluated: Evaluated) -> Counts:
-        return segments.count(_chunk(evaluated), self.config.compute_capability)
+        return segments.count(_chunk(evaluated), self.skipping.config.compute_capability)
 
     def _fits(self, counts: Counts, share: float) -> Bool[Array, ""]:
         """Whether a chunk's segments fit in a share of the room."""
@@ -92,90 +99,111 @@ class SegmentsPass:
                 fits &= of_tiles.sum() <= int(share * room)
         return fits
 
-    def _add(self, carry: Carry, evaluated: Evaluated) -> Carry:
+    def _whole(self, carry: Carry, evaluated: Evaluated) -> Carry:
         """Adds a chunk with whole products."""
-        grads = add_chunk(
-            self.config, self.wanted, carry.grads, evaluated.chunk, evaluated.columns, evaluated.logit_grads
-        )
-        return write(carry, evaluated, grads, jnp.zeros_like(evaluated.weights))
+        grads = evaluated.logit_grads
+        return self.skipping.add(carry, evaluated, grads, grads, jnp.zeros_like(evaluated.weights))
 
     def _add_whole(self, index: Int[Array, ""] | int, carry: Carry) -> Carry:
-        return self._add(carry, self.evaluate(index))
+        return self._whole(carry, self.skipping.evaluate(index))
 
     def _with_segments(self, first: Evaluated, counts: Counts) -> Carry:
-        kernel = first.columns.kernel
-        # A row for each column of the vocabulary.
-        by_column = kernel if self.config.kernel_layout == "vh" else materialize(kernel.T)
+        packed, initial = self.skipping.packed, self.skipping.initial()
 
         def step(index: Int[Array, ""] | int, carries: tuple[Carry, _Kept]) -> tuple[Carry, _Kept]:
-            evaluated = self.evaluate(index)
-            return self._add_segments(index, *carries, evaluated, self._count(evaluated), by_column)
+            evaluated = self.skipping.evaluate(index)
+            carry, kept = self._add_segments(carries[0], evaluated, self._count(evaluated))
+            return carry, _Kept(*_written(carries[1][:2], kept[:2], index), carries[1].fits & kept.fits)
 
-        kept = _Kept(self._no_segments(), jnp.bool(True))
-        carries = self._add_segments(0, self.initial, kept, first, counts, by_column)
-        carry, kept = self.packed.after_first(step, carries)
-        if not self.packed.has_several_chunks:
-            return self._multiplied(carry, kept, kernel)
+        carry, kept = self._add_segments(initial, first, counts)
+        empty = jax.tree.map(lambda part: jnp.zeros_like(part, shape=(packed.num_chunks, *part.shape)), kept[:2])
+        carry, kept = packed.after_first(step, (carry, _Kept(*_written(empty, kept[:2], 0), kept.fits)))
+        if not packed.has_several_chunks:
+            return self._finished(carry, kept)
         return jax.lax.cond(
             kept.fits,
-            lambda: self._multiplied(carry, kept, kernel),
-            lambda: self.packed.loop(lambda size, *args: self._add_whole(*args), self.initial, (self.packed.chunk,)),
+            lambda: self._finished(carry, kept),
+            lambda: packed.loop(lambda size, *args: self._add_whole(*args), initial, (packed.chunk,)),
         )
 
-    def _no_segments(self) -> Segments | None:
-        if not self._token_room:
-            return None
-        hidden, num_chunks, room = self.operands.hidden, self.packed.num_chunks, self._token_room
-        return Segments(
-            jnp.zeros_like(hidden, shape=(num_chunks, room, SEGMENT)),
-            jnp.zeros_like(hidden, jnp.int32, shape=(num_chunks, room)),
-            jnp.zeros_like(hidden, jnp.int32, shape=(num_chunks, -(-self.vocab // SEGMENT) + 1)),
+    def _add_segments(self, carry: Carry, evaluated: Evaluated, counts: Counts) -> tuple[Carry, _Kept]:
+        """Adds a chunk, and returns what it leaves to do after the loop."""
+        chunk, fits = evaluated.chunk, self._fits(counts, 1)
+        of_tokens, of_columns = segments.copy(
+            _chunk(evaluated),
+            counts,
+            chunk.slots,
+            self._token_room,
+            self._column_room,
+            self.skipping.config.compute_capability,
         )
-
-    def _add_segments(
-        self,
-        index: Int[Array, ""] | int,
-        carry: Carry,
-        kept: _Kept,
-        evaluated: Evaluated,
-        counts: Counts,
-        by_column: Array,
-    ) -> tuple[Carry, _Kept]:
-        """Adds a chunk but for the kernel's gradient, and keeps its tokens' segments."""
-        chunk, capability = evaluated.chunk, self.config.compute_capability
-        rooms = self._token_room, self._column_room
-        of_tokens, of_columns = segments.copy(_chunk(evaluated), counts, chunk.slots, *rooms, capability)
-        grads = add_rest(self.config, self.wanted, carry.grads, evaluated)
+        skipped = jnp.maximum(*jnp.abs(counts.by_token.sum(axis=1)))
+        result = self.skipping.add(carry, evaluated, None, None, skipped)
+        of_hidden = of_kernel = None
         if of_columns is not None and carry.grads.hidden is not None:
-            part = self._product(of_columns, by_column, chunk.slots.size, carry.grads.hidden.dtype)
-            grads = grads._replace(hidden=chunk.put(carry.grads.hidden, part))
+            part = self._product(of_columns, evaluated.columns.kernel, chunk.slots.size, carry.grads.hidden.dtype)
+            grads = result.grads._replace(hidden=chunk.put(carry.grads.hidden, part))
+            result = result._replace(grads=grads)
+            shares = _shares(counts.by_column[1])
+            of_hidden = _OfHidden(counts.by_token[1].sum(axis=0), shares.astype(chunk.hidden.dtype))
         if of_tokens is not None:
-            of_tokens = jax.tree.map(
-                lambda full, part: jax.lax.dynamic_update_index_in_dim(full, part, index, 0), kept.of_tokens, of_tokens
+            shares = _shares(counts.by_token[0]).astype(chunk.hidden.dtype)
+            means = self._means(shares, chunk.hidden)
+            of_kernel = _OfKernel(of_tokens, counts.by_column[0].sum(axis=0), means)
+        return result, _Kept(of_hidden, of_kernel, fits)
+
+    def _finished(self, carry: Carry, kept: _Kept) -> Carry:
+        """Gradients with what the loop left to do. The kernel's is padded like the kernel."""
+        skipping, grads = self.skipping, carry.grads
+        if kept.of_hidden is not None and grads.hidden is not None:
+            factors, shares = kept.of_hidden
+            kernel, packed = skipping.blocks.head.kernel, skipping.packed
+            means = self._means(shares, kernel)
+            means = means.repeat(SEGMENT, axis=1)[:, : packed.chunk, : grads.hidden.shape[1]]
+            rest = (factors[:, :, None] * means).reshape(-1, grads.hidden.shape[1]).astype(grads.hidden.dtype)
+            hidden = grads.hidden.at[packed.token_of].add(
+                rest, mode="drop", unique_indices=True, indices_are_sorted=True
             )
-        kept = _Kept(of_tokens, kept.fits & self._fits(counts, 1))
-        return write(carry, evaluated, grads, counts.skipped), kept
+            grads = grads._replace(hidden=hidden)
+        if kept.of_kernel is not None:
+            of_tokens, factors, means = kept.of_kernel
+            grad = self._product(
+                of_tokens,
+                pad(skipping.operands.hidden, (1,), skipping.blocks.alignment),
+                self.vocab,
+                skipping.wanted.kernel,
+                factors=factors,
+                means=means,
+                transposed=skipping.config.kernel_layout == "hv",
+            )
+            grads = grads._replace(kernel=grad)
+        return carry._replace(grads=grads)
 
-    def _multiplied(self, carry: Carry, kept: _Kept, kernel: Array) -> Carry:
-        """The carry with the kernel's gradient, padded like the kernel."""
-        if kept.of_tokens is None:
-            return carry
-        rows = pad(self.operands.hidden, (1,), 8)
-        transposed = self.config.kernel_layout == "hv"
-        grad = self._product(kept.of_tokens, rows, self.vocab, self.wanted.kernel, transposed=transposed)
-        return carry._replace(grads=carry.grads._replace(kernel=grad))
+    def _means(self, shares: Float[Array, "*B R"], rows: Float[Array, "R H"]) -> Float[Array, "*B H"]:
+        return jnp.matmul(shares, rows, precision=self.skipping.config.precision, preferred_element_type=jnp.float32)
 
-    def _product(self, of_what: Segments, rows: Array, size: int, dtype: Any, *, transposed: bool = False) -> Array:
+    def _product(self, of_what: Segments, rows: Array, size: int, dtype: Any, **options: Any) -> Array:
+        config = self.skipping.config
         return segments.product(
             of_what,
             rows,
             size,
             dtype,
-            transposed=transposed,
-            precision="tf32" if self.config.precision in (None, "default", "fastest") else "ieee",
-            compute_capability=self.config.compute_capability,
+            precision="tf32" if config.precision in (None, "default", "fastest") else "ieee",
+            compute_capability=config.compute_capability,
+            **options,
         )
 
 
 def _chunk(evaluated: Evaluated) -> segments.Chunk:
     return segments.Chunk(evaluated.logit_grads, evaluated.chunk.labels, evaluated.limits)
+
+
+def _written(full: Any, part: Any, index: Int[Array, ""] | int) -> Any:
+    return jax.tree.map(lambda full, part: jax.lax.dynamic_update_index_in_dim(full, part, index, 0), full, part)
+
+
+def _shares(sums: Float[Array, "*B N"]) -> Float[Array, "*B N"]:
+    """Each number's share of the sum of sizes over the last dimension."""
+    total = jnp.abs(sums).sum(axis=-1, keepdims=True)
+    return sums / jnp.where(total == 0, 1, total)
