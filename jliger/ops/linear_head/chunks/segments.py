@@ -120,7 +120,7 @@ def copy(
         GRID=grid,
     )
     of_tokens, of_columns = (
-        None if start is None else Segments(*written[at : at + 2], start)
+        None if start is None else Segments(written[at], written[at + 1], start)
         for at, start in zip((0, 2), starts, strict=True)
     )
     return of_tokens, of_columns

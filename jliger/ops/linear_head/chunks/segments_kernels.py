@@ -68,7 +68,6 @@ def count_kernel(
     by_column_ptr,  # [2, token_blocks, V], written
     GRID: tl.constexpr,
 ):
-    SEGMENT: tl.constexpr = GRID.segment
     index = tl.program_id(0)
     token_block, column_block = index // GRID.column_blocks, index % GRID.column_blocks
     grads, matters = _load_tile(grads_ptr, labels_ptr, limits_ptr, token_block, column_block, GRID)
@@ -167,6 +166,20 @@ class Product(NamedTuple):
 
 
 @triton.jit
+def _add_means(sums, factors_ptr, means_ptr, block, results, columns, SHAPE: tl.constexpr):
+    """Adds the products of results' factors and the block's means, of each list."""
+    for at in range(SHAPE.lists):
+        factors = tl.load(factors_ptr + at * SHAPE.size + results, mask=results < SHAPE.size, other=0.0)
+        means_ptrs = means_ptr + (at * SHAPE.blocks + block) * SHAPE.width + columns
+        means = tl.load(means_ptrs, mask=columns < SHAPE.width, other=0.0)
+        if SHAPE.transposed:
+            sums += means[:, None] * factors[None, :]
+        else:
+            sums += factors[:, None] * means[None, :]
+    return sums
+
+
+@triton.jit
 def product_kernel(
     values_ptr,  # [lists, room, SEGMENT]
     indices_ptr,  # [lists, room]
@@ -221,14 +234,7 @@ def product_kernel(
     results = block * SEGMENT + lane
     has_result = results < SHAPE.size
     if factors_ptr is not None:
-        for at in range(SHAPE.lists):
-            factors = tl.load(factors_ptr + at * SHAPE.size + results, mask=has_result, other=0.0)
-            means_offset = (at * SHAPE.blocks + block) * SHAPE.width
-            means = tl.load(means_ptr + means_offset + columns, mask=has_column, other=0.0)
-            if SHAPE.transposed:
-                sums += means[:, None] * factors[None, :]
-            else:
-                sums += factors[:, None] * means[None, :]
+        sums = _add_means(sums, factors_ptr, means_ptr, block, results, columns, SHAPE)
     sums = sums.to(output_ptr.dtype.element_ty)
     if SHAPE.transposed:
         offsets = columns.to(tl.int64)[:, None] * SHAPE.size + results[None, :]

@@ -4,16 +4,15 @@ A segment is a run of 128 logit gradients: of a token in 128 adjacent columns, o
 a chunk. The product for the kernel's gradient skips segments of tokens, and that for gradients of hidden states skips
 segments of columns: those in which no gradient is larger than its token's limit, and no token's label is.
 
-What is skipped is not dropped. Its sum over a column says how much each token's weight pushes a rare column down, and
-without that such columns would get no gradient at all. So the skipped gradients of a block are replaced by the matrix of
-rank one with the same sums over tokens and over columns: of 128 columns for the kernel's gradient, of 128 tokens for
-that of hidden states. The product with it costs next to nothing.
+What is skipped is small, but adds up: dropped, rare columns of the kernel would get no gradient at all. So it is
+replaced by a matrix of rank one that has the same sums over each token and over each column: for the kernel's gradient,
+one for each 128 columns of a chunk; for gradients of hidden states, one for each 128 tokens. A product with a matrix of
+rank one costs next to nothing.
 
-Here that matrix is written out. On a GPU, `skipping_triton.py` multiplies by its two factors.
+Here these matrices are written out. On a GPU, `skipping_triton.py` multiplies by their factors.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -93,6 +92,7 @@ class SkippingPass:
         stats, logit_grads = rows.row_stats_and_grads(
             product, block, logit_map, config.stats_wanted, coefficients, dtype=chunk.hidden.dtype
         )
+        assert config.skip_below is not None
         weights = jnp.abs(coefficients.label)
         return Evaluated(chunk, index * size, columns, stats, logit_grads, weights, config.skip_below * weights)
 
@@ -109,7 +109,8 @@ class SkippingPass:
         Args:
           carry: the one before.
           evaluated: the chunk.
-          for_hidden, for_kernel: the logit gradients for these two products; None to leave a product to the caller.
+          for_hidden: the logit gradients for hidden states; None to leave that product to the caller.
+          for_kernel: the same for the kernel.
           skipped: the sum of each token's sizes of skipped gradients.
         """
         wanted, grads, columns = self.wanted, carry.grads, evaluated.columns

@@ -40,17 +40,11 @@ class _OfKernel(NamedTuple):
     means: Float[Array, "N J H"]
 
 
-class _Kept(NamedTuple):
-    """What the loop carries beside `Carry`, with a dimension of chunks.
+class _Left(NamedTuple):
+    """What is left to do after the loop, of all chunks or of one; None for a gradient that is not wanted."""
 
-    Attributes:
-      of_hidden, of_kernel: what is left to do after the loop; None for a gradient that is not wanted.
-      fits: whether there was room for all segments so far. It has no dimension of chunks.
-    """
-
-    of_hidden: _OfHidden | None
-    of_kernel: _OfKernel | None
-    fits: Bool[Array, ""]
+    of_hidden: _OfHidden | None = None
+    of_kernel: _OfKernel | None = None
 
 
 def run(skipping: SkippingPass) -> Carry:
@@ -110,25 +104,28 @@ class _SegmentsPass:
     def _with_segments(self, first: Evaluated, counts: Counts) -> Carry:
         packed, initial = self.skipping.packed, self.skipping.initial()
 
-        def step(index: Int[Array, ""] | int, carries: tuple[Carry, _Kept]) -> tuple[Carry, _Kept]:
+        def step(index: Int[Array, ""] | int, carries: tuple[Carry, _Left, Any]) -> tuple[Carry, _Left, Any]:
+            carry, left, fits = carries
             evaluated = self.skipping.evaluate(index)
-            carry, kept = self._add_segments(carries[0], evaluated, self._count(evaluated))
-            return carry, _Kept(*_written(carries[1][:2], kept[:2], index), carries[1].fits & kept.fits)
+            counts = self._count(evaluated)
+            carry, of_chunk = self._add_segments(carry, evaluated, counts)
+            return carry, _written(left, of_chunk, index), fits & self._fits(counts, 1)
 
-        carry, kept = self._add_segments(initial, first, counts)
-        empty = jax.tree.map(lambda part: jnp.zeros_like(part, shape=(packed.num_chunks, *part.shape)), kept[:2])
-        carry, kept = packed.after_first(step, (carry, _Kept(*_written(empty, kept[:2], 0), kept.fits)))
+        carry, of_first = self._add_segments(initial, first, counts)
+        left = jax.tree.map(lambda part: jnp.zeros_like(part, shape=(packed.num_chunks, *part.shape)), of_first)
+        carries = carry, _written(left, of_first, 0), self._fits(counts, 1)
+        carry, left, fits = packed.after_first(step, carries)
         if not packed.has_several_chunks:
-            return self._finished(carry, kept)
+            return self._finished(carry, left)
         return jax.lax.cond(
-            kept.fits,
-            lambda: self._finished(carry, kept),
+            fits,
+            lambda: self._finished(carry, left),
             lambda: packed.loop(lambda size, *args: self._add_whole(*args), initial, (packed.chunk,)),
         )
 
-    def _add_segments(self, carry: Carry, evaluated: Evaluated, counts: Counts) -> tuple[Carry, _Kept]:
+    def _add_segments(self, carry: Carry, evaluated: Evaluated, counts: Counts) -> tuple[Carry, _Left]:
         """Adds a chunk, and returns what it leaves to do after the loop."""
-        chunk, fits = evaluated.chunk, self._fits(counts, 1)
+        chunk, left = evaluated.chunk, _Left()
         of_tokens, of_columns = segments.copy(
             _chunk(evaluated),
             counts,
@@ -139,24 +136,24 @@ class _SegmentsPass:
         )
         skipped = jnp.maximum(*jnp.abs(counts.by_token.sum(axis=1)))
         result = self.skipping.add(carry, evaluated, None, None, skipped)
-        of_hidden = of_kernel = None
         if of_columns is not None and carry.grads.hidden is not None:
             part = self._product(of_columns, evaluated.columns.kernel, chunk.slots.size, carry.grads.hidden.dtype)
             grads = result.grads._replace(hidden=chunk.put(carry.grads.hidden, part))
             result = result._replace(grads=grads)
             shares = _shares(counts.by_column[1])
             of_hidden = _OfHidden(counts.by_token[1].sum(axis=0), shares.astype(chunk.hidden.dtype))
+            left = left._replace(of_hidden=of_hidden)
         if of_tokens is not None:
             shares = _shares(counts.by_token[0]).astype(chunk.hidden.dtype)
             means = self._means(shares, chunk.hidden)
-            of_kernel = _OfKernel(of_tokens, counts.by_column[0].sum(axis=0), means)
-        return result, _Kept(of_hidden, of_kernel, fits)
+            left = left._replace(of_kernel=_OfKernel(of_tokens, counts.by_column[0].sum(axis=0), means))
+        return result, left
 
-    def _finished(self, carry: Carry, kept: _Kept) -> Carry:
+    def _finished(self, carry: Carry, left: _Left) -> Carry:
         """Gradients with what the loop left to do. The kernel's is padded like the kernel."""
         skipping, grads = self.skipping, carry.grads
-        if kept.of_hidden is not None and grads.hidden is not None:
-            factors, shares = kept.of_hidden
+        if left.of_hidden is not None and grads.hidden is not None:
+            factors, shares = left.of_hidden
             kernel, packed = skipping.blocks.head.kernel, skipping.packed
             means = self._means(shares, kernel)
             means = means.repeat(SEGMENT, axis=1)[:, : packed.chunk, : grads.hidden.shape[1]]
@@ -165,8 +162,8 @@ class _SegmentsPass:
                 rest, mode="drop", unique_indices=True, indices_are_sorted=True
             )
             grads = grads._replace(hidden=hidden)
-        if kept.of_kernel is not None:
-            of_tokens, factors, means = kept.of_kernel
+        if left.of_kernel is not None:
+            of_tokens, factors, means = left.of_kernel
             grad = self._product(
                 of_tokens,
                 pad(skipping.operands.hidden, (1,), skipping.blocks.alignment),

@@ -25,8 +25,9 @@ class LossPass:
 
     Attributes:
       kind: `"stats"` is `chunks.stats_pass`; `"fused"` is `chunks.fused_pass`, with the arguments of `rule` for each
-        token, and with `HeadConfig.skip_below` `chunks.skipping_pass`; `"recompute"` is `chunks.recompute_pass`, with maximum, log-sum and `Coefficients`; `"save logits"` and
-        `"saved logits"` are `chunks.stats_and_logits_pass` and `chunks.saved_logits_pass`; with a budget of logits,
+        token, or `chunks.skipping_pass`, with `Coefficients` and `HeadConfig.skip_below`; `"recompute"` is
+        `chunks.recompute_pass`, with maximum, log-sum and `Coefficients`; `"save logits"` and `"saved logits"` are
+        `chunks.stats_and_logits_pass` and `chunks.saved_logits_pass`; with a budget of logits,
         `chunks.stats_and_some_logits_pass` and `chunks.partly_saved_pass`. With a teacher, `"stats"` and `"fused"` are
         `chunks.distillation_pass`, without and with `DistillationCoefficients`. If only columns of the teacher
         are known, they are `chunks.top_k_kl_pass`. With `HeadConfig.top_k`, `"stats"` is `chunks.top_k_pass`.
