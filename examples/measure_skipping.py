@@ -10,6 +10,7 @@ relative to products in float32. docs/skip_gradients.md explains the figures.
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -59,7 +60,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_model_options(parser)
     add = options.add_training_options(parser)
     add("--measure-at", type=COUNT_OR_ZERO, nargs="+", default=[0, 60, 300, 1500], metavar="STEP", help="(%(default)s)")
-    add("--limits", type=NUMBER, nargs="+", default=[2**-12, 2**-14], metavar="X", help="values of ε (2^-12 2^-14)")
+    # With the last one all gradients matter, so that all is computed in full.
+    limits = [2**-12, 2**-14, 2**-60]
+    add("--limits", type=NUMBER, nargs="+", default=limits, metavar="X", help="values of ε (2^-12 2^-14 2^-60)")
     add("--wide", type=COUNT, default=4096, metavar="N", help="hidden size to rotate into (%(default)s)")
     add("--seconds", type=NUMBER, default=0.12, metavar="X", help="of a burst of calls (%(default)s)")
     add("--out", type=Path, default=Path("runs/measure_skipping"), help="folder of the results (%(default)s)")
@@ -96,14 +99,18 @@ class Layer:
         hidden = jax.ShapeDtypeStruct((tokens, hidden_size), dtype)
         labels, grads = jax.ShapeDtypeStruct((tokens,), jnp.int32), jax.ShapeDtypeStruct((tokens, vocab), dtype)
         kernels = {name: jax.ShapeDtypeStruct((hidden_size, vocab), name) for name in ("float32", dtype)}
-        self.floor = jax.jit(three_products).lower(hidden, kernels[dtype], grads).compile()
-        self.programs = {
-            (name, limit): jax.jit(jax.value_and_grad(partial(loss, limit), (0, 1), has_aux=True))
-            .lower(hidden, kernel, labels)
-            .compile()
+        traced = {
+            (name, limit): jax.jit(jax.value_and_grad(partial(loss, limit), (0, 1), has_aux=True)).lower(
+                hidden, kernel, labels
+            )
             for name, kernel in kernels.items()
             for limit in (None, *limits)
         }
+        floor = jax.jit(three_products).lower(hidden, kernels[dtype], grads)
+        with ThreadPoolExecutor() as pool:  # XLA's compiler releases Python's lock
+            compiled = pool.map(lambda each: each.compile(), (floor, *traced.values()))
+            self.floor, *programs = compiled
+        self.programs = dict(zip(traced, programs, strict=True))
 
     def measure(self, hidden: jax.Array, kernel: jax.Array, labels: jax.Array, seconds: float) -> list[Record]:
         """A record of each program."""
