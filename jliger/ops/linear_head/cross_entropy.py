@@ -274,14 +274,8 @@ def fused_linear_cross_entropy(
     arguments = with_products(arguments, products, reduction)
     config = dataclasses.replace(arguments.config, skip_below=skip_gradients_below)
     call = _Call(config, float(label_smoothing), float(z_loss), reduction, arguments.ignore_index)
-    loss, metrics = _fused_linear_cross_entropy(
-        call,
-        arguments.operands,
-        arguments.adapter,
-        arguments.labels,
-        arguments.where,
-        *_weights(arguments, weights, class_weights, normalizer),
-    )
+    arrays = (arguments.operands, arguments.adapter, arguments.labels, arguments.where)
+    loss, metrics = _fused_linear_cross_entropy(call, *arrays, *_weights(arguments, weights, class_weights, normalizer))
     return (loss, metrics) if return_metrics else loss
 
 
