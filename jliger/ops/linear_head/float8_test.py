@@ -151,9 +151,9 @@ def test_row_gradients_are_those_of_the_row_functions_in_8_bits(implementation, 
     assert (as_bytes(grads) == as_bytes(transposed).T).all()
     # Both compute in float32, in another order: a number may fall on the other side of a middle.
     assert (as_bytes(grads) != as_bytes(expected)).mean() < 1e-3
-    matrix = product[:, :190]
+    matrix = product[:, :190] * 1000
     values, transposed = get_float8(implementation, None).both_layouts(matrix, jnp.float32(0.25))
-    assert (as_bytes(values) == as_bytes((matrix * 0.25).astype(E4M3))).all()
+    assert (as_bytes(values) == as_bytes(jnp.clip(matrix * 0.25, -448, 448).astype(E4M3))).all()
     assert (as_bytes(transposed) == as_bytes(values).T).all()
 
 

@@ -17,7 +17,8 @@ def product(left: Float[Array, "M K"], right: Float[Array, "N K"], dtype: jax.ty
 def both_layouts(
     matrix: Float[Array, "M N"], factor: Float[Array, ""]
 ) -> tuple[Float[Array, "M N"], Float[Array, "N M"]]:
-    values = (matrix.astype(jnp.float32) * factor).astype(E4M3)
+    limit = float(jnp.finfo(E4M3).max)
+    values = jnp.clip(matrix.astype(jnp.float32) * factor, -limit, limit).astype(E4M3)
     return values, values.T
 
 

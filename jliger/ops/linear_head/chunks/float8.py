@@ -39,7 +39,9 @@ class _Kernel(NamedTuple):
 
     @classmethod
     def make(cls, config: HeadConfig, operands: Operands, float8: Float8) -> "_Kernel":
-        scale = scale_of(operands.kernel)
+        # The largest entry of every 16th row stands for all: to read a whole float32 kernel took 3 % of the time. An
+        # entry is clipped if it is 56 times larger, and has fewer digits if it is some 256 times smaller.
+        scale = 32 * scale_of(operands.kernel[::16])
         copies = float8.both_layouts(pad(operands.kernel, (0, 1), _ALIGNMENT), 1 / scale)
         by_row, by_column = copies if config.kernel_layout == "hv" else copies[::-1]
         return cls(by_column, by_row, scale)
