@@ -1,5 +1,6 @@
 """Every kernel, in every form it takes, compiles for every supported GPU, on a machine that has none of them."""
 
+import functools
 import itertools
 import re
 import subprocess
@@ -18,6 +19,7 @@ from jliger.ops.logits.distillation import (
     Products,
     get_distillation_rows,
 )
+from jliger.ops.logits.float8 import get_float8
 from jliger.ops.logits.top_k import get_top_logits
 from jliger.ops.logits.top_k_kl import StudentCoefficients, StudentMap, get_student_rows
 from jliger.ops.norms.types import NormConfig, NormInputs, NormSaved
@@ -186,6 +188,52 @@ def test_every_branch_of_every_kernel_of_pairs(branch, tmp_path):
         assemble(launch.ptx, branch["capability"], tmp_path)
         assert_writes_its_results_alone(launch)
         assert not narrow_row_offsets(launch.ptx)
+
+
+@pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(other, marks=pytest.mark.exhaustive) for other in (89, 100, 120))]
+)
+def test_kernels_of_8_bit_operands(capability, tmp_path):
+    tokens, width, stride = 128, 301, 384
+    float8 = get_float8("triton", capability)
+
+    def call(product, block, per_row, coefficients):
+        grads = float8.row_grads(product, block, LogitMap(0.5, 30.0, width), *per_row, coefficients)
+        return grads, float8.both_layouts(product, per_row[0][0])
+
+    def shape(*dims, dtype="float32"):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    block = Block(shape(stride), shape(stride), shape(tokens, dtype="int32"), shape(tokens))
+    shapes = shape(tokens, stride, dtype="bfloat16"), block, (shape(tokens),) * 2, Coefficients(*(shape(tokens),) * 5)
+    found = launches(lowered(call, *shapes, capability=capability))
+    assert [launch.name for launch in found] == ["row_grads_float8_kernel", "both_layouts_kernel"]
+    for launch in found:
+        assemble(launch.ptx, capability, tmp_path)
+        assert_writes_its_results_alone(launch)
+        # Of gradients and their transpose, each thread writes 16 bytes at once.
+        assert "st.global.v4.b32" in launch.ptx
+
+
+def test_8_bit_products_name_the_algorithm_of_cublas():
+    """Without the name, XLA compiles products of its own to compare with, for minutes."""
+    arguments = (
+        jax.ShapeDtypeStruct(dims, dtype)
+        for dims, dtype in (((64, 32), "bfloat16"), ((32, 256), "float32"), ((64,), "int32"))
+    )
+
+    def gradients(hidden, kernel, labels):
+        loss = functools.partial(jliger.fused_linear_cross_entropy, products="float8")
+        return jax.grad(loss, (0, 1))(hidden, kernel, labels)
+
+    with jliger.compute_capability(90):
+        module = jax.jit(gradients).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    products = [line for line in module.splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    for line in products:
+        assert "accumulation_type = f32" in line
+        assert "allow_imprecise_accumulation = true" in line
+        assert re.search(r"contracting_dims = \[1\] x \[1\]", line)
 
 
 TOP_K_BRANCHES = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jliger.bench import processes, report
 
-BENCHMARKS = ("head", "chunk_sizes", "logprobs", "distillation", "top_k", "operations", "mesh")
+BENCHMARKS = ("head", "chunk_sizes", "logprobs", "distillation", "top_k", "operations", "float8", "mesh")
 
 
 def main() -> None:

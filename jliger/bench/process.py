@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from jliger.bench import chunk_sizes, distillation, head, logprobs, measure, mesh, operations, report, top_k
+from jliger.bench import chunk_sizes, distillation, float8, head, logprobs, measure, mesh, operations, report, top_k
 from jliger.bench.measure import Record
 from jliger.bench.problem import Problem
 from jliger.bench.timing import Effort
@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
         report.write_json(arguments.part, result)
 
     if problems := _problems(arguments):
-        first_calls = arguments.first_calls and "head" in arguments.what
+        first_calls = arguments.first_calls and not {"head", "float8"}.isdisjoint(arguments.what)
         programs = measure.Programs([problem for _, problem in problems], time_first_calls=first_calls)
         bandwidth = None
         if jax.default_backend() == "gpu":
@@ -59,4 +59,6 @@ def _problems(arguments: argparse.Namespace) -> list[tuple[str, Problem]]:
             result += [(what, problem) for problem in distillation.problems()]
         elif what == "top_k":
             result += [(what, problem) for problem in top_k.problems()]
+        elif what == "float8":
+            result += [(what, problem) for problem in float8.problems(quick=arguments.quick)]
     return result

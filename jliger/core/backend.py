@@ -60,6 +60,11 @@ def target_compute_capability() -> int | None:
     return _compute_capability.value
 
 
+def capability_in_use() -> int | None:
+    """The capability set by `compute_capability`, or else the lowest of this process's NVIDIA GPUs; None without."""
+    return target_compute_capability() or _present_capability()
+
+
 def fitting_implementation(*arrays: jax.Array) -> Choice:
     """The backend that `implementation=None` means for an operation on these arrays.
 
@@ -67,7 +72,7 @@ def fitting_implementation(*arrays: jax.Array) -> Choice:
     arrays are concrete, the operation runs on their devices. If one is a tracer, the platform is only known at
     lowering.
     """
-    capability = target_compute_capability() or _present_capability()
+    capability = capability_in_use()
     if capability is None or capability < _LOWEST_CAPABILITY:
         return "xla"
     platforms = {None if isinstance(array, jax.core.Tracer) else _platform_of(array) for array in arrays}

@@ -9,15 +9,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax_triton
 import numpy as np
 from jax.interpreters import mlir
 from jax.interpreters.partial_eval import dce_rules
 from jax.sharding import NamedSharding, PartitionSpec
 from jax_triton.triton_lib import triton_kernel_call_p
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
 _INTERPRETER_DTYPES = {
+    "float8_e4m3fn": "fp8e4nv",
+    "float8_e5m2": "fp8e5",
     "float16": "fp16",
     "bfloat16": "bf16",
     "float32": "fp32",
@@ -55,6 +59,23 @@ def _lower_for_others(ctx: mlir.LoweringRuleContext, *operands: Any, **_: Any) -
 
 
 mlir.register_lowering(triton_kernel_call_p, _lower_for_others)
+
+
+def _convert_as_gpus_do(values: np.ndarray, source: Any, target: Any, rounding: Any) -> np.ndarray:
+    """Triton's conversion of floats in its interpreter, but for 8 bits to the nearest, and clipped, as GPUs do.
+
+    That of triton 3.9 carries wrongly where rounding up changes the exponent.
+    """
+    dtype = _FLOAT8_DTYPES.get(target.name) if source.name == "fp32" else None
+    if dtype is None:
+        return _convert_float(values, source, target, rounding)
+    limit = float(jnp.finfo(dtype).max)
+    return np.clip(values.view(np.float32), -limit, limit).astype(dtype).view(np.uint8)
+
+
+_FLOAT8_DTYPES = {"fp8e4nv": jnp.float8_e4m3fn, "fp8e5": jnp.float8_e5m2}
+_convert_float = interpreter._convert_float
+interpreter._convert_float = _convert_as_gpus_do  # pyrefly: ignore[bad-assignment]
 
 # The interpreter patches `triton.language` while it runs, and simulated devices call it from several threads.
 _one_at_a_time = threading.Lock()

@@ -1,5 +1,6 @@
 """Arguments that all operations share: checks, defaults, and which tokens count."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -144,6 +145,18 @@ def _config(options: HeadOptions, arrays: tuple[Any, ...], stats_wanted: StatsWa
         vocab_axes=checks.check_axes("vocab_axis_name", options["vocab_axis_name"]),
         vocab_size=_vocab_size(options["vocab_size"]),
     )
+
+
+def with_products(arguments: Arguments, products: Any, reduction: str = "sum") -> Arguments:
+    """The arguments with the option for 8-bit products, if they fit it."""
+    head_checks.check_products(products, arguments.config, arguments.operands.hidden)
+    if products is not None and reduction == "none":
+        raise NotImplementedError(
+            f"products={products!r} got reduction='none'; pass 'mean' or 'sum', or products=None."
+        )
+    if products is not None and arguments.adapter is not None:
+        raise NotImplementedError(f"products={products!r} got an adapter; pass products=None.")
+    return arguments._replace(config=dataclasses.replace(arguments.config, products=products))
 
 
 def _vocab_size(vocab_size: Any) -> int | None:

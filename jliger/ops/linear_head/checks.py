@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from jliger.core.backend import check_implementation
+from jliger.core.backend import capability_in_use, check_implementation
 from jliger.core.checks import check_choice, check_floating, check_integer, check_number, check_shape
-from jliger.ops.linear_head.types import KernelLayout
+from jliger.ops.linear_head.types import HeadConfig, KernelLayout
 
 _TRITON_DTYPES = (np.dtype("float32"), np.dtype("float16"), jnp.dtype("bfloat16"))
 _LAYOUTS = {"hv": "[H, V]", "vh": "[V, H]"}
@@ -144,6 +145,26 @@ def as_logits_dtype(dtype: Any, hidden: Any, implementation: str | None) -> np.d
     if implementation == "triton" and dtype not in _TRITON_DTYPES:
         raise TypeError(f"logits_dtype got {dtype}; the Triton kernels take float32, bfloat16 and float16.")
     return dtype
+
+
+def check_products(products: Any, config: HeadConfig, hidden: Any) -> None:
+    """Checks the option for 8-bit products against what they support."""
+    check_choice("products", products, ("float8", None))
+    if products is None:
+        return
+    for name, dtype in (("hidden", hidden.dtype), ("logits_dtype", config.logits_dtype)):
+        if dtype not in (np.dtype("float32"), jnp.dtype("bfloat16")):
+            raise TypeError(f"{name} got dtype {dtype} with products={products!r}; pass bfloat16 or float32.")
+    if config.precision != jax.config.jax_default_matmul_precision:
+        raise ValueError(
+            f"precision got {config.precision!r} with products={products!r}, of 8-bit operands; pass None."
+        )
+    capability = capability_in_use()
+    if config.implementation != "xla" and capability is not None and capability < 89:
+        raise ValueError(
+            f"products={products!r} needs a GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell), and got "
+            f"one of {capability / 10}; pass products=None."
+        )
 
 
 def triton_takes(hidden: Any, logits_dtype: np.dtype) -> bool:

@@ -15,8 +15,15 @@ from jliger.core.dtypes import accumulator_dtype
 from jliger.core.meshes import as_varying, varying_axes
 from jliger.ops.linear_head import gradients, sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
-from jliger.ops.linear_head.arguments import Arguments, HeadOptions, column_validity, head_arguments, with_tokens
-from jliger.ops.linear_head.types import HeadConfig, Operands
+from jliger.ops.linear_head.arguments import (
+    Arguments,
+    HeadOptions,
+    column_validity,
+    head_arguments,
+    with_products,
+    with_tokens,
+)
+from jliger.ops.linear_head.types import HeadConfig, Operands, Products
 from jliger.ops.logits import StatsWanted
 from jliger.ops.logits.objectives import LossArrays
 from jliger.ops.logits.unit_loss import LinearLogprobs, UnitLoss
@@ -45,6 +52,7 @@ def fused_linear_loss(
     *,
     units: Units,
     has_aux: Literal[False] = False,
+    products: Products | None = None,
     **options: Unpack[HeadOptions],
 ) -> Float[Array, ""]: ...
 
@@ -59,6 +67,7 @@ def fused_linear_loss(
     *,
     units: Units,
     has_aux: Literal[True],
+    products: Products | None = None,
     **options: Unpack[HeadOptions],
 ) -> tuple[Float[Array, ""], Any]: ...
 
@@ -73,6 +82,7 @@ def fused_linear_loss(
     *,
     units: Units,
     has_aux: bool,
+    products: Products | None = None,
     **options: Unpack[HeadOptions],
 ) -> Float[Array, ""] | tuple[Float[Array, ""], Any]: ...
 
@@ -86,6 +96,7 @@ def fused_linear_loss(
     *,
     units: Units,
     has_aux: bool = False,
+    products: Products | None = None,
     **options: Unpack[HeadOptions],
 ) -> Any:
     r"""The sum of any loss of log-probabilities under a linear head, without the logits `[tokens, V]`.
@@ -125,6 +136,7 @@ def fused_linear_loss(
         `labels` first (tokens), or its first dimension (rows), and `loss_fn` gets them without these. No gradient.
       units: `"tokens"`, or `"rows"` of the first axis of `labels`.
       has_aux: whether `loss_fn` returns auxiliary arrays. They carry no gradient.
+      products: as in `jliger.fused_linear_cross_entropy`. Ratios of log-probabilities amplify the errors of `"float8"`.
       **options: those of `jliger.linear_logprobs` without `keep_logits`. `chunk_size` is that of
         `jliger.fused_linear_cross_entropy`.
 
@@ -168,7 +180,9 @@ def fused_linear_loss(
       >>> print(total.shape, logprobs.shape)
       () (1, 2)
     """
-    return summed_losses(loss_fn, hidden, kernel, labels, args, units=units, has_aux=has_aux, **options)
+    return summed_losses(
+        loss_fn, hidden, kernel, labels, args, units=units, has_aux=has_aux, products=products, **options
+    )
 
 
 def summed_losses(
@@ -181,6 +195,7 @@ def summed_losses(
     *,
     units: Units,
     has_aux: bool,
+    products: Products | None = None,
     **options: Unpack[HeadOptions],
 ) -> Any:
     """`fused_linear_loss`, with arrays `shared` that `loss_fn` gets after those of the unit, the same for all units."""
@@ -191,6 +206,7 @@ def summed_losses(
         )
     checks.check_choice("units", units, ("tokens", "rows"))
     arguments = head_arguments(hidden, kernel, labels, stats_wanted=StatsWanted(), **options)
+    arguments = with_products(arguments, products)
     if units == "rows" and not arguments.labels.ndim:
         raise ValueError("labels got a scalar with units='rows'; pass an array whose first axis is that of the rows.")
     unit_ndim = 1 if units == "rows" else arguments.labels.ndim

@@ -42,7 +42,7 @@ class _Stats(NamedTuple):
     mean_logit: Any
 
 
-class _Coefficients(NamedTuple):
+class Coefficients(NamedTuple):
     """The `jliger.ops.logits.Coefficients` of one row, or pointers to those of all rows, `[T]` each."""
 
     probability: Any
@@ -69,8 +69,8 @@ class _Factors(NamedTuple):
 
 
 @triton.jit
-def _load_coefficients(pointers, index):
-    return _Coefficients(
+def load_coefficients(pointers, index):
+    return Coefficients(
         tl.load(pointers.probability + index),
         tl.load(pointers.label + index),
         load_or_none(pointers.probability_lse, index),
@@ -96,7 +96,7 @@ def _store_stats_of_row(stats, index, row, label, SHAPE: tl.constexpr, TILE: tl.
 
 
 @triton.jit
-def _factors(coefficients, row_max, log_sum):
+def factors_of(coefficients, row_max, log_sum):
     """The factors, which are the same for all columns of a row and are computed once per row."""
     probability = coefficients.probability
     if coefficients.probability_lse is not None:
@@ -109,7 +109,7 @@ def _factors(coefficients, row_max, log_sum):
 
 
 @triton.jit
-def _logit_grads(row, columns, inside, row_max, factors, label, SHAPE: tl.constexpr, EVICTION: tl.constexpr):
+def logit_grads(row, columns, inside, row_max, factors, label, SHAPE: tl.constexpr, EVICTION: tl.constexpr):
     """Gradients by the products in some columns.
 
     `label` is subtracted in all of them: pass `factors.label` for the label's column, 0 for a tile.
@@ -134,7 +134,7 @@ def _store_grads_of_tile(
 ):
     columns = tile_columns(start, TILE)  # [LANES, VECTOR]
     inside = columns_inside(columns, row, WHOLE)
-    grads = _logit_grads(row, columns, inside, row_max, factors, 0.0, SHAPE, "evict_first")
+    grads = logit_grads(row, columns, inside, row_max, factors, 0.0, SHAPE, "evict_first")
     store_tile(grads_ptr, columns, inside, grads, SHAPE)
 
 
@@ -142,7 +142,7 @@ def _store_grads_of_tile(
 def _store_grads_of_row(grads_ptr, row, label, row_max, factors, SHAPE: tl.constexpr, TILE: tl.constexpr):
     """Writes the gradients of a row, in one pass from the last column to the first."""
     # Computed before the loop: the latency of its load overlaps with the loop.
-    label_grad = _logit_grads(row, label, is_column(label, row), row_max, factors, factors.label, SHAPE, "")
+    label_grad = logit_grads(row, label, is_column(label, row), row_max, factors, factors.label, SHAPE, "")
     # First the padding, and the masked remainder in the tile before it.
     whole = whole_tiles(row, TILE)
     store_padding(grads_ptr, whole + TILE.size, SHAPE, TILE)
@@ -198,12 +198,12 @@ def row_grads_kernel(
 ):
     index = tl.program_id(0).to(tl.int64)
     row = row_at(index, product_ptr, bias_ptr, class_weights_ptr, inverse_temperature_ptr, width_ptr, SHAPE)
-    coefficients = _Coefficients(
+    coefficients = Coefficients(
         probability_ptr, label_coefficient_ptr, probability_lse_ptr, smoothing_ptr, probability_logit_ptr
     )
     label = tl.load(labels_ptr + index)
     row_max = tl.load(max_ptr + index)
-    factors = _factors(_load_coefficients(coefficients, index), row_max, tl.load(log_sum_ptr + index))
+    factors = factors_of(load_coefficients(coefficients, index), row_max, tl.load(log_sum_ptr + index))
     _store_grads_of_row(grads_ptr + index * SHAPE.stride, row, label, row_max, factors, SHAPE, TILE)
 
 
@@ -234,11 +234,11 @@ def row_stats_and_grads_kernel(
     row = row_at(index, product_ptr, bias_ptr, class_weights_ptr, inverse_temperature_ptr, width_ptr, SHAPE)
     label = tl.load(labels_ptr + index)
     # Loaded before the first pass, so that the second pass does not wait for them.
-    coefficients = _Coefficients(
+    coefficients = Coefficients(
         probability_ptr, label_coefficient_ptr, probability_lse_ptr, smoothing_ptr, probability_logit_ptr
     )
-    coefficients = _load_coefficients(coefficients, index)
+    coefficients = load_coefficients(coefficients, index)
     stats = _Stats(max_ptr, log_sum_ptr, label_logit_ptr, prediction_ptr, weighted_sum_ptr, mean_logit_ptr)
     row_max, log_sum = _store_stats_of_row(stats, index, row, label, SHAPE, TILE)
-    factors = _factors(coefficients, row_max, log_sum)
+    factors = factors_of(coefficients, row_max, log_sum)
     _store_grads_of_row(grads_ptr + index * SHAPE.stride, row, label, row_max, factors, SHAPE, TILE)

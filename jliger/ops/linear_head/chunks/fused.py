@@ -11,9 +11,8 @@ from jaxtyping import Array, Float, Int
 from jliger.core.meshes import as_varying, varying_axes
 from jliger.ops.linear_head.chunks.grad_accumulators import add_chunk, after_chunks, before_chunks
 from jliger.ops.linear_head.chunks.matmuls import logits_product
-from jliger.ops.linear_head.chunks.packed_rows import PackedRows
-from jliger.ops.linear_head.chunks.packed_tokens import Chunk, PackedTokens, write_stats
-from jliger.ops.linear_head.chunks.sizes import forward_chunk
+from jliger.ops.linear_head.chunks.packed_rows import pack_units
+from jliger.ops.linear_head.chunks.packed_tokens import Chunk, write_stats
 from jliger.ops.linear_head.chunks.vocab_blocks import Blocks
 from jliger.ops.linear_head.types import GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import Coefficients, RowStats, get_rows
@@ -47,14 +46,9 @@ def fused_pass(
     """
     rows = get_rows(config.implementation, config.compute_capability)
     dtype = operands.hidden.dtype
-    num_tokens, vocab = operands.labels.shape[0], operands.kernel.shape[config.vocab_dim]
+    vocab = operands.kernel.shape[config.vocab_dim]
     blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
-    if row_length is None:
-        packed = PackedTokens.of(operands, forward_chunk(config, num_tokens, vocab))
-        loop = functools.partial(packed.loop, sizes=(packed.chunk,))
-    else:
-        packed = PackedRows.make(config, operands, vocab, row_length)
-        loop = packed.loop
+    packed, loop = pack_units(config, operands, vocab, row_length)
     in_own_scale = dtype == jnp.float16 and rule.needs_stats
 
     def step(size: int, index: Int[Array, ""] | int, carry: tuple[Any, Gradients]) -> tuple[Any, Gradients]:

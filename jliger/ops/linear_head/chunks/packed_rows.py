@@ -14,8 +14,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jliger.ops.linear_head.chunks.packed_tokens import PackedTokens, Part, run_with_fitting_size, take
-from jliger.ops.linear_head.chunks.sizes import is_symbolic, part_sizes, rows_of_chunk
+from jliger.ops.linear_head.chunks.sizes import forward_chunk, is_symbolic, part_sizes, round_up, rows_of_chunk
 from jliger.ops.linear_head.types import HeadConfig, Operands
+
+
+def pack_units(
+    config: HeadConfig, operands: Operands, vocab: int, row_length: int | None, alignment: int = 1
+) -> tuple["PackedTokens | PackedRows", Callable[..., Any]]:
+    """The counted tokens in chunks of whole units, and the loop over the chunks.
+
+    A unit is a row of `row_length` tokens, or a token if that is None; chunks of tokens then have a multiple of
+    `alignment`.
+    """
+    if row_length is not None:
+        rows = PackedRows.make(config, operands, vocab, row_length)
+        return rows, rows.loop
+    chunk = round_up(forward_chunk(config, operands.labels.shape[0], vocab), alignment)
+    tokens = PackedTokens.of(operands, chunk)
+    return tokens, functools.partial(tokens.loop, sizes=(tokens.chunk,))
 
 
 class PackedRows(NamedTuple):

@@ -59,7 +59,8 @@ def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, arrays: Lo
     shape = operands.labels.shape
     of_units = shape[: len(shape) - loss_pass.row_ndim]
     of_tokens = jax.tree.map(
-        lambda array: array.reshape(*shape, *array.shape[1:]), (result.stats, result.scales, result.row_of)
+        lambda array: array.reshape(*shape, *array.shape[1:]),
+        (result.stats, result.scales, result.row_of, result.skipped),
     )
     of_logits = loss_pass.saved_shape or shape
     return Result(
@@ -70,6 +71,7 @@ def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, arrays: Lo
         row_of=of_tokens[2],
         losses=jax.tree.map(lambda array: array.reshape(*of_units, *array.shape[1:]), result.losses),
         scales=of_tokens[1],
+        skipped=of_tokens[3],
     )
 
 
@@ -80,7 +82,7 @@ def _run_chunks(
     config, wanted, per_token = loss_pass.config, _dtypes_of_sums(loss_pass, plan, operands), arrays.per_token
     merge = functools.partial(_merged, plan.columns, start) if plan.columns else None
     stats: Stats | None = None
-    grads = logits = logit_rows = row_of = scales = None
+    grads = logits = logit_rows = row_of = scales = skipped = None
     if isinstance(config.teacher, TopKDivergence):
         coefficients = per_token[0] if per_token else None
         merge_student = student_merge(config.teacher.temperature, plan.columns, start) if plan.columns else None
@@ -92,6 +94,9 @@ def _run_chunks(
     elif config.top_k is not None:
         stats = chunks.top_k_pass(config, operands)
         stats = top_k_merge(plan.columns, start, stats) if plan.columns else stats
+    elif config.products is not None:
+        stats, grads = chunks.float8_pass(config, wanted, operands, loss_pass.rule, arrays, merge, loss_pass.row_length)
+        grads = None if loss_pass.kind == "stats" else grads
     elif loss_pass.kind == "stats":
         stats = chunks.stats_pass(config, operands, low_memory=loss_pass.low_memory)
     elif loss_pass.saved_shape is not None:
@@ -105,20 +110,27 @@ def _run_chunks(
     elif loss_pass.kind == "saved logits":
         saved_pass = chunks.saved_logits_pass if config.logits_budget is None else chunks.partly_saved_pass
         grads = saved_pass(config, wanted, operands, *per_token)
+    elif loss_pass.skips:
+        if merge is not None:
+            raise NotImplementedError(
+                "skip_gradients_below got a vocabulary that is sharded over devices; shard the tokens instead, or pass "
+                "None."
+            )
+        stats, grads, skipped = chunks.skipping_pass(config, wanted, operands, *per_token)
     elif loss_pass.kind == "fused":
         length = loss_pass.row_length
         stats, grads, scales = chunks.fused_pass(config, wanted, operands, loss_pass.rule, arrays, merge, length)
     else:
         grads = chunks.recompute_pass(config, wanted, operands, *per_token)
     if isinstance(stats, RowStats):
-        if merge is not None and loss_pass.kind != "fused":
+        if merge is not None and loss_pass.kind != "fused" and config.products is None:
             stats = merge(stats)
         if operands.counted is not None:
             stats = stats._replace(prediction=jnp.where(operands.counted, stats.prediction, -1))
         if loss_pass.unit_loss is not None:
             losses = loss_pass.unit_loss.losses(stats, arrays)
             return Result(None, grads, losses=losses, scales=scales if loss_pass.has_scales else None)
-    return Result(stats, grads, logits, logit_rows, row_of)
+    return Result(stats, grads, logits, logit_rows, row_of, skipped=skipped)
 
 
 def _merged(columns: Axes, start: Int[Array, ""] | int, stats: RowStats) -> RowStats:
@@ -148,7 +160,8 @@ def _run_without_tokens(loss_pass: LossPass, plan: Plan, operands: Operands) -> 
             result = result._replace(logit_rows=numbers[0], row_of=numbers[1])
         return result._replace(logits=logits)
     grads = chunks.zero_gradients(_dtypes_of_sums(loss_pass, plan, operands), operands)
-    return result._replace(grads=_reduce(loss_pass, plan, grads, operands))
+    skipped = rows if loss_pass.skips else None
+    return result._replace(grads=_reduce(loss_pass, plan, grads, operands), skipped=skipped)
 
 
 def _flatten_arrays(loss_pass: LossPass, arrays: LossArrays, operands: Operands) -> LossArrays:
