@@ -119,15 +119,19 @@ def batches(records: list[Record]) -> str:
 
 def largest(records: list[Record]) -> str:
     """The largest batch of none and of all that was measured and fits."""
+    at: dict[tuple[Any, ...], dict[bool, Record]] = {}
+    for record in sorted(records, key=lambda record: record["batch"]):
+        if not record["out_of_memory"]:
+            at.setdefault((record["model"], record["is_remat"]), {})[bool(record["kernels"])] = record
     rows = []
-    for model, is_remat in sorted({(r["model"], r["is_remat"]) for r in records}):
-        own = [r for r in records if (r["model"], r["is_remat"]) == (model, is_remat) and not r["out_of_memory"]]
-        sides = [
-            max((r for r in own if bool(r["kernels"]) == is_all), key=lambda record: record["batch"])
-            for is_all in (False, True)
-        ]
-        cells = [cell for side in sides for cell in (str(side["batch"]), speed(side), peak(side))]
-        rows.append([MODELS[model], "yes" if is_remat else "no", *cells, compared(sides[1], sides[0])[0]])
+    for (model, is_remat), by in sorted(at.items()):
+        if len(by) == 2:
+            cells = [
+                cell
+                for is_all in (False, True)
+                for cell in (str(by[is_all]["batch"]), speed(by[is_all]), peak(by[is_all]))
+            ]
+            rows.append([MODELS[model], "yes" if is_remat else "no", *cells, compared(by[True], by[False])[0]])
     sides = ("plain XLA, sequences", "tokens/s", "peak GiB", "jliger, sequences", "tokens/s", "peak GiB")
     return markdown(("model", "remat", *sides, "times as fast"), rows, left=2)
 
