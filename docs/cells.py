@@ -12,7 +12,8 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int =
 
 
 def percent(share: float | None) -> str:
-    return NOTHING if share is None else f"{100 * share:.1f} %"
+    # + 0.0 makes 0 of -0.
+    return NOTHING if share is None else f"{round(100 * share, 1) + 0.0:.1f} %"
 
 
 def mib(amount: float | None) -> str:

@@ -63,7 +63,7 @@ def claims_table(folder: Path, page: Path) -> str:
     """Each claim with what was measured: memory and throughput of the same step with full logits and with jliger."""
     del page
     sharded_path, tuned = folder / "train_sharded_h200x4.json", folder / "finetune_h100.json"
-    tuned_mesh, adapted = folder / "finetune_h100x4.json", folder / "finetune_lora_h100.json"
+    tuned_mesh, adapted = folder / "finetune_h100x4.json", folder / "finetune_lora_h200.json"
     posted, medusa = folder / "post_training_h100.json", folder / "medusa_h100.json"
     vision = folder / "vlm_sft_h100_vocabulary.json"
 
@@ -81,9 +81,9 @@ def claims_table(folder: Path, page: Path) -> str:
         row("Llama 3 8B, fine-tuning, FSDP, 512 tokens", "−40 %, +20 %", tuned_mesh, "4 × H100", shape("llama-3-8b")),
         row("Qwen2 7B, fine-tuning, FSDP, 512 tokens", "−50 %, +10 %", tuned_mesh, "4 × H100", shape("qwen2-7b")),
         row("Gemma 7B, fine-tuning, FSDP, 512 tokens", "−33 %, +24 %", tuned_mesh, "4 × H100", shape("gemma-7b")),
-        row("Llama 3 8B, LoRA, 512 tokens", "", adapted, "H100", shape("llama-3-8b")),
-        row("Qwen2 7B, LoRA, 512 tokens", "", adapted, "H100", shape("qwen2-7b")),
-        row("Gemma 7B, LoRA, 512 tokens", "", adapted, "H100", shape("gemma-7b")),
+        row("Llama 3 8B, LoRA, 512 tokens", "", adapted, "H200", shape("llama-3-8b")),
+        row("Qwen2 7B, LoRA, 512 tokens", "", adapted, "H200", shape("qwen2-7b")),
+        row("Gemma 7B, LoRA, 512 tokens", "", adapted, "H200", shape("gemma-7b")),
         row("Gemma 2 2B, fine-tuning, 512 tokens", "", tuned, "H100", shape("gemma-2-2b")),
         row("Llama 3.2 1B, fine-tuning, 512 tokens", "", tuned, "H100", shape("llama-3.2-1b")),
         row("Qwen3 0.6B, fine-tuning, 512 tokens", "", tuned, "H100", shape("qwen3-0.6b")),

@@ -117,6 +117,29 @@ def batches(records: list[Record]) -> str:
     return markdown((*headings, "times as fast", "memory saved"), rows, left=3)
 
 
+def largest(records: list[Record]) -> str:
+    """The largest batch of none and of all that was measured and fits."""
+    at: dict[tuple[Any, ...], dict[bool, Record]] = {}
+    for record in sorted(records, key=lambda record: record["batch"]):
+        if not record["out_of_memory"]:
+            at.setdefault((record["model"], record["is_remat"]), {})[bool(record["kernels"])] = record
+    rows = []
+    for (model, is_remat), by in sorted(at.items()):
+        if len(by) == 2:
+            cells = [
+                cell
+                for is_all in (False, True)
+                for cell in (str(by[is_all]["batch"]), speed(by[is_all]), peak(by[is_all]))
+            ]
+            rows.append([MODELS[model], "yes" if is_remat else "no", *cells, compared(by[True], by[False])[0]])
+    sides = ("plain XLA, sequences", "tokens/s", "peak GiB", "jliger, sequences", "tokens/s", "peak GiB")
+    return markdown(("model", "remat", *sides, "times as fast"), rows, left=2)
+
+
+def is_none_or_all(record: Record) -> bool:
+    return len(record["kernels"]) != 1 and not record["offload"]
+
+
 def times(records: list[Record]) -> str:
     """The time of a step's kernels by kind."""
     traced = sorted(records, key=order)
@@ -214,7 +237,8 @@ def plot(name: str) -> Callable[[Path, Path], str]:
 
 STUDY_KINDS: dict[str, Callable[[Path, Path], str]] = {
     "study_switches": kind(switches, is_of_switches),
-    "study_batches": kind(batches, lambda record: len(record["kernels"]) != 1 and not record["offload"]),
+    "study_batches": kind(batches, is_none_or_all),
+    "study_largest": kind(largest, is_none_or_all),
     "study_times": kind(times, lambda record: "milliseconds_by_kind" in record),
     "study_losses": kind(losses, is_of_switches),
     "study_offloads": kind(offloads, lambda record: bool(record["offload"])),

@@ -31,7 +31,7 @@ from llama import LlamaConfig, Tree
 from matplotlib.axes import Axes
 from options import COUNT_OR_ZERO
 from runs import PLOT, Record, RunError
-from sweeps import without_folder
+from sweeps import read_results, without_folder
 from training import TrainingConfig, text_training, train
 
 import jliger
@@ -39,6 +39,8 @@ from jliger.bench.report import environment
 
 Curves = dict[int, dict[int, float]]  # by seed and step
 RESULTS, TABLE = "results.json", "table.txt"
+# Parameters of fused_linear_cross_entropy that are the same for all variants.
+GIVEN = {"hidden", "kernel", "labels", "where", "reduction", "kernel_layout"}
 
 
 def variant(text: str) -> tuple[str, Record]:
@@ -46,11 +48,13 @@ def variant(text: str) -> tuple[str, Record]:
     name, _, keywords = text.partition(":")
     try:
         chosen = json.loads(keywords or "{}")
-        unknown = set(chosen) - set(inspect.signature(jliger.fused_linear_cross_entropy).parameters)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME:JSON ({error})") from error
+    if not isinstance(chosen, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME:JSON (JSON must be an object)")
+    unknown = set(chosen) - (set(inspect.signature(jliger.fused_linear_cross_entropy).parameters) - GIVEN)
     if not name or "/" in name or unknown:
-        wrong = f"fused_linear_cross_entropy has no option {', '.join(sorted(unknown))}" if unknown else "bad name"
+        wrong = f"there is no option {', '.join(sorted(unknown))} to choose" if unknown else "bad name"
         raise argparse.ArgumentTypeError(f"{text!r}: {wrong}")
     return name, chosen
 
@@ -71,6 +75,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options.check(parser, args)
     if len(dict(args.variants)) < len(args.variants):
         parser.error("--variants: a name occurs twice")
+    if len(set(args.seeds)) < len(args.seeds) or max(args.seeds) >= 2**31:
+        parser.error("--seeds: each must be below 2**31 and occur once")
     return args
 
 
@@ -128,13 +134,18 @@ def train_all(args: argparse.Namespace) -> Record:
 
 def merged(args: argparse.Namespace) -> Record:
     """The results of several files that differ in their seeds alone."""
-    results = [runs.read_json(path) for path in args.report]
+    results = [
+        read_results(path, ("variant", "seed", "heldout"), ("environment", "settings", "variants"))
+        for path in args.report
+    ]
     for path, each in zip(args.report, results, strict=True):
         if any(each[key] != results[0][key] for key in ("settings", "variants")):
             raise RunError(f"--report: {path} has other settings or variants than {args.report[0]}")
     runs.open_folder(args, results[0]["settings"], [])
     commands = "\n".join(each["environment"]["command"] for each in results)
     records = [record for each in results for record in each["records"]]
+    if len({(record["variant"], record["seed"]) for record in records}) < len(records):
+        raise RunError("--report: a seed occurs twice")
     return {**results[0], "environment": {**results[0]["environment"], "command": commands}, "records": records}
 
 

@@ -91,6 +91,7 @@ def adamw(millions: int, calls: int, where: str) -> Record:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     about, records = {**environment(), "command": command}, []
     updates = (adamw(count, args.calls, where) for where in PLACES for count in args.millions)
     for record in chain(copies(args.mebibytes, args.calls), updates):

@@ -16,18 +16,38 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from options import COUNT, parser_of
 from reporting import table
-from runs import CONFIG, Record, RunError, read_json, read_metrics, write_json
+from runs import CONFIG, Record, RunError, read_json, read_metrics, run_program, write_json
 from sweeps import without_folder
 
 PROGRAM = Path(__file__).with_name("train_sharded.py")
 
 
-def start(args: argparse.Namespace, folder: Path, count: int, *more: str) -> subprocess.Popen[str]:
-    """Starts training in a folder on so many devices."""
+@dataclass(frozen=True)
+class Training:
+    """A process that trains; `log` has its messages, since a pipe that nobody reads could fill up."""
+
+    process: subprocess.Popen[str]
+    log: Path
+
+    def finish(self, code: int = 0) -> None:
+        if self.process.wait() != code:
+            last = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise RunError(f"train_sharded.py ended with code {self.process.returncode}, not {code}: {' '.join(last)}")
+
+    def wait_for(self, is_there: Callable[[], bool]) -> None:
+        while self.process.poll() is None and not is_there():
+            time.sleep(0.02)
+
+
+def start(args: argparse.Namespace, cleanup: ExitStack, folder: Path, count: int, *more: str) -> Training:
+    """Starts training in a folder on so many devices; `cleanup` ends it if it still runs."""
     given = ["--steps", args.steps, "--checkpoint-every", 2, "--no-progress", *args.rest, "--mesh", f"fsdp={count}"]
     given += ["--devices", count] if args.simulate else []
     # Two runs may share the devices.
@@ -36,14 +56,12 @@ def start(args: argparse.Namespace, folder: Path, count: int, *more: str) -> sub
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(count)))
     command = [sys.executable, str(PROGRAM), "--out", str(folder), *map(str, given), *more]
     environment = {**os.environ, **variables}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen[str], code: int = 0) -> None:
-    _, errors = process.communicate()
-    if process.returncode != code:
-        last = errors.strip().splitlines()[-1:]
-        raise RunError(f"train_sharded.py ended with code {process.returncode}, not {code}: {' '.join(last)}")
+    log = folder.with_suffix(".log")
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=file, text=True)
+    cleanup.callback(process.wait)
+    cleanup.callback(process.kill)
+    return Training(process, log)
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -51,33 +69,29 @@ def losses(folder: Path) -> dict[int, float]:
     return {step: record["loss"] for step, record in read_metrics(folder).get("train", {}).items()}
 
 
-def wait_for(process: subprocess.Popen[str], is_there: Callable[[], bool]) -> None:
-    while process.poll() is None and not is_there():
-        time.sleep(0.02)
-
-
-def measure(args: argparse.Namespace, folder: Path) -> Record:
+def measure(args: argparse.Namespace, folder: Path, cleanup: ExitStack) -> Record:
     """The losses of a run that nothing broke, and of the continued ones."""
+    begin = partial(start, args, cleanup)
     whole, killed, again = (folder / name for name in ("whole", "killed", "again"))
-    unbroken = start(args, whole, args.count)
+    unbroken = begin(whole, args.count)
     # The text has been tokenized by then, and the next run finds the tokens.
-    wait_for(unbroken, (whole / CONFIG).exists)
-    victim = start(args, killed, args.count)
-    wait_for(victim, lambda: args.kill_after in losses(killed))
-    victim.send_signal(signal.SIGKILL)
-    finish(victim, -signal.SIGKILL)
+    unbroken.wait_for((whole / CONFIG).exists)
+    victim = begin(killed, args.count)
+    victim.wait_for(lambda: args.kill_after in losses(killed))
+    victim.process.send_signal(signal.SIGKILL)
+    victim.finish(-signal.SIGKILL)
     seen = max(losses(killed))
     if seen >= args.steps - 1:
         raise RunError(f"the run was at step {seen} before it could be killed; raise --steps")
     shutil.copytree(killed, again)
     half, middle = args.count // 2, (seen + args.steps) // 2
     both = [
-        start(args, killed, half, "--resume", "--stop-at", str(middle)),
-        start(args, again, args.count, "--resume"),
+        begin(killed, half, "--resume", "--stop-at", str(middle)),
+        begin(again, args.count, "--resume"),
     ]
-    for process in (*both, unbroken):
-        finish(process)
-    finish(start(args, killed, args.count, "--resume"))
+    for each in (*both, unbroken):
+        each.finish()
+    begin(killed, args.count, "--resume").finish()
     runs = {
         "unbroken": whole,
         f"killed, on {half} up to {middle}, on {args.count}": killed,
@@ -121,14 +135,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.count % 2 or args.kill_after >= args.steps - 1:
         parser.error("--count must be even, and --kill-after two steps or more before --steps")
     own = map(without_folder, sys.argv[1:] if argv is None else argv)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            result = {
-                **measure(args, Path(folder)),
-                "command": " ".join(["python", "examples/kill_and_resume.py", *own]),
-            }
-        except RunError as error:
-            sys.exit(f"kill_and_resume: error: {error}")
+    command = " ".join(["python", "examples/kill_and_resume.py", *own])
+    run_program("kill_and_resume", partial(run, command=command), args, "nothing was written")
+
+
+def run(args: argparse.Namespace, command: str) -> None:
+    # A folder that can't be made would be noticed too late.
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as cleanup:
+        result = {**measure(args, Path(folder), cleanup), "command": command}
     write_json(args.out, result)
     args.out.with_suffix(".txt").write_text(text_of(result) + "\n", encoding="utf-8")
     print(text_of(result))

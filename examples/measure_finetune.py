@@ -164,7 +164,7 @@ def largest(args: argparse.Namespace, tuning: Tuning, batch_size: int) -> Prepar
 def run(args: argparse.Namespace) -> None:
     if args.largest and device_memory("bytes_limit") is None:
         raise RunError("--largest needs a device that says how much memory it has")
-    mesh = make_mesh(args.mesh) if jax.device_count() > 1 else None
+    mesh = make_mesh(args.mesh) if jax.device_count() > 1 or args.mesh else None
     tunings = {head: tuning_of(args, head, mesh) for head in decoder.HEAD_NAMES if head in args.head}
     with nullcontext() if mesh is None else jax.set_mesh(mesh):
         measure_all(args, tunings)

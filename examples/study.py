@@ -25,10 +25,10 @@ import study_plot
 from llama import parameter_count
 from measuring import Records, in_words, measured, rates
 from options import COUNT, DTYPES, NUMBER
-from runs import DeviceMemoryError, Record, read_json, run_program, write_json
+from runs import DeviceMemoryError, Record, RunError, run_program, write_json
 from study_model import KERNELS, OFFLOADS, SHAPES, Setup, step_of
 from study_trace import milliseconds_by_kind
-from sweeps import run_child
+from sweeps import KEPT, parts_of, read_results, run_child, without_folder
 from tqdm import tqdm
 from training import compile_step, device_memory, device_memory_errors
 
@@ -146,34 +146,39 @@ def name_of(record: Record) -> str:
     return ", ".join([*filter(None, words), f"batch {record['batch']}"])
 
 
+def child(args: argparse.Namespace, group: Sequence[Record]) -> Record | None:
+    """What a process measures of some configurations."""
+    traces = [] if args.traces is None else ["--traces", args.traces, "--trace-batch", *args.trace_batch]
+    own = ["--steps", args.steps, "--timed-seconds", args.timed_seconds, "--compilers", args.compilers, *traces]
+    own += ["--no-progress"] if args.no_progress else []
+    return run_child(
+        name_of(group[0]) + (f" and {len(group) - 1} more" if len(group) > 1 else ""),
+        "study.py",
+        [*own, "--setups", json.dumps(group), "--records"],
+        args.timeout,
+        # With the memory in one piece, what has been freed is there for the next configuration.
+        {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": f"{args.host_gib}"},
+    )
+
+
 def run(args: argparse.Namespace, command: str) -> None:
     if args.records is not None:
         measure_all(args)
         return
     out: Path = args.out
-    records = {key_of(record): record for record in read_json(out)["records"]} if out.exists() else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    earlier = read_results(out, asdict(Setup("tiny")))["records"] if out.exists() else []
+    records = {key_of(record): record for record in earlier}
     setups = {key_of(asdict(setup)): asdict(setup) for setup in setups_of(args)}
     groups = [[setup for key, setup in setups.items() if args.again or key not in records]]
     if args.separate:
         groups = [[setup] for setup in groups[0]]
-    for group in filter(None, groups):
-        traces = [] if args.traces is None else ["--traces", args.traces, "--trace-batch", *args.trace_batch]
-        own = ["--steps", args.steps, "--timed-seconds", args.timed_seconds, "--compilers", args.compilers, *traces]
-        own += ["--no-progress"] if args.no_progress else []
-        found = run_child(
-            f"{len(group)} configurations",
-            "study.py",
-            [*own, "--setups", json.dumps(group), "--records"],
-            args.timeout,
-            # With the memory in one piece, what has been freed is there for the next configuration.
-            {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": f"{args.host_gib}"},
-        )
-        if found is not None:
-            environment = {**found["environment"], "command": command}
-            records |= {key_of(record): {**record, "environment": environment} for record in found["records"]}
-            write_json(out, {"records": list(records.values())})
+    for found in parts_of(partial(child, args, group) for group in groups if group):
+        environment = {**found["environment"], "command": command}
+        records |= {key_of(record): {**record, "environment": environment} for record in found["records"]}
+        write_json(out, {"records": list(records.values())})
     if not records:
-        sys.exit("study: error: nothing was measured")
+        raise RunError("nothing was measured")
     study_plot.plot(list(records.values()), out)
     print(f"written: {out}, and plots beside it")
 
@@ -225,10 +230,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    # Absolute paths are those of one machine.
-    names = [Path(each).name if Path(each).is_absolute() else each for each in (sys.argv[1:] if argv is None else argv)]
-    command = " ".join(["python", "examples/study.py", *names])
-    run_program("study", partial(run, command=command), parse_args(argv), "what had been measured is kept")
+    words = map(without_folder, sys.argv[1:] if argv is None else argv)
+    command = " ".join(["python", "examples/study.py", *words])
+    run_program("study", partial(run, command=command), parse_args(argv), KEPT)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def by_batch(records: Sequence[Record], name: str, axes: Axes) -> None:
             if points:
                 axes.plot(*zip(*points, strict=True), style, color=color, label=label + ", remat" * is_remat)
     axes.set(xlabel=f"sequences of {records[0]['length']:,} tokens", ylabel=name, ylim=(0, None))
-    axes.legend()
+    if axes.lines:
+        axes.legend()
 
 
 def by_switch(records: Sequence[Record], name: str, axes: Axes) -> None:

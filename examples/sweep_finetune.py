@@ -3,26 +3,30 @@
     python examples/sweep_finetune.py --out results/finetune_h100.json --models llama-3.2-1b llama-3-8b:16
 
 `llama-3-8b:16` is LoRA of rank 16. Both heads are measured at the largest batch that full logits allow, then jliger at
-the largest that it allows. Each model has a process of its own.
+the largest that it allows. Each model has a process of its own. `--add` keeps the results file's other models. Each
+record has the command that measured it.
 """
 
 import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from options import NUMBER, parser_of
 from reporting import COLORS, GIB, TITLES, Column, number, plot, table_of
-from runs import Record, read_json, write_json
+from runs import Record, RunError, run_program, write_json
 from shapes import SHAPES
-from sweeps import memory_of, run_child, without_folder
+from sweeps import KEPT, memory_of, parts_of, read_results, run_child, without_folder
 
 # A device that does nothing else can be given to XLA as a whole: memory in pieces would fit smaller batches only.
 VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
+
+# What the records of one file have in common.
+SAME = ("device", "devices", "versions", "xla_flags")
 
 # The share of the memory that a batch takes at least if it is said to be the largest.
 FILLED = 0.85
@@ -37,17 +41,33 @@ def model(text: str) -> tuple[str, int]:
 
 
 def measure(args: argparse.Namespace, results: Record, command: str) -> None:
-    """Adds the records of each model to the results file."""
+    """Measures each model and writes the results file after it; new records of a model replace its old ones."""
     end = time.monotonic() + args.budget
-    for name, rank in args.models:
-        if (seconds := min(args.timeout, end - time.monotonic())) <= 0:
-            break
-        options = ["--shape", name, "--lora-rank", rank, *args.rest, "--largest", *args.largest, "--"]
-        part = run_child(name, "measure_finetune.py", options, seconds, VARIABLES)
-        if part is not None:
-            results["environment"] = {**part["environment"], "command": command}
-            results["records"] += part["records"]
-            write_json(args.out, results)
+
+    def children() -> Iterator[Callable[[], Record | None]]:
+        for name, rank in args.models:
+            if (seconds := min(args.timeout, end - time.monotonic())) <= 0:
+                break
+            options = ["--shape", name, "--lora-rank", rank, *args.rest, "--largest", *args.largest, "--"]
+            yield partial(run_child, name, "measure_finetune.py", options, seconds, VARIABLES)
+
+    for part in parts_of(children()):
+        add(results, part, command)
+        write_json(args.out, results)
+
+
+def add(results: Record, part: Record, command: str) -> None:
+    """Adds what a command measured, in place of earlier records of the same models."""
+    about, earlier = part["environment"], results["environment"]
+    other = [name for name in SAME if results["records"] and about[name] != earlier[name]]
+    if other:
+        changes = ", ".join(f"{name} was {earlier[name]} and is {about[name]}" for name in other)
+        raise RunError(f"--add: {changes}, so records are not comparable: --out names another file")
+    measured = set(map(model_of, part["records"]))
+    records = [{"command": earlier["command"], **each} for each in results["records"] if model_of(each) not in measured]
+    records += [{**each, "command": command} for each in part["records"]]
+    commands = "; ".join(dict.fromkeys(each["command"] for each in records))
+    results |= {"environment": {**about, "command": commands}, "records": records}
 
 
 def model_of(record: Record) -> str:
@@ -111,6 +131,7 @@ def bars(rows: Sequence[Record], is_memory: bool, axes: Axes) -> None:
     labels = [f"{model_of(record)}\n{TITLES[record['head']]}, {record['batch']}" for record in rows]
     axes.set_xticks(range(len(rows)), labels, rotation=60, ha="right", fontsize=7)
     axes.set(title="peak memory, GiB" if is_memory else "tokens per second")
+    axes.margins(y=0.1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -121,19 +142,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--largest", choices=TITLES, nargs="*", default=list(TITLES), help="heads with a largest batch (both)")
     add("--timeout", type=NUMBER, default=300.0, metavar="S", help="seconds of one process (%(default)s)")
     add("--budget", type=NUMBER, default=math.inf, metavar="S", help="seconds of all of them (no limit)")
-    add("--add", action="store_true", help="keep what --out has, and add to it")
+    add("--add", action="store_true", help="keep what --out has of other models")
+    add("--overwrite", action="store_true", help="replace --out, if there is one")
     add("--plot-only", action="store_true", help="measure nothing; make table and plot of --out again")
     add("rest", nargs="*", metavar="-- OPTIONS", help="options of measure_finetune.py, after --")
     args = parser.parse_args(argv)
-    results: Record = {"environment": {"command": ""}, "records": []}
+    words = map(without_folder, sys.argv[1:] if argv is None else argv)
+    command = " ".join(["python", "examples/sweep_finetune.py", *words])
+    run_program("sweep_finetune", partial(run, command=command), args, KEPT)
+
+
+def run(args: argparse.Namespace, command: str) -> None:
+    if args.out.exists() and not (args.plot_only or args.add or args.overwrite):
+        raise RunError(f"{args.out} exists: --add keeps it, --overwrite replaces it")
+    results: Record = {"environment": {}, "records": []}
     if args.plot_only or (args.add and args.out.exists()):
-        results = read_json(args.out)
+        results = read_results(args.out, ("shape", "lora_rank", "head", "batch"), ("environment",))
     if not args.plot_only:
-        words = map(without_folder, sys.argv[1:] if argv is None else argv)
-        commands = [results["environment"]["command"], " ".join(["python", "examples/sweep_finetune.py", *words])]
-        measure(args, results, "; ".join(filter(None, commands)))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        measure(args, results, command)
     if not results["records"]:
-        sys.exit("sweep_finetune: error: nothing was measured")
+        raise RunError("nothing was measured")
     text = text_of(results)
     args.out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
     rows = compared(results)

@@ -8,23 +8,37 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from options import NUMBER, parser_of
 from reporting import COLORS, GIB, TITLES, Column, number, plot, table_of
-from runs import OUT_OF_MEMORY_EXIT, Record, read_json, write_json
+from runs import OUT_OF_MEMORY_EXIT, Record, RunError, read_json, run_program, write_json
 from tqdm import tqdm
 
 Child = Callable[[str], Record | None]
+# Ends a program's message after Ctrl-C.
+KEPT = "what had been measured is kept"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while a child ran; `part` is what the child had measured."""
+
+    def __init__(self, part: Record | None) -> None:
+        super().__init__()
+        self.part = part
 
 
 def run_child(
     name: str, program: str, arguments: Sequence[object], timeout: float, variables: Mapping[str, str] | None = None
 ) -> Record | None:
-    """What a program of this folder writes to the file after the last of its arguments, as far as it came."""
+    """What a program of this folder writes to the file after the last of its arguments, as far as it came.
+
+    Raises:
+      Interrupted: after Ctrl-C, with the same; `parts_of` hands it on.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "records.json")
         command = [sys.executable, str(Path(__file__).with_name(program)), *map(str, arguments), str(file)]
@@ -35,25 +49,55 @@ def run_child(
             how = f"ended with code {code}"
         except subprocess.TimeoutExpired:
             code, how = None, f"took longer than {timeout:.0f} s"
+        except KeyboardInterrupt as error:
+            raise Interrupted(read_json(file) if file.exists() else None) from error
         if code not in (0, OUT_OF_MEMORY_EXIT):
-            print(f"the process of {name} {how}; what it had measured is kept", file=sys.stderr)
+            print(f"the process of {name} {how}; {KEPT}", file=sys.stderr)
         return read_json(file) if file.exists() else None
+
+
+def parts_of(children: Iterable[Callable[[], Record | None]]) -> Iterator[Record]:
+    """What each child measured. After Ctrl-C, what the child had measured until then is still handed on."""
+    for child in children:
+        try:
+            part, interruption = child(), None
+        except Interrupted as error:
+            part, interruption = error.part, error
+        if part is not None:
+            yield part
+        if interruption is not None:
+            raise interruption
+
+
+def read_results(path: Path, names: Collection[str], about: Collection[str] = ()) -> Record:
+    """A results file that has `about`, and `names` in each of its records."""
+    try:
+        results = read_json(path)
+        found = [set(about) - set(results), *(set(names) - set(record) for record in results["records"])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is no results file ({error!r})") from error
+    if missing := set().union(*found):
+        raise RunError(f"{path} is no results file of this program: it lacks {', '.join(sorted(missing))}")
+    return results
 
 
 def run_children(children: Mapping[str, Child], command: str, quiet: bool, out: Path | None = None) -> Record:
     """The records of all children together; they are written to `out` after each child."""
     results: Record = {"environment": {}, "records": []}
-    for name, child in (bar := tqdm(children.items(), unit="process", disable=quiet)):
-        bar.set_description(name)
-        part = child(name)
-        if part is not None:
-            limit = part["environment"]["bytes_limit"]
-            results["environment"] = {**part["environment"], "command": command}
-            results["records"] += [{**record, "bytes_limit": limit} for record in part["records"]]
-            if out is not None:
-                write_json(out, results)
+
+    def calls() -> Iterator[Callable[[], Record | None]]:
+        for name, child in (bar := tqdm(children.items(), unit="process", disable=quiet)):
+            bar.set_description(name)
+            yield partial(child, name)
+
+    for part in parts_of(calls()):
+        limit = part["environment"]["bytes_limit"]
+        results["environment"] = {**part["environment"], "command": command}
+        results["records"] += [{**record, "bytes_limit": limit} for record in part["records"]]
+        if out is not None:
+            write_json(out, results)
     if not results["records"]:
-        sys.exit("error: nothing was measured")
+        raise RunError("nothing was measured")
     return results
 
 
@@ -139,16 +183,22 @@ def sweep(
     settings: Sequence[str],
 ) -> None:
     """Measures, or reads what had been measured, and writes results, table and plot; `group` is a record's key."""
+    words = map(without_folder, sys.argv[1:] if argv is None else argv)
+    command = " ".join(["python", f"examples/{name}.py", *words])
+    run_program(
+        name, partial(run_sweep, children=children, group=group, settings=settings, command=command), args, KEPT
+    )
+
+
+def run_sweep(
+    args: argparse.Namespace, children: Mapping[str, Child], group: str, settings: Sequence[str], command: str
+) -> None:
     if args.plot_only:
-        if not args.out.exists():
-            sys.exit(f"{name}: error: there is no {args.out}")
-        results = read_json(args.out)
+        results = read_results(args.out, (group, "head"), ("environment",))
     else:
         if args.out.exists() and not args.overwrite:
-            sys.exit(f"{name}: error: {args.out} exists: --overwrite replaces it, --out names another file")
-        command = " ".join(
-            ["python", f"examples/{name}.py", *map(without_folder, sys.argv[1:] if argv is None else argv)]
-        )
+            raise RunError(f"{args.out} exists: --overwrite replaces it, --out names another file")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         results = run_children(children, command, args.no_progress, args.out)
     text = text_of(results, group, settings)
     args.out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")

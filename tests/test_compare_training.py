@@ -56,6 +56,8 @@ def test_variants_share_all_but_the_loss_and_seeds_merge(compare_training, corpu
     [
         (["plain:{"], "is not NAME:JSON"),
         (['rounded:{"logit_dtype": "bfloat16"}'], "no option logit_dtype"),
+        (["list:[]"], "must be an object"),
+        (['masked:{"where": null}'], "no option where"),
         (["plain", "plain"], "a name occurs twice"),
     ],
 )

@@ -9,6 +9,7 @@ from types import ModuleType
 import jax
 import numpy as np
 import pytest
+from example_runs import refusal
 from pytorch_agreement import NAMES, check_a_batch, check_fifty_steps, losses_and_gradients
 from tiny_checkpoint import RECORDS, write_tokenizer
 
@@ -193,6 +194,36 @@ def test_only_comparable_batches_are_compared(import_example):
 
     assert of(20) == [(pytest.approx(0.1), 0.75), (None, None)]
     assert of(75) == [(pytest.approx(0.1), pytest.approx(1 - 5 / 75)), (pytest.approx(0.1), None)]
+
+
+def test_a_model_measured_again_replaces_its_own_records_alone(import_example, tmp_path, monkeypatch):
+    sweep = import_example("sweep_finetune")
+    about = {"device": "a", "devices": 1, "versions": {}, "xla_flags": "", "bytes_limit": None}
+    figures = {"milliseconds": 1.0, "tokens_per_second": 1.0, "memory_bytes": {"total": 1}, "peak_bytes": None}
+    common = {"length": 8, "dtype": "float32", "param_dtype": "float32", "head": "full", "out_of_memory": False}
+
+    def child(name, program, arguments, timeout, variables):
+        record = {"shape": name, "lora_rank": arguments[3], "batch": child.batch, **common, **figures}
+        return {"environment": {**about, "python": "3"}, "records": [record]}
+
+    monkeypatch.setattr(sweep, "run_child", child)
+    monkeypatch.setattr(sweep, "plot", lambda *given, **options: None)
+    out = tmp_path / "finetune.json"
+    models = ["--models", "qwen3-0.6b"]
+    for child.batch, more in (1, ["llama-3-8b:16"]), (2, ["--add"]):
+        sweep.main(["--out", str(out), *models, *more])
+    found = json.loads(out.read_text())
+    assert [(each["shape"], each["batch"]) for each in found["records"]] == [("llama-3-8b", 1), ("qwen3-0.6b", 2)]
+    command = "python examples/sweep_finetune.py --out finetune.json --models qwen3-0.6b"
+    commands = [f"{command} llama-3-8b:16", f"{command} --add"]
+    assert [each["command"] for each in found["records"]] == commands
+    assert found["environment"]["command"] == "; ".join(commands)
+    assert out.with_suffix(".txt").read_text().strip().endswith("; ".join(commands))
+    # Nothing that was measured is lost by accident, or mixed with another device's figures.
+    about["device"] = "b"
+    for more, message in ([], "--overwrite replaces it"), (["--add"], "device was a and is b"):
+        assert message in refusal(sweep, ["--out", str(out), *models, *more])
+    assert json.loads(out.read_text()) == found
 
 
 @pytest.fixture

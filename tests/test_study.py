@@ -3,11 +3,13 @@
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from types import ModuleType
 
 import jax
 import numpy as np
 import pytest
+from example_runs import interruption, refusal
 
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("tokenizers")
@@ -139,6 +141,29 @@ def test_what_has_been_measured_is_not_measured_again(study, tmp_path, monkeypat
     # Each record has the command that measured it last.
     again = [record["kernels"] for record in found if "--again" in record["environment"]["command"]]
     assert again == [[]]
+
+
+def test_what_had_been_measured_before_ctrl_c_is_kept(study, tmp_path, monkeypatch, capsys):
+    sweeps = sys.modules["sweeps"]
+
+    def interrupted(command, **options):
+        setups = json.loads(command[command.index("--setups") + 1])
+        records = [{**setup, "out_of_memory": False} for setup in setups[:1]]
+        sweeps.write_json(Path(command[-1]), {"environment": {}, "records": records})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeps.subprocess, "run", interrupted)
+    out = tmp_path / "study.json"
+    assert "what had been measured is kept" in interruption(study, ["--batch", "1", "2", "--out", str(out)], capsys)
+    assert [record["batch"] for record in json.loads(out.read_text())["records"]] == [1]
+
+
+def test_a_file_of_another_program_is_refused_and_kept(study, tmp_path):
+    out = tmp_path / "study.json"
+    for text, message in ('{"rec', "no results file"), ('{"records": [{"shape": 1}]}', "it lacks batch"):
+        out.write_text(text)
+        assert message in refusal(study, ["--out", str(out)])
+        assert out.read_text() == text
 
 
 @pytest.mark.parametrize(
