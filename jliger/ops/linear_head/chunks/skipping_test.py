@@ -221,3 +221,44 @@ def test_kernels_compile_and_use_matrix_units(capability, layout):
         for ptx in set().union(*found.values()):
             written = written_parameters(ptx)
             assert min(written) > pointers(ptx) - len(written) - 1  # outputs come last
+
+
+@pytest.mark.exhaustive
+def test_kernels_agree_with_xla_on_every_option(implementation):
+    if implementation == "xla":
+        pytest.skip("what the kernels are compared with")
+    hidden, kernel, labels, _ = problem()
+    random = np.random.default_rng(3)
+    options = {
+        "bias": random.normal(size=VOCAB) * 0.1,
+        "weights": random.normal(size=TOKENS) + 1,
+        "class_weights": random.uniform(0.5, 2, VOCAB),
+        "temperature": random.uniform(0.6, 0.8, TOKENS),
+    }
+    options = {name: jnp.asarray(array, jnp.float32) for name, array in options.items()}
+    options |= {"where": jnp.asarray(random.random(TOKENS) > 0.2), "vocab_size": VOCAB - 50}
+    options |= {"z_loss": 1e-3, "logit_softcap": 30.0, "chunk_size": CHUNK, "precision": "highest"}
+    a, b = (jnp.asarray(random.normal(size=shape) * 0.1, jnp.float32) for shape in ((HIDDEN, 4), (4, VOCAB)))
+    labels = jnp.asarray(np.where(labels >= VOCAB - 50, 5, labels))
+
+    def results(implementation):
+        def loss(hidden, kernel, a, b, bias):
+            more = options | {"bias": bias, "adapter": jliger.LinearAdapter(a, b, 0.5)}
+            return jliger.fused_linear_cross_entropy(
+                hidden,
+                kernel,
+                labels,
+                skip_gradients_below=0.03,
+                return_metrics=True,
+                implementation=implementation,
+                **more,
+            )
+
+        step = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3, 4), has_aux=True))
+        (_, metrics), grads = step(jnp.asarray(1.6 * hidden), jnp.asarray(kernel), a, b, options["bias"])
+        return metrics.skipped_mass, grads
+
+    (skipped, grads), (expected_skipped, expected) = results(implementation), results("xla")
+    assert skipped > 0.01
+    np.testing.assert_allclose(skipped, expected_skipped, rtol=1e-4)
+    assert_close(grads, expected)
