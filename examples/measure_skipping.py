@@ -8,6 +8,8 @@ relative to products in float32. docs/skip_gradients.md explains the figures.
 """
 
 import argparse
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,23 +36,34 @@ import jliger
 from jliger.bench.report import environment
 from jliger.bench.timing import Effort, Timed, median, time_in_turn
 
-SEGMENT, PIECES, RESULTS = 128, 8, "results.json"
-COLUMNS = {
-    "step": number("step"),
-    "loss": number("loss", ".2f"),
-    "kernel": number("kernel"),
-    "ε": lambda record: "none" if record["limit"] is None else f"2^{np.log2(record['limit']):.0f}",
+SEGMENT, PIECES, RESULTS, TABLES = 128, 8, "results.json", "tables.txt"
+
+
+def power(record: Record) -> str:
+    """ε, or that there is none."""
+    return "none" if record["limit"] is None else f"2^{np.log2(record['limit']):.0f}"
+
+
+SPEED = {
+    "step": number("step", "d"),
+    "kernel's dtype": number("kernel"),
+    "ε": power,
     "ms": number("milliseconds", ".1f"),
-    "of the floor": number("of_floor", ".0%"),
+    "of the floor's speed": number("of_floor", ".0%"),
     "extra MiB": number("extra_mib", ".0f"),
+    "skipped mass": number("skipped_mass", ".3f"),
+    "error, hidden states": number("hidden_error", ".2%"),
+    "error, kernel": number("kernel_error", ".2%"),
+}
+SHARES = {
+    "step": number("step", "d"),
+    "loss": number("loss", ".2f"),
+    "ε": power,
     "tokens' segments": number("of_tokens", ".1%"),
     "columns' segments": number("of_columns", ".1%"),
     "tiles": number("tiles", ".1%"),
-    "skipped mass": number("skipped_mass", ".3f"),
-    "error of hidden's": number("hidden_error", ".2%"),
-    "if dropped": number("hidden_dropped", ".2%"),
-    "error of kernel's": number("kernel_error", ".2%"),
-    "if dropped ": number("kernel_dropped", ".2%"),
+    "if dropped, hidden states": number("hidden_dropped", ".2%"),
+    "if dropped, kernel": number("kernel_dropped", ".2%"),
 }
 
 
@@ -69,6 +82,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(dtype="bfloat16", hidden_size=768, layers=6, heads=12, batch_size=16, length=512)
     parser.set_defaults(vocab_size=128256, learning_rate=1e-3, warmup_steps=100, head="jliger", max_bytes=48_000_000)
     args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "examples/measure_skipping.py", *(sys.argv[1:] if argv is None else argv)])
     args.steps = max(args.measure_at) or 1
     args.warmup_steps = min(args.warmup_steps, args.steps // 2)
     options.check(parser, args)
@@ -243,11 +257,33 @@ def run(args: argparse.Namespace) -> None:
         records += [
             {"step": step, "loss": value, **each} for each in layer.measure(hidden, kernel, labels, args.seconds)
         ]
-        shape = {"tokens": tokens, "hidden_size": args.wide, "vocab": corpus.vocab_size}
-        settings = {**asdict(config), **asdict(learning), **shape, "training_tokens": len(corpus.train)}
-        runs.write_json(args.out / RESULTS, {"environment": environment(), "settings": settings, "records": records})
+        results = {
+            "environment": {**environment(), "command": args.command},
+            "layer": {"tokens": tokens, "hidden_size": args.wide, "vocab_size": corpus.vocab_size},
+            "settings": {**asdict(config), **asdict(learning), "training_tokens": len(corpus.train)},
+            "records": records,
+        }
+        runs.write_json(args.out / RESULTS, results)
         runs.say(f"step {step} is measured ({time.perf_counter() - began:.0f} s)")
-    print(table_of(records, COLUMNS))
+    tables = tables_of(runs.read_json(args.out / RESULTS))
+    (args.out / TABLES).write_text(tables + "\n", encoding="utf-8")
+    print(tables)
+
+
+def tables_of(results: Record) -> str:
+    """The tables of a results file, and what it was measured with."""
+    records, about = results["records"], results["environment"]
+    sizes = ", ".join(str(results["layer"][name]) for name in ("tokens", "hidden_size", "vocab_size"))
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("jax", "jaxlib", "jax-triton", "triton"))
+    of_segments = [each for each in records if "tiles" in each]
+    return "\n\n".join(
+        [
+            f"Loss and gradients at ({sizes})\n{table_of(records, SPEED)}",
+            "Shares of what has a larger gradient than ε, and errors if the rest were dropped\n"
+            + table_of(of_segments, SHARES),
+            f"{about['device']}, {versions}\n{about['command']}",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

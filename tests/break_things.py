@@ -159,6 +159,21 @@ BREAKS = [
         "total * share",
         (f"{HEAD}/top_k_kl_test.py::test_a_student_that_leaves_nothing_to_the_others",),
     ),
+    Break(
+        "a label that may be skipped",
+        f"{HEAD}/chunks/skipping.py",
+        r"    matters \|= jnp\.arange\(columns\).*\n",
+        "",
+        (f"{HEAD}/chunks/skipping_test.py::test_skips_the_segments_without_a_large_gradient",),
+    ),
+    Break(
+        "skipped gradients that nothing replaces",
+        f"{HEAD}/chunks/segments_kernels.py",
+        r"sums \+= means\[:, None\] \* factors\[None, :\]",
+        "sums += 0.0 * factors[None, :]",
+        (f"{HEAD}/chunks/skipping_test.py::test_skips_the_segments_without_a_large_gradient",),
+        INTERPRETER,
+    ),
 ]
 
 

@@ -7,6 +7,8 @@ the gradients together with the loss, whose coefficients must be known beforehan
 pass* loops over larger chunks of tokens and, inside, over blocks of columns. It needs the statistics of an earlier pass
 (`stats_pass`): four products in total, and the least memory.
 
+`skipping_pass` is the fused pass with approximated logit gradients, of which most are not multiplied.
+
 In distillation, the fused pass computes both models' logits in each chunk, and the student's gradients: four
 products.
 
