@@ -47,7 +47,7 @@ class _RowGrads(Protocol):
         log_sum: Float[Array, " T"],
         coefficients: Coefficients,
     ) -> tuple[Float[Array, "T V"], Float[Array, "V T"]]:
-        """The gradients of `Rows.row_grads` in e5m2, and their transpose."""
+        """The gradients of `Rows.row_grads` in e5m2, dithered, and their transpose."""
         ...
 
 
