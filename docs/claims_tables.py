@@ -9,6 +9,7 @@ from cells import markdown, percent
 
 Record = dict[str, Any]
 NOT_MEASURED = "not measured"
+HEADS = ("full", "jliger")
 
 
 def _read(path: Path) -> Record | None:
@@ -27,7 +28,7 @@ def compared(full: Record, fused: Record) -> list[str]:
 def matched(records: Sequence[Record], **about: Any) -> list[Record]:
     """The records of full logits and of jliger at the largest batch that both fitted; none if there is none."""
     own = [r for r in records if not r["out_of_memory"] and all(r.get(key) == value for key, value in about.items())]
-    at = {head: {r.get("batch", 0): r for r in own if r["head"] == head} for head in ("full", "jliger")}
+    at = {head: {r.get("batch", 0): r for r in own if r["head"] == head} for head in HEADS}
     shared = at["full"].keys() & at["jliger"].keys()
     return [at[head][max(shared)] for head in at] if shared else []
 
@@ -51,11 +52,20 @@ def sharded(folder: Path) -> Callable[[Record], list[Record]]:
     return find
 
 
+def steps_of_both(summary: Record) -> list[Record]:
+    """The steps of a run of one of the examples."""
+    return [
+        {**summary["heads"][head], "tokens_per_second": 1 / summary["heads"][head]["step_seconds"]} for head in HEADS
+    ]
+
+
 def claims_table(folder: Path, page: Path) -> str:
     """Each claim with what was measured: memory and throughput of the same step with full logits and with jliger."""
     del page
     sharded_path, tuned = folder / "train_sharded_h200x4.json", folder / "finetune_h100.json"
+    tuned_mesh, adapted = folder / "finetune_h100x4.json", folder / "finetune_lora_h100.json"
     posted, medusa = folder / "post_training_h100.json", folder / "medusa_h100.json"
+    vision = folder / "vlm_sft_h100_vocabulary.json"
 
     def shape(name: str) -> Callable[[Record], list[Record]]:
         return lambda result: matched(result["records"], shape=name)
@@ -68,8 +78,13 @@ def claims_table(folder: Path, page: Path) -> str:
 
     rows = [
         row("Llama 3 8B, FSDP, 512 tokens", "−40 %, +20 %", sharded_path, "4 × H200", sharded(folder)),
-        row("Qwen2 7B, LoRA here", "−50 %, +10 %", tuned, "H100", shape("qwen2-7b")),
-        row("Gemma 7B, LoRA here", "−33 %, +24 %", tuned, "H100", shape("gemma-7b")),
+        row("Llama 3 8B, fine-tuning, FSDP, 512 tokens", "−40 %, +20 %", tuned_mesh, "4 × H100", shape("llama-3-8b")),
+        row("Qwen2 7B, fine-tuning, FSDP, 512 tokens", "−50 %, +10 %", tuned_mesh, "4 × H100", shape("qwen2-7b")),
+        row("Gemma 7B, fine-tuning, FSDP, 512 tokens", "−33 %, +24 %", tuned_mesh, "4 × H100", shape("gemma-7b")),
+        row("Llama 3 8B, LoRA, 512 tokens", "", adapted, "H100", shape("llama-3-8b")),
+        row("Qwen2 7B, LoRA, 512 tokens", "", adapted, "H100", shape("qwen2-7b")),
+        row("Gemma 7B, LoRA, 512 tokens", "", adapted, "H100", shape("gemma-7b")),
+        row("Gemma 2 2B, fine-tuning, 512 tokens", "", tuned, "H100", shape("gemma-2-2b")),
         row("Llama 3.2 1B, fine-tuning, 512 tokens", "", tuned, "H100", shape("llama-3.2-1b")),
         row("Qwen3 0.6B, fine-tuning, 512 tokens", "", tuned, "H100", shape("qwen3-0.6b")),
         row("Llama 3.2 1B, ORPO, 2,048 tokens", "−50 %", posted, "H100", loss("orpo")),
@@ -77,7 +92,7 @@ def claims_table(folder: Path, page: Path) -> str:
         row("Medusa, Llama 3 8B, 3 heads, stage 1", "−80 %, +40 %", medusa, "H100", stage(1, 3)),
         row("Medusa, Llama 3 8B, 5 heads, stage 1", "−80 %, +40 %", medusa, "H100", stage(1, 5)),
         row("Medusa, Llama 3 8B, 3 heads, stage 2", "−80 %, +40 %", medusa, "H200", stage(2, 3)),
-        row("Qwen2-VL, images and text", "no figure", folder / "vlm_sft_h100.json", "H100", lambda result: []),
+        row("Qwen2-VL's vocabulary, small model, images and text", "no figure", vision, "H100", steps_of_both),
         row("Lightning, Qwen2 0.5B", "−40 %, +15 %", tuned, "H100", shape("qwen2-0.5b")),
     ]
     headings = (
@@ -87,7 +102,7 @@ def claims_table(folder: Path, page: Path) -> str:
         "more tokens/s",
         "measured on",
     )
-    files = (sharded_path, folder / "train_sharded_h200x4_816.json", tuned, posted, medusa)
+    files = (sharded_path, folder / "train_sharded_h200x4_816.json", tuned_mesh, adapted, tuned, posted, medusa)
     paths = [path for path in files if path.exists()]
     commands = "\n".join(f"- `{folder.name}/{path.name}`: `{_read(path)['environment']['command']}`" for path in paths)
     return f"{markdown(headings, rows, left=2)}\n\nThe commands:\n\n{commands}"
@@ -103,7 +118,7 @@ def small_claims_table(folder: Path, page: Path) -> str:
                 about = f"examples/medusa.py, {each['heads']} heads, stage {each['stage']}"
                 rows.append([about, percent(each["saved"]), f"{100 * each['faster']:+.1f} %"])
     if (vlm := _read(folder / "vlm_sft_cpu.json")) is not None:
-        full, fused = (vlm["heads"][head]["step_seconds"] for head in ("full", "jliger"))
+        full, fused = (vlm["heads"][head]["step_seconds"] for head in HEADS)
         saved = vlm["comparison"]["temporary_memory_saving_percent"] / 100
         rows.append(["examples/vlm_sft.py", percent(saved), f"{100 * (full / fused - 1):+.1f} %"])
     if not rows:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,42 @@ SWITCHES = {
 MODELS = {"0.6b": "Qwen3-0.6B", "1b": "Llama 3.2 1B", "8b": "Llama 3 8B"}
 
 
-def kind(table: Callable[[list[Record]], str]) -> Callable[[Path, Path], str]:
-    """A kind of table: of a results file's records, with what they were measured with."""
+def kind(
+    table: Callable[[list[Record]], str], shown: Callable[[Record], bool] = lambda record: True
+) -> Callable[[Path, Path], str]:
+    """A kind of table: of those records of a results file that are `shown`, with what they were measured with."""
 
     def with_environment(path: Path, page: Path) -> str:
         del page
-        result = json.loads(path.read_text(encoding="utf-8"))
-        about = result["environment"]
-        versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("jax", "jaxlib", "jax-triton", "triton"))
-        return f"{table(result['records'])}\n\nMeasured on {about['device']}, driver {about['driver']}, {versions}."
+        records = [record for record in _read(path)["records"] if shown(record)]
+        return f"{table(records)}\n\n{measured_with(records)}"
 
     return with_environment
+
+
+def measured_with(records: list[Record]) -> str:
+    """The devices, drivers and versions of records."""
+    each = []
+    for about in (record["environment"] for record in records):
+        names = ("jax", "jaxlib", "jax-triton", "triton")
+        versions = ", ".join(f"{name} {about['versions'][name]}" for name in names)
+        each.append(f"{about['device']}, driver {about['driver']}, {versions}")
+    return f"Measured on {'; and on '.join(dict.fromkeys(each))}."
+
+
+def is_of_switches(record: Record) -> bool:
+    return not record["is_remat"] and not record["offload"]
+
+
+def commands(path: Path, page: Path) -> str:
+    """The commands of a results file, and of which of its rows they are."""
+    del page
+    counts = Counter(record["environment"]["command"] for record in _read(path)["records"])
+    return "\n".join(f"- {count} rows: `{command}`" for command, count in counts.items())
+
+
+def _read(path: Path) -> Record:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def name_of(record: Record) -> str:
@@ -65,9 +91,8 @@ def compared(record: Record, other: Record | None) -> list[str]:
 def switches(records: list[Record]) -> str:
     """Each operation alone, and all, beside none."""
     rows = []
-    plain = [record for record in records if not record["is_remat"]]
-    for model, batch in dict.fromkeys((r["model"], r["batch"]) for r in plain if len(r["kernels"]) == 1):
-        own = sorted((r for r in plain if (r["model"], r["batch"]) == (model, batch)), key=order)
+    for model, batch in dict.fromkeys((r["model"], r["batch"]) for r in records if len(r["kernels"]) == 1):
+        own = sorted((r for r in records if (r["model"], r["batch"]) == (model, batch)), key=order)
         for record in own:
             about = [MODELS[model], str(batch), name_of(record), f"{record['milliseconds']:.1f}"]
             rows.append([*about, speed(record), peak(record), *compared(record, own[0])])
@@ -79,9 +104,8 @@ def batches(records: list[Record]) -> str:
     """None and all by batch, with and without remat."""
     at: dict[tuple[Any, ...], dict[bool, Record]] = {}
     for record in records:
-        if len(record["kernels"]) != 1 and not record["offload"]:
-            sides = at.setdefault((record["model"], record["is_remat"], record["batch"]), {})
-            sides[bool(record["kernels"])] = record
+        sides = at.setdefault((record["model"], record["is_remat"], record["batch"]), {})
+        sides[bool(record["kernels"])] = record
     rows = []
     for (model, is_remat, batch), sides in sorted(at.items()):
         cells = []
@@ -95,7 +119,7 @@ def batches(records: list[Record]) -> str:
 
 def times(records: list[Record]) -> str:
     """The time of a step's kernels by kind."""
-    traced = sorted((record for record in records if "milliseconds_by_kind" in record), key=order)
+    traced = sorted(records, key=order)
     kinds = sorted({name for record in traced for name in record["milliseconds_by_kind"]})
     rows = [[name_of(r), *(f"{r['milliseconds_by_kind'].get(name, 0):.1f}" for name in kinds)] for r in traced]
     return markdown(("by jliger", *(f"{name}, ms" for name in kinds)), rows)
@@ -104,9 +128,8 @@ def times(records: list[Record]) -> str:
 def losses(records: list[Record]) -> str:
     """How far the first losses are from plain XLA's, where each operation was measured alone."""
     rows = []
-    plain = [record for record in records if not record["is_remat"]]
-    for model, batch in dict.fromkeys((r["model"], r["batch"]) for r in plain if len(r["kernels"]) == 1):
-        none, *others = sorted((r for r in plain if (r["model"], r["batch"]) == (model, batch)), key=order)
+    for model, batch in dict.fromkeys((r["model"], r["batch"]) for r in records if len(r["kernels"]) == 1):
+        none, *others = sorted((r for r in records if (r["model"], r["batch"]) == (model, batch)), key=order)
         for record in others:
             pairs = zip(record["losses"], none["losses"], strict=True)
             apart = [f"{abs(loss - expected) / expected:.1e}" for loss, expected in pairs]
@@ -117,22 +140,31 @@ def losses(records: list[Record]) -> str:
 def offloads(records: list[Record]) -> str:
     """What lies in host memory, and what it costs."""
     rows = [
-        [
-            MODELS[r["model"]],
-            r["parameters"],
-            str(r["batch"]),
-            ", ".join(r["offload"]),
-            f"{r['milliseconds']:,.0f}",
-            speed(r),
-            peak(r),
-            f"{r['host_bytes'] / GIB:.1f}",
-            " ".join(f"{loss:.3g}" for loss in r["losses"]),
-        ]
-        for r in records
-        if r["offload"]
+        [MODELS[r["model"]], r["parameters"], str(r["batch"]), name_of(r), ", ".join(r["offload"]), *figures(r)]
+        for r in sorted(records, key=lambda r: (r["model"], len(r["offload"]), order(r)))
     ]
-    headings = ("model", "parameters", "sequences", "in host memory", "ms a step", "tokens/s", "peak GiB", "host GiB")
-    return markdown((*headings, "losses"), rows, left=4)
+    about = ("model", "parameters", "sequences", "by jliger", "in host memory")
+    return markdown((*about, "ms a step", "tokens/s", "peak GiB", "host GiB", "losses"), rows, left=5)
+
+
+def figures(record: Record) -> list[str]:
+    if record["out_of_memory"]:
+        return [NOTHING, NOTHING, peak(record), NOTHING, NOTHING]
+    losses = " ".join(f"{loss:.3g}" for loss in record["losses"])
+    return [f"{record['milliseconds']:,.0f}", speed(record), peak(record), f"{record['host_bytes'] / GIB:.1f}", losses]
+
+
+def host(path: Path, page: Path) -> str:
+    """Copies between host and device, and AdamW's arithmetic on either."""
+    del page
+    result = _read(path)
+    rows = []
+    for record in result["records"]:
+        milliseconds, is_copy = record["milliseconds"], not record["what"].startswith("AdamW")
+        speed = f"{record['bytes'] / milliseconds / 1e6:.1f}" if is_copy else NOTHING
+        rows.append([record["what"], f"{record['bytes'] / GIB:.2f}", f"{milliseconds:,.2f}", speed])
+    table = markdown(("copies, and updates", "GiB copied, or of moments", "ms", "GB/s"), rows)
+    return f"{table}\n\n{measured_with([result])}"
 
 
 KERNELS = {
@@ -181,11 +213,13 @@ def plot(name: str) -> Callable[[Path, Path], str]:
 
 
 STUDY_KINDS: dict[str, Callable[[Path, Path], str]] = {
-    "study_switches": kind(switches),
-    "study_batches": kind(batches),
-    "study_times": kind(times),
-    "study_losses": kind(losses),
-    "study_offloads": kind(offloads),
+    "study_switches": kind(switches, is_of_switches),
+    "study_batches": kind(batches, lambda record: len(record["kernels"]) != 1 and not record["offload"]),
+    "study_times": kind(times, lambda record: "milliseconds_by_kind" in record),
+    "study_losses": kind(losses, is_of_switches),
+    "study_offloads": kind(offloads, lambda record: bool(record["offload"])),
+    "study_commands": commands,
+    "study_host": host,
     "study_kernels": kernels,
     "study_heads": heads,
     "study_06b": plot("0.6b"),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from llama import LlamaConfig, Tree, full_logits, hidden_states, last_layer
+from llama import LlamaConfig, Tree, full_logits, hidden_states, last_layer, whole_last_layer
 from runs import Record
 
 import jliger
@@ -68,7 +68,7 @@ class Head:
         """The log-probabilities of `labels` `[B, T]`, each after its input and those before it."""
         hidden, kernel, own = self.last_layer(config, params, inputs)
         if self.name == "full":
-            layout = own["kernel_layout"]
+            kernel, layout = whole_last_layer(config, params)
             return jliger.reference.linear_logprobs(hidden, kernel, labels, kernel_layout=layout, **options)
         return jliger.linear_logprobs(hidden, kernel, labels, **own, **options)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -131,6 +132,12 @@ def sharded(x: jax.Array, spec: P) -> jax.Array:
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
 
 
+def placed(spec: P) -> NamedSharding | None:
+    """The sharding on the mesh that is set, or None without one; for arrays outside of jit."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else NamedSharding(mesh, spec)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gathered(weight: jax.Array, spec: P, dtype: jax.typing.DTypeLike) -> jax.Array:
     """A weight in `dtype`, gathered over `fsdp` after the cast, so that half as many bytes are sent.
@@ -232,8 +239,14 @@ def last_layer(config: LlamaConfig, params: Tree) -> tuple[jax.Array, str]:
     return sharded(params["head"].astype(config.dtype), HEAD_SPEC), "hv"
 
 
+def whole_last_layer(config: LlamaConfig, params: Tree) -> tuple[jax.Array, str]:
+    """The last layer's kernel and its layout, for logits that are all in memory: gathered over `fsdp` if untied."""
+    if config.tie_embeddings:
+        return last_layer(config, params)
+    return _gathered(params["head"], HEAD_SPEC, config.dtype), "hv"
+
+
 def full_logits(config: LlamaConfig, params: Tree, hidden: jax.Array) -> jax.Array:
     """Hidden states `[..., H]` to logits `[..., V]` in float32 or float64, all of them in memory."""
-    if config.tie_embeddings:
-        return wide(jnp.einsum("...h,vh->...v", hidden, params["embedding"].astype(config.dtype)))
-    return wide(hidden @ _gathered(params["head"], HEAD_SPEC, config.dtype))
+    kernel, layout = whole_last_layer(config, params)
+    return wide(jnp.einsum(f"...h,{layout}->...v", hidden, kernel))

@@ -12,31 +12,34 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import optax
 import options
 from grpo import GrpoConfig, Policy
+from jax.sharding import PartitionSpec as P
 from language_model import HEADS, Head, language_model_loss
-from llama import LlamaConfig, Tree, initial_parameters, parameter_count
+from llama import BATCH, LlamaConfig, Tree, initial_parameters, parameter_count, parameters, placed
 from measuring import Records, in_words, measured, measured_steps
 from options import COUNT, COUNT_OR_ZERO, DTYPES, NUMBER
 from preference import BETA, Preference
 from runs import DeviceMemoryError, Record, run_program
-from training import build_program, compile_step, device_memory
+from train_sharded import make_mesh, mesh_axes
+from training import Program, build_program, compile_step, device_memory, state_shardings
 
-# All with the embedding as last layer.
+# All but the last one with the embedding as last layer.
 CONFIGS = {
     # Seconds on a CPU.
     "tiny": LlamaConfig(16384, 64, 192, 2, 4, 2, tie_embeddings=True),
     # GPT-2's sizes and vocabulary, rounded down to thousands.
     "small": LlamaConfig(50_000, 768, 2048, 12, 12, 12, tie_embeddings=True),
     "llama3.2-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, tie_embeddings=True),
+    "llama3.1-8b": LlamaConfig(128256, 4096, 14336, 32, 32, 8),
 }
 POST_TRAINING = (*BETA, "grpo")
 # The MLP processes this many tokens of a sequence at a time.
@@ -53,7 +56,7 @@ def tasks_of(args: argparse.Namespace, what: str) -> Iterator[Task]:
             for size in [*args.chunk_sizes, None] if args.head == "jliger" else [None]:
                 yield {**about, "dtype": dtype, "chunk_size": size}, partial(measure_loss, args, dtype, size)
         return
-    about = {"what": what, "dtype": args.dtype, "parameters": args.parameters, "rows": args.rows}
+    about = {"what": what, "dtype": args.dtype, "parameters": args.parameters, "rows": args.rows, "mesh": args.mesh}
     if what != "step":
         about |= {"loss": what, "sequences": args.rows, "prompt_length": args.prompt_length}
     for length in sorted(args.lengths):
@@ -81,28 +84,35 @@ def measure_loss(args: argparse.Namespace, dtype: str, chunk_size: int | None) -
 def measure_step(args: argparse.Namespace, what: str, length: int, microbatches: int) -> Record:
     """A whole training step, with AdamW's update."""
     config = replace(CONFIGS[args.config], dtype=args.dtype, mlp_pieces=-(-length // PIECE))
-    program, batch = program_of(args, config, what, length, microbatches)
-    return measured_steps(program, batch, config, (args.rows, length), args)
+    with nullcontext() if args.mesh is None else jax.set_mesh(make_mesh(args.mesh)):
+        program, batch = program_of(args, config, what, length, microbatches)
+        return measured_steps(program, batch, config, (args.rows, length), args)
 
 
-def program_of(args: argparse.Namespace, config: LlamaConfig, what: str, length: int, microbatches: int) -> Any:
+def program_of(
+    args: argparse.Namespace, config: LlamaConfig, what: str, length: int, microbatches: int
+) -> tuple[Program, Tree]:
+    """The traced step and its batch."""
     head = Head(args.head, args.implementation, args.chunk_size)
-    # A generator that is quick to compile and to run.
-    keys = jax.random.split(jax.random.key(args.seed, impl="rbg"))
+    # A generator that is quick to compile and to run; on a mesh, one whose numbers each device can make a part of.
+    keys = jax.random.split(jax.random.key(args.seed, impl="rbg" if args.mesh is None else "threefry2x32"))
     create = partial(initial_parameters, config, keys[0], args.parameters)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(args.learning_rate, b2=0.95))
+    shardings = state_shardings(optimizer, jax.tree.map(lambda leaf: leaf.spec, parameters(config)))
+    rows = placed(P(BATCH))
     if what == "step":
         loss_fn = language_model_loss(head, config)
         # The first bytes of the modules of Python's library, repeated if there are too few.
         modules = b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
         text = np.resize(np.frombuffer(modules, np.uint8), (args.rows, length + 1))
-        batch = jax.device_put(text.astype(np.int32))
+        batch = jax.device_put(text.astype(np.int32), rows)
     else:
         loss_fn = Preference(what, head, config, BETA.get(what, 0.0), args.prompt_length, end_of_text=-1)
         if what == "grpo":
             loss_fn = Policy(head, config, GrpoConfig(beta=0.04), args.prompt_length)
-        batch = jax.jit(random_batch, static_argnums=(0, 1, 2, 3))(what, config, args.rows, length, keys[1])
-    return build_program(loss_fn, create, optimizer, batch, microbatches=microbatches), batch
+        make = jax.jit(random_batch, static_argnums=(0, 1, 2, 3), out_shardings=rows)
+        batch = make(what, config, args.rows, length, keys[1])
+    return build_program(loss_fn, create, optimizer, batch, microbatches=microbatches, shardings=shardings), batch
 
 
 def random_batch(what: str, config: LlamaConfig, rows: int, length: int, key: jax.Array) -> Tree:
@@ -124,6 +134,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_head_options(add, choices=HEADS)
     add("--what", choices=("loss", "step", *POST_TRAINING), nargs="+", default=["step"], help="(default: step)")
     add("--config", choices=list(CONFIGS), default="tiny", help="sizes of the model (%(default)s)")
+    add("--mesh", type=mesh_axes, metavar="AXES", help="of all devices, as in fsdp=4, for steps (default: one device)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of a step's arithmetic (%(default)s)")
     add("--parameters", choices=DTYPES, default="float32", help="of parameters and AdamW's moments (%(default)s)")
     add("--rows", "--sequences", type=COUNT, default=1, metavar="N", help="sequences a step (%(default)s)")
@@ -143,6 +154,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for loss in set(args.what) & set(BETA):
         if args.rows % 2:
             parser.error(f"--rows {args.rows} must be even for {loss}: two are a pair")
+    if args.mesh is not None:
+        # No pair is on two devices.
+        share = args.mesh["data"] * args.mesh["fsdp"] * (2 if set(args.what) & set(BETA) else 1)
+        if args.rows % (share * max(args.microbatches)):
+            parser.error(f"--rows {args.rows} must be a multiple of {share} on this mesh, times --microbatches")
     if args.prompt_length > min(args.lengths):
         parser.error(f"--prompt-length {args.prompt_length} leaves nothing of --length {min(args.lengths)} that counts")
     return args

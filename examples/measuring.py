@@ -24,9 +24,10 @@ Size = tuple[int, int]  # rows and their length
 def measured(compiled: Compiled, run: Callable[[], Any], steps: int, seconds: float) -> Record:
     """Time and memory of a compiled program; `run` calls it once and returns what to wait for.
 
-    After one call that does not count, it is called `steps` times, or until the calls have taken `seconds`.
+    After one call that does not count, it is called `steps` times, or until the calls have taken `seconds`. A peak
+    that was there before is left out: it came from something else, such as XLA's choice of kernels.
     """
-    limit = device_memory("bytes_limit")
+    limit, before = device_memory("bytes_limit"), device_memory("peak_bytes_in_use")
     if limit is not None and compiled.memory["total"] > limit:
         raise DeviceMemoryError(f"the compiled program needs {compiled.memory['total']} bytes of {limit}")
     times: list[float] = []
@@ -35,12 +36,13 @@ def measured(compiled: Compiled, run: Callable[[], Any], steps: int, seconds: fl
             began = time.perf_counter()
             jax.block_until_ready(run())
             times.append(time.perf_counter() - began)
+    peak = device_memory("peak_bytes_in_use")
     return {
         "milliseconds": 1e3 * statistics.median(times[1:]),
         "milliseconds_of_calls": [1e3 * each for each in times],
         "warmed_up": True,
         "memory_bytes": compiled.memory,
-        "peak_bytes": device_memory("peak_bytes_in_use"),
+        "peak_bytes": None if peak == before else peak,
         "compile_seconds": compiled.seconds,
         "rows_by": compiled.rows_by,
     }

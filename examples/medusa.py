@@ -2,6 +2,7 @@
 
     python examples/medusa.py
     python examples/medusa.py --model Llama-3.2-1B --stages 1
+    python examples/medusa.py --devices 4 --mesh fsdp=4
 
 A decoder is trained from scratch, or read from a Hugging Face folder. For each number of heads, stage 1 trains the
 heads and stage 2 everything, with full logits and with jliger side by side. Before and after, greedy speculative
@@ -11,6 +12,7 @@ and says what a run leaves behind.
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,13 +31,16 @@ import runs
 from corpus import Batches, encode, heldout_batches, read_documents, split_heldout, windows
 from decoder import DecoderConfig, Tree
 from instructions import ModelTokenizer
+from jax.sharding import PartitionSpec as P
 from language_model import CURVE_TOLERANCE
+from llama import BATCH, placed
 from matplotlib.axes import Axes
 from options import COUNT, NUMBER
 from reporting import COLORS, MIB, TITLES, number
 from runs import Record, say
 from speculation import Medusa
-from training import Training, build_program, train
+from train_sharded import check_model, find_devices, make_mesh, mesh_axes
+from training import Training, begun_with, build_program, state_shardings, train
 
 BACKBONE = "backbone"
 
@@ -48,6 +53,11 @@ class Text:
     batches: Sequence[np.ndarray]
     prompts: np.ndarray
     end: int
+
+
+def share_of(args: argparse.Namespace) -> int:
+    """How many devices share a batch."""
+    return 1 if args.mesh is None else args.mesh["data"] * args.mesh["fsdp"]
 
 
 def text_of(args: argparse.Namespace) -> tuple[Text, DecoderConfig]:
@@ -66,7 +76,9 @@ def text_of(args: argparse.Namespace) -> tuple[Text, DecoderConfig]:
         learned, heldout, end = corpus.train, corpus.heldout, corpus.end_of_text
     batches = heldout_batches(heldout, args.batch_size, args.length, args.eval_batches)
     rows = windows(heldout, args.prompt_length)[:, :-1]
-    prompts = rows[np.linspace(0, len(rows), min(len(rows), args.prompts), endpoint=False).astype(int)]
+    # As many for each device.
+    count = min(len(rows), args.prompts) // share_of(args) * share_of(args)
+    prompts = rows[np.linspace(0, len(rows), count, endpoint=False).astype(int)]
     return Text(learned, batches, prompts, end), config
 
 
@@ -85,23 +97,33 @@ def training_of(
     create: Callable[[], Tree],
     stage: str,
     *given: Tree,
+    specs: Tree,
 ) -> Training:
-    """The training of a stage, whose steps and learning rate are options."""
+    """The training of a stage, whose steps and learning rate are options; `specs` shard what is trained on a mesh."""
     steps, rate = (getattr(args, f"{stage}_{name}") for name in ("steps", "learning_rate"))
-    tokens = jax.ShapeDtypeStruct((args.batch_size, args.length + 1), jnp.int32)
-    optimizer = optimizer_of(rate, steps, min(10, steps // 10))
-    program = build_program(loss_fn, create, optimizer, tokens, *given)
+    optimizer, rows = optimizer_of(rate, steps, min(10, steps // 10)), placed(P(BATCH))
+    tokens = jax.ShapeDtypeStruct((args.batch_size, args.length + 1), jnp.int32, sharding=rows)
+    program = build_program(loss_fn, create, optimizer, tokens, *given, shardings=state_shardings(optimizer, specs))
+    program = begun_with(create, program, optimizer)
     batches = Batches(windows(text.train, args.length), args.batch_size, args.seed)
-    return Training(folder.name, folder, program, lambda step, params: batches[step - 1], given=given)
+    return Training(
+        folder.name, folder, program, lambda step, params: jax.device_put(batches[step - 1], rows), given=given
+    )
+
+
+def backbone_specs(config: DecoderConfig) -> Tree:
+    return jax.tree.map(lambda leaf: leaf.spec, decoder.parameters(config))
 
 
 def backbone_of(args: argparse.Namespace, text: Text, config: DecoderConfig) -> Tree:
     """The decoder's parameters: those of the checkpoint, or trained from scratch."""
     if args.model is not None:
-        return pretrained.load(args.model, config, args.param_dtype)
+        sharding = pretrained.on_one_device if args.mesh is None else placed
+        return pretrained.load(args.model, config, args.param_dtype, sharding)
+    specs, model = backbone_specs(config), Medusa(config, 1, options.jliger_head(args), text.end)
     create = partial(decoder.initial_parameters, config, jax.random.key(args.seed))
-    model = Medusa(config, 1, options.jliger_head(args), text.end)
-    training = training_of(args, text, args.out / BACKBONE, model.backbone_loss, create, BACKBONE)
+    create = jax.jit(create, out_shardings=jax.tree.map(placed, specs))
+    training = training_of(args, text, args.out / BACKBONE, model.backbone_loss, create, BACKBONE, specs=specs)
     train([training], args, args.backbone_steps)
     return training.state["parameters"]
 
@@ -124,7 +146,10 @@ def evaluate(model: Medusa, text: Text, length: int, params: Tree) -> Record:
 
 def train_heads(args: argparse.Namespace, text: Text, model: Medusa, backbone: Tree) -> tuple[list[Record], ...]:
     """Records of the stages' steps, and evaluations before and after them, for one number of heads."""
-    records, evaluations, begun = [], [], jax.jit(model.initial_parameters)(backbone)
+    specs = {"heads": model.specs(jax.eval_shape(model.initial_parameters, backbone))}
+    specs["backbone"] = backbone_specs(model.config)
+    create = jax.jit(model.initial_parameters, out_shardings=jax.tree.map(placed, specs["heads"]))
+    records, evaluations, begun = [], [], create(backbone)
 
     def judge(after: str, params: Tree) -> None:
         evaluations.append({"heads": model.count, "after": after, **evaluate(model, text, args.new_tokens, params)})
@@ -137,11 +162,12 @@ def train_heads(args: argparse.Namespace, text: Text, model: Medusa, backbone: T
         for head in options.heads_of(args):
             one = replace(model, head=head)
             # The loss of stage 1 is a function of the heads, that of stage 2 of everything.
-            loss_fn, given = (one.stage_1, (backbone,)) if stage == 1 else (one.stage_2, ())
-            state = begun if stage == 1 else {"backbone": backbone, "heads": begun}
+            loss_fn, state, own, given = one.stage_1, begun, specs["heads"], (backbone,)
+            if stage == 2:
+                loss_fn, state, own, given = one.stage_2, {"backbone": backbone, "heads": begun}, specs, ()
             create = partial(jax.tree.map, jnp.copy, state)
             folder = args.out / f"{model.count}_heads" / f"stage_{stage}" / head.name
-            trainings.append(training_of(args, text, folder, loss_fn, create, f"stage_{stage}", *given))
+            trainings.append(training_of(args, text, folder, loss_fn, create, f"stage_{stage}", *given, specs=own))
         train(trainings, args, getattr(args, f"stage_{stage}_steps"))
         records += [record_of(args, model.count, stage, training) for training in trainings]
         last = trainings[-1].state["parameters"]
@@ -233,7 +259,15 @@ def bars(summary: Record, figure: Callable[[Record], float], title: str, axes: A
 
 
 def run(args: argparse.Namespace) -> None:
+    find_devices(argparse.Namespace(devices=args.devices, coordinator=None))
     text, config = text_of(args)
+    if args.mesh is not None:
+        check_model(config, args.mesh, "the decoder")
+    with nullcontext() if args.mesh is None else jax.set_mesh(make_mesh(args.mesh)):
+        run_stages(args, text, config)
+
+
+def run_stages(args: argparse.Namespace, text: Text, config: DecoderConfig) -> None:
     names = ("batch_size", "length", "backbone_steps", "stage_1_steps", "stage_2_steps", "seed", "decay", "weight")
     settings = {**asdict(config), **{name: getattr(args, name) for name in names}, "model": str(args.model or "")}
     runs.open_folder(args, settings, (BACKBONE, *(f"{count}_heads" for count in range(1, 17))))
@@ -274,9 +308,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         add(f"--{stage}-learning-rate", type=NUMBER, default=rate, metavar="X", help="the highest (%(default)s)")
     add("--decay", type=NUMBER, default=0.8, metavar="X", help="head i's loss has weight X^i (%(default)s)")
     add("--weight", type=NUMBER, default=0.2, metavar="X", help="of the heads' loss in stage 2 (%(default)s)")
+    add = parser.add_argument_group("devices").add_argument
+    add("--mesh", type=mesh_axes, metavar="AXES", help="of all devices, as in fsdp=4 (default: one device)")
+    add("--devices", type=COUNT, metavar="N", help="simulate N devices on this machine's CPU")
     parser.set_defaults(vocab_size=4096)
     args = parser.parse_args(argv)
     options.check(parser, args)
+    for name in ("batch_size", "prompts"):
+        if getattr(args, name) % share_of(args):
+            number_of = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            parser.error(f"{number_of}: {share_of(args)} devices of --mesh can't share it")
     if max(args.medusa_heads) > 16:
         parser.error(f"--medusa-heads {max(args.medusa_heads)}: at most 16")
     if args.model is not None and not (args.model / "config.json").exists():

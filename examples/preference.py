@@ -81,10 +81,11 @@ class Preference:
         """The loss, its weight, and metrics; the first half of the batch's sequences is the chosen ones."""
         references = () if self.loss == "orpo" else jnp.split(batch["reference"], 2)
         if self.head.name == "jliger":
-            inputs, labels, where = self.of_tokens(batch["tokens"])
+            # Both sequences of a pair side by side before the model runs: on a mesh, a pair is then on one device.
+            pairs = jnp.stack(jnp.split(batch["tokens"], 2), axis=1)
+            inputs, labels, where = self.of_tokens(pairs.reshape(batch["tokens"].shape))
             hidden, kernel, how = self.head.last_layer(self.config, params, inputs)
-            # Both sequences of a pair side by side: [B, 2, T].
-            hidden, labels, where = (jnp.stack(jnp.split(array, 2), axis=1) for array in (hidden, labels, where))
+            hidden, labels, where = (array.reshape(-1, 2, *array.shape[1:]) for array in (hidden, labels, where))
             fused = losses.fused_linear_orpo if self.loss == "orpo" else losses.fused_linear_dpo
             loss, metrics = fused(hidden, kernel, labels, *references, beta=self.beta, where=where, **how)
         else:

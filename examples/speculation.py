@@ -7,14 +7,19 @@ from typing import Any
 import decoder
 import jax
 import jax.numpy as jnp
+import llama
 import optax
 from decoder import DecoderConfig, Tree
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from language_model import Head
-from llama import last_layer
+from llama import HEAD_SPEC, last_layer
 
 import jliger
 from jliger import CrossEntropyMetrics
+
+# Of a matrix of all heads.
+STACKED_SPEC = P(None, *HEAD_SPEC)
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,21 @@ class Medusa:
         return nnx.state(self.initial_heads(backbone))
 
     def heads(self, backbone: Tree, state: Tree) -> Any:
-        """The module with its parameters."""
-        return nnx.merge(nnx.graphdef(nnx.eval_shape(partial(self.initial_heads, backbone))), state)
+        """The module with its parameters. On a mesh they are gathered, but jliger gathers one head's at a time."""
+        # Blocks are small. All heads at once are gathered for full logits alone.
+        how = {"blocks": self._gathered, "heads": self._gathered if self.head.name == "full" else self._sharded}
+        parts = {name: jax.tree.map(how[name], part) for name, part in state.items()}
+        return nnx.merge(nnx.graphdef(nnx.eval_shape(partial(self.initial_heads, backbone))), nnx.State(parts))
+
+    def specs(self, heads: Tree) -> Tree:
+        """How the heads' parameters are sharded on a mesh: matrices as the decoder's last layer."""
+        return jax.tree.map(lambda leaf: STACKED_SPEC if leaf.ndim == 3 else P(), heads)
+
+    def _gathered(self, leaf: jax.Array) -> jax.Array:
+        return llama._gathered(leaf, STACKED_SPEC, self.config.dtype) if leaf.ndim == 3 else leaf
+
+    def _sharded(self, leaf: jax.Array) -> jax.Array:
+        return llama.sharded(leaf, STACKED_SPEC) if leaf.ndim == 3 else leaf
 
     def labels(self, tokens: jax.Array) -> jax.Array:
         """The tokens 1, 2, ... places after `[B, T]` tokens, `[count + 1, B, T]`, in the same document; -1 is none."""

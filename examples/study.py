@@ -4,8 +4,8 @@
     python examples/study.py --model 0.6b --compare --batch 1 4 8 --each 8   # none and all; at 8 each one alone
     python examples/study.py --model 8b --all --remat --offload optimizer --parameters bfloat16
 
-Each run adds its records to a results file and draws the plots beside it again. What is in the
-file already isn't measured again. docs/study.md says what was found.
+Each run adds its records to a results file, each with its command, and draws the plots beside it again. What is in the
+file already is measured only if `--again` says so, and replaced. docs/study.md says what was found.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,15 @@ def setups_of(args: argparse.Namespace) -> Iterator[Setup]:
         args.model,
         chosen,
         args.remat,
-        tuple(name for name in OFFLOADS if name in args.offload),
         length=args.length,
         parameters=args.parameters,
         dtype=args.dtype,
         learning_rate=args.learning_rate,
     )
-    for batch in sorted(args.batch):
+    offloads = [tuple(name for name in OFFLOADS if name in each) for each in args.offload or [()]]
+    for batch, offload in product(sorted(args.batch), offloads):
         for kernels in ((), ALL) if args.compare else (chosen,):
-            yield replace(setup, batch=batch, kernels=kernels)
+            yield replace(setup, batch=batch, kernels=kernels, offload=offload)
     for batch in sorted(args.each):
         for name in KERNELS:
             yield replace(setup, batch=batch, kernels=(name,))
@@ -74,7 +75,7 @@ def measure_all(args: argparse.Namespace) -> None:
     ]
     records, refused = Records(args.records), set()
     for batch in sorted({setup.batch for setup in setups}):
-        tried = [setup for setup in setups if setup.batch == batch and setup.kernels not in refused]
+        tried = [setup for setup in setups if setup.batch == batch and (setup.kernels, setup.offload) not in refused]
         with ThreadPoolExecutor(args.compilers) as pool:
             prepared = list(pool.map(prepare, tried))
         # XLA tries kernels while it compiles. Where memory was too little for several such trials, one may do.
@@ -83,7 +84,7 @@ def measure_all(args: argparse.Namespace) -> None:
             about = {**asdict(setup), "parameter_count": parameter_count(setup.config)}
             record = records.add(about, partial(measure, args, setup, step, compiled))
             if record["out_of_memory"]:
-                refused.add(setup.kernels)
+                refused.add((setup.kernels, setup.offload))
             print(f"{name_of(record)}: {in_words(record)}", flush=True)
 
 
@@ -97,8 +98,9 @@ def prepare(setup: Setup) -> Any:
 
 
 def needed(prepared: Any) -> float:
+    """Bytes of a device, about: the program's and those of the state that is no argument of it."""
     _, step, compiled = prepared
-    return float("inf") if step is None else compiled.memory["total"]
+    return float("inf") if step is None else compiled.memory["total"] + step.beside
 
 
 def measure(args: argparse.Namespace, setup: Setup, step: Any, compiled: Any) -> Record:
@@ -149,10 +151,9 @@ def run(args: argparse.Namespace, command: str) -> None:
         measure_all(args)
         return
     out: Path = args.out
-    results = read_json(out) if out.exists() else {"environment": {}, "commands": [], "records": []}
-    done = {key_of(record) for record in results["records"]}
+    records = {key_of(record): record for record in read_json(out)["records"]} if out.exists() else {}
     setups = {key_of(asdict(setup)): asdict(setup) for setup in setups_of(args)}
-    groups = [[setup for key, setup in setups.items() if key not in done]]
+    groups = [[setup for key, setup in setups.items() if args.again or key not in records]]
     if args.separate:
         groups = [[setup] for setup in groups[0]]
     for group in filter(None, groups):
@@ -168,16 +169,12 @@ def run(args: argparse.Namespace, command: str) -> None:
             {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": f"{args.host_gib}"},
         )
         if found is not None:
-            limit = found["environment"]["bytes_limit"]
-            results["environment"] = {name: value for name, value in found["environment"].items() if name != "command"}
-            results["records"] += [{**record, "bytes_limit": limit} for record in found["records"]]
-            write_json(out, results)
-    if not results["records"]:
+            environment = {**found["environment"], "command": command}
+            records |= {key_of(record): {**record, "environment": environment} for record in found["records"]}
+            write_json(out, {"records": list(records.values())})
+    if not records:
         sys.exit("study: error: nothing was measured")
-    if command not in results["commands"]:
-        results["commands"].append(command)
-    write_json(out, results)
-    study_plot.plot(results, out)
+    study_plot.plot(list(records.values()), out)
     print(f"written: {out}, and plots beside it")
 
 
@@ -193,12 +190,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=COUNT, nargs="*", default=[1], metavar="N", help="sequences (1)")
     add("--length", type=COUNT, default=2048, metavar="N", help="tokens a sequence (%(default)s)")
     add("--remat", action="store_true", help="keep each layer's input alone, and compute the layer again")
-    add("--offload", choices=OFFLOADS, nargs="+", default=[], help="what lies in host memory")
+    add(
+        "--offload",
+        choices=OFFLOADS,
+        nargs="+",
+        action="append",
+        default=[],
+        help="what lies in host memory; given several times, each of them is a configuration",
+    )
     add("--parameters", choices=DTYPES, default="float32", help="dtype of parameters (%(default)s)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the arithmetic (%(default)s)")
     add("--learning-rate", type=NUMBER, default=3e-4, metavar="X", help="of AdamW (%(default)s)")
     add("--steps", type=COUNT, default=8, metavar="N", help="timed, after one (%(default)s)")
     add("--timed-seconds", type=NUMBER, default=20.0, metavar="X", help="no more of them after this time (%(default)s)")
+    add("--again", action="store_true", help="measure what the results file has, too, and replace it")
     add("--separate", action="store_true", help="a process for each configuration, not one for all of them")
     add("--compilers", type=COUNT, default=4, metavar="N", help="programs compiled at once (%(default)s)")
     add("--timeout", type=NUMBER, default=900.0, metavar="S", help="seconds of a process (%(default)s)")
@@ -214,7 +219,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         setattr(args, name, True)
     if args.tiled_mlp and args.swiglu:
         parser.error("--tiled-mlp replaces --swiglu: use one of them")
-    if "activations" in args.offload and not args.remat:
+    if any("activations" in each for each in args.offload) and not args.remat:
         parser.error("--offload activations needs --remat: without it, a layer keeps more than its input")
     return args
 

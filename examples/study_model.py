@@ -159,7 +159,12 @@ def loss_fn(setup: Setup, params: Tree, tokens: jax.Array) -> tuple[jax.Array, j
 
 
 class WholeStep:
-    """A training step as one program; its state is that program's."""
+    """A training step as one program; its state is that program's.
+
+    `beside` are the bytes of a state on the device that is no argument of `traced`.
+    """
+
+    beside = 0
 
     def __init__(self, setup: Setup) -> None:
         batch = jax.eval_shape(setup.tokens)
@@ -192,6 +197,13 @@ class StreamedStep:
             jax.eval_shape(setup.initial_parameters),
         )
         self.traced = jax.jit(self._loss_and_gradients).trace(params, jax.eval_shape(setup.tokens))
+        moments = jax.eval_shape(setup.optimizer.init, params)
+        # As in WholeStep.
+        self.beside = (
+            0
+            if "optimizer" in setup.offload
+            else sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(moments))
+        )
 
     def begin(self) -> Tree:
         # One array at a time: what XLA needs to make them all would be more than the step's memory.

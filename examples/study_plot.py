@@ -40,11 +40,11 @@ def by_switch(records: Sequence[Record], name: str, axes: Axes) -> None:
     axes.set(title=f"{batch} sequences, one operation by jliger", xlabel=f"{name}: % more than plain XLA")
 
 
-def plot(results: Record, out: Path) -> None:
+def plot(records: Sequence[Record], out: Path) -> None:
     """Draws the plot of each model that has been measured without offloading."""
-    fitting = [record for record in results["records"] if not record["out_of_memory"] and not record["offload"]]
+    fitting = [record for record in records if not record["out_of_memory"] and not record["offload"]]
     for model in dict.fromkeys(record["model"] for record in fitting):
-        records = [record for record in fitting if record["model"] == model]
-        panels = [partial(draw, records, name) for draw in (by_batch, by_switch) for name in FIGURES]
-        title = f"{model} on {results['environment']['device']}"
-        reporting.plot(panels, out.with_name(f"{out.stem}_{model}.png"), title=title)
+        own = [record for record in fitting if record["model"] == model]
+        panels = [partial(draw, own, name) for draw in (by_batch, by_switch) for name in FIGURES]
+        devices = dict.fromkeys(record["environment"]["device"] for record in own)
+        reporting.plot(panels, out.with_name(f"{out.stem}_{model}.png"), title=f"{model} on {', '.join(devices)}")

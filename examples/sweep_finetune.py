@@ -1,14 +1,15 @@
 """Measures fine-tuning steps of several models with both heads, and writes one file, a table and a plot.
 
-    python examples/sweep_finetune.py --out results/finetune_h100.json --models llama-3.2-1b:144 llama-3-8b:96:16
+    python examples/sweep_finetune.py --out results/finetune_h100.json --models llama-3.2-1b llama-3-8b:16
 
-`llama-3.2-1b:144` begins with batch 144 to find the largest one, and `llama-3-8b:96:16` is LoRA of rank 16. Full logits
-are measured first, at the largest batch that they allow; then jliger at the same batch, and at the largest that it
-allows. Each head has a process of its own.
+`llama-3-8b:16` is LoRA of rank 16. Both heads are measured at the largest batch that full logits allow, then jliger at
+the largest that it allows. Each model has a process of its own.
 """
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,41 +19,35 @@ from options import NUMBER, parser_of
 from reporting import COLORS, GIB, TITLES, Column, number, plot, table_of
 from runs import Record, read_json, write_json
 from shapes import SHAPES
-from sweeps import memory_of, run_child
+from sweeps import memory_of, run_child, without_folder
 
 # A device that does nothing else can be given to XLA as a whole: memory in pieces would fit smaller batches only.
-VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
 
 # The share of the memory that a batch takes at least if it is said to be the largest.
 FILLED = 0.85
 
 
-def model(text: str) -> tuple[str, int, int]:
-    """An argparse type: a shape's name, the first batch to try, and the rank of adapters."""
-    name, _, numbers = text.partition(":")
-    first, _, rank = numbers.partition(":")
-    if name not in SHAPES or not first.isdecimal() or (rank and not rank.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r}: needed is NAME:BATCH or NAME:BATCH:RANK, of {', '.join(SHAPES)}")
-    return name, int(first), int(rank or 0)
+def model(text: str) -> tuple[str, int]:
+    """An argparse type: a shape's name and the rank of adapters."""
+    name, _, rank = text.partition(":")
+    if name not in SHAPES or (rank and not rank.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: needed is NAME or NAME:RANK, of {', '.join(SHAPES)}")
+    return name, int(rank or 0)
 
 
-def largest(records: Sequence[Record]) -> int:
-    """The largest batch that fitted; 0 if none did."""
-    return max((record["batch"] for record in records if not record["out_of_memory"]), default=0)
-
-
-def measure(args: argparse.Namespace, results: Record, name: str, first: int, rank: int) -> None:
-    """Adds the records of a model, with full logits first."""
-    same = 0
-    for head in ("full", "jliger"):
-        batch = ["--batch", same, "--largest"] if same else ["--largest", first]
-        options = ["--shape", name, "--head", head, "--lora-rank", rank, *args.rest, *batch, "--"]
-        part = run_child(f"{name}, {head}", "measure_finetune.py", options, args.timeout, VARIABLES)
+def measure(args: argparse.Namespace, results: Record, command: str) -> None:
+    """Adds the records of each model to the results file."""
+    end = time.monotonic() + args.budget
+    for name, rank in args.models:
+        if (seconds := min(args.timeout, end - time.monotonic())) <= 0:
+            break
+        options = ["--shape", name, "--lora-rank", rank, *args.rest, "--largest", *args.largest, "--"]
+        part = run_child(name, "measure_finetune.py", options, seconds, VARIABLES)
         if part is not None:
-            results["environment"] = {**part["environment"], "command": results["environment"]["command"]}
+            results["environment"] = {**part["environment"], "command": command}
             results["records"] += part["records"]
             write_json(args.out, results)
-            same = largest(part["records"])
 
 
 def model_of(record: Record) -> str:
@@ -78,7 +73,7 @@ def compared(results: Record) -> list[Record]:
         rows.append(best)
         for record in fused:
             is_same = record["batch"] == best["batch"]
-            if is_same or record["batch"] == largest(fused):
+            if is_same or record["batch"] == max(each["batch"] for each in fused):
                 is_comparable = is_same or memory_of(best) > FILLED * limit
                 faster = record["tokens_per_second"] / best["tokens_per_second"] - 1 if is_comparable else None
                 saved = 1 - memory_of(record) / memory_of(best) if is_same else None
@@ -94,7 +89,7 @@ def text_of(results: Record) -> str:
         "batch": number("batch"),
         "ms a step": number("milliseconds", ".0f"),
         "tokens/s": number("tokens_per_second", ",.0f"),
-        "GiB": lambda record: f"{memory_of(record) / GIB:.1f}",
+        "GiB a device" if about["devices"] > 1 else "GiB": lambda record: f"{memory_of(record) / GIB:.1f}",
         "more tokens/s": number("faster", "+.1%"),
         "memory saved": number("saved", ".1%"),
     }
@@ -122,18 +117,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of("sweep_finetune", __doc__)
     add = parser.add_argument
     add("--out", type=Path, default=Path("results/finetune.json"), help="results; table and plot beside (%(default)s)")
-    add("--models", type=model, nargs="+", required=True, metavar="NAME:BATCH[:RANK]", help=f"of {', '.join(SHAPES)}")
+    add("--models", type=model, nargs="+", default=[], metavar="NAME[:RANK]", help=f"of {', '.join(SHAPES)}")
+    add("--largest", choices=TITLES, nargs="*", default=list(TITLES), help="heads with a largest batch (both)")
     add("--timeout", type=NUMBER, default=300.0, metavar="S", help="seconds of one process (%(default)s)")
+    add("--budget", type=NUMBER, default=math.inf, metavar="S", help="seconds of all of them (no limit)")
+    add("--add", action="store_true", help="keep what --out has, and add to it")
     add("--plot-only", action="store_true", help="measure nothing; make table and plot of --out again")
     add("rest", nargs="*", metavar="-- OPTIONS", help="options of measure_finetune.py, after --")
     args = parser.parse_args(argv)
-    if args.plot_only:
+    results: Record = {"environment": {"command": ""}, "records": []}
+    if args.plot_only or (args.add and args.out.exists()):
         results = read_json(args.out)
-    else:
-        command = " ".join(["python", "examples/sweep_finetune.py", *(sys.argv[1:] if argv is None else argv)])
-        results: Record = {"environment": {"command": command}, "records": []}
-        for name, first, rank in args.models:
-            measure(args, results, name, first, rank)
+    if not args.plot_only:
+        words = map(without_folder, sys.argv[1:] if argv is None else argv)
+        commands = [results["environment"]["command"], " ".join(["python", "examples/sweep_finetune.py", *words])]
+        measure(args, results, "; ".join(filter(None, commands)))
     if not results["records"]:
         sys.exit("sweep_finetune: error: nothing was measured")
     text = text_of(results)

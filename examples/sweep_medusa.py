@@ -1,13 +1,15 @@
 """Measures Medusa's steps with both heads, and writes one file, a table and a plot.
 
-    python examples/sweep_medusa.py --out results/medusa_h100.json -- --shape llama-3-8b --batch 4
+    python examples/sweep_medusa.py --out results/medusa_h100.json -- --shape llama-3-8b
 
-Each number of heads, stage and way to compute the losses has a process of its own.
+`3:1:4` is a step with 3 heads of stage 1 with 4 rows. Each way to compute the losses has a process of its own, with its
+cases in the order given. Begin with the one that needs the least memory: a device's peak can't be reset. XLA's account
+stands in for a peak that an earlier case had reached.
 """
 
 from collections.abc import Sequence
 
-from options import COUNT
+from measure_medusa import case
 from runs import Record
 from sweeps import run_child, sweep, sweep_parser
 
@@ -15,21 +17,20 @@ HEADS = ("full", "jliger")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = sweep_parser("sweep_medusa", __doc__, "measure_medusa.py", "results/medusa.json", timeout=120.0)
-    add = parser.add_argument
-    add("--medusa-heads", type=COUNT, nargs="+", default=[3, 5], metavar="K", help="heads (3 5)")
-    add("--stages", type=int, choices=(1, 2), nargs="+", default=[1], help="1: the heads, 2: everything (1)")
+    parser = sweep_parser("sweep_medusa", __doc__, "measure_medusa.py", "results/medusa.json", timeout=300.0)
+    add, default = parser.add_argument, [(3, 1, 4), (5, 1, 4)]
+    add("--cases", type=case, nargs="+", default=default, metavar="CASE", help="for both (3:1:4 5:1:4)")
+    for head in HEADS:
+        add(f"--{head}", type=case, nargs="*", metavar="CASE", help=f"cases of {head} instead; none leaves it out")
     args = parser.parse_args(argv)
-    counts = [(count, stage, head) for count in args.medusa_heads for stage in args.stages for head in HEADS]
-    cases = {f"{count} heads, stage {stage}, {head}": (count, stage, head) for count, stage, head in counts}
+    cases = {head: args.cases if getattr(args, head) is None else getattr(args, head) for head in HEADS}
 
-    def measured(name: str) -> Record | None:
-        count, stage, head = cases[name]
-        own = ["--medusa-heads", count, "--stages", stage, "--head", head, "--"]
-        return run_child(name, "measure_medusa.py", [*args.rest, *own], args.timeout)
+    def measured(head: str) -> Record | None:
+        own = ["--head", head, "--cases", *(":".join(map(str, each)) for each in cases[head]), "--"]
+        return run_child(head, "measure_medusa.py", [*args.rest, *own], args.timeout)
 
-    settings = ("batch", "length", "dtype", "param_dtype")
-    sweep("sweep_medusa", args, argv, dict.fromkeys(cases, measured), "case", settings)
+    children = dict.fromkeys((head for head in HEADS if cases[head]), measured)
+    sweep("sweep_medusa", args, argv, children, "case", ("length", "dtype", "param_dtype", "mesh"))
 
 
 if __name__ == "__main__":

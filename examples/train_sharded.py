@@ -10,14 +10,14 @@ under another mesh. docs/train_sharded.md has the options and says what a run le
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-import optax
 import options
 import reporting
 import runs
@@ -26,11 +26,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from language_model import language_model_loss
-from llama import AXES, BATCH, LlamaConfig, Tree, flops_per_token, parameter_count, parameters
+from llama import AXES, BATCH, LlamaConfig, flops_per_token, parameter_count, parameters
 from measuring import HOPPER_TFLOPS, Records, in_words, measured_steps, rates
 from options import COUNT, COUNT_OR_ZERO, DTYPES, NUMBER, NUMBER_OR_ZERO
 from runs import DeviceMemoryError, Record, RunError, say
-from training import Program, Training, TrainingConfig, build_program, device_memory, train
+from training import Program, Training, TrainingConfig, build_program, device_memory, state_shardings, train
 
 HEADS = ("jliger", "full")
 CONFIGS = {
@@ -48,15 +48,7 @@ def program_of(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh, batch_
     """Traces the training step under the current mesh; nothing is compiled or run."""
     learning = replace(TrainingConfig.of(args), batch_size=batch_size)
     optimizer = learning.optimizer(config)
-
-    def shardings(state: Tree) -> Tree:
-        specs = jax.tree.map(lambda leaf: leaf.spec, parameters(config))
-        # The optimizer's state of a parameter is sharded like the parameter.
-        others = optax.tree_map_params(
-            optimizer, lambda _, spec: spec, state["optimizer"], specs, transform_non_params=lambda _: P()
-        )
-        return jax.tree.map(partial(NamedSharding, mesh), {"parameters": specs, "optimizer": others})
-
+    shardings = state_shardings(optimizer, jax.tree.map(lambda leaf: leaf.spec, parameters(config)))
     loss_fn = language_model_loss(options.heads_of(args)[0], config, end_of_text)
     tokens = jax.ShapeDtypeStruct((batch_size, args.length + 1), np.int32, sharding=NamedSharding(mesh, P(BATCH)))
     create = partial(learning.initial_parameters, config)
@@ -243,17 +235,23 @@ def make_mesh(sizes: dict[str, int] | None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def check_model(config: Any, sizes: Mapping[str, int], model: str) -> None:
+    """Refuses a mesh whose axes do not divide the sizes of the model that they share."""
+    tensor = sizes["tensor"]
+    divisors = dict.fromkeys(("heads", "kv_heads", "mlp_size", "vocab_size"), tensor)
+    for name, divisor in {**divisors, "hidden_size": sizes["fsdp"] * tensor}.items():
+        if getattr(config, name) % divisor:
+            raise RunError(f"--mesh: {divisor} devices can't share {name} {getattr(config, name)} of {model}")
+
+
 def check_sizes(args: argparse.Namespace, config: LlamaConfig, mesh: Mesh) -> None:
-    data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
     share = args.accumulate * data * fsdp
     for batch_size in args.batch:
         if batch_size % share:
             product = f"--accumulate {args.accumulate} times data={data} times fsdp={fsdp}"
             raise RunError(f"--batch {batch_size} must be a multiple of {share}: {product}")
-    divisors = dict.fromkeys(("heads", "kv_heads", "mlp_size", "vocab_size"), tensor) | {"hidden_size": fsdp * tensor}
-    for name, divisor in divisors.items():
-        if getattr(config, name) % divisor:
-            raise RunError(f"--mesh: {divisor} devices can't share {name} {getattr(config, name)} of {args.config}")
+    check_model(config, mesh.shape, args.config)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +19,8 @@ import numpy as np
 import optax
 from checkpoints import Checkpoints
 from corpus import Batches, windows
-from llama import LlamaConfig, Tree, initial_parameters, parameters
+from jax.sharding import PartitionSpec as P
+from llama import LlamaConfig, Tree, initial_parameters, parameters, placed
 from runs import CHECKPOINTS, DeviceMemoryError, Record, RunError, read_metrics, say, write_metrics
 from tqdm import tqdm
 
@@ -116,6 +117,36 @@ def build_program(
     except (ValueError, NotImplementedError) as error:
         raise RunError(str(error)) from error
     return Program(traced, abstract_state, jax.jit(initial_state, out_shardings=where))
+
+
+def state_shardings(optimizer: optax.GradientTransformation, specs: Tree) -> Callable[[Tree], Tree] | None:
+    """A function of a training state: its shardings on the mesh that is set; None without one.
+
+    The optimizer's state of a parameter is sharded like the parameter.
+    """
+    if placed(P()) is None:
+        return None
+
+    def shardings(state: Tree) -> Tree:
+        others = optax.tree_map_params(
+            optimizer, lambda _, spec: spec, state["optimizer"], specs, transform_non_params=lambda _: P()
+        )
+        return jax.tree.map(placed, {"parameters": specs, "optimizer": others})
+
+    return shardings
+
+
+def begun_with(create: Callable[[], Tree], program: Program, optimizer: optax.GradientTransformation) -> Program:
+    """The program, with initial parameters from `create`, which is not compiled: it may read files or copy arrays."""
+    optimizer = optax.with_extra_args_support(optimizer)
+    places = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state["optimizer"])
+    begin = jax.jit(optimizer.init, out_shardings=places)
+
+    def initial_state() -> Tree:
+        params = create()
+        return {"parameters": params, "optimizer": begin(params)}
+
+    return replace(program, initial_state=initial_state)
 
 
 @contextmanager

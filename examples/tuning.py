@@ -25,6 +25,10 @@ def leaf_count(described: Tree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(described))
 
 
+def sharding_on(mesh: Mesh | None, spec: P) -> Sharding:
+    return pretrained.on_one_device(spec) if mesh is None else NamedSharding(mesh, spec)
+
+
 @dataclass(frozen=True)
 class Tuning:
     """What is trained, and with which last layer.
@@ -62,7 +66,7 @@ class Tuning:
         return decoder.parameters(self.config)
 
     def sharding(self, spec: P) -> Sharding:
-        return pretrained.on_one_device(spec) if self.mesh is None else NamedSharding(self.mesh, spec)
+        return sharding_on(self.mesh, spec)
 
     def abstract(self, described: Tree, dtype: str) -> Tree:
         """The shapes, dtypes and shardings of what is described."""

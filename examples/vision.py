@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -54,13 +54,19 @@ def words_of(documents: Sequence[str], shortest: int, longest: int, most: int) -
     return [word for word, n in counts.most_common() if n > 1 and shortest <= len(word) <= longest][:most]
 
 
+@lru_cache
+def font() -> Any:
+    """Pillow's own; to read it takes longer than to draw a word."""
+    return ImageFont.load_default(FONT_SIZE)
+
+
 def picture(config: VisionConfig, word: str, random: np.random.Generator) -> np.ndarray:
     """A word in light letters on dark ground, `[height, width]` in 0 to 1, with noise and not quite in its place."""
     image = Image.new("L", (config.width, config.height))
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT_SIZE)
+    draw = ImageDraw.Draw(image)
     x, y = PITCH / 2 + random.uniform(0, 1), config.height / 2 + random.uniform(-1, 1)
     for place, letter in enumerate(word):
-        draw.text((x + PITCH * place, y), letter, fill=int(random.integers(160, 256)), font=font, anchor="mm")
+        draw.text((x + PITCH * place, y), letter, fill=int(random.integers(160, 256)), font=font(), anchor="mm")
     pixels = np.asarray(image, np.float32) / 255
     return np.clip(pixels + random.normal(0, 0.05, pixels.shape), 0, 1).astype(np.float32)
 
@@ -78,10 +84,10 @@ def initial_encoder(config: VisionConfig, hidden_size: int, key: jax.Array) -> T
         "projector": {"up": (size, 2 * hidden_size), "down": (2 * hidden_size, hidden_size)},
     }
     leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
-    keys = jax.random.split(key, len(leaves))
-    params = tree.unflatten(
-        jax.random.normal(key, shape) * shape[-2] ** -0.5 for key, shape in zip(keys, leaves, strict=True)
-    )
+    # All numbers at once: XLA compiles one random generator for each call.
+    ends = np.cumsum([np.prod(shape) for shape in leaves])
+    parts = jnp.split(jax.random.normal(key, (ends[-1],)), ends[:-1])
+    params = tree.unflatten(part.reshape(shape) * shape[-2] ** -0.5 for part, shape in zip(parts, leaves, strict=True))
     params["layers"] |= {f"{name}_norm": jnp.ones((layers, size)) for name in ("attention", "mlp")}
     return params | {"norm": jnp.ones(size)}
 

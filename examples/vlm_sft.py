@@ -10,7 +10,7 @@ the options and says what a run leaves behind.
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import takewhile
 
 import decoder
@@ -198,16 +198,16 @@ def pictures(exam: Exam, axes: Axes) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options.parser_of("vlm_sft", __doc__)
     add = options.add_run_options(parser, "runs/vlm_sft")
-    add("--eval-every", type=COUNT, default=100, metavar="N", help="steps between evaluations (%(default)s)")
+    add("--eval-every", type=COUNT, default=300, metavar="N", help="steps between evaluations (%(default)s)")
     add("--eval-words", type=COUNT, default=256, metavar="N", help="held-out words (%(default)s)")
     add = parser.add_argument_group("task").add_argument
     options.add_text_options(add)
     add("--words", type=COUNT, default=8000, metavar="N", help="the corpus's commonest, at most (%(default)s)")
-    add("--vocab-size", type=COUNT, default=4096, metavar="N", help="tokens; the task needs few (%(default)s)")
+    add("--vocab-size", type=COUNT, default=1024, metavar="N", help="tokens; the task needs few (%(default)s)")
     options.add_model_options(parser)
     add = parser.add_argument_group("training").add_argument
     options.add_head_options(add)
-    add("--steps", type=COUNT, default=1000, metavar="N", help="optimizer steps (%(default)s)")
+    add("--steps", type=COUNT, default=1200, metavar="N", help="optimizer steps (%(default)s)")
     add("--batch-size", type=COUNT, default=32, metavar="N", help="images per step (%(default)s)")
     add("--learning-rate", type=NUMBER, default=3e-3, metavar="X", help="the highest, after warmup (%(default)s)")
     parser.set_defaults(warmup_steps=None)
@@ -250,17 +250,19 @@ def run(args: argparse.Namespace) -> None:
     readers = [Reader(config, images, head) for head in options.heads_of(args)]
     exam = Exam(heldout, readers[0].batch(heldout, np.random.default_rng([args.seed, 0])))
 
-    def batch(reader: Reader, step: int, params: Tree) -> Tree:
-        del params
+    # Both trainings ask for the same one.
+    @lru_cache(maxsize=1)
+    def batch(step: int) -> Tree:
         random = np.random.default_rng([args.seed, step])
-        return reader.batch([learned[i] for i in random.integers(len(learned), size=args.batch_size)], random)
+        words = [learned[i] for i in random.integers(len(learned), size=args.batch_size)]
+        return readers[0].batch(words, random)
 
     trainings = [
         Training(
             reader.head.name,
             args.out / reader.head.name,
             reader.program(args),
-            partial(batch, reader),
+            lambda step, params: batch(step),
             partial(exam, reader),
         )
         for reader in readers

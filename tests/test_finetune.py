@@ -195,25 +195,42 @@ def test_only_comparable_batches_are_compared(import_example):
     assert of(75) == [(pytest.approx(0.1), pytest.approx(1 - 5 / 75)), (pytest.approx(0.1), None)]
 
 
-@pytest.mark.exhaustive
-def test_steps_are_measured(import_example, monkeypatch, tmp_path):
-    values = {**import_example("runs").read_json(GOLDEN / "llama" / "config.json")}
+@pytest.fixture
+def measure(import_example, monkeypatch) -> ModuleType:
+    """examples/measure_finetune.py, with the tiny Llama in place of a shape, on a device that knows its memory."""
     measure = import_example("measure_finetune")
-    monkeypatch.setitem(measure.SHAPES, "llama-3-8b", values)
-    arguments = [
-        "--shape",
-        "llama-3-8b",
-        "--head",
-        "jliger",
-        "--length",
-        "8",
-        "--batch",
-        "2",
-        "4",
-        "--timed-steps",
-        "2",
-    ]
-    measure.main([*arguments, str(tmp_path / "record.json")])
+    monkeypatch.setitem(measure.SHAPES, "llama-3-8b", import_example("runs").read_json(GOLDEN / "llama/config.json"))
+    monkeypatch.setattr(measure, "device_memory", {"bytes_limit": 1_000_000}.get)
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("fixed", "of_a_row", "tried"), [(200_000, 10_000, [40, 76]), (0, 200_000, [40, 4]), (0, 23_000, [40])]
+)
+def test_the_largest_batch_is_found(measure, monkeypatch, tmp_path, fixed, of_a_row, tried):
+    """The compiler's account of one batch says which one fills the memory; it is not tried if the first nearly does."""
+    args = measure.parse_args(["--shape", "llama-3-8b", "--batch", "1", "--length", "8", str(tmp_path)])
+    tuning = measure.tuning_of(args, "full", None)
+
+    def prepare(args, tuning, batch_size):
+        memory = {"total": fixed + batch_size * of_a_row, "arguments": fixed, "aliased": 0}
+        return measure.Prepared(tuning, batch_size, None, measure.Compiled(None, 0.0, memory, "xla"))
+
+    batches = []
+    monkeypatch.setattr(measure, "prepare", lambda *given: batches.append(given[-1]) or prepare(*given))
+    assert measure.largest(args, tuning, 40).batch_size == tried[-1]
+    assert batches == tried
+
+
+@pytest.mark.exhaustive
+def test_steps_are_measured(measure, tmp_path):
+    arguments = ["--shape", "llama-3-8b", "--length", "8", "--batch", "2", "--largest", "full", "jliger"]
+    measure.main([*arguments, "--timed-steps", "2", "--", str(tmp_path / "record.json")])
     records = json.loads((tmp_path / "record.json").read_text())["records"]
-    assert [record["batch"] for record in records] == [2, 4]
+    assert [record["head"] for record in records[:4]] == ["jliger", "full"] * 2
+    batches = [record["batch"] for record in records]
+    assert batches[:2] == [2, 2]
+    assert batches[2] == batches[3] > 2
+    full = records[3]["memory_bytes"]["total"]
+    assert measure.NEAR * 1_000_000 <= full <= 1_000_000
     assert all(record["tokens_per_second"] > 0 and len(record["losses"]) == 3 for record in records)

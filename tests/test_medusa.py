@@ -110,7 +110,7 @@ def test_speculative_decoding_gives_the_tokens_of_greedy_decoding(medusa, model)
 
 def test_labels_stay_in_their_document(model):
     model, _ = model
-    labels = model.labels(jnp.array([[5, 6, 0, 7, 4, -1]]))
+    labels = jax.jit(model.labels)(jnp.array([[5, 6, 0, 7, 4, -1]]))
     none = -100
     expected = [[6, 0, none, 4, none, none], [0, none, none, none, none, none], [none] * 6]
     np.testing.assert_array_equal(labels[:, 0], expected)
@@ -155,8 +155,34 @@ def test_heads_are_good_for_something(medusa, tmp_path):
         assert all(new > old for new, old in zip(first["accuracy"][1:], before["accuracy"][1:], strict=True))
 
 
+@pytest.mark.exhaustive
+def test_both_ways_are_measured_in_the_cases_that_are_asked_for(import_example, tmp_path):
+    program, shapes = map(import_example, ("measure_medusa", "shapes"))
+    sizes = {"vocab_size": 256, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(shapes.SHAPES, "tiny", {**shapes.SHAPES["llama-3-8b"], **sizes, **heads})
+        records = {}
+        for head in ("full", "jliger"):
+            file = tmp_path / f"{head}.json"
+            own = ["--head", head, "--cases", "1:1:2", "2:2:4", "--length", "8", "--timed-steps", "1"]
+            own += ["--dtype", "float32", "--param-dtype", "float32", "--", str(file)]
+            program.main(["--shape", "tiny", *own])
+            records[head] = json.loads(file.read_text())["records"]
+    for full, fused in zip(*records.values(), strict=True):
+        assert fused["losses"] == pytest.approx(full["losses"], rel=1e-5)
+        assert fused["memory_bytes"]["temporary"] < full["memory_bytes"]["temporary"]
+    assert [record["case"] for record in records["full"]] == ["1 heads, stage 1, batch 2", "2 heads, stage 2, batch 4"]
+
+
 def test_bad_arguments(medusa, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        medusa.main([*OPTIONS, "--medusa-heads", "17", "--out", str(tmp_path / "run")])
-    assert ended.value.code == 2
-    assert "at most 16" in capsys.readouterr().err
+    refused = [
+        (["--medusa-heads", "17"], "at most 16"),
+        (["--mesh", "fsdp=4"], "--batch-size 2: 4 devices of --mesh can't share it"),
+        (["--mesh", "data=2"], "--prompts 3: 2 devices of --mesh can't share it"),
+    ]
+    for arguments, message in refused:
+        with pytest.raises(SystemExit) as ended:
+            medusa.main([*OPTIONS, *arguments, "--out", str(tmp_path / "run")])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err

@@ -62,6 +62,8 @@ def test_out_of_memory_is_recorded_and_the_next_is_tried(study, tmp_path, monkey
     attempts = []
 
     class Step:
+        beside = 0
+
         def __init__(self, setup):
             self.traced = setup
 
@@ -118,13 +120,25 @@ def test_what_has_been_measured_is_not_measured_again(study, tmp_path, monkeypat
     monkeypatch.setattr(study, "run_child", child)
     out = tmp_path / "study.json"
     study.main(["--compare", "--batch", "1", "--out", str(out)])
-    study.main(["--compare", "--batch", "2", "1", "--each", "1", "--out", str(out)])
-    singles = [(1, (name,)) for name in study.KERNELS]
-    assert asked == [[(1, ()), (1, study.ALL)], [(2, ()), (2, study.ALL), *singles]]
-    found = json.loads(out.read_text())
-    assert len(found["records"]) == 2 + 2 + 5
-    assert len(found["commands"]) == 2
     assert (tmp_path / "study_tiny.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(study.study_plot, "plot", lambda records, out: None)
+    study.main(["--compare", "--batch", "2", "1", "--each", "1", "--out", str(out)])
+    offloads = ["--offload", "params", "--offload", "optimizer", "params"]
+    study.main(["--flce", "--batch", "1", *offloads, "--out", str(out)])
+    study.main(["--batch", "1", "--again", "--out", str(out)])
+    singles = [(1, (name,)) for name in study.KERNELS]
+    assert asked == [
+        [(1, ()), (1, study.ALL)],
+        [(2, ()), (2, study.ALL), *singles],
+        [(1, ("flce",))] * 2,
+        [(1, ())],
+    ]
+    found = json.loads(out.read_text())["records"]
+    assert len(found) == 2 + 2 + 5 + 2
+    assert [record["offload"] for record in found[-2:]] == [["params"], ["params", "optimizer"]]
+    # Each record has the command that measured it last.
+    again = [record["kernels"] for record in found if "--again" in record["environment"]["command"]]
+    assert again == [[]]
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,25 @@ def test_a_run_goes_on_under_another_mesh(resumed):
     assert meshes == [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 8, "tensor": 1}]
 
 
+@pytest.mark.exhaustive
+def test_a_run_is_killed_on_four_devices_and_goes_on_with_two_and_with_four(
+    options, environment, import_example, tmp_path, monkeypatch
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    program, out = import_example("kill_and_resume"), tmp_path / "resume.json"
+    own = options[2:]  # --devices is the program's own
+    program.main(["--out", str(out), "--count", "4", "--simulate", "--steps", "10", "--", *own, "--steps", "10"])
+    result = json.loads(out.read_text())
+    assert 5 <= result["killed_after"] < 9
+    on_other_devices, on_the_same = result["apart"]
+    assert 0 < on_other_devices < 1e-5
+    assert on_the_same == 0
+    assert [len(curve) for curve in result["losses"].values()] == [10, 10, 10]
+    assert "Killed after step" in out.with_suffix(".txt").read_text()
+
+
 def test_both_heads_have_one_curve_and_it_falls(runs):
     fused, full = losses(runs / "jliger"), losses(runs / "full")
     np.testing.assert_allclose(list(fused.values()), list(full.values()), rtol=1e-5)

@@ -50,7 +50,7 @@ def test_two_steps_of_both_heads(vlm_sft, corpus_folder, tmp_path, capsys):
 
 def test_only_answers_count(vlm_sft, reader):
     tokens = np.asarray([reader.tokens_of("bad"), reader.tokens_of("words")])
-    labels, images = np.asarray(reader.labels(tokens)), reader.vision.tokens
+    labels, images = np.asarray(jax.jit(reader.labels)(tokens)), reader.vision.tokens
     assert (labels[:, :images] == -100).all()
     end = vlm_sft.END
     assert labels[0, images:].tolist() == [1, 0, 3, end] + [-100] * (reader.length - images - 4)
@@ -86,7 +86,7 @@ def test_words_that_were_never_seen_are_read(vlm_sft, tmp_path):
     jax.config.update("jax_disable_most_optimizations", False)
     vlm_sft.main(["--head", "jliger", "--no-progress", "--out", str(tmp_path / "run")])
     heldout = json.loads((tmp_path / "run" / "summary.json").read_text())["heads"]["jliger"]["heldout"]
-    assert heldout["exact_match"] > 0.2
+    assert heldout["exact_match"] > 0.5
     assert heldout["exact_match_of_other_images"] < 0.02
 
 

@@ -131,7 +131,9 @@ def loss_and_grads(function: Any, inputs: Any, labels: Any, cotangent: Any, opti
 
     value, pull_back, metrics = jax.vjp(loss, inputs, has_aux=True)
     result = {"loss": value, **pull_back(cotangent.astype(value.dtype))[0]}
-    return result if metrics is None else {**result, **metrics._asdict()}
+    if metrics is None:
+        return result
+    return result | {name: field for name, field in metrics._asdict().items() if field is not None}
 
 
 @functools.cache

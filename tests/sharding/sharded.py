@@ -57,6 +57,12 @@ class Place(NamedTuple):
         return P() if name == "normalizer" else self.tokens
 
 
+def example_mesh() -> Mesh:
+    """The mesh of the examples: two devices along as many of its axes as there are devices for."""
+    sizes = {8: (2, 2, 2), 4: (1, 2, 2), 2: (1, 2, 1)}[jax.device_count()]
+    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+
+
 PLACES = {
     "dp": Place(P("data"), P(), ("data",)),
     "dp+sp": Place(P("data", "seq"), P(), ("seq", "data")),

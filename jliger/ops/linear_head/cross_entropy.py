@@ -39,6 +39,9 @@ class CrossEntropyMetrics(NamedTuple):
       z_loss: the z-loss, reduced like the loss.
       accuracy: `[]`, the share of `weight` on tokens that are predicted correctly; 0 if nothing counts.
       predictions: int32 `[*B]`, the first column with the largest logit; −1 for a token that doesn't count.
+      skipped_mass: `[]`, with `skip_gradients_below`: the sum of the sizes of each token's logit gradients that are
+        approximated, divided by the token's weight, and averaged by weight. Without a z-loss it is a probability. 0 if
+        no gradients are computed; None without the option.
     """
 
     weight: Float[Array, ""]
@@ -46,6 +49,7 @@ class CrossEntropyMetrics(NamedTuple):
     z_loss: Float[Array, ""] | Float[Array, "*B"]
     accuracy: Float[Array, ""]
     predictions: Int[Array, "*B"]
+    skipped_mass: Float[Array, ""] | None = None
 
 
 Loss = Float[Array, ""] | Float[Array, "*B"]
@@ -61,6 +65,7 @@ class CrossEntropyOptions(HeadOptions, total=False):
     reduction: Reduction
     normalizer: Num[Array, ""] | float | None
     products: Products | None
+    skip_gradients_below: float | None
 
 
 @overload
@@ -123,6 +128,7 @@ def fused_linear_cross_entropy(
     adapter: LinearAdapter | None = None,
     implementation: Implementation | None = None,
     products: Products | None = None,
+    skip_gradients_below: float | None = None,
 ) -> Loss | tuple[Loss, CrossEntropyMetrics]:
     r"""Cross entropy of a linear head, without storing the logits `[tokens, V]` whole.
 
@@ -209,6 +215,11 @@ def fused_linear_cross_entropy(
         errors in logits and gradients. It needs a GPU of compute capability 8.9 or later; with `implementation="xla"`
         it computes the same numbers on any device, slowly. There is no `jax.export` for GPUs. docs/float8.md has
         speed, errors, and when to use it. None for products in hidden's dtype.
+      skip_gradients_below: `ε` from 0 to 1, such as `2**-12`: logit gradients of at most ε times their token's weight
+        may be approximated where 128 of them are adjacent, which takes about half the time on a GPU. Not so the
+        gradients of labels. What is approximated keeps its sum over each token and each column. On a GPU all is
+        computed in full if more than about a fifth is larger. Not with `"none"`, label smoothing or a vocabulary that
+        is sharded. None computes all in full. The guide "Skipped gradients" has errors and memory.
 
     Returns:
       The loss, float32 (float64 for float64 hidden states): `[]`, or `[*B]` with `"none"`. With `return_metrics`, that
@@ -239,7 +250,7 @@ def fused_linear_cross_entropy(
       >>> print(bool(jnp.allclose(loss, means.mean())))
       True
     """
-    _check_loss_options(label_smoothing, z_loss, reduction, normalizer)
+    _check_loss_options(label_smoothing, z_loss, reduction, normalizer, skip_gradients_below, products)
     arguments = head_arguments(
         hidden,
         kernel,
@@ -261,24 +272,30 @@ def fused_linear_cross_entropy(
         stats_wanted=StatsWanted(weighted_sum=label_smoothing > 0),
     )
     arguments = with_products(arguments, products, reduction)
-    call = _Call(arguments.config, float(label_smoothing), float(z_loss), reduction, arguments.ignore_index)
-    loss, metrics = _fused_linear_cross_entropy(
-        call,
-        arguments.operands,
-        arguments.adapter,
-        arguments.labels,
-        arguments.where,
-        *_weights(arguments, weights, class_weights, normalizer),
-    )
+    config = dataclasses.replace(arguments.config, skip_below=skip_gradients_below)
+    call = _Call(config, float(label_smoothing), float(z_loss), reduction, arguments.ignore_index)
+    arrays = (arguments.operands, arguments.adapter, arguments.labels, arguments.where)
+    loss, metrics = _fused_linear_cross_entropy(call, *arrays, *_weights(arguments, weights, class_weights, normalizer))
     return (loss, metrics) if return_metrics else loss
 
 
-def _check_loss_options(label_smoothing: Any, z_loss: Any, reduction: Any, normalizer: Any) -> None:
+def _check_loss_options(
+    label_smoothing: Any, z_loss: Any, reduction: Any, normalizer: Any, skip_gradients_below: Any, products: Any
+) -> None:
     checks.check_number("label_smoothing", label_smoothing, least=0, most=1)
     checks.check_number("z_loss", z_loss, least=0)
     checks.check_choice("reduction", reduction, ("mean", "sum", "none"))
     if normalizer is not None and reduction != "mean":
         raise ValueError(f"normalizer divides a mean; with reduction={reduction!r} divide the result, or pass 'mean'.")
+    if skip_gradients_below is None:
+        return
+    checks.check_number("skip_gradients_below", skip_gradients_below, least=0, most=1)
+    if reduction == "none":
+        raise ValueError("skip_gradients_below got reduction='none', which recomputes logits; pass 'mean' or 'sum'.")
+    if products is not None:
+        raise ValueError(f"skip_gradients_below got products={products!r} beside it; pass one of the two.")
+    if label_smoothing:
+        raise ValueError("skip_gradients_below got label_smoothing, which gives every column a gradient; pass one.")
 
 
 def _weights(
@@ -339,6 +356,7 @@ def _fused_linear_cross_entropy(
     smoothing_weights = class_weights if call.config.stats_wanted.weighted_sum else None
     operands = operands._replace(class_weights=smoothing_weights)
 
+    skipped_mass = None
     if call.reduction == "none":
         stats = gradients.token_stats(call.config, False, operands)[0]
         cross_entropy, z_loss = loss_function.token_losses(stats, label_terms)
@@ -350,8 +368,10 @@ def _fused_linear_cross_entropy(
             by_label = token_weights if label_terms.weights is None else token_weights * label_terms.weights
             divisors = (by_label.sum(), weight) if normalizer is None else (normalizer.astype(dtype),) * 2
             loss_weights = LossWeights(*(token_weights * _inverse(divisor) for divisor in divisors))
-        loss, stats = gradients.weighted_loss(call.config, loss_function, operands, label_terms, loss_weights)
+        loss, stats, skipped = gradients.weighted_loss(call.config, loss_function, operands, label_terms, loss_weights)
         stats = jax.lax.stop_gradient(stats)
+        if skipped is not None:
+            skipped_mass = _inverse(weight) * jnp.sum(token_weights * skipped)
         cross_entropy, z_loss = loss_function.weighted_sums(stats, label_terms, loss_weights)
     return loss, jax.lax.stop_gradient(
         CrossEntropyMetrics(
@@ -360,6 +380,7 @@ def _fused_linear_cross_entropy(
             z_loss=z_loss,
             accuracy=_inverse(weight) * jnp.sum(jnp.where(stats.prediction == columns, token_weights, 0)),
             predictions=stats.prediction,
+            skipped_mass=skipped_mass,
         )
     )
 

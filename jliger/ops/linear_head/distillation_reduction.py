@@ -88,7 +88,7 @@ def reduced_distillation(
     loss_weights = DistillationWeights(
         soft_shares * soft_weight, None if hard_shares is None else hard_shares * hard_weight
     )
-    loss, result = gradients.weighted_loss(
+    loss, result, _ = gradients.weighted_loss(
         call.config, loss_function, operands._replace(labels=columns, counted=counted), label_terms, loss_weights
     )
     result = jax.lax.stop_gradient(result)

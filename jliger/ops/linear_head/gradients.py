@@ -56,22 +56,26 @@ class WeightedLoss(Protocol):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def weighted_loss(
     config: HeadConfig, loss: WeightedLoss, operands: Operands, labels: Any, weights: Any
-) -> tuple[Float[Array, ""], Any]:
-    """The weighted sum of token losses, and the tokens' statistics, through which no gradient flows."""
+) -> tuple[Float[Array, ""], Any, Float[Array, "*B"] | None]:
+    """The weighted sum of token losses, the tokens' statistics, and what `Result.skipped` says of their gradients.
+
+    No gradient flows through the last two. If nothing is differentiated, nothing is skipped.
+    """
     stats = _run(LossPass("stats", config), operands).stats
-    return loss.total(stats, labels, weights), stats
+    total = loss.total(stats, labels, weights)
+    return total, stats, None if config.skip_below is None else jnp.zeros_like(jax.tree.leaves(stats)[0])
 
 
 def _weighted_loss_fwd(
     config: HeadConfig, loss: WeightedLoss, operands: Any, labels: Any, weights: Any
-) -> tuple[tuple[Float[Array, ""], Any], Any]:
+) -> tuple[tuple[Float[Array, ""], Any, Float[Array, "*B"] | None], Any]:
     perturbed = perturbed_flags(operands.differentiable)
     operands, labels, weights = primal_values((operands, labels, weights))
     coefficients, unit = _normalize_float16(loss.coefficients(labels, weights), operands.hidden)
     loss_pass = LossPass("fused", config, _only(perturbed, _unscaled_dtypes(operands)))
     result = _run(loss_pass, operands, LossArrays((coefficients,)))
     residuals = encode_absent(result.grads or Differentiable()), unit, _empty_like(operands)
-    return (loss.total(result.stats, labels, weights), result.stats), residuals
+    return (loss.total(result.stats, labels, weights), result.stats, result.skipped), residuals
 
 
 def _weighted_loss_bwd(

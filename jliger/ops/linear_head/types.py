@@ -55,6 +55,7 @@ class HeadConfig:
       teacher: the teacher's head, or how the student is compared with a teacher of which K columns are known; or None.
       top_k: how many of each token's largest logits to return; None for statistics of all logits.
       products: `"float8"` for products of 8-bit operands; None for those of hidden's dtype.
+      skip_below: the share of a token's weight up to which the fused pass may skip its logit gradients; None for all.
     """
 
     kernel_layout: KernelLayout
@@ -73,6 +74,7 @@ class HeadConfig:
     teacher: TeacherConfig | TopKDivergence | None = None
     top_k: int | None = None
     products: Products | None = None
+    skip_below: float | None = None
 
     @property
     def vocab_dim(self) -> int:

@@ -26,6 +26,7 @@ from jliger.ops.linear_head.chunks.recompute import recompute_pass as recompute_
 from jliger.ops.linear_head.chunks.saved_logits import saved_logits_pass as saved_logits_pass
 from jliger.ops.linear_head.chunks.saved_logits import stats_and_logits_pass as stats_and_logits_pass
 from jliger.ops.linear_head.chunks.sizes import saved_tokens as saved_tokens
+from jliger.ops.linear_head.chunks.skipping import skipping_pass as skipping_pass
 from jliger.ops.linear_head.chunks.stats import merge_stats as merge_stats
 from jliger.ops.linear_head.chunks.stats import shifted_sums as shifted_sums
 from jliger.ops.linear_head.chunks.stats import stats_pass as stats_pass

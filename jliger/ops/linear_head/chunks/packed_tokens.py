@@ -99,6 +99,10 @@ class PackedTokens(NamedTuple):
             return fitting_step(0, initial)
         return self._repeat(fitting_step, 0, initial)
 
+    def after_first(self, step: Callable[[Any, Any], Any], carry: Any) -> Any:
+        """`carry = step(index, carry)` for every chunk but the first that has tokens."""
+        return self._repeat(step, 1, carry)
+
     def _repeat(self, step: Callable[[Any, Any], Any], first: int, carry: Any) -> Any:
         if first and not self.has_several_chunks:
             return carry

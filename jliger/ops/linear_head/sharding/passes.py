@@ -25,8 +25,9 @@ class LossPass:
 
     Attributes:
       kind: `"stats"` is `chunks.stats_pass`; `"fused"` is `chunks.fused_pass`, with the arguments of `rule` for each
-        token; `"recompute"` is `chunks.recompute_pass`, with maximum, log-sum and `Coefficients`; `"save logits"` and
-        `"saved logits"` are `chunks.stats_and_logits_pass` and `chunks.saved_logits_pass`; with a budget of logits,
+        token, or `chunks.skipping_pass`, with `Coefficients` and `HeadConfig.skip_below`; `"recompute"` is
+        `chunks.recompute_pass`, with maximum, log-sum and `Coefficients`; `"save logits"` and `"saved logits"` are
+        `chunks.stats_and_logits_pass` and `chunks.saved_logits_pass`; with a budget of logits,
         `chunks.stats_and_some_logits_pass` and `chunks.partly_saved_pass`. With a teacher, `"stats"` and `"fused"` are
         `chunks.distillation_pass`, without and with `DistillationCoefficients`. If only columns of the teacher
         are known, they are `chunks.top_k_kl_pass`. With `HeadConfig.top_k`, `"stats"` is `chunks.top_k_pass`. With
@@ -80,6 +81,11 @@ class LossPass:
         return math.prod(self.unit_loss.row_shape) if self.row_ndim and self.unit_loss is not None else None
 
     @property
+    def skips(self) -> bool:
+        """Whether the pass may skip logit gradients, and says how much."""
+        return self.kind == "fused" and self.config.skip_below is not None
+
+    @property
     def has_scales(self) -> bool:
         """Whether gradients of tokens are in units of each token's own scale."""
         return self.unit_loss is not None and np.float16 in (self.wanted.hidden, self.wanted.adapted)
@@ -95,6 +101,7 @@ class Result(NamedTuple):
       logit_rows, row_of: with a budget, which token each row belongs to, as in `Operands`.
       losses: the loss and the auxiliary arrays of each unit, if the pass has a `unit_loss`.
       scales: `[*B]`, the units that gradients of tokens are in; None for 1.
+      skipped: `[*B]`, the sizes of the logit gradients that were skipped, summed, as shares of the tokens' weights.
     """
 
     stats: Stats | None
@@ -104,6 +111,7 @@ class Result(NamedTuple):
     row_of: Int[Array, "*B"] | None = None
     losses: list[Array] | None = None
     scales: Float[Array, "*B"] | None = None
+    skipped: Float[Array, "*B"] | None = None
 
 
 def dims_of_operands(loss_pass: LossPass, operands: Operands, arrays: LossArrays) -> Any:
@@ -148,4 +156,5 @@ def dims_of_results(loss_pass: LossPass) -> Any:
     return result._replace(
         grads=Differentiable(*(None if dtype is None else dims[name] for name, dtype in wanted)),
         scales="t" if loss_pass.has_scales else None,
+        skipped="t" if loss_pass.skips else None,
     )

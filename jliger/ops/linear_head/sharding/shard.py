@@ -59,7 +59,8 @@ def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, arrays: Lo
     shape = operands.labels.shape
     of_units = shape[: len(shape) - loss_pass.row_ndim]
     of_tokens = jax.tree.map(
-        lambda array: array.reshape(*shape, *array.shape[1:]), (result.stats, result.scales, result.row_of)
+        lambda array: array.reshape(*shape, *array.shape[1:]),
+        (result.stats, result.scales, result.row_of, result.skipped),
     )
     of_logits = loss_pass.saved_shape or shape
     return Result(
@@ -70,6 +71,7 @@ def run_on_shard(loss_pass: LossPass, plan: Plan, operands: Operands, arrays: Lo
         row_of=of_tokens[2],
         losses=jax.tree.map(lambda array: array.reshape(*of_units, *array.shape[1:]), result.losses),
         scales=of_tokens[1],
+        skipped=of_tokens[3],
     )
 
 
@@ -80,7 +82,7 @@ def _run_chunks(
     config, wanted, per_token = loss_pass.config, _dtypes_of_sums(loss_pass, plan, operands), arrays.per_token
     merge = functools.partial(_merged, plan.columns, start) if plan.columns else None
     stats: Stats | None = None
-    grads = logits = logit_rows = row_of = scales = None
+    grads = logits = logit_rows = row_of = scales = skipped = None
     if isinstance(config.teacher, TopKDivergence):
         coefficients = per_token[0] if per_token else None
         merge_student = student_merge(config.teacher.temperature, plan.columns, start) if plan.columns else None
@@ -108,6 +110,13 @@ def _run_chunks(
     elif loss_pass.kind == "saved logits":
         saved_pass = chunks.saved_logits_pass if config.logits_budget is None else chunks.partly_saved_pass
         grads = saved_pass(config, wanted, operands, *per_token)
+    elif loss_pass.skips:
+        if merge is not None:
+            raise NotImplementedError(
+                "skip_gradients_below got a vocabulary that is sharded over devices; shard the tokens instead, or pass "
+                "None."
+            )
+        stats, grads, skipped = chunks.skipping_pass(config, wanted, operands, *per_token)
     elif loss_pass.kind == "fused":
         length = loss_pass.row_length
         stats, grads, scales = chunks.fused_pass(config, wanted, operands, loss_pass.rule, arrays, merge, length)
@@ -121,7 +130,7 @@ def _run_chunks(
         if loss_pass.unit_loss is not None:
             losses = loss_pass.unit_loss.losses(stats, arrays)
             return Result(None, grads, losses=losses, scales=scales if loss_pass.has_scales else None)
-    return Result(stats, grads, logits, logit_rows, row_of)
+    return Result(stats, grads, logits, logit_rows, row_of, skipped=skipped)
 
 
 def _merged(columns: Axes, start: Int[Array, ""] | int, stats: RowStats) -> RowStats:
@@ -151,7 +160,8 @@ def _run_without_tokens(loss_pass: LossPass, plan: Plan, operands: Operands) -> 
             result = result._replace(logit_rows=numbers[0], row_of=numbers[1])
         return result._replace(logits=logits)
     grads = chunks.zero_gradients(_dtypes_of_sums(loss_pass, plan, operands), operands)
-    return result._replace(grads=_reduce(loss_pass, plan, grads, operands))
+    skipped = rows if loss_pass.skips else None
+    return result._replace(grads=_reduce(loss_pass, plan, grads, operands), skipped=skipped)
 
 
 def _flatten_arrays(loss_pass: LossPass, arrays: LossArrays, operands: Operands) -> LossArrays:

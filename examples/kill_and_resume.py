@@ -1,0 +1,138 @@
+"""Kills a run of train_sharded.py, continues it on fewer devices and on all again, and compares the losses.
+
+    python examples/kill_and_resume.py --out results/resume_h100x4.json --count 4
+    python examples/kill_and_resume.py --out runs/resume.json --count 4 --simulate -- --steps 8 --length 32
+
+The run is killed by SIGKILL in the middle of a step. One copy of its folder continues on half of the devices and then
+on all of them, another on all of them at once. What follows `--` goes to train_sharded.py.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from options import COUNT, parser_of
+from reporting import table
+from runs import CONFIG, Record, RunError, read_json, read_metrics, write_json
+from sweeps import without_folder
+
+PROGRAM = Path(__file__).with_name("train_sharded.py")
+
+
+def start(args: argparse.Namespace, folder: Path, count: int, *more: str) -> subprocess.Popen[str]:
+    """Starts training in a folder on so many devices."""
+    given = ["--steps", args.steps, "--checkpoint-every", 2, "--no-progress", *args.rest, "--mesh", f"fsdp={count}"]
+    given += ["--devices", count] if args.simulate else []
+    # Two runs may share the devices.
+    variables = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    if not args.simulate:
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(count)))
+    command = [sys.executable, str(PROGRAM), "--out", str(folder), *map(str, given), *more]
+    environment = {**os.environ, **variables}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> None:
+    _, errors = process.communicate()
+    if process.returncode != code:
+        last = errors.strip().splitlines()[-1:]
+        raise RunError(f"train_sharded.py ended with code {process.returncode}, not {code}: {' '.join(last)}")
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Training loss by step."""
+    return {step: record["loss"] for step, record in read_metrics(folder).get("train", {}).items()}
+
+
+def wait_for(process: subprocess.Popen[str], is_there: Callable[[], bool]) -> None:
+    while process.poll() is None and not is_there():
+        time.sleep(0.02)
+
+
+def measure(args: argparse.Namespace, folder: Path) -> Record:
+    """The losses of a run that nothing broke, and of the continued ones."""
+    whole, killed, again = (folder / name for name in ("whole", "killed", "again"))
+    unbroken = start(args, whole, args.count)
+    # The text has been tokenized by then, and the next run finds the tokens.
+    wait_for(unbroken, (whole / CONFIG).exists)
+    victim = start(args, killed, args.count)
+    wait_for(victim, lambda: args.kill_after in losses(killed))
+    victim.send_signal(signal.SIGKILL)
+    finish(victim, -signal.SIGKILL)
+    seen = max(losses(killed))
+    if seen >= args.steps - 1:
+        raise RunError(f"the run was at step {seen} before it could be killed; raise --steps")
+    shutil.copytree(killed, again)
+    half, middle = args.count // 2, (seen + args.steps) // 2
+    both = [
+        start(args, killed, half, "--resume", "--stop-at", str(middle)),
+        start(args, again, args.count, "--resume"),
+    ]
+    for process in (*both, unbroken):
+        finish(process)
+    finish(start(args, killed, args.count, "--resume"))
+    runs = {
+        "unbroken": whole,
+        f"killed, on {half} up to {middle}, on {args.count}": killed,
+        f"killed, on {args.count}": again,
+    }
+    curves = {name: [loss for _, loss in sorted(losses(each).items())] for name, each in runs.items()}
+    first, *others = curves.values()
+    apart = [max(abs(a - b) / abs(a) for a, b in zip(first, other, strict=True)) for other in others]
+    about = read_json(killed / "summary.json")
+    facts = {name: about[name] for name in ("device", "jax", "dtype", "batch_size", "length")}
+    return {**facts, "devices": args.count, "killed_after": seen, "apart": apart, "losses": curves}
+
+
+def text_of(result: Record) -> str:
+    curves = result["losses"]
+    rows = [
+        ["step", *curves],
+        *(
+            [str(step + 1), *(f"{loss:.6f}" for loss in row)]
+            for step, row in enumerate(zip(*curves.values(), strict=True))
+        ),
+    ]
+    apart = " and ".join(f"{each:.1e}" for each in result["apart"])
+    return (
+        f"{table(rows)}\n\nKilled after step {result['killed_after']}. From the unbroken run the losses differ by at "
+        f"most {apart} of the loss.\n{result['devices']} x {result['device']}, jax {result['jax']}, {result['dtype']}, "
+        f"{result['batch_size']} x {result['length']} tokens a step\n{result['command']}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = parser_of("kill_and_resume", __doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/resume.json"), help="losses; a table beside it (%(default)s)")
+    add("--count", type=COUNT, default=4, metavar="N", help="devices, an even number (%(default)s)")
+    add("--simulate", action="store_true", help="simulate the devices on this machine's CPU")
+    add("--steps", type=COUNT, default=16, metavar="N", help="of the whole training (%(default)s)")
+    add("--kill-after", type=COUNT, default=5, metavar="STEP", help="as soon as this step is done (%(default)s)")
+    add("rest", nargs="*", metavar="-- OPTIONS", help="options of train_sharded.py, after --")
+    args = parser.parse_args(argv)
+    if args.count % 2 or args.kill_after >= args.steps - 1:
+        parser.error("--count must be even, and --kill-after two steps or more before --steps")
+    own = map(without_folder, sys.argv[1:] if argv is None else argv)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            result = {
+                **measure(args, Path(folder)),
+                "command": " ".join(["python", "examples/kill_and_resume.py", *own]),
+            }
+        except RunError as error:
+            sys.exit(f"kill_and_resume: error: {error}")
+    write_json(args.out, result)
+    args.out.with_suffix(".txt").write_text(text_of(result) + "\n", encoding="utf-8")
+    print(text_of(result))
+
+
+if __name__ == "__main__":
+    main()
