@@ -23,9 +23,17 @@ LARGEST_GRADIENT = 2.0**15
 
 class _Product(Protocol):
     def __call__(
-        self, left: Float[Array, "M K"], right: Float[Array, "N K"], dtype: jax.typing.DTypeLike
+        self,
+        left: Float[Array, "M K"],
+        right: Float[Array, "N K"],
+        dtype: jax.typing.DTypeLike,
+        *,
+        fast_sums: bool = False,
     ) -> Float[Array, "M N"]:
-        """`left · rightᵀ` of 8-bit operands, summed in float32, in `dtype`."""
+        """`left · rightᵀ` of 8-bit operands, summed in float32, in `dtype`.
+
+        With `fast_sums`, where a GPU has them, a term may be lost that is 2¹³ times smaller than the sum so far.
+        """
         ...
 
 

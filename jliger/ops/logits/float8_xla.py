@@ -10,7 +10,10 @@ from jliger.ops.logits.float8 import E4M3, E5M2
 from jliger.ops.logits.types import Block, Coefficients, LogitMap
 
 
-def product(left: Float[Array, "M K"], right: Float[Array, "N K"], dtype: jax.typing.DTypeLike) -> Float[Array, "M N"]:
+def product(
+    left: Float[Array, "M K"], right: Float[Array, "N K"], dtype: jax.typing.DTypeLike, *, fast_sums: bool = False
+) -> Float[Array, "M N"]:
+    del fast_sums
     wide = left.astype(jnp.float32), right.astype(jnp.float32)
     return jax.lax.dot_general(*wide, (((1,), (1,)), ((), ())), precision="highest").astype(dtype)
 

@@ -73,7 +73,7 @@ def float8_pass(
         part = packed.part(index, size)
         chunk = Chunk.make(part.slots, operands, _ALIGNMENT)
         hidden = quantized(chunk.hidden)
-        product = float8.product(materialize(hidden.values), kernel.by_column, config.logits_dtype)
+        product = float8.product(materialize(hidden.values), kernel.by_column, config.logits_dtype, fast_sums=True)
         product *= (hidden.scale * kernel.scale).astype(product.dtype)
         block = _block(operands, chunk)
         stats = rows.row_stats(product, block, logit_map, config.stats_wanted)
@@ -146,6 +146,7 @@ def _add_chunk(
     units: Float[Array, " C"],
 ) -> Gradients:
     """`grads` with a chunk's gradients written (hidden states) or added in float32 (kernel, bias)."""
+    # No fast sums here: probabilities are small beside the label's gradient, and would be lost in the same sum.
     by_token, by_column = logit_grads
     if grads.hidden is not None:
         product = float8.product(by_token, kernel.by_row, jnp.float32)
