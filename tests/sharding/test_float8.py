@@ -1,4 +1,4 @@
-"""8-bit products on meshes: scales are powers of two, so that how tokens and columns are split changes no number."""
+"""8-bit products on meshes: each device has scales of its own, and the errors are no larger."""
 
 import functools
 
@@ -17,20 +17,23 @@ _loss = functools.partial(jliger.fused_linear_cross_entropy, products="float8", 
 
 @pytest.mark.skipif(jax.device_count() % 4 != 0, reason="made for 4 or 8 devices")
 @pytest.mark.parametrize(("mode", "spec"), [(AxisType.Auto, P(None, "v")), (AxisType.Explicit, P("d", "v"))])
-def test_results_are_those_of_one_device(mode, spec):
+def test_results_are_as_exact_as_on_one_device(mode, spec):
     random = np.random.default_rng(0)
     arrays = (
         jnp.asarray(random.normal(size=(32, 16)), jnp.float32),
-        jnp.asarray(random.normal(size=(16, 64)), jnp.float32),
+        jnp.asarray(random.normal(size=(16, 64)) / 4, jnp.float32),
         jnp.asarray(random.integers(0, 64, 32), jnp.int32),
     )
     gradients = jax.jit(jax.value_and_grad(_loss, (0, 1)))
-    expected = gradients(*arrays)
+    expected = gradients(*arrays), jax.value_and_grad(functools.partial(_loss, products=None), (0, 1))(*arrays)
     mesh = jax.make_mesh((jax.device_count() // 2, 2), ("d", "v"), axis_types=(mode, mode))
     specs = P("d"), spec, P("d")
     arrays = [jax.device_put(array, NamedSharding(mesh, its)) for array, its in zip(arrays, specs, strict=True)]
     with jax.set_mesh(mesh):
         found = gradients(*arrays)
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=ROUNDING * np.abs(theirs).max())
+    assert abs(found[0] - expected[0][0]) < ROUNDING
+    for ours, on_one, exact in zip(found[1], expected[0][1], expected[1][1], strict=True):
+        error = np.linalg.norm(on_one - exact)
+        assert 0 < error < 0.05 * np.linalg.norm(exact)
+        assert np.linalg.norm(ours - exact) < 1.3 * error
     assert found[1][1].sharding.is_equivalent_to(arrays[1].sharding, 2)

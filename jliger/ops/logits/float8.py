@@ -23,9 +23,17 @@ LARGEST_GRADIENT = 2.0**15
 
 class _Product(Protocol):
     def __call__(
-        self, left: Float[Array, "M K"], right: Float[Array, "N K"], dtype: jax.typing.DTypeLike
+        self,
+        left: Float[Array, "M K"],
+        right: Float[Array, "N K"],
+        dtype: jax.typing.DTypeLike,
+        *,
+        fast_sums: bool = False,
     ) -> Float[Array, "M N"]:
-        """`left · rightᵀ` of 8-bit operands, summed in float32, in `dtype`."""
+        """`left · rightᵀ` of 8-bit operands, summed in float32, in `dtype`.
+
+        With `fast_sums`, where a GPU has them, a term may be lost that is 2¹³ times smaller than the sum so far.
+        """
         ...
 
 
@@ -47,7 +55,7 @@ class _RowGrads(Protocol):
         log_sum: Float[Array, " T"],
         coefficients: Coefficients,
     ) -> tuple[Float[Array, "T V"], Float[Array, "V T"]]:
-        """The gradients of `Rows.row_grads` in e5m2, and their transpose."""
+        """The gradients of `Rows.row_grads` in e5m2, dithered, and their transpose."""
         ...
 
 

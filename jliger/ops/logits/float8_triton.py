@@ -18,18 +18,17 @@ _GRADS, _GRADS_WARPS = Patch(64, 256), 8
 _CAST, _CAST_WARPS = Patch(256, 32), 4
 
 
-def product(left: Float[Array, "M K"], right: Float[Array, "N K"], dtype: jax.typing.DTypeLike) -> Float[Array, "M N"]:
+def product(
+    left: Float[Array, "M K"], right: Float[Array, "N K"], dtype: jax.typing.DTypeLike, *, fast_sums: bool = False
+) -> Float[Array, "M N"]:
+    presets = jax.lax.DotAlgorithmPreset
+    algorithm = presets.ANY_F8_ANY_F8_F32_FAST_ACCUM if fast_sums else presets.ANY_F8_ANY_F8_F32
+
     def on_gpu(left: Array, right: Array) -> Array:
         # Naming the algorithm makes XLA (jax 0.11, 0.12) call cuBLAS at once. Without, it would compile Triton products
-        # of its own to compare with, which takes minutes. The sums of the fast variant keep fewer bits than float32,
-        # but more than the operands: errors measured against float32 sums did not differ (docs/float8.md).
-        return jax.lax.dot_general(
-            left,
-            right,
-            (((1,), (1,)), ((), ())),
-            precision=jax.lax.DotAlgorithmPreset.ANY_F8_ANY_F8_F32_FAST_ACCUM,
-            preferred_element_type=dtype,
-        )
+        # of its own to compare with, which takes minutes.
+        dimensions = (((1,), (1,)), ((), ()))
+        return jax.lax.dot_general(left, right, dimensions, precision=algorithm, preferred_element_type=dtype)
 
     # Triton's interpreter runs on a CPU.
     emulated = functools.partial(float8_xla.product, dtype=dtype)

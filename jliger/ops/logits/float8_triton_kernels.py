@@ -43,6 +43,24 @@ def _store_both(ptr, transposed_ptr, rows, columns, values, NUM_ROWS: tl.constex
 
 
 @triton.jit
+def _hashed(index):
+    """32 bits from an index, as `float8_xla.hashed` computes them."""
+    bits = index.to(tl.uint32) * 0x9E3779B1
+    bits = (bits ^ (bits >> 15)) * 0x85EBCA77
+    bits = (bits ^ (bits >> 13)) * 0xC2B2AE3D
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _dithered(values, rows, columns, is_number):
+    """float32 numbers with the mantissa of e5m2: rounded up or down at random, as `float8_xla.dithered` does."""
+    # NaN may have all bits set: nothing is added to it.
+    below = tl.where(is_number, 0x1FFFFF, 0).to(tl.uint32)
+    bits = values.to(tl.uint32, bitcast=True) + ((_hashed(rows) ^ _hashed(columns)) & below)
+    return (bits & 0xFFE00000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def both_layouts_kernel(
     matrix_ptr,  # [M, N]
     factor_ptr,  # []
@@ -94,5 +112,6 @@ def row_grads_float8_kernel(
     inside = columns < row.width
     at_label = tl.where((columns == label) & is_column(label, row), factors.label, 0.0)
     grads = logit_grads(row, columns, inside, row_max, factors, at_label, SHAPE, "evict_first")
+    grads = _dithered(grads, rows, columns, factors.exp == factors.exp)
     values = where_inside(inside, grads, 0.0).to(tl.float8e5)
     _store_both(grads_ptr, transposed_ptr, rows, columns, values, NUM_ROWS, SHAPE.stride)

@@ -2,6 +2,7 @@
 
 Logits are products of hidden states and kernel in e4m3. Logit gradients are converted once, to e5m2, in units of each
 token's own: chosen so that the largest gradient of a row, which is its label's, is a power of two and loses nothing.
+The others are dithered, so that their sums over tokens and columns have no bias.
 The hidden states of the kernel-gradient product are multiplied by that unit instead, before they are converted again.
 
 Beside a chunk's logits, it holds two 8-bit copies of the kernel and of the logit gradients, as they are and transposed:
@@ -72,7 +73,7 @@ def float8_pass(
         part = packed.part(index, size)
         chunk = Chunk.make(part.slots, operands, _ALIGNMENT)
         hidden = quantized(chunk.hidden)
-        product = float8.product(materialize(hidden.values), kernel.by_column, config.logits_dtype)
+        product = float8.product(materialize(hidden.values), kernel.by_column, config.logits_dtype, fast_sums=True)
         product *= (hidden.scale * kernel.scale).astype(product.dtype)
         block = _block(operands, chunk)
         stats = rows.row_stats(product, block, logit_map, config.stats_wanted)
@@ -145,15 +146,18 @@ def _add_chunk(
     units: Float[Array, " C"],
 ) -> Gradients:
     """`grads` with a chunk's gradients written (hidden states) or added in float32 (kernel, bias)."""
+    # No fast sums here: probabilities are small beside the label's gradient, and would be lost in the same sum.
     by_token, by_column = logit_grads
     if grads.hidden is not None:
         product = float8.product(by_token, kernel.by_row, jnp.float32)
         grads = grads._replace(hidden=chunk.put(grads.hidden, product * (units * kernel.scale)[:, None]))
     if wanted.kernel is not None:
-        hidden = quantized(chunk.hidden.astype(jnp.float32) * units[:, None])
+        # One bfloat16 number in 16 lies halfway between two of e4m3. Multiplied by units a little below a power of two,
+        # all of these would be rounded down. Multiplied by √2, they are no longer halfway.
+        hidden = quantized(chunk.hidden.astype(jnp.float32) * (units * 2**0.5)[:, None])
         of_hidden = materialize(hidden.values.T)
         sides = (of_hidden, by_column) if config.kernel_layout == "hv" else (by_column, of_hidden)
-        part = float8.product(*sides, jnp.float32) * hidden.scale
+        part = float8.product(*sides, jnp.float32) * (hidden.scale * 0.5**0.5)
         grads = grads._replace(kernel=accumulate(grads.kernel, part))
     if wanted.bias is not None:
         part = jnp.sum(by_column.astype(jnp.float32) * units, axis=1)
