@@ -58,9 +58,19 @@ def test_no_length_is_refused_on_a_gpu(llama, import_example, monkeypatch, size)
     ways = [llama.attention]
     ways += [
         lambda *given, mask=mask: decoder.attention(config, *given, mask)
-        for mask in (None, jnp.ones((1, 1, 5, 5), bool))
+        for mask in (None, jnp.ones((1, 1, LENGTH, LENGTH), bool))
     ]
     for way in ways:
         gradients = jax.grad(lambda *given, way=way: way(*given).astype(jnp.float32).sum(), argnums=(0, 1, 2))
         given = operands(size, "bfloat16")
         assert jax.tree.map(jnp.shape, jax.eval_shape(gradients, *given)) == tuple(x.shape for x in given)
+
+
+def test_the_token_that_is_added_sees_itself(llama, monkeypatch):
+    """Else it would have no token to attend to, and a softmax of nothing is NaN."""
+    masks = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, *, mask, **_: masks.append(mask) or q)
+    out = llama.cudnn_attention(*operands(8, "bfloat16"), jnp.ones((2, 1, LENGTH, LENGTH), bool))
+    assert out.shape[1] == LENGTH
+    assert np.asarray(masks[0]).shape == (2, 1, LENGTH + 1, LENGTH + 1)
+    assert np.asarray(masks[0])[..., -1, -1].all()
