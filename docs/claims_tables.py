@@ -64,7 +64,7 @@ def claims_table(folder: Path, page: Path) -> str:
     del page
     sharded_path, tuned = folder / "train_sharded_h200x4.json", folder / "finetune_h100.json"
     tuned_mesh, adapted = folder / "finetune_h100x4.json", folder / "finetune_lora_h200.json"
-    posted, medusa = folder / "post_training_h100.json", folder / "medusa_h100.json"
+    posted, medusa = folder / "post_training_h100.json", folder / "medusa_h200.json"
     vision = folder / "vlm_sft_h100_vocabulary.json"
 
     def shape(name: str) -> Callable[[Record], list[Record]]:
@@ -89,8 +89,8 @@ def claims_table(folder: Path, page: Path) -> str:
         row("Qwen3 0.6B, fine-tuning, 512 tokens", "", tuned, "H100", shape("qwen3-0.6b")),
         row("Llama 3.2 1B, ORPO, 2,048 tokens", "−50 %", posted, "H100", loss("orpo")),
         row("Llama 3.2 1B, DPO, 2,048 tokens", "−80 %, all losses after pretraining", posted, "H100", loss("dpo")),
-        row("Medusa, Llama 3 8B, 3 heads, stage 1", "−80 %, +40 %", medusa, "H100", stage(1, 3)),
-        row("Medusa, Llama 3 8B, 5 heads, stage 1", "−80 %, +40 %", medusa, "H100", stage(1, 5)),
+        row("Medusa, Llama 3 8B, 3 heads, stage 1", "−80 %, +40 %", medusa, "H200", stage(1, 3)),
+        row("Medusa, Llama 3 8B, 5 heads, stage 1", "−80 %, +40 %", medusa, "H200", stage(1, 5)),
         row("Medusa, Llama 3 8B, 3 heads, stage 2", "−80 %, +40 %", medusa, "H200", stage(2, 3)),
         row("Qwen2-VL's vocabulary, small model, images and text", "no figure", vision, "H100", steps_of_both),
         row("Lightning, Qwen2 0.5B", "−40 %, +15 %", tuned, "H100", shape("qwen2-0.5b")),

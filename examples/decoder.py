@@ -193,14 +193,11 @@ def visible(segments: jax.Array | None, length: int, window: jax.Array | None) -
 def attention(
     config: DecoderConfig, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> jax.Array:
-    """Causal grouped-query attention: cuDNN's on a GPU in 16 bits without a softcap, else with all scores in memory."""
+    """Causal grouped-query attention: cuDNN's where it can be used without a softcap, else with scores in memory."""
     batch, length, heads, size = query.shape
     scale = size**-0.5 if config.query_scale is None else config.query_scale
-    is_16_bit = query.dtype in (jnp.bfloat16, jnp.float16)
-    if config.attention_softcap is None and is_16_bit and jax.default_backend() == "gpu":
-        return jax.nn.dot_product_attention(
-            query, key, value, mask=mask, is_causal=True, scale=scale, implementation="cudnn"
-        )
+    if config.attention_softcap is None and llama.has_cudnn_attention(query):
+        return llama.cudnn_attention(query, key, value, mask, scale)
     grouped = query.reshape(batch, length, key.shape[2], -1, size)
     scores = wide(jnp.einsum("btkgd,bskd->bkgts", grouped, key)) * scale
     if config.attention_softcap is not None:

@@ -180,10 +180,33 @@ def rotary(x: jax.Array, base: float) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def has_cudnn_attention(query: jax.Array) -> bool:
+    """Whether cuDNN's attention takes such queries `[B, T, heads, head size]`."""
+    is_16_bit = query.dtype in (jnp.bfloat16, jnp.float16)
+    return is_16_bit and query.shape[-1] % 8 == 0 and jax.default_backend() == "gpu"
+
+
+def cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None, scale: float | None = None
+) -> jax.Array:
+    """Causal grouped-query attention by cuDNN, of any length; `mask` `[B or 1, 1, T, T]` hides more tokens."""
+    length = query.shape[1]
+    # JAX refuses the gradient of an odd length. One more token at the end makes it even: no other token sees it.
+    more = length % 2
+    query, key, value = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (query, key, value))
+    if mask is not None:
+        # The added token must see something: itself.
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, more), (0, more)), constant_values=True)
+    attended = jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=True, scale=scale, implementation="cudnn"
+    )
+    return attended[:, :length]
+
+
 def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Causal grouped-query attention: cuDNN's on a GPU in 16 bits, else with all weights in memory."""
-    if query.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu":
-        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+    """Causal grouped-query attention: cuDNN's where it can be used, else with all weights in memory."""
+    if has_cudnn_attention(query):
+        return cudnn_attention(query, key, value)
     batch, length, heads, size = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, size)
     scores = wide(jnp.einsum("btkgd,bskd->bkgts", grouped, key)) * size**-0.5

@@ -1,6 +1,6 @@
 """Measures Medusa's steps with both heads, and writes one file, a table and a plot.
 
-    python examples/sweep_medusa.py --out results/medusa_h100.json -- --shape llama-3-8b
+    python examples/sweep_medusa.py --out results/medusa_h200.json -- --shape llama-3-8b
 
 `3:1:4` is a step with 3 heads of stage 1 with 4 rows. Each way to compute the losses has a process of its own, with its
 cases in the order given. Begin with the one that needs the least memory: a device's peak can't be reset. XLA's account

@@ -150,7 +150,8 @@ def bars(records: Sequence[Record], group: str, is_memory: bool, axes: Axes) -> 
             if record["out_of_memory"]:
                 axes.text(at[id(record)], 0, "out of memory", rotation=90, ha="center", color=COLORS[head])
     sequences = {record[group]: f"\n{record['sequences']} sequences" for record in records if "sequences" in record}
-    axes.set_xticks(range(len(groups)), [f"{each}".upper() + sequences.get(each, "") for each in groups])
+    names = [f"{each}".upper().replace(", ", "\n") + sequences.get(each, "") for each in groups]
+    axes.set_xticks(range(len(groups)), names)
     is_peak = all(record["out_of_memory"] or record["peak_bytes"] is not None for record in records)
     name = f"{'peak' if is_peak else 'XLA'} memory, GiB a device" if is_memory else "tokens per second"
     axes.set(xlabel=group, ylabel=name, ylim=(0, 1.25 * axes.get_ylim()[1]))
