@@ -65,8 +65,10 @@ def skipped(result: Record) -> str:
     whole, fast = at[None], at[2**-12]
     return (
         "**Half the time.** With `skip_gradients_below=2**-12` the same takes "
-        f"{fast['milliseconds']:.0f} ms instead of {whole['milliseconds']:.0f} (one H200, a model after {last:,} steps). Gradients are off by "
-        f"{100 * fast['kernel_error']:.1f} % (kernel) and {100 * fast['hidden_error']:.1f} % (hidden states); "
+        f"{fast['milliseconds']:.0f} ms instead of {whole['milliseconds']:.0f} "
+        f"(one H200, a model after {last:,} steps). "
+        f"Gradients are off by {100 * fast['kernel_error']:.1f} % (kernel) and {100 * fast['hidden_error']:.1f} % "
+        "(hidden states); "
         "[three seeds](docs/skip_gradients.md) learned as much as without, within their spread."
     )
 
