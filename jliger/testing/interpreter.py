@@ -20,11 +20,11 @@ def find_builtins_once() -> None:
         for package in packages
     }
 
-    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
-        # All of a package are replaced together, and once in a kernel.
-        if not tl.core.is_builtin(getattr(package, names[package][0])):
+    def patch_builtin(pkg: Any, builder: Any, scope: Any) -> None:
+        # All members of a package are replaced together, and once in a kernel.
+        if not tl.core.is_builtin(getattr(pkg, names[pkg][0])):
             return
-        for name in names[package]:
-            interpreter._patch_attr(package, name, getattr(package, name), builder, scope)
+        for name in names[pkg]:
+            interpreter._patch_attr(pkg, name, getattr(pkg, name), builder, scope)
 
     interpreter._patch_builtin = patch_builtin
