@@ -213,3 +213,6 @@ def test_a_teacher_that_explicit_axes_shard_otherwise():
     with jax.set_mesh(mesh):
         placed = [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in zip(arrays, specs, strict=True)]
         np.testing.assert_allclose(losses.fused_linear_top_k_kl(*placed, **options), expected, rtol=1e-5)
+        # An id that is no column, on whichever device it is.
+        placed[2] = jax.device_put(np.where(np.arange(K) == K - 1, VOCAB, arrays[2]), NamedSharding(mesh, specs[2]))
+        assert np.isnan(losses.fused_linear_top_k_kl(*placed, **options))
