@@ -46,6 +46,10 @@ class _Kernel(NamedTuple):
         step = max(1, operands.hidden.shape[1] // _SAMPLE)
         # Of `[V, H]`, neighbours: every 16th entry of a row would take as long to read as all.
         sample = operands.kernel[::step] if config.kernel_layout == "hv" else operands.kernel[:, :_SAMPLE]
+        num_columns = config.vocab_size if operands.num_columns is None else operands.num_columns
+        if num_columns is not None:
+            column = jax.lax.broadcasted_iota(jnp.int32, sample.shape, config.vocab_dim)
+            sample = jnp.where(column < num_columns, sample, 0)  # padding may hold any numbers
         scale = 32 * scale_of(sample)
         copies = float8.both_layouts(pad(operands.kernel, (0, 1), _ALIGNMENT), 1 / scale)
         by_row, by_column = copies if config.kernel_layout == "hv" else copies[::-1]
