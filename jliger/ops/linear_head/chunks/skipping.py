@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head.chunks.grad_accumulators import add_chunk, after_chunks, before_chunks
 from jliger.ops.linear_head.chunks.matmuls import logits_product
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk, PackedTokens, write_stats
@@ -198,7 +199,7 @@ def _rank_one(
     across: tuple[int, ...],
 ) -> tuple[Float[Array, "B 128 J 128"], Float[Array, "B 128"]]:
     """Gradients that are kept, the others replaced; and each token's sum of the sizes of those."""
-    skipped = jnp.where(kept, 0, grads.astype(jnp.promote_types(grads.dtype, jnp.float32)))
+    skipped = jnp.where(kept, 0, grads.astype(accumulator_dtype(grads.dtype)))
     # All of a token's skipped gradients have the sign of its weight. Sizes, so that signs of different tokens do not
     # make the total 0: the sums over columns are then not kept, but those over tokens are.
     by_column = jnp.abs(skipped).sum(across, keepdims=True)
