@@ -11,7 +11,7 @@ from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from jliger.core import checks
 from jliger.core.dtypes import promoted_dtype
@@ -26,6 +26,7 @@ from jliger.ops.linear_head.cross_entropy import (
 from jliger.ops.linear_head.logprob_loss import LossFn, LossOptions, fused_linear_loss
 from jliger.ops.linear_head.logprobs import LinearLogprobs, LogprobsOptions, linear_logprobs
 from jliger.ops.linear_head.top_k import LinearTopK, linear_top_k
+from jliger.ops.linear_head.top_k_kl import fused_linear_top_k_kl
 from jliger.ops.linear_head.types import KernelLayout
 
 Promote = Callable[[Array, Array, Array | None], tuple[Array, Array, Array | None]]
@@ -85,6 +86,17 @@ class HeadMethods:
         """The k most likely columns of `self(hidden)` for each token, as `jliger.linear_top_k` gives them."""
         hidden, kernel, arguments = self.linear_head(hidden).arguments(hidden, options)
         return linear_top_k(hidden, kernel, k, **arguments)
+
+    def top_k_kl(
+        self,
+        hidden: Float[Array, "*B H"],
+        teacher_ids: Integer[Array, "*B K"],
+        teacher_logprobs: Float[Array, "*B K"],
+        **options: Any,
+    ) -> Any:
+        """The divergence from a teacher's columns, as `jliger.losses.fused_linear_top_k_kl` gives it."""
+        hidden, kernel, arguments = self.linear_head(hidden).arguments(hidden, options)
+        return fused_linear_top_k_kl(hidden, kernel, teacher_ids, teacher_logprobs, **arguments)
 
     def logprob_loss(
         self,

@@ -175,3 +175,20 @@ def test_every_module_hands_on_its_vocab_size():
         of_linen(jliger.linen.MedusaHeads(2, VOCAB, vocab_size=8), "medusa_heads").heads,
     ):
         assert head.vocab_size == 8
+
+
+def test_distillation_from_a_teachers_largest_log_probabilities():
+    hidden, module = make_hidden(), randomized(nnx.Linear(HIDDEN_SIZE, VOCAB, rngs=nnx.Rngs(0)))
+    kernel, bias = module.kernel[...], module.bias[...]
+    top = jliger.linear_top_k(hidden, kernel, 3, bias=2 * bias)
+    expected = jliger.losses.fused_linear_top_k_kl(hidden, kernel, top.ids, top.logprobs, bias=bias)
+    results = (
+        jliger.nnx.fused_linear_top_k_kl(module, hidden, top.ids, top.logprobs),
+        jliger.linen.fused_linear_top_k_kl({"kernel": kernel, "bias": bias}, hidden, top.ids, top.logprobs),
+        heads.LinearHead(kernel=kernel, bias=bias).top_k_kl(hidden, top.ids, top.logprobs),
+    )
+    assert expected > 0.01
+    for result in results:
+        np.testing.assert_allclose(result, expected, rtol=1e-6)
+    with pytest.raises(TypeError, match="bias comes with the head"):
+        jliger.nnx.fused_linear_top_k_kl(module, hidden, top.ids, top.logprobs, bias=bias)

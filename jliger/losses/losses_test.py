@@ -1,10 +1,11 @@
 """Tests properties of all losses: masks, counts, dtypes, extreme values, and JAX transformations."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 from jliger import losses
 from jliger.testing.loss_cases import CASES
@@ -88,15 +89,20 @@ def test_float32_is_float64_rounded(case):
 def test_gradients_are_finite_differences(case):
     if not case.differentiable:
         pytest.skip("has kinks, or stops a gradient")
-    with jax.enable_x64(True):
-        arrays = {name: jnp.asarray(array) for name, array in case.arrays(seed=2, batch=3, length=4).items()}
-        where = some(case, arrays)
-        trained = {name: arrays[name] for name in case.trained}
+    # Of the shapes of the test above, whose compiled function this one calls.
+    arrays = case.arrays(seed=2)
+    where = some(case, arrays)
+    random = np.random.default_rng(3)
+    direction = {name: random.normal(size=arrays[name].shape) for name in case.trained}
 
-        def loss(trained):
-            return case.function(**{**arrays, **trained}, where=where)[0]
+    def at(step):
+        moved = {name: arrays[name] + step * direction[name] for name in case.trained}
+        with jax.enable_x64(True):
+            return case.loss_and_grads({**arrays, **moved}, where=where)
 
-        check_grads(loss, (trained,), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+    slope = sum(np.vdot(at(0.0)[2][name], direction[name]) for name in case.trained)
+    difference = (np.asarray(at(1e-5)[0]) - np.asarray(at(-1e-5)[0])) / 2e-5
+    np.testing.assert_allclose(slope, difference, rtol=1e-6, atol=1e-8)
 
 
 @every_case
@@ -142,15 +148,44 @@ def test_nothing_counts(case):
 @every_case
 def test_extreme_log_ratios_are_finite(case):
     names = [name for name in (*case.trained, *case.fixed) if name.endswith("logprobs")]
-    # All pairs of values.
-    corners = np.stack(np.meshgrid(*[[-1e4, -50, -1e-9, 0]] * len(names)), axis=-1).reshape(-1, len(names)).T
-    arrays = float32(case.arrays(batch=corners.shape[1], length=2))
-    for name, corner in zip(names, corners.astype(np.float32), strict=True):
-        arrays[name] = np.stack([corner, corner / 2], axis=-1) if case.of_tokens else corner
-    result = case.loss_and_grads(arrays)
-    assert_finite(result)
-    # An optimizer squares the gradients.
-    assert_finite([np.square(grad) for grad in result[2].values()])
+    arrays = float32(case.arrays())
+    where = np.ones(arrays[names[0]].shape, bool)
+    batch = len(where)
+    # All pairs of values, as many at a time as the compiled function takes.
+    corners = np.stack(np.meshgrid(*[[-1e4, -50, -1e-9, 0]] * len(names)), axis=-1).reshape(-1, len(names))
+    corners = np.resize(corners, (-(-len(corners) // batch) * batch, len(names))).astype(np.float32)
+    for part in np.split(corners, len(corners) // batch):
+        for name, corner in zip(names, part.T, strict=True):
+            halves = np.stack([corner, corner / 2], axis=-1)
+            arrays[name] = np.tile(halves, where.shape[1] // 2) if case.of_tokens else corner
+        result = case.loss_and_grads(arrays, where=where)
+        assert_finite(result)
+        # An optimizer squares the gradients.
+        assert_finite([np.square(grad) for grad in result[2].values()])
+
+
+# Log-probabilities of −∞ are those of masked tokens.
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_infinities_are_the_limit_of_large_numbers(case):
+    names = [name for name in (*case.trained, *case.fixed) if name.endswith("logprobs")]
+    arrays = float32(case.arrays())
+    where = np.ones(arrays[names[0]].shape, bool)
+    subsets = itertools.chain.from_iterable(itertools.combinations(names, size) for size in (1, 2, 3, 4))
+    for subset in subsets:
+
+        def with_first(value, subset=subset):
+            result = {name: array.copy() for name, array in arrays.items()}
+            for name in subset:
+                result[name].flat[0] = value
+            return map(np.asarray, jax.tree.leaves(case.loss_and_grads(result, where=where)))
+
+        for near, far, infinite in zip(*map(with_first, (-1e4, -1e7, -np.inf)), strict=True):
+            grows = np.abs(far) > 10 * np.maximum(np.abs(near), 1)
+            assert not np.isnan(infinite[~grows]).any(), subset
+            # With several infinities the limit depends on the direction.
+            if len(subset) == 1:
+                np.testing.assert_allclose(infinite[~grows], far[~grows], rtol=1e-5, atol=1e-6)
+                np.testing.assert_array_equal(infinite[grows], np.sign(far[grows]) * np.inf)
 
 
 @every_case

@@ -1,6 +1,12 @@
 """Layers for Flax NNX: heads that give logits and losses, losses of heads that a model already has, norms, blocks."""
 
-from jliger.nnx.functions import fused_linear_cross_entropy, fused_linear_loss, linear_logprobs, linear_top_k
+from jliger.nnx.functions import (
+    fused_linear_cross_entropy,
+    fused_linear_loss,
+    fused_linear_top_k_kl,
+    linear_logprobs,
+    linear_top_k,
+)
 from jliger.nnx.gated_mlp import GatedMLP
 from jliger.nnx.lm_head import LMHead, TiedLMHead
 from jliger.nnx.medusa import MedusaHeads
@@ -15,6 +21,7 @@ __all__ = [
     "TiedLMHead",
     "fused_linear_cross_entropy",
     "fused_linear_loss",
+    "fused_linear_top_k_kl",
     "linear_logprobs",
     "linear_top_k",
 ]

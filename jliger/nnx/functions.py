@@ -3,7 +3,7 @@
 from typing import Any, Literal, Unpack, overload
 
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from jliger.heads.linear import hidden_of
 from jliger.nnx.layers import linear_head
@@ -136,6 +136,35 @@ def linear_top_k(
     """
     hidden = hidden_of(module, hidden)
     return linear_head(module, hidden).top_k(hidden, k, **options)
+
+
+def fused_linear_top_k_kl(
+    module: nnx.Module,
+    hidden: Float[Array, "*B H"],
+    teacher_ids: Integer[Array, "*B K"],
+    teacher_logprobs: Float[Array, "*B K"],
+    **options: Any,
+) -> Any:
+    """The divergence of `module(hidden)` from the few log-probabilities of a teacher that are known.
+
+    Args:
+      module: the student's head, as `jliger.nnx.fused_linear_cross_entropy` takes it.
+      hidden: the student's last hidden states, `[*B, H]`.
+      teacher_ids: the teacher's columns, `[*B, K]`, as `jliger.nnx.linear_top_k` gives them.
+      teacher_logprobs: their log-probabilities, `[*B, K]`.
+      **options: those of `jliger.losses.fused_linear_top_k_kl`. They override the module's own.
+
+    Returns:
+      As `jliger.losses.fused_linear_top_k_kl`.
+
+    Raises:
+      NotImplementedError: a module of another kind; what `jliger.losses.fused_linear_top_k_kl` raises.
+      TypeError: an array as `module`; an option that is the module's own, such as `bias`; what
+        `jliger.losses.fused_linear_top_k_kl` raises.
+      ValueError: what `jliger.losses.fused_linear_top_k_kl` raises.
+    """
+    hidden = hidden_of(module, hidden)
+    return linear_head(module, hidden).top_k_kl(hidden, teacher_ids, teacher_logprobs, **options)
 
 
 def fused_linear_loss(

@@ -16,6 +16,7 @@ from sharded import (
     PLACES,
     REDUCTIONS,
     ROUNDING_64,
+    VOCAB,
     Arrays,
     arrays_of,
     assert_same,
@@ -32,7 +33,7 @@ from sharded import (
 )
 
 import jliger
-from jliger.testing.oracle import ON_GPU
+from jliger.testing.oracle import INTERPRETED, ON_GPU, assert_rule_of_two, exact_and_rounding, unfused
 
 # Each place once in each mode, with forms and layouts in turn.
 EACH_PLACE = [
@@ -187,6 +188,25 @@ def test_a_label_that_is_no_column_poisons_on_every_device(mode):
         found = results(problem, arrays)
     assert np.all(np.isnan(found["loss"]))
     assert np.all(np.isnan(found["kernel"]))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="minutes, interpreted")
+def test_float16_where_a_device_has_masked_columns_alone():
+    problem = problem_of("sum", dtype="float16", kernel_dtype="float16", bias="float32")
+    is_masked = jnp.arange(VOCAB) >= VOCAB // 2
+
+    def masked(value):
+        bias = jnp.where(is_masked, value, problem.inputs["bias"])
+        return problem.replace(inputs={**problem.inputs, "bias": bias}, labels=problem.labels % (VOCAB // 2))
+
+    place = PLACES["dp+tp"]
+    mesh = place.mesh("explicit")
+    with jax.set_mesh(mesh):
+        found = results(problem, put(masked(-jnp.inf), place, mesh))
+    # As probable, and full logits' arithmetic gives no NaN.
+    truth, rounding = exact_and_rounding(masked(-1e4))
+    assert_rule_of_two(found, unfused(masked(-1e4)), truth, more=rounding)
+    assert not np.any(np.asarray(found["kernel"])[:, is_masked])
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -13,6 +13,7 @@ from sharded import BATCH, HIDDEN, IMPLEMENTATION, MODES, PLACES, VOCAB, assert_
 
 import jliger
 from jliger import losses
+from jliger.testing.oracle import INTERPRETED
 
 # Some ids are equal on several devices, and the last device has fewer columns than are asked for.
 K, VOCAB_SIZE = 12, 40
@@ -198,3 +199,20 @@ def test_distillation_inside_a_shard_map(check_vma, kind):
     value, grads = jax.jit(jax.value_and_grad(lambda learnt, arrays: around({**arrays, **learnt})))(learnt, arrays)
     assert_same({"loss": value / weight, **jax.tree.map(lambda grad: grad / weight, grads)},
                 {name: expected[name] for name in ("loss", *LEARNT)})  # fmt: skip
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing here depends on a kernel")
+def test_a_teacher_that_explicit_axes_shard_otherwise():
+    mesh = PLACES["dp+tp"].mesh("explicit")
+    random = np.random.default_rng(1)
+    ids, logprobs = random.integers(0, VOCAB, (*BATCH, K)), np.log(random.random((*BATCH, K), np.float32) / K)
+    arrays = [head()["hidden"], head()["kernel"], ids.astype(np.int32), logprobs]
+    specs = P("data"), P(None, "model"), P("data", None, "model"), P(None, "data")
+    options = {"chunk_size": 4, "implementation": IMPLEMENTATION}
+    expected = losses.fused_linear_top_k_kl(*arrays, **options)
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in zip(arrays, specs, strict=True)]
+        np.testing.assert_allclose(losses.fused_linear_top_k_kl(*placed, **options), expected, rtol=1e-5)
+        # An id that is no column, on whichever device it is.
+        placed[2] = jax.device_put(np.where(np.arange(K) == K - 1, VOCAB, arrays[2]), NamedSharding(mesh, specs[2]))
+        assert np.isnan(losses.fused_linear_top_k_kl(*placed, **options))

@@ -130,6 +130,32 @@ def test_labels_that_poison():
     assert (grads["hidden"][5] == 0).all()
 
 
+def test_kernels_whose_columns_differ_in_size():
+    # As after one step from zeros: the columns of labels are much larger than all others.
+    hidden, kernel, _ = make_problem()
+    labels = jnp.where(jnp.arange(TOKENS) % 2, 1, 37)
+    kernel = jnp.full_like(kernel, 1e-4).at[:, [1, 37]].set(3 * kernel[:, [1, 37]])
+    # Columns that do not exist may hold anything.
+    padded = jnp.pad(kernel, ((0, 0), (0, 8)), constant_values=1e6).T
+    loss = jax.jit(functools.partial(_loss, products="float8", kernel_layout="vh", vocab_size=VOCAB))
+    assert abs(loss(hidden, padded, labels) - in_float64(hidden, kernel, labels)[0]) < 0.05
+
+
+@(pytest.mark.exhaustive if INTERPRETED else lambda test: test)
+def test_smoothing_as_large_as_the_label():
+    hidden, kernel = jnp.ones((16, 16), DTYPE), jnp.zeros((16, 112)).at[:, 5].set(-1.0)
+    labels, class_weights = jnp.full(16, 5), jnp.zeros(112).at[5].set(1.0)
+    run = functools.partial(
+        value_and_grads,
+        {"hidden": hidden, "kernel": kernel},
+        labels,
+        names=(("label_smoothing", 0.99),),
+        class_weights=class_weights,
+    )
+    for grad, plain in zip(run()[1].values(), run(products=None)[1].values(), strict=True):
+        assert relative(grad, np.asarray(plain, np.float64)) < 0.04
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_row_gradients_are_those_of_the_row_functions_dithered(implementation, softcap):
@@ -158,6 +184,10 @@ def test_row_gradients_are_those_of_the_row_functions_dithered(implementation, s
     matrix = product[:, :190] * 1000
     values, transposed = get_float8(implementation, None).both_layouts(matrix, jnp.float32(0.25))
     assert (as_bytes(values) == as_bytes(jnp.clip(matrix * 0.25, -448, 448).astype(E4M3))).all()
+    # Not the largest number of 8 bits, with which results would be finite.
+    infinite = get_float8(implementation, None).both_layouts(matrix[:16].at[3, 5].set(-jnp.inf), jnp.float32(0.25))[0]
+    assert np.isnan(np.asarray(infinite[3, 5], np.float32))
+    assert np.isnan(np.asarray(infinite, np.float32)).sum() == 1
     assert (as_bytes(transposed) == as_bytes(values).T).all()
 
 

@@ -63,7 +63,9 @@ def weighted_loss(
     """
     stats = _run(LossPass("stats", config), operands).stats
     total = loss.total(stats, labels, weights)
-    return total, stats, None if config.skip_below is None else jnp.zeros_like(jax.tree.leaves(stats)[0])
+    first = jax.tree.leaves(stats)[0]
+    skipped = None if config.skip_below is None else jnp.zeros_like(first)
+    return total, *_with_examples_of((first, loss.coefficients(labels, weights)), (stats, skipped))
 
 
 def _weighted_loss_fwd(
@@ -223,6 +225,16 @@ def _run(loss_pass: LossPass, operands: Operands, arrays: LossArrays = _NO_ARRAY
 
     once = once_differentiable(run_differentiably, vmappable(run), loss_pass.config.implementation)
     return once(operands, arrays)
+
+
+def _with_examples_of(others: Any, results: Any) -> Any:
+    """`results`, with a dimension for each `vmap` that any of `others` has one for; all of them have one per token.
+
+    `_run` returns results with all dimensions of its arguments. Coefficients are among these only if there are
+    gradients. Without, results would have fewer dimensions, which `jax.custom_vjp` does not allow.
+    """
+    condition = functools.reduce(jnp.logical_or, [jnp.isnan(array) for array in jax.tree.leaves(others)])
+    return jax.tree.map(lambda array: jnp.where(condition, array, array), results)
 
 
 def _unscaled_dtypes(operands: Operands) -> GradientDtypes:

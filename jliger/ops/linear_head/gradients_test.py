@@ -203,6 +203,24 @@ def test_no_gradient_is_computed_without_differentiation(reduction, implementati
     assert products(jax.grad(beside_something_else, argnums=1), problem.inputs, 2.0) == (1, 0)
 
 
+@pytest.mark.parametrize("skipped", [None, 0.0])
+def test_a_gradient_of_a_vmap_over_weights_alone(skipped):
+    """Without gradients, nothing that `vmap` batches reaches the products."""
+    problem = make(reduction="sum", bias=None, label_smoothing=0.0)
+
+    def loss(hidden, weight, **options):
+        weights = jnp.full(problem.labels.shape, weight)
+        inputs = (problem.inputs | {"hidden": hidden}).values()
+        options = problem.options | {"weights": weights, **options}
+        return jliger.fused_linear_cross_entropy(*inputs, problem.labels, implementation="xla", **options)
+
+    def of_both(hidden):
+        return jax.vmap(lambda weight: loss(hidden, weight, skip_gradients_below=skipped))(jnp.array([0.5, 2.0])).sum()
+
+    hidden = problem.inputs["hidden"]
+    assert_close(jax.jit(jax.grad(of_both))(hidden), jax.grad(loss)(hidden, 2.5))
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_integer_and_frozen_leaves_of_a_partial_gradient(reduction, implementation):
     # stop_gradient on one argument inside the loss freezes it as well.

@@ -54,7 +54,7 @@ losses = st.fixed_dictionaries(
 )
 
 
-@examples(6)
+@examples(4)
 @given(shape=shapes, loss=losses, dtypes=st.sampled_from(DTYPES), scale=st.sampled_from([0.1, 1.0, 10.0]))
 def test_the_rule_of_two(implementation, shape, loss, dtypes, scale):
     # Roundings to 16 bits are throws of dice: of a few, either side may win by more than a factor of two.

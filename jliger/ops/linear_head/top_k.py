@@ -45,6 +45,8 @@ def linear_top_k(
     are rounded to `logits_dtype`, with 0 and −0 equal. A teacher's, written to disk once, are what
     `jliger.losses.fused_linear_top_k_kl` trains a student with.
 
+    A token with a logit of +∞ has NaN log-probabilities and log-sum-exp, as with `jax.nn.log_softmax`.
+
     Nothing is differentiable: the results are constants for `jax.grad`.
 
     Logits are computed in chunks of tokens. Memory beside arguments and results is about 0.5 GiB on a GPU for any `V`.

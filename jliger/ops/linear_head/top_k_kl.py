@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from jliger.core import checks
 from jliger.core.checks import coefficient
 from jliger.core.dtypes import accumulator_dtype
+from jliger.core.meshes import with_tokens_of
 from jliger.core.reduction import Normalizer
 from jliger.ops.linear_head import sharding
 from jliger.ops.linear_head.adapter import LinearAdapter, with_adapter
@@ -228,7 +229,8 @@ def _top_k_kl(
     divergence, vocab_size = call.config.teacher, sharding.vocab_size(call.config, operands.kernel)
     assert isinstance(divergence, TopKDivergence)
     dtype = accumulator_dtype(operands.hidden.dtype)
-    ids, logprobs = jax.lax.stop_gradient(teacher)
+    # Explicit mesh axes may shard a teacher's arrays in other ways, over the columns too, which are sorted here.
+    ids, logprobs = (with_tokens_of(operands.hidden, array) for array in jax.lax.stop_gradient(teacher))
     inside = ids <= min(vocab_size - 1, jnp.iinfo(ids.dtype).max)
     ids, log_r = _merged(jnp.where(inside & (ids >= 0), ids, -1).astype(jnp.int32), logprobs.astype(dtype))
     best = jnp.argmax(log_r, axis=-1, keepdims=True)

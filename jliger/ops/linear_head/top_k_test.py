@@ -110,6 +110,16 @@ def test_what_does_not_count_and_what_is_not_differentiable(implementation):
     np.testing.assert_array_equal(grad, jnp.zeros_like(hidden).at[0, 0, 0].set(1))
 
 
+def test_an_infinite_logit_has_no_log_probabilities(implementation):
+    hidden, kernel, _ = problem()
+    hidden = hidden.at[0, 0].set(jnp.inf).at[0, 1].set(1)
+    kernel = kernel.at[:, 7].set(1)
+    found = jliger.linear_top_k(hidden, jnp.maximum(kernel, 0.5), 3, implementation=implementation)
+    for values in (found.logprobs, found.logsumexp):
+        assert np.isnan(values[0, 0]).all()
+        assert np.isfinite(values[0, 1:]).all()
+
+
 @pytest.mark.exhaustive
 def test_float64():
     with jax.enable_x64(True):

@@ -41,7 +41,7 @@ class _BothLayouts(Protocol):
     def __call__(
         self, matrix: Float[Array, "M N"], factor: Float[Array, ""]
     ) -> tuple[Float[Array, "M N"], Float[Array, "N M"]]:
-        """`factor · matrix` in e4m3, clipped to its range, and its transpose."""
+        """`factor · matrix` in e4m3, clipped to its range, and its transpose; NaN for infinite entries."""
         ...
 
 

@@ -73,7 +73,10 @@ def both_layouts_kernel(
     rows, columns = _patch_at(tl.program_id(0).to(tl.int64), NUM_ROWS, PATCH)
     inside = (rows < NUM_ROWS) & (columns < NUM_COLUMNS)
     matrix = tl.load(matrix_ptr + rows * NUM_COLUMNS + columns, mask=inside, other=0.0, eviction_policy="evict_first")
-    values = (matrix.to(tl.float32) * tl.load(factor_ptr)).to(tl.float8e4nv)
+    matrix = matrix.to(tl.float32)
+    # ±∞ becomes NaN: converted, it would be the largest finite number.
+    matrix = tl.where(tl.abs(matrix) == float("inf"), float("nan"), matrix)
+    values = (matrix * tl.load(factor_ptr)).to(tl.float8e4nv)
     _store_both(values_ptr, transposed_ptr, rows, columns, values, NUM_ROWS, NUM_COLUMNS)
 
 

@@ -22,7 +22,8 @@ def both_layouts(
     matrix: Float[Array, "M N"], factor: Float[Array, ""]
 ) -> tuple[Float[Array, "M N"], Float[Array, "N M"]]:
     limit = float(jnp.finfo(E4M3).max)
-    values = jnp.clip(matrix.astype(jnp.float32) * factor, -limit, limit).astype(E4M3)
+    wide = matrix.astype(jnp.float32)
+    values = jnp.where(jnp.isinf(wide), jnp.nan, jnp.clip(wide * factor, -limit, limit)).astype(E4M3)
     return values, values.T
 
 

@@ -7,8 +7,8 @@ the gradients together with the loss, whose coefficients must be known beforehan
 pass* loops over larger chunks of tokens and, inside, over blocks of columns. It needs the statistics of an earlier pass
 (`stats_pass`): four products in total, and the least memory.
 
-The fused pass has two other forms: with approximated logit gradients, of which most are not multiplied
-(`skipping_pass`), and with 8-bit products (`float8_pass`).
+The fused pass has two other forms: `skipping_pass` with approximated logit gradients, of which most are not multiplied,
+and `float8_pass` with 8-bit products.
 
 In distillation, the fused pass computes both models' logits in each chunk, and the student's gradients: four
 products.

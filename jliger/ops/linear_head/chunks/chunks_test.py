@@ -26,7 +26,8 @@ def test_any_chunk_size_gives_the_same(reduction, implementation):
         precision="highest",
     )  # fmt: skip
     expected = check(problem, implementation)
-    for chunk_size in (1, 5, 16, 17, 1000):
+    # Each is a compilation: the two reductions share them out.
+    for chunk_size in (1, 5, 17) if reduction == "mean" else (1, 16, 1000):
         result = fused(problem.replace(chunk_size=chunk_size), implementation)
         for name, value in expected.items():
             # The order of summation over tokens differs.

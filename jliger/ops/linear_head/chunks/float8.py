@@ -28,6 +28,7 @@ from jliger.ops.logits.float8 import LARGEST_GRADIENT, Float8, get_float8, quant
 from jliger.ops.logits.objectives import CoefficientRule, LossArrays
 
 _ALIGNMENT = 16  # of all dimensions of 8-bit products
+_SAMPLE = 256  # entries of each column of the kernel that its scale is chosen from
 _LEAST_UNIT = 2.0**-100  # a token whose gradients are smaller has none
 
 
@@ -40,9 +41,17 @@ class _Kernel(NamedTuple):
 
     @classmethod
     def make(cls, config: HeadConfig, operands: Operands, float8: Float8) -> "_Kernel":
-        # The largest entry of every 16th row stands for all: to read a whole float32 kernel took 3 % of the time. An
-        # entry is clipped if it is 56 times larger, and has fewer digits if it is some 256 times smaller.
-        scale = 32 * scale_of(operands.kernel[::16])
+        # The largest entry of 256 of each column's entries stands for all: to read a whole float32 kernel took 3 % of
+        # the time. An entry is clipped if it is 56 times larger, and has fewer digits if it is some 256 times smaller.
+        # No column is left out, because some may be much larger than all others, as after few steps from zeros.
+        step = max(1, operands.hidden.shape[1] // _SAMPLE)
+        # Of `[V, H]`, neighbours: every 16th entry of a row would take as long to read as all.
+        sample = operands.kernel[::step] if config.kernel_layout == "hv" else operands.kernel[:, :_SAMPLE]
+        num_columns = config.vocab_size if operands.num_columns is None else operands.num_columns
+        if num_columns is not None:
+            column = jax.lax.broadcasted_iota(jnp.int32, sample.shape, config.vocab_dim)
+            sample = jnp.where(column < num_columns, sample, 0)  # padding may hold any numbers
+        scale = 32 * scale_of(sample)
         copies = float8.both_layouts(pad(operands.kernel, (0, 1), _ALIGNMENT), 1 / scale)
         by_row, by_column = copies if config.kernel_layout == "hv" else copies[::-1]
         return cls(by_column, by_row, scale)
@@ -110,7 +119,8 @@ def _block(operands: Operands, chunk: Chunk) -> Block:
 def _units(config: HeadConfig, stats: RowStats, coefficients: Coefficients, block: Block) -> Float[Array, " C"]:
     """What each token's logit gradients are divided by, before they are converted; 0 if there are none.
 
-    In these units the label's gradient is `±LARGEST_GRADIENT`, a power of two, and no other exceeds 1.75 times that.
+    In these units the label's gradient without smoothing is `±LARGEST_GRADIENT`, a power of two, or less, and no
+    gradient exceeds 1.75 times that.
     """
     probability, label, probability_lse, smoothing, probability_logit = coefficients
     if probability_lse is not None:
@@ -123,15 +133,18 @@ def _units(config: HeadConfig, stats: RowStats, coefficients: Coefficients, bloc
     at_label = jnp.abs(factor * of_label - label)
     # Probabilities of other columns are also at most what the label's leaves.
     others = jnp.abs(probability) * jnp.minimum(largest, 1 - of_label)
+    of_smoothing = 0
     if smoothing is not None:
         weights = 1 if block.class_weights is None else jnp.abs(block.class_weights).max()
-        others += jnp.abs(smoothing) * weights
+        of_smoothing = jnp.abs(smoothing) * weights
+        others += of_smoothing
     if probability_logit is not None:
         others += jnp.abs(probability_logit) * largest  # exp(x) · |x| is at most 1 / e for x below 0
     inverse_temperature = 1 if block.inverse_temperature is None else block.inverse_temperature
     if config.logit_softcap is not None:
         at_label *= 1 - jnp.square(stats.label_logit / (config.logit_softcap * inverse_temperature))
-    bound = jnp.maximum(at_label, others / 1.75) * jnp.abs(config.logit_scale * inverse_temperature)
+    largest_of_all = jnp.maximum(others, at_label + of_smoothing)
+    bound = jnp.maximum(at_label, largest_of_all / 1.75) * jnp.abs(config.logit_scale * inverse_temperature)
     return jnp.where(bound <= _LEAST_UNIT, 0, bound) / LARGEST_GRADIENT
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jliger.core.dtypes import accumulator_dtype
 from jliger.ops.linear_head.chunks.grad_accumulators import add_chunk, after_chunks, before_chunks
 from jliger.ops.linear_head.chunks.matmuls import logits_product
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk, PackedTokens, write_stats
@@ -38,7 +39,7 @@ class Evaluated(NamedTuple):
       columns: the head.
       stats: the statistics.
       logit_grads: the logit gradients, with padding.
-      weights: the size of each token's label coefficient.
+      weights: the size of each token's label coefficient, in units of the product.
       limits: the size up to which each token's gradients may be skipped.
     """
 
@@ -93,7 +94,10 @@ class SkippingPass:
             product, block, logit_map, config.stats_wanted, coefficients, dtype=chunk.hidden.dtype
         )
         assert config.skip_below is not None
-        weights = jnp.abs(coefficients.label)
+        # Like the gradients, times the derivative of the logits by the product.
+        weights = jnp.abs(coefficients.label * config.logit_scale)
+        if chunk.inverse_temperature is not None:
+            weights *= chunk.inverse_temperature
         return Evaluated(chunk, index * size, columns, stats, logit_grads, weights, config.skip_below * weights)
 
     def add(
@@ -195,8 +199,9 @@ def _rank_one(
     across: tuple[int, ...],
 ) -> tuple[Float[Array, "B 128 J 128"], Float[Array, "B 128"]]:
     """Gradients that are kept, the others replaced; and each token's sum of the sizes of those."""
-    skipped = jnp.where(kept, 0, grads.astype(jnp.promote_types(grads.dtype, jnp.float32)))
-    # All of a token's skipped gradients have the sign of its weight.
+    skipped = jnp.where(kept, 0, grads.astype(accumulator_dtype(grads.dtype)))
+    # All of a token's skipped gradients have the sign of its weight. Sizes, so that signs of different tokens do not
+    # make the total 0: the sums over columns are then not kept, but those over tokens are.
     by_column = jnp.abs(skipped).sum(across, keepdims=True)
     total = by_column.sum(along, keepdims=True)
     shares = by_column / jnp.where(total == 0, 1, total)

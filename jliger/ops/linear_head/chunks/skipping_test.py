@@ -182,6 +182,28 @@ def test_metrics_say_what_was_skipped():
     assert not any(grad.any() for grad in none_counts[2])
 
 
+def test_limits_scale_with_the_logits():
+    hidden, kernel, labels, weights = problem()
+    plain = run("xla", hidden, kernel, labels, weights)[1].skipped_mass
+    # Powers of two, so that the logits are equal to the bit.
+    temperature = jnp.full(TOKENS, 64.0)
+    scaled = run("xla", hidden * 1024, kernel, labels, weights, logit_scale=1 / 16, temperature=temperature)
+    assert abs(scaled[1].skipped_mass / plain - 1) < 1e-5
+
+
+def test_chunks_with_fewer_segments_than_a_share_of_them():
+    pytest.importorskip("triton")
+
+    def loss(hidden, kernel):
+        return jliger.fused_linear_cross_entropy(
+            hidden, kernel, jnp.arange(3), chunk_size=1, skip_gradients_below=LIMIT, implementation="triton"
+        )
+
+    with jliger.compute_capability(90):
+        grads = jax.eval_shape(jax.grad(loss, (0, 1)), jnp.ones((3, 8)), jnp.ones((8, 60)))
+    assert [grad.shape for grad in grads] == [(3, 8), (8, 60)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -74,13 +74,13 @@ class _SegmentsPass:
         packed = self.skipping.packed
         most = _MOST_BYTES // (packed.num_chunks * SEGMENT * self.skipping.operands.hidden.dtype.itemsize)
         room = min(int(_ROOM * packed.chunk * -(-self.vocab // SEGMENT)), most)
-        return room if self.skipping.wanted.kernel is not None else 0
+        return max(1, room) if self.skipping.wanted.kernel is not None else 0
 
     @property
     def _column_room(self) -> int:
         """The same for columns' segments."""
         room = int(_ROOM * self.vocab * -(-self.skipping.packed.chunk // SEGMENT))
-        return room if self.skipping.wanted.hidden is not None else 0
+        return max(1, room) if self.skipping.wanted.hidden is not None else 0
 
     def _count(self, evaluated: Evaluated) -> Counts:
         return segments.count(_chunk(evaluated), self.skipping.config.compute_capability)
