@@ -92,9 +92,12 @@ def loss_of(
     def loss_fn(params: Tree, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         inputs, labels, where = inputs_and_labels(tokens, end_of_text)
         hidden, kernel, own = head.last_layer(config, params, inputs)
-        loss = jliger.fused_linear_cross_entropy(
-            hidden, kernel, labels, where=where, reduction="sum", **{**own, **chosen}
-        )
+        try:
+            loss = jliger.fused_linear_cross_entropy(
+                hidden, kernel, labels, where=where, reduction="sum", **{**own, **chosen}
+            )
+        except TypeError as error:  # of an option that the variant chooses, such as a string in place of a number
+            raise RunError(str(error)) from error
         return loss, jnp.sum(where)
 
     return loss_fn
