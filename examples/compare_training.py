@@ -40,7 +40,7 @@ from jliger.bench.report import environment
 Curves = dict[int, dict[int, float]]  # by seed and step
 RESULTS, TABLE = "results.json", "table.txt"
 # Parameters of fused_linear_cross_entropy that are the same for all variants.
-GIVEN = {"hidden", "kernel", "labels", "where", "reduction", "kernel_layout"}
+GIVEN = {"hidden", "kernel", "labels", "where", "reduction", "kernel_layout", "return_metrics"}
 
 
 def variant(text: str) -> tuple[str, Record]:
@@ -63,16 +63,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options.parser_of("compare_training", __doc__)
     options.add_corpus_options(parser)
     options.add_model_options(parser)
-    add = options.add_training_options(parser)
-    add("--variants", type=variant, nargs="+", default=[("plain", {})], metavar="NAME:JSON", help="the first: baseline")
-    add("--seeds", type=COUNT_OR_ZERO, nargs="+", default=[0, 1, 2], metavar="N", help="in place of --seed (0 1 2)")
+    add = parser.add_argument_group("training").add_argument
+    of_variants = """options of the loss, such as 'skip:{"skip_gradients_below": 2.4e-4}'; the first is the baseline"""
+    add("--variants", type=variant, nargs="+", default=[("plain", {})], metavar="NAME:JSON", help=of_variants)
+    add("--seeds", type=COUNT_OR_ZERO, nargs="+", default=[0, 1, 2], metavar="N", help="of parameters and data (0 1 2)")
+    options.add_jliger_options(add)
+    options.add_steps_option(add)
+    options.add_learning_options(add, "a tenth of the steps, at most 100")
     options.add_eval_options(add, 100, 16)
     add = options.add_run_options(parser, "runs/compare_training")
     add("--report", type=Path, nargs="+", metavar="FILE", help=f"train nothing: show these {RESULTS} together")
     parser.set_defaults(dtype="bfloat16", hidden_size=512, layers=4, heads=8, batch_size=32, length=512, steps=2000)
-    parser.set_defaults(learning_rate=1e-3, warmup_steps=100, head="jliger", max_bytes=64_000_000)
+    parser.set_defaults(learning_rate=1e-3, max_bytes=64_000_000, seed=0)
     args = parser.parse_args(argv)
-    options.check(parser, args)
+    options.check(parser, args, most=100)
     if len(dict(args.variants)) < len(args.variants):
         parser.error("--variants: a name occurs twice")
     if len(set(args.seeds)) < len(args.seeds) or max(args.seeds) >= 2**31:
@@ -88,9 +92,12 @@ def loss_of(
     def loss_fn(params: Tree, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         inputs, labels, where = inputs_and_labels(tokens, end_of_text)
         hidden, kernel, own = head.last_layer(config, params, inputs)
-        loss = jliger.fused_linear_cross_entropy(
-            hidden, kernel, labels, where=where, reduction="sum", **{**own, **chosen}
-        )
+        try:
+            loss = jliger.fused_linear_cross_entropy(
+                hidden, kernel, labels, where=where, reduction="sum", **{**own, **chosen}
+            )
+        except TypeError as error:  # of an option that the variant chooses, such as a string in place of a number
+            raise RunError(str(error)) from error
         return loss, jnp.sum(where)
 
     return loss_fn

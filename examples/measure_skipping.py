@@ -71,8 +71,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options.parser_of("measure_skipping", __doc__)
     options.add_corpus_options(parser)
     options.add_model_options(parser)
-    add = options.add_training_options(parser)
-    add("--measure-at", type=COUNT_OR_ZERO, nargs="+", default=[0, 60, 300, 1500], metavar="STEP", help="(%(default)s)")
+    add = parser.add_argument_group("training").add_argument
+    options.add_seed_option(add)
+    options.add_learning_options(add, "100, at most half of the steps")
+    add = parser.add_argument_group("measurement").add_argument
+    add(
+        "--measure-at",
+        type=COUNT_OR_ZERO,
+        nargs="+",
+        default=[0, 60, 300, 1500],
+        metavar="STEP",
+        help="steps (0 60 300 1500); training ends at the last",
+    )
     # With the last one all gradients matter, so that all is computed in full.
     limits = [2**-12, 2**-14, 2**-60]
     add("--limits", type=NUMBER, nargs="+", default=limits, metavar="X", help="values of ε (2^-12 2^-14 2^-60)")
@@ -80,12 +90,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seconds", type=NUMBER, default=0.12, metavar="X", help="of a burst of calls (%(default)s)")
     add("--out", type=Path, default=Path("runs/measure_skipping"), help="folder of the results (%(default)s)")
     parser.set_defaults(dtype="bfloat16", hidden_size=768, layers=6, heads=12, batch_size=16, length=512)
-    parser.set_defaults(vocab_size=128256, learning_rate=1e-3, warmup_steps=100, head="jliger", max_bytes=48_000_000)
+    parser.set_defaults(vocab_size=128256, learning_rate=1e-3, max_bytes=48_000_000)
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "examples/measure_skipping.py", *(sys.argv[1:] if argv is None else argv)])
     args.steps = max(args.measure_at) or 1
-    args.warmup_steps = min(args.warmup_steps, args.steps // 2)
-    options.check(parser, args)
+    options.check(parser, args, share=2, most=100)
     return args
 
 
@@ -237,7 +246,7 @@ def rotated(config: LlamaConfig, wide: int, end: int) -> Callable[[Tree, jax.Arr
 def run(args: argparse.Namespace) -> None:
     began, corpus = time.perf_counter(), options.corpus_of(args)
     config, learning = options.model_of(args, corpus.vocab_size), TrainingConfig.of(args)
-    loss_fn = language_model_loss(Head("jliger", args.implementation), config, corpus.end_of_text)
+    loss_fn = language_model_loss(Head("jliger"), config, corpus.end_of_text)
     training = text_training("model", args.out, loss_fn, config, learning, corpus.train)
     tokens = args.batch_size * args.length
     runs.say(f"compiling for {tokens}, {args.wide}, {corpus.vocab_size} ...")
@@ -274,7 +283,8 @@ def tables_of(results: Record) -> str:
     """The tables of a results file, and what it was measured with."""
     records, about = results["records"], results["environment"]
     sizes = ", ".join(str(results["layer"][name]) for name in ("tokens", "hidden_size", "vocab_size"))
-    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("jax", "jaxlib", "jax-triton", "triton"))
+    names = ("jax", "jaxlib", "jax-triton", "triton")  # without a GPU, the last two need not be installed
+    versions = ", ".join(f"{name} {about['versions'][name]}" for name in names if name in about["versions"])
     of_segments = [each for each in records if "tiles" in each]
     return "\n\n".join(
         [

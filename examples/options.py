@@ -80,10 +80,18 @@ def model_of(args: argparse.Namespace, vocab_size: int, prefix: str = "") -> Lla
 
 def add_head_options(add: Any, chunk_size: int | None = None, choices: tuple[str, ...] = ("both", *HEADS)) -> None:
     """Adds the last layer to train with, jliger's options, and the seed."""
-    chunk = "default: what fits the device" if chunk_size is None else "%(default)s"
     add("--head", choices=choices, default=choices[0], help="the last layer and loss to train with (%(default)s)")
+    add_jliger_options(add, chunk_size)
+    add_seed_option(add)
+
+
+def add_jliger_options(add: Any, chunk_size: int | None = None) -> None:
+    chunk = "default: what fits the device" if chunk_size is None else "%(default)s"
     add("--implementation", choices=["triton", "xla"], help="jliger's backend (default: what fits the device)")
     add("--chunk-size", type=COUNT, default=chunk_size, metavar="N", help=f"tokens per chunk of jliger ({chunk})")
+
+
+def add_seed_option(add: Any) -> None:
     add("--seed", type=COUNT_OR_ZERO, default=0, metavar="N", help="of parameters and data order (%(default)s)")
 
 
@@ -101,13 +109,22 @@ def add_training_options(parser: argparse.ArgumentParser, chunk_size: int | None
     """Adds the head to train with and the options of a `training.TrainingConfig`."""
     add = parser.add_argument_group("training").add_argument
     add_head_options(add, chunk_size)
+    add_steps_option(add)
+    add_learning_options(add, "a tenth of the steps, at most 10")
+    return add
+
+
+def add_steps_option(add: Any) -> None:
     add("--steps", type=COUNT, default=100, metavar="N", help="optimizer steps (%(default)s)")
+
+
+def add_learning_options(add: Any, default_warmup: str) -> None:
+    """Adds the batch and the optimizer's options."""
     add("--batch-size", type=COUNT, default=8, metavar="N", help="sequences per step (%(default)s)")
     add("--length", type=COUNT, default=128, metavar="N", help="tokens per sequence (%(default)s)")
     add("--learning-rate", type=NUMBER, default=3e-3, metavar="X", help="the highest, after warmup (%(default)s)")
-    add("--warmup-steps", type=COUNT_OR_ZERO, metavar="N", help="(default: a tenth of the steps, at most 10)")
+    add("--warmup-steps", type=COUNT_OR_ZERO, metavar="N", help=f"(default: {default_warmup})")
     add("--weight-decay", type=NUMBER_OR_ZERO, default=0.1, metavar="X", help="of AdamW (%(default)s)")
-    return add
 
 
 def add_run_options(parser: argparse.ArgumentParser, out: str, checkpoint_every: int | None = None) -> Any:
@@ -130,11 +147,13 @@ def add_eval_options(add: Any, every: int, batches: int) -> None:
     add("--eval-batches", type=COUNT, default=batches, metavar="N", help="at most so many held-out ones (%(default)s)")
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace, *more_steps: str, share: int = 10) -> None:
+def check(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, *more_steps: str, share: int = 10, most: int = 10
+) -> None:
     """Ends the program with a message if options do not fit together, and sets `args.warmup_steps` if it is not given.
 
-    The default warmup is a `share` of the shortest training's steps, and at most 10; `more_steps` name the options with
-    the steps of further trainings.
+    The default warmup is the shortest training's steps divided by `share`, and at most `most`; `more_steps` name the
+    options with the steps of further trainings.
     """
     if args.seed >= 2**31:
         parser.error(f"--seed {args.seed}: must be below 2**31")
@@ -148,7 +167,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace, *more_steps
     if hasattr(args, "warmup_steps"):
         steps = {name: getattr(args, name) for name in ("steps", *more_steps)}
         if args.warmup_steps is None:
-            args.warmup_steps = min(10, min(steps.values()) // share)
+            args.warmup_steps = min(most, min(steps.values()) // share)
         for name, count in steps.items():
             if args.warmup_steps >= count:
                 parser.error(f"--warmup-steps {args.warmup_steps} must be below --{name.replace('_', '-')} {count}")

@@ -58,6 +58,7 @@ def test_variants_share_all_but_the_loss_and_seeds_merge(compare_training, corpu
         (['rounded:{"logit_dtype": "bfloat16"}'], "no option logit_dtype"),
         (["list:[]"], "must be an object"),
         (['masked:{"where": null}'], "no option where"),
+        (['counted:{"return_metrics": true}'], "no option return_metrics"),
         (["plain", "plain"], "a name occurs twice"),
     ],
 )

@@ -97,6 +97,14 @@ def test_short_guides(page):
         trace(block)
 
 
+def test_options_that_cost_accuracy():
+    first, microbatches = blocks_of("docs/skip_gradients.md")
+    (float8,) = blocks_of("docs/float8.md")
+    for block in (first, float8):
+        trace(block)
+    jax.eval_shape(lambda: exec(microbatches, names()))
+
+
 def test_gradient_accumulation():
     within, across = blocks_of("docs/gradient_accumulation.md")[:2]
     known = names()

@@ -57,7 +57,8 @@ def check_number(
             f"{name} got a traced value; pass a Python number, since it becomes part of the compiled kernel (with "
             f"static_argnames, jax.jit does not trace it){instead}."
         )
-    if not isinstance(value, int | float | np.number):
+    # A bool is an int, but True for a number is a mistake: a flag's value, or a threshold of 1.
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise TypeError(
             f"{name} got {type(value).__name__}; pass a Python number, since it becomes part of the compiled kernel."
         )

@@ -216,10 +216,11 @@ def fused_linear_cross_entropy(
         it computes the same numbers on any device, slowly. There is no `jax.export` for GPUs. docs/float8.md has
         speed, errors, and when to use it. None for products in hidden's dtype.
       skip_gradients_below: `ε` from 0 to 1, such as `2**-12`: logit gradients of at most ε times their token's weight
-        may be approximated where 128 of them are adjacent, which takes about half the time on a GPU. Not so the
-        gradients of labels. What is approximated keeps its sum over each token and each column. On a GPU all is
-        computed in full if more than about a fifth is larger. Not with `"none"`, label smoothing or a vocabulary that
-        is sharded. None computes all in full. The guide "Skipped gradients" has errors and memory.
+        may be approximated where 128 of them are adjacent, which takes about half the time on a GPU. Gradients in the
+        labels' columns are not approximated. What is approximated keeps its sum over each token and each column. On a
+        GPU all is computed in full if more than about a fifth is larger. Not with `"none"`, label smoothing, 8-bit
+        products or a vocabulary that is sharded. None computes all in full. docs/skip_gradients.md has errors and
+        memory.
 
     Returns:
       The loss, float32 (float64 for float64 hidden states): `[]`, or `[*B]` with `"none"`. With `return_metrics`, that
@@ -291,11 +292,14 @@ def _check_loss_options(
         return
     checks.check_number("skip_gradients_below", skip_gradients_below, least=0, most=1)
     if reduction == "none":
-        raise ValueError("skip_gradients_below got reduction='none', which recomputes logits; pass 'mean' or 'sum'.")
+        raise NotImplementedError("skip_gradients_below got reduction='none'; pass 'mean' or 'sum'.")
     if products is not None:
-        raise ValueError(f"skip_gradients_below got products={products!r} beside it; pass one of the two.")
+        raise NotImplementedError(f"skip_gradients_below got products={products!r}; pass one of the two options.")
     if label_smoothing:
-        raise ValueError("skip_gradients_below got label_smoothing, which gives every column a gradient; pass one.")
+        raise NotImplementedError(
+            f"skip_gradients_below got label_smoothing={label_smoothing!r}, which gives every column a gradient; pass "
+            "one of the two options."
+        )
 
 
 def _weights(

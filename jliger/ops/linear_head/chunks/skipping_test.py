@@ -209,13 +209,14 @@ def test_chunks_with_fewer_segments_than_a_share_of_them():
     [
         ({"skip_gradients_below": -0.1}, "skip_gradients_below got -0.1; pass a finite number in"),
         ({"skip_gradients_below": "few"}, "skip_gradients_below got str"),
+        ({"skip_gradients_below": True}, "skip_gradients_below got bool"),
         ({"skip_gradients_below": 0.1, "reduction": "none"}, "skip_gradients_below got reduction='none'"),
         ({"skip_gradients_below": 0.1, "label_smoothing": 0.1}, "skip_gradients_below got label_smoothing"),
     ],
 )
 def test_what_is_refused(options, message):
     hidden, kernel, labels, _ = map(jnp.asarray, problem())
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=message):
         jliger.fused_linear_cross_entropy(hidden, kernel, labels, **options)
 
 
