@@ -40,8 +40,8 @@ def all_options(hidden, kernel):
 
 
 def approximated(hidden, kernel):
-    options = {"where": WHERE, "weights": WEIGHTS, "class_weights": CLASS_WEIGHTS, "temperature": WEIGHTS}
-    options |= {"z_loss": 0.1}
+    options = {"where": WHERE, "weights": WEIGHTS, "class_weights": CLASS_WEIGHTS}
+    options |= {"temperature": WEIGHTS, "z_loss": 0.1}
     in_8_bits = cross_entropy(hidden, kernel, products="float8", label_smoothing=0.1, logit_softcap=3.0, **options)
     return in_8_bits + cross_entropy(hidden, kernel, skip_gradients_below=0.1, adapter=ADAPTER, **options)
 
