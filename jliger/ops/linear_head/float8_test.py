@@ -1,6 +1,7 @@
 """Tests 8-bit products: their errors stay within what rounding to 8 bits explains, and everything else is exact."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 import jliger
-from jliger.ops.logits import Block, Coefficients, LogitMap, get_rows
+from jliger.ops.linear_head.chunks.float8 import _units
+from jliger.ops.logits import Block, Coefficients, LogitMap, StatsWanted, get_rows
 from jliger.ops.logits.float8 import E4M3, get_float8, quantized
 from jliger.ops.logits.float8_xla import dithered
 from jliger.testing.oracle import IMPLEMENTATIONS, INTERPRETED, ON_GPU
@@ -139,6 +141,26 @@ def test_kernels_whose_columns_differ_in_size():
     padded = jnp.pad(kernel, ((0, 0), (0, 8)), constant_values=1e6).T
     loss = jax.jit(functools.partial(_loss, products="float8", kernel_layout="vh", vocab_size=VOCAB))
     assert abs(loss(hidden, padded, labels) - in_float64(hidden, kernel, labels)[0]) < 0.05
+
+
+def test_no_gradient_of_a_confident_token_exceeds_8_bits():
+    # 1 − p of the label is a few roundings of 1, and the z-loss cancels it in the label's gradient.
+    gaps = jnp.tile(jnp.linspace(15.4, 16.8, 64), 256)
+    product = jnp.stack([0 * gaps, -gaps], axis=1) + jnp.linspace(0, 1e-3, 256).repeat(64)[:, None]
+    block, logit_map = Block(None, None, jnp.zeros(gaps.shape, jnp.int32), None, None), LogitMap(1.0, None, 2)
+    weights = jnp.full(gaps.shape, 1 / 4095)
+    coefficients = Coefficients(weights, weights, 2e-4 * weights)
+    rows, config = get_rows("xla", None), types.SimpleNamespace(logit_softcap=None, logit_scale=1.0)
+
+    @jax.jit
+    def grads_in_units(product):
+        stats = rows.row_stats(product, block, logit_map, StatsWanted())
+        units = _units(config, stats, coefficients, block)
+        of_row = stats.max, stats.log_sum, coefficients
+        grads = rows.row_grads(product, block, logit_map, *of_row, dtype=jnp.float32)
+        return jnp.where(units[:, None] == 0, 0, grads / units[:, None])
+
+    assert jnp.abs(grads_in_units(product)).max() < 1.0001 * jnp.finfo(jnp.float8_e5m2).max.astype(np.float32)
 
 
 @(pytest.mark.exhaustive if INTERPRETED else lambda test: test)

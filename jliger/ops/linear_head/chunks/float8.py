@@ -131,8 +131,9 @@ def _units(config: HeadConfig, stats: RowStats, coefficients: Coefficients, bloc
     if probability_logit is not None:
         factor = probability + probability_logit * (stats.label_logit - stats.max)
     at_label = jnp.abs(factor * of_label - label)
-    # Probabilities of other columns are also at most what the label's leaves.
-    others = jnp.abs(probability) * jnp.minimum(largest, 1 - of_label)
+    # Probabilities of other columns are also at most what the label's leaves: that, and a rounding of 1.
+    rounding = float(jnp.finfo(of_label.dtype).eps)
+    others = jnp.abs(probability) * jnp.minimum(largest, 1 - of_label + rounding)
     of_smoothing = 0
     if smoothing is not None:
         weights = 1 if block.class_weights is None else jnp.abs(block.class_weights).max()
