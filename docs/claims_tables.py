@@ -21,7 +21,7 @@ def compared(full: Record, fused: Record) -> list[str]:
     memory = [each.get("peak_bytes") or each["memory_bytes"]["total"] for each in (full, fused)]
     return [
         percent(1 - memory[1] / memory[0]),
-        f"{100 * (fused['tokens_per_second'] / full['tokens_per_second'] - 1):+.1f} %",
+        f"{100 * (fused['tokens_per_second'] / full['tokens_per_second'] - 1):+.1f} %".replace("-", "−"),
     ]
 
 
@@ -116,11 +116,11 @@ def small_claims_table(folder: Path, page: Path) -> str:
         for each in medusa["records"]:
             if "saved" in each:
                 about = f"examples/medusa.py, {each['heads']} heads, stage {each['stage']}"
-                rows.append([about, percent(each["saved"]), f"{100 * each['faster']:+.1f} %"])
+                rows.append([about, percent(each["saved"]), f"{100 * each['faster']:+.1f} %".replace("-", "−")])
     if (vlm := _read(folder / "vlm_sft_cpu.json")) is not None:
         full, fused = (vlm["heads"][head]["step_seconds"] for head in HEADS)
         saved = vlm["comparison"]["temporary_memory_saving_percent"] / 100
-        rows.append(["examples/vlm_sft.py", percent(saved), f"{100 * (full / fused - 1):+.1f} %"])
+        rows.append(["examples/vlm_sft.py", percent(saved), f"{100 * (full / fused - 1):+.1f} %".replace("-", "−")])
     if not rows:
         return "Not measured yet."
     return markdown(("example, as it is, on a CPU", "temporary memory saved", "faster"), rows)
