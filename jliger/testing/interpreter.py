@@ -7,9 +7,8 @@ from typing import Any
 def find_builtins_once() -> None:
     """Finds the functions of Triton's language that the interpreter replaces once, and not in every call.
 
-    For each call of a function inside a kernel, the interpreter of Triton 3.9 goes through all members of
-    `triton.language` for those that it must replace. That is more than half of a kernel's time. Which members these are
-    never changes, so their names are kept.
+    Whenever a kernel calls a function, Triton 3.9's interpreter searches all of `triton.language` for what it must
+    replace. That takes more than half of a kernel's time. It finds the same members each time, so their names are kept.
     """
     from triton import language as tl
     from triton.runtime import interpreter

@@ -123,6 +123,16 @@ def test_options(layout, options):
     assert abs(alone() / loss - 1) < 1e-6
 
 
+def test_a_cotangent_multiplies_the_gradients():
+    hidden, kernel, labels = make_problem(dtype="float32")
+    _, of_one = value_and_grads({"hidden": hidden, "kernel": kernel}, labels)
+    loss = functools.partial(_loss, labels=labels, products="float8")
+    cotangent = jax.random.normal(jax.random.key(1))
+    grads = jax.jit(lambda *inputs: jax.vjp(loss, *inputs)[1](cotangent))(hidden, kernel)
+    for grad, one in zip(grads, of_one.values(), strict=True):
+        np.testing.assert_allclose(grad, cotangent * one, rtol=1e-6)
+
+
 def test_labels_that_poison():
     hidden, kernel, labels = make_problem()
     loss, grads = value_and_grads({"hidden": hidden, "kernel": kernel}, labels.at[3].set(VOCAB).at[5].set(-100))

@@ -124,6 +124,21 @@ def test_skips_the_segments_without_a_large_gradient(implementation):
     assert all(np.linalg.norm(error) > 1e-4 for error in errors)
 
 
+def test_a_cotangent_multiplies_the_gradients(implementation):
+    hidden, kernel, labels, weights = problem()
+
+    def loss(hidden, kernel):
+        options = {"chunk_size": CHUNK, "skip_gradients_below": LIMIT, "implementation": implementation}
+        weighted = jnp.asarray(weights, jnp.float32)
+        return jliger.fused_linear_cross_entropy(
+            hidden, kernel, labels, weights=weighted, precision="highest", **options
+        )
+
+    cotangent = jax.random.normal(jax.random.key(1))
+    grads = jax.jit(lambda *inputs: jax.vjp(loss, *inputs)[1](cotangent))(jnp.asarray(hidden), jnp.asarray(kernel))
+    assert_close(grads, [cotangent * grad for grad in oracle(hidden, kernel, labels, weights)[:2]])
+
+
 @pytest.mark.exhaustive
 def test_a_kernel_in_the_other_layout_and_frozen_operands(implementation):
     hidden, kernel, labels, weights = problem()
