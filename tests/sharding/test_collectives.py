@@ -126,7 +126,8 @@ def test_collectives_are_those_one_would_write(mode, place, reduction):
     # A chunk has something to say only to those that share its columns: its tokens' numbers.
     in_loop = [one for one in found if one.in_loop]
     assert {one.kind for one in in_loop} <= ({"all-reduce"} if vocab > 1 else set())
-    assert all(one.size <= CHUNK for one in in_loop)
+    # In sum, since on GPUs they are joined: maximum, sum and the label's logit of each of its tokens.
+    assert sum(one.size for one in in_loop) <= 3 * CHUNK
 
 
 @pytest.mark.skipif(IMPLEMENTATION != "xla", reason="what is summed doesn't depend on the row functions")

@@ -173,9 +173,10 @@ def test_distillation_gives_the_results_of_one_device(mode, place, kind):
     assert_same(found, expected)
     for name in LEARNT:
         assert found[name].sharding.is_equivalent_to(arrays[name].sharding, arrays[name].ndim), name
-    # Logits do not move: in loops, only numbers of a chunk's tokens and of the teacher's columns.
-    for one in collectives(compiled.as_text()):
-        assert not one.in_loop or one.size <= 4 * 7, one
+    # Logits do not move: in loops, only four numbers of each of a chunk's tokens, and one of each of the teacher's
+    # columns and of the remainder. On GPUs XLA joins some of these.
+    in_loop = [one for one in collectives(compiled.as_text()) if one.in_loop]
+    assert sum(one.size for one in in_loop) <= 4 * (4 + 7), in_loop
 
 
 @pytest.mark.exhaustive

@@ -205,11 +205,10 @@ def test_vmap_over_examples_that_devices_share(mode, kind, vmap):
     with jax.enable_x64(True):
         wide = {name: jnp.asarray(array) for name, array in arrays.items()}
         assert_same(found, jax.jit(functools.partial(value_and_grads_of, jliger.reference, {}, {}))(wide))
-    # A device that has no other's examples can compute none of them.
-    assert {(each.kind, each.shape) for each in collectives(program.as_text())} <= {
-        ("all-reduce", ()),
-        ("all-reduce", (HIDDEN, VOCAB)),
-    }
+    # A device that has no other's examples can compute none of them. On GPUs XLA joins the two sums.
+    found = collectives(program.as_text())
+    assert {each.kind for each in found} == {"all-reduce"}
+    assert sum(each.size for each in found) == 1 + HIDDEN * VOCAB, found
 
 
 class Model(nnx.Module):
