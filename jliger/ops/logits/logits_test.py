@@ -163,14 +163,14 @@ def test_widths_about_those_of_tiles(width, implementation):
 
 
 @pytest.mark.parametrize("width", [15, 16, 17, 1200])
-def test_wide_rows_have_tiles_of_longer_vectors(width, monkeypatch):
+def test_wide_rows_in_triton_have_tiles_of_longer_vectors(width, monkeypatch):
     from jliger.ops.logits import triton
 
     if not HAS_TILES:
         pytest.skip("runs Triton kernels, which need a GPU or the interpreter")
     monkeypatch.setattr(triton, "_WIDE", 0)
     product, block = make_block(width, padding=-width % 8, bias=True)
-    assert triton._launch(product, LogitMap(1.0, None, width), passes=2)["TILE"].vector == 16
+    assert triton.launch(product, LogitMap(1.0, None, width), passes=2)["TILE"].vector == 16
     check_rows("triton", product, block, LogitMap(1.0, None, width), make_coefficients())
 
 
