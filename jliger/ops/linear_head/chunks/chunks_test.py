@@ -1,4 +1,4 @@
-"""Tests that results do not depend on how tokens and vocabulary are split, and that uncounted tokens are not multiplied."""
+"""Tests that results do not depend on how tokens and vocabulary are split, and how many tokens are multiplied."""
 
 import dataclasses
 import functools
@@ -195,6 +195,7 @@ def test_coefficients_that_depend_on_the_statistics(implementation):
     np.testing.assert_array_equal(stats.prediction >= 0, counted)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="minutes, interpreted")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_tokens_that_do_not_count_are_not_multiplied(reduction, implementation, monkeypatch):
     sizes = []
@@ -214,5 +215,5 @@ def test_tokens_that_do_not_count_are_not_multiplied(reduction, implementation, 
         sizes.clear()
         jax.block_until_ready(compiled(jnp.arange(2048) % 4 * 512 + jnp.arange(2048) // 4 < count))
         jax.effects_barrier()
-        # The first chunk is computed even if nothing counts. Without a reduction, the backward pass computes logits again.
+        # The first chunk is computed even if nothing counts; without a reduction, all of them again in the backward pass.
         assert sizes == [512] * max(1, -(-count // 512)) * (2 if reduction == "none" else 1), count
