@@ -215,5 +215,5 @@ def test_tokens_that_do_not_count_are_not_multiplied(reduction, implementation, 
         sizes.clear()
         jax.block_until_ready(compiled(jnp.arange(2048) % 4 * 512 + jnp.arange(2048) // 4 < count))
         jax.effects_barrier()
-        # The first chunk is computed even if nothing counts; without a reduction, all of them again in the backward pass.
+        # The first chunk is computed even if nothing counts; without a reduction, the backward pass repeats them.
         assert sizes == [512] * max(1, -(-count // 512)) * (2 if reduction == "none" else 1), count
