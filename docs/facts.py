@@ -114,10 +114,10 @@ def mesh(result: Record, largest: Record) -> str:
         for head in ("full", "jliger")
     }
     return (
-        f"**Several GPUs.** A training step of Llama 3 8B on {batch} sequences of {full['length']} tokens, on four H200s, "
-        f"takes {100 * saved:.0f} % less memory than with full logits, at {fused['tokens_per_second']:,.0f} tokens/s "
-        f"instead of {full['tokens_per_second']:,.0f}. Batches of up to {fitted['jliger']:,} sequences fit instead of "
-        f"{fitted['full']:,}."
+        f"**Several GPUs.** A training step of Llama 3 8B on {batch} sequences of {full['length']} tokens, on four "
+        f"H200s, takes {100 * saved:.0f} % less memory than with full logits, at {fused['tokens_per_second']:,.0f} "
+        f"tokens/s instead of {full['tokens_per_second']:,.0f}. Batches of up to {fitted['jliger']:,} sequences fit "
+        f"instead of {fitted['full']:,}."
     )
 
 

@@ -190,7 +190,7 @@ def sweep_parser(name: str, doc: str | None, program: str, out: str, timeout: fl
     add("--timeout", type=NUMBER, default=timeout, metavar="S", help="seconds of one process (%(default)s)")
     add("--overwrite", action="store_true", help="replace the results file, if there is one")
     add("--plot-only", action="store_true", help="measure nothing; make table and plot of --out again")
-    add("--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing; write the records of these files to --out")
+    add("--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing; put these files' records into --out")
     add("--no-progress", action="store_true", help="draw no progress bar")
     add("rest", nargs="*", metavar="-- OPTIONS", help=f"options of {program}, after --")
     return parser
