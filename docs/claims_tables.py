@@ -42,16 +42,6 @@ def row(about: str, claim: str, path: Path, where: str, find: Callable[[Record],
     return [about, claim, *compared(*pair), f"{where}, `{path.parent.name}/{path.name}`"]
 
 
-def sharded(folder: Path) -> Callable[[Record], list[Record]]:
-    """Llama 3 8B on a mesh; jliger's step at the largest batch of full logits has a file of its own."""
-
-    def find(result: Record) -> list[Record]:
-        more = _read(folder / "train_sharded_h200x4_816.json") or {"records": []}
-        return matched([*result["records"], *more["records"]])
-
-    return find
-
-
 def steps_of_both(summary: Record) -> list[Record]:
     """The steps of a run of one of the examples."""
     return [
@@ -64,8 +54,12 @@ def claims_table(folder: Path, page: Path) -> str:
     del page
     sharded_path, tuned = folder / "train_sharded_h200x4.json", folder / "finetune_h100.json"
     tuned_mesh, adapted = folder / "finetune_h100x4.json", folder / "finetune_lora_h200.json"
-    posted, medusa = folder / "post_training_h100.json", folder / "medusa_h200.json"
+    posted, posted_mesh = folder / "post_training_h100.json", folder / "post_training_h200x4.json"
+    medusa = folder / "medusa_h200x4.json"
     vision = folder / "vlm_sft_h100_vocabulary.json"
+
+    def every(result: Record) -> list[Record]:
+        return matched(result["records"])
 
     def shape(name: str) -> Callable[[Record], list[Record]]:
         return lambda result: matched(result["records"], shape=name)
@@ -77,7 +71,7 @@ def claims_table(folder: Path, page: Path) -> str:
         return lambda result: matched(result["records"], medusa_heads=heads, stage=number)
 
     rows = [
-        row("Llama 3 8B, FSDP, 512 tokens", "−40 %, +20 %", sharded_path, "4 × H200", sharded(folder)),
+        row("Llama 3 8B, FSDP, 512 tokens", "−40 %, +20 %", sharded_path, "4 × H200", every),
         row("Llama 3 8B, fine-tuning, FSDP, 512 tokens", "−40 %, +20 %", tuned_mesh, "4 × H100", shape("llama-3-8b")),
         row("Qwen2 7B, fine-tuning, FSDP, 512 tokens", "−50 %, +10 %", tuned_mesh, "4 × H100", shape("qwen2-7b")),
         row("Gemma 7B, fine-tuning, FSDP, 512 tokens", "−33 %, +24 %", tuned_mesh, "4 × H100", shape("gemma-7b")),
@@ -89,9 +83,12 @@ def claims_table(folder: Path, page: Path) -> str:
         row("Qwen3 0.6B, fine-tuning, 512 tokens", "", tuned, "H100", shape("qwen3-0.6b")),
         row("Llama 3.2 1B, ORPO, 2,048 tokens", "−50 %", posted, "H100", loss("orpo")),
         row("Llama 3.2 1B, DPO, 2,048 tokens", "−80 %, all losses after pretraining", posted, "H100", loss("dpo")),
-        row("Medusa, Llama 3 8B, 3 heads, stage 1", "−80 %, +40 %", medusa, "H200", stage(1, 3)),
-        row("Medusa, Llama 3 8B, 5 heads, stage 1", "−80 %, +40 %", medusa, "H200", stage(1, 5)),
-        row("Medusa, Llama 3 8B, 3 heads, stage 2", "−80 %, +40 %", medusa, "H200", stage(2, 3)),
+        row("Llama 3.1 8B, ORPO, FSDP, 2,048 tokens", "−50 %", posted_mesh, "4 × H200", loss("orpo")),
+        row("Llama 3.1 8B, GRPO, FSDP, 2,048 tokens", "", posted_mesh, "4 × H200", loss("grpo")),
+        row("Medusa, Llama 3 8B, 3 heads, stage 1", "−80 %, +40 %", medusa, "4 × H200", stage(1, 3)),
+        row("Medusa, Llama 3 8B, 5 heads, stage 1", "−80 %, +40 %", medusa, "4 × H200", stage(1, 5)),
+        row("Medusa, Llama 3 8B, 3 heads, stage 2", "−80 %, +40 %", medusa, "4 × H200", stage(2, 3)),
+        row("Medusa, Llama 3 8B, 5 heads, stage 2", "−80 %, +40 %", medusa, "4 × H200", stage(2, 5)),
         row("Qwen2-VL's vocabulary, small model, images and text", "no figure", vision, "H100", steps_of_both),
         row("Lightning, Qwen2 0.5B", "−40 %, +15 %", tuned, "H100", shape("qwen2-0.5b")),
     ]
@@ -102,7 +99,7 @@ def claims_table(folder: Path, page: Path) -> str:
         "more tokens/s",
         "measured on",
     )
-    files = (sharded_path, folder / "train_sharded_h200x4_816.json", tuned_mesh, adapted, tuned, posted, medusa)
+    files = (sharded_path, tuned_mesh, adapted, tuned, posted, posted_mesh, medusa)
     paths = [path for path in files if path.exists()]
     commands = "\n".join(f"- `{folder.name}/{path.name}`: `{_read(path)['environment']['command']}`" for path in paths)
     return f"{markdown(headings, rows, left=2)}\n\nThe commands:\n\n{commands}"

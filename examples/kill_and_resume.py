@@ -1,6 +1,6 @@
 """Kills a run of train_sharded.py, continues it on fewer devices and on all again, and compares the losses.
 
-    python examples/kill_and_resume.py --out results/resume_h100x4.json --count 4
+    python examples/kill_and_resume.py --out results/resume_h200x4.json --count 4
     python examples/kill_and_resume.py --out runs/resume.json --count 4 --simulate -- --steps 8 --length 32
 
 The run is killed by SIGKILL in the middle of a step. One copy of its folder continues on half of the devices and then

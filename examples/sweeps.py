@@ -81,6 +81,29 @@ def read_results(path: Path, names: Collection[str], about: Collection[str] = ()
     return results
 
 
+def merged(paths: Sequence[Path], group: str) -> Record:
+    """The records of several results files, in one. Their steps must have been measured under the same conditions.
+
+    Raises:
+      RunError: the environments differ in more than the command, or two files have the same step of the same head.
+    """
+    parts = [read_results(path, (group, "head"), ("environment",)) for path in paths]
+    results: Record = {"environment": {**parts[0]["environment"]}, "records": []}
+    seen: dict[tuple[object, str], Path] = {}
+    for path, part in zip(paths, parts, strict=True):
+        about = {**part["environment"], "command": parts[0]["environment"]["command"]}
+        if about != parts[0]["environment"]:
+            raise RunError(f"{path} was not measured under the conditions of {paths[0]}: keep them apart")
+        for record in part["records"]:
+            key = (record[group], record["head"])
+            if key in seen:
+                raise RunError(f"{path} and {seen[key]} both have {key[1]} at {group} {key[0]}: leave one out")
+            seen[key] = path
+            results["records"].append(record)
+    results["environment"]["command"] = "; ".join(part["environment"]["command"] for part in parts)
+    return results
+
+
 def run_children(children: Mapping[str, Child], command: str, quiet: bool, out: Path | None = None) -> Record:
     """The records of all children together; they are written to `out` after each child."""
     results: Record = {"environment": {}, "records": []}
@@ -117,13 +140,15 @@ def saving(records: Sequence[Record], group: str, record: Record) -> str:
 def text_of(results: Record, group: str, settings: Sequence[str]) -> str:
     """Every record, a line each, and what the figures were measured with."""
     about, first = results["environment"], results["records"][0]
+    # Some programs do not say how many operations their model needs.
+    utilised = any(record.get("model_flop_utilisation") is not None for record in results["records"])
     columns: dict[str, Column] = {
         group: number(group, ""),
         **({"sequences": number("sequences", "")} if "sequences" in first else {}),
         "head": lambda record: TITLES[record["head"]],
         "ms a step": number("milliseconds", ".0f"),
         "tokens/s": number("tokens_per_second", ",.0f"),
-        "model-flop utilisation": number("model_flop_utilisation", ".1%"),
+        **({"model-flop utilisation": number("model_flop_utilisation", ".1%")} if utilised else {}),
         "XLA temporary GiB": number("memory_bytes/temporary", ".2f", GIB),
         "GiB": lambda record: "out of memory" if record["out_of_memory"] else f"{memory_of(record) / GIB:.2f}",
         "saved": partial(saving, results["records"], group),
@@ -133,7 +158,7 @@ def text_of(results: Record, group: str, settings: Sequence[str]) -> str:
     return (
         f"{table_of(results['records'], columns)}\n\n{first['config']} ({about['parameters']:,} parameters), {sizes}\n"
         f"{about['devices']} x {about['device']}, Python {about['python']}, {versions}, "
-        f"XLA_FLAGS={about['xla_flags'] or '(none)'}\n{about['command']}"
+        f"XLA_FLAGS={about['xla_flags'] or '(none)'}\n" + about["command"].replace("; ", "\n")
     )
 
 
@@ -145,7 +170,7 @@ def bars(records: Sequence[Record], group: str, is_memory: bool, axes: Axes) -> 
         at = {id(record): groups.index(record[group]) + (place - 0.5) * width for record in own}
         amounts = [memory_of(record) / GIB if is_memory else record["tokens_per_second"] for record in fitting]
         drawn = axes.bar([at[id(each)] for each in fitting], amounts, width, color=COLORS[head], label=TITLES[head])
-        axes.bar_label(drawn, fmt="{:.1f}" if is_memory else "{:,.0f}")
+        axes.bar_label(drawn, fmt="{:.1f}" if is_memory else "{:,.0f}", fontsize="small")
         for record in own:
             if record["out_of_memory"]:
                 axes.text(at[id(record)], 0, "out of memory", rotation=90, ha="center", color=COLORS[head])
@@ -165,6 +190,7 @@ def sweep_parser(name: str, doc: str | None, program: str, out: str, timeout: fl
     add("--timeout", type=NUMBER, default=timeout, metavar="S", help="seconds of one process (%(default)s)")
     add("--overwrite", action="store_true", help="replace the results file, if there is one")
     add("--plot-only", action="store_true", help="measure nothing; make table and plot of --out again")
+    add("--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing; put these files' records into --out")
     add("--no-progress", action="store_true", help="draw no progress bar")
     add("rest", nargs="*", metavar="-- OPTIONS", help=f"options of {program}, after --")
     return parser
@@ -200,10 +226,17 @@ def run_sweep(
         if args.out.exists() and not args.overwrite:
             raise RunError(f"{args.out} exists: --overwrite replaces it, --out names another file")
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        results = run_children(children, command, args.no_progress, args.out)
+        if args.merge:
+            results = merged(args.merge, group)
+            write_json(args.out, results)
+        else:
+            results = run_children(children, command, args.no_progress, args.out)
     text = text_of(results, group, settings)
     args.out.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
     records = sorted(results["records"], key=lambda record: record.get("batch", 0))
     panels = [partial(bars, records, group, is_memory) for is_memory in (False, True)]
-    plot(panels, args.out.with_suffix(".png"), title=f"{records[0]['config']} on {results['environment']['device']}")
+    # Numbers and names of neighbouring groups would overlap otherwise.
+    width = max(5.0, 1.4 * len({record[group] for record in records}))
+    title = f"{records[0]['config']} on {results['environment']['device']}"
+    plot(panels, args.out.with_suffix(".png"), width, title)
     print(f"{text}\n\nwritten: {args.out}, and .txt and .png beside it")

@@ -169,3 +169,28 @@ def test_the_saving_is_of_the_peak_with_full_logits(sweep):
     saved = [sweeps.saving(records, "loss", record) for record in records]
     assert saved == ["50.0%", "-", "-", "-"]
     assert sweeps.memory_of(records[2]) == 2 * sweeps.GIB
+
+
+def test_files_of_the_same_conditions_can_be_merged(sweep, tmp_path):
+    environment = {"bytes_limit": None, "versions": {}, "parameters": 1, "device": "x", "devices": 4, "xla_flags": ""}
+    environment |= {"python": "", "command": "python a"}
+    record = {"config": "tiny", "parameters": "float32", "dtype": "bfloat16", "length": 8, "prompt_length": 0}
+    record |= {**FIGURES, "out_of_memory": False, "peak_bytes": None, "memory_bytes": {"temporary": 1, "total": 2}}
+
+    def file(name, loss, **about):
+        path = tmp_path / f"{name}.json"
+        records = [{**record, "loss": loss, "head": head} for head in ("jliger", "full")]
+        path.write_text(json.dumps({"environment": {**environment, **about}, "records": records}))
+        return str(path)
+
+    first, second = file("first", "orpo"), file("second", "grpo", command="python b")
+    out = tmp_path / "merged.json"
+    sweep.main(["--out", str(out), "--merge", first, second])
+    results = json.loads(out.read_text())
+    assert [record["loss"] for record in results["records"]] == ["orpo", "orpo", "grpo", "grpo"]
+    assert results["environment"] == {**environment, "command": "python a; python b"}
+    assert out.with_suffix(".txt").read_text().endswith("\npython a\npython b\n")
+    for other, message in ((file("third", "dpo", xla_flags="-"), "under the conditions"), (first, "both have jliger")):
+        with pytest.raises(SystemExit, match=message):
+            sweep.main(["--out", str(tmp_path / "none.json"), "--merge", first, other])
+    assert not (tmp_path / "none.json").exists()
