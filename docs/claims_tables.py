@@ -63,9 +63,9 @@ def claims_table(folder: Path, page: Path) -> str:
     """Each claim with what was measured: memory and throughput of the same step with full logits and with jliger."""
     del page
     sharded_path, tuned = folder / "train_sharded_h200x4.json", folder / "finetune_h100.json"
-    tuned_mesh, adapted = folder / "finetune_h100x4.json", folder / "finetune_lora_h200.json"
+    tuned_mesh, adapted = folder / "finetune_h200x4.json", folder / "finetune_lora_h200.json"
     posted, medusa = folder / "post_training_h100.json", folder / "medusa_h200.json"
-    vision = folder / "vlm_sft_h100_vocabulary.json"
+    vision = folder / "vlm_sft_h200_vocabulary.json"
 
     def shape(name: str) -> Callable[[Record], list[Record]]:
         return lambda result: matched(result["records"], shape=name)
@@ -78,9 +78,9 @@ def claims_table(folder: Path, page: Path) -> str:
 
     rows = [
         row("Llama 3 8B, FSDP, 512 tokens", "−40 %, +20 %", sharded_path, "4 × H200", sharded(folder)),
-        row("Llama 3 8B, fine-tuning, FSDP, 512 tokens", "−40 %, +20 %", tuned_mesh, "4 × H100", shape("llama-3-8b")),
-        row("Qwen2 7B, fine-tuning, FSDP, 512 tokens", "−50 %, +10 %", tuned_mesh, "4 × H100", shape("qwen2-7b")),
-        row("Gemma 7B, fine-tuning, FSDP, 512 tokens", "−33 %, +24 %", tuned_mesh, "4 × H100", shape("gemma-7b")),
+        row("Llama 3 8B, fine-tuning, FSDP, 512 tokens", "−40 %, +20 %", tuned_mesh, "4 × H200", shape("llama-3-8b")),
+        row("Qwen2 7B, fine-tuning, FSDP, 512 tokens", "−50 %, +10 %", tuned_mesh, "4 × H200", shape("qwen2-7b")),
+        row("Gemma 7B, fine-tuning, FSDP, 512 tokens", "−33 %, +24 %", tuned_mesh, "4 × H200", shape("gemma-7b")),
         row("Llama 3 8B, LoRA, 512 tokens", "", adapted, "H200", shape("llama-3-8b")),
         row("Qwen2 7B, LoRA, 512 tokens", "", adapted, "H200", shape("qwen2-7b")),
         row("Gemma 7B, LoRA, 512 tokens", "", adapted, "H200", shape("gemma-7b")),
@@ -92,8 +92,8 @@ def claims_table(folder: Path, page: Path) -> str:
         row("Medusa, Llama 3 8B, 3 heads, stage 1", "−80 %, +40 %", medusa, "H200", stage(1, 3)),
         row("Medusa, Llama 3 8B, 5 heads, stage 1", "−80 %, +40 %", medusa, "H200", stage(1, 5)),
         row("Medusa, Llama 3 8B, 3 heads, stage 2", "−80 %, +40 %", medusa, "H200", stage(2, 3)),
-        row("Qwen2-VL's vocabulary, small model, images and text", "no figure", vision, "H100", steps_of_both),
-        row("Lightning, Qwen2 0.5B", "−40 %, +15 %", tuned, "H100", shape("qwen2-0.5b")),
+        row("Qwen2-VL's vocabulary, small model, images and text", "no figure", vision, "H200", steps_of_both),
+        ["Llama 3 8B, Lightning, ZeRO-3, 8 GPUs", "−40 %, +15 %", NOT_MEASURED, NOT_MEASURED, ""],
     ]
     headings = (
         "model and step",
@@ -102,7 +102,7 @@ def claims_table(folder: Path, page: Path) -> str:
         "more tokens/s",
         "measured on",
     )
-    files = (sharded_path, folder / "train_sharded_h200x4_816.json", tuned_mesh, adapted, tuned, posted, medusa)
+    files = (sharded_path, folder / "train_sharded_h200x4_816.json", tuned_mesh, adapted, tuned, posted, medusa, vision)
     paths = [path for path in files if path.exists()]
     commands = "\n".join(f"- `{folder.name}/{path.name}`: `{_read(path)['environment']['command']}`" for path in paths)
     return f"{markdown(headings, rows, left=2)}\n\nThe commands:\n\n{commands}"
