@@ -117,13 +117,15 @@ def saving(records: Sequence[Record], group: str, record: Record) -> str:
 def text_of(results: Record, group: str, settings: Sequence[str]) -> str:
     """Every record, a line each, and what the figures were measured with."""
     about, first = results["environment"], results["records"][0]
+    # Some programs do not say how many operations their model needs.
+    utilised = any(record.get("model_flop_utilisation") is not None for record in results["records"])
     columns: dict[str, Column] = {
         group: number(group, ""),
         **({"sequences": number("sequences", "")} if "sequences" in first else {}),
         "head": lambda record: TITLES[record["head"]],
         "ms a step": number("milliseconds", ".0f"),
         "tokens/s": number("tokens_per_second", ",.0f"),
-        "model-flop utilisation": number("model_flop_utilisation", ".1%"),
+        **({"model-flop utilisation": number("model_flop_utilisation", ".1%")} if utilised else {}),
         "XLA temporary GiB": number("memory_bytes/temporary", ".2f", GIB),
         "GiB": lambda record: "out of memory" if record["out_of_memory"] else f"{memory_of(record) / GIB:.2f}",
         "saved": partial(saving, results["records"], group),
