@@ -1,6 +1,8 @@
 """examples/medusa.py, at sizes where a run takes seconds, and whole."""
 
 import json
+import shutil
+from pathlib import Path
 from types import ModuleType
 
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from example_runs import losses
+from tiny_checkpoint import write_tokenizer
 
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("safetensors")
@@ -40,14 +43,37 @@ def run(medusa, corpus_folder, tmp_path):
     return run_it
 
 
-def test_two_steps(run):
-    out, summary = run("--head", "jliger", "--medusa-heads", "2", "--stages", "1")
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Makes a folder as Hugging Face has it, of a tiny model of this type."""
+
+    def make(name: str) -> str:
+        folder = tmp_path / "checkpoint"
+        shutil.copytree(Path(__file__).parent / "golden" / "finetune" / name, folder)
+        write_tokenizer(folder)
+        return str(folder)
+
+    return make
+
+
+def test_two_steps(run, checkpoint):
+    """Of a decoder that is there already: the steps of one that is trained from scratch take as long to compile."""
+    out, summary = run("--head", "jliger", "--medusa-heads", "2", "--stages", "1", "--model", checkpoint("llama"))
     assert list(losses(out / "2_heads" / "stage_1" / "jliger")) == [1, 2]
     before, after = (each["loss"] for each in summary["evaluations"])
     # The decoder is frozen, and each head learns.
     assert before[0] == after[0]
     assert all(new < old for new, old in zip(after[1:], before[1:], strict=True))
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_text_for_a_decoder_from_scratch(medusa, corpus_folder, tmp_path):
+    args = medusa.parse_args([*OPTIONS, "--corpus", str(corpus_folder), "--cache-dir", str(tmp_path)])
+    text, config = medusa.text_of(args)
+    assert (config.vocab_size, config.hidden_size, config.head_size) == (300, 16, 8)
+    assert text.prompts.shape == (3, 4)
+    assert [batch.shape for batch in text.batches] == [(2, 17)]
+    assert text.train.max() < 300
 
 
 @pytest.mark.exhaustive
@@ -78,18 +104,19 @@ def model(import_example, medusa):
     config = medusa.DecoderConfig(8, 16, 16, 1, 2, 2, 8)
     model = speculation.Medusa(config, 2, speculation.Head("jliger"), end_of_text=0)
 
-    @jax.jit
-    def create():
-        backbone = medusa.decoder.initial_parameters(config, jax.random.key(0, impl="rbg"))
-        backbone = jax.tree.map(lambda leaf: 8 * leaf if leaf.ndim > 1 else leaf, backbone)
+    def shapes():
+        backbone = medusa.decoder.initial_parameters(config, jax.random.key(0))
         return {"backbone": backbone, "heads": model.initial_parameters(backbone)}
 
-    return model, create()
+    # NumPy's numbers take no compilation.
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: random.normal(0, 0.5, leaf.shape).astype(leaf.dtype), jax.eval_shape(shapes))
+    return model, jax.tree.map(jnp.asarray, params)
 
 
 def test_speculative_decoding_gives_the_tokens_of_greedy_decoding(medusa, model):
     model, params = model
-    prompts = jax.random.randint(jax.random.key(1), (16, 3), 0, 8)
+    prompts = np.random.default_rng(1).integers(8, size=(16, 3), dtype=np.int32)
     tokens, found, passes = map(np.asarray, model.speculate(params, prompts, 12))
     assert tokens.shape == (16, 15)
     np.testing.assert_array_equal(tokens[:, :3], prompts)
@@ -127,16 +154,8 @@ def test_the_frozen_stage_has_no_gradient_of_the_backbone(model):
 
 
 @pytest.mark.exhaustive
-def test_a_checkpoint_is_the_decoder(run, import_example, tmp_path):
-    import shutil
-    from pathlib import Path
-
-    from tiny_checkpoint import write_tokenizer
-
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(Path(__file__).parent / "golden" / "finetune" / "gemma2", folder)
-    write_tokenizer(folder)
-    _, summary = run("--model", str(folder), "--medusa-heads", "1", "--stages", "1")
+def test_a_checkpoint_is_the_decoder(run, checkpoint):
+    _, summary = run("--model", checkpoint("gemma2"), "--medusa-heads", "1", "--stages", "1")
     assert summary["logit_softcap"] is not None
     assert all(record["apart"] < 1e-4 for record in summary["records"] if record["head"] == "jliger")
 
