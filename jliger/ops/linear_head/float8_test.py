@@ -239,7 +239,6 @@ def as_bytes(array):
     ("error", "match", "options"),
     [
         (ValueError, "products got 'int8'", {"products": "int8"}),
-        (NotImplementedError, "reduction='none'", {"reduction": "none"}),
         (ValueError, "precision got 'high'", {"precision": "high"}),
         (TypeError, "logits_dtype got dtype float16", {"logits_dtype": "float16"}),
         (NotImplementedError, "adapter", {"adapter": (jnp.ones((HIDDEN, 2)), jnp.ones((2, VOCAB)))}),
