@@ -15,11 +15,11 @@ FIELDS = ("logprobs", "logsumexp", "entropy")
 PRODUCTS = ("float8", "float8_forward")
 # Of gradients of random cotangents, against exact ones of the same logits. Rounding to e5m2, up or down, changes a
 # logit gradient by at most a quarter; where few of a row's are large, that is seen. A GPU's fast sums have 14 bits.
-OF_GRADIENTS = {"float8": 0.1, "float8_forward": 1e-3 if ON_GPU else 2e-6}
+OF_GRADIENTS = {"float8": 0.1, "float8_forward": 3e-3 if ON_GPU else 2e-6}
 OF_FIELDS = 5e-3 if ON_GPU else 1e-5
 
-_logprobs = functools.partial(jliger.linear_logprobs, implementation=IMPLEMENTATIONS[0])
-_loss = functools.partial(jliger.fused_linear_cross_entropy, implementation=IMPLEMENTATIONS[0])
+_logprobs = functools.partial(jliger.linear_logprobs, implementation=IMPLEMENTATIONS[-1])
+_loss = functools.partial(jliger.fused_linear_cross_entropy, implementation=IMPLEMENTATIONS[-1])
 _exhaustive = pytest.mark.exhaustive
 _if_not_interpreted = _exhaustive if INTERPRETED else lambda test: test
 
