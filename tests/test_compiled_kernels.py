@@ -1,6 +1,5 @@
 """Every kernel, in every form it takes, compiles for every supported GPU, on a machine that has none of them."""
 
-import functools
 import itertools
 import re
 import subprocess
@@ -215,7 +214,23 @@ def test_kernels_of_8_bit_operands(capability, tmp_path):
         assert "st.global.v4.b32" in launch.ptx
 
 
-def test_8_bit_products_name_the_algorithm_of_cublas():
+# Fast sums of logits alone: in those of gradients, probabilities would be lost beside the label's part.
+FAST, EXACT, IN_16_BITS = (True, True), (True, False), (False, False)
+
+
+@pytest.mark.parametrize(
+    ("capability", "function", "products", "expected"),
+    [
+        (90, jliger.fused_linear_cross_entropy, "float8", [FAST, EXACT, EXACT]),
+        (90, jliger.linear_logprobs, "float8", [FAST, FAST, EXACT, EXACT]),
+        *(
+            pytest.param(capability, function, "float8_forward", [FAST] * logits + [IN_16_BITS] * 2, marks=marks)
+            for capability, marks in ((90, ()), *((other, pytest.mark.exhaustive) for other in (89, 100, 120)))
+            for logits, function in ((1, jliger.fused_linear_cross_entropy), (2, jliger.linear_logprobs))
+        ),
+    ],
+)
+def test_8_bit_products_name_the_algorithm_of_cublas(capability, function, products, expected):
     """Without the name, XLA compiles products of its own to compare with, for minutes."""
     arguments = (
         jax.ShapeDtypeStruct(dims, dtype)
@@ -223,16 +238,19 @@ def test_8_bit_products_name_the_algorithm_of_cublas():
     )
 
     def gradients(hidden, kernel, labels):
-        loss = functools.partial(jliger.fused_linear_cross_entropy, products="float8")
-        return jax.grad(loss, (0, 1))(hidden, kernel, labels)
+        def total(hidden, kernel):
+            return jax.tree.leaves(function(hidden, kernel, labels, products=products))[0].sum()
 
-    with jliger.compute_capability(90):
+        return jax.grad(total, (0, 1))(hidden, kernel)
+
+    with jliger.compute_capability(capability):
         module = jax.jit(gradients).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    products = [line for line in module.splitlines() if "dot_general" in line]
-    assert len(products) == 3
-    # Fast sums of logits alone: in those of gradients, probabilities would be lost beside the label's part.
-    assert ["allow_imprecise_accumulation = true" in line for line in products] == [True, False, False]
-    for line in products:
+    lines = [line for line in module.splitlines() if "dot_general" in line]
+    in_8_bits = ["f8E" in line for line in lines]
+    assert (
+        list(zip(in_8_bits, ["allow_imprecise_accumulation = true" in line for line in lines], strict=True)) == expected
+    )
+    for line in itertools.compress(lines, in_8_bits):
         assert "accumulation_type = f32" in line
         assert re.search(r"contracting_dims = \[1\] x \[1\]", line)
 

@@ -40,9 +40,9 @@ def loss_and_gradients(loss: Loss, wrt: tuple[int, ...] = (0, 1)) -> Callable[[A
     return function
 
 
-def token_losses_and_gradients(hidden: Array, kernel: Array, labels: Array) -> Any:
+def token_losses_and_gradients(hidden: Array, kernel: Array, labels: Array, **options: Any) -> Any:
     """Per-token losses, and gradients with a different cotangent for each token."""
-    losses, pullback = jax.vjp(lambda h, k: fused(h, k, labels, reduction="none"), hidden, kernel)
+    losses, pullback = jax.vjp(lambda h, k: fused(h, k, labels, reduction="none", **options), hidden, kernel)
     return losses, pullback(jnp.linspace(0.5, 1.5, losses.size, dtype=losses.dtype))
 
 

@@ -147,13 +147,9 @@ def _config(options: HeadOptions, arrays: tuple[Any, ...], stats_wanted: StatsWa
     )
 
 
-def with_products(arguments: Arguments, products: Any, reduction: str = "sum") -> Arguments:
+def with_products(arguments: Arguments, products: Any) -> Arguments:
     """The arguments with the option for 8-bit products, if they fit it."""
     head_checks.check_products(products, arguments.config, arguments.operands.hidden)
-    if products is not None and reduction == "none":
-        raise NotImplementedError(
-            f"products={products!r} got reduction='none'; pass 'mean' or 'sum', or products=None."
-        )
     if products is not None and arguments.adapter is not None:
         raise NotImplementedError(f"products={products!r} got an adapter; pass products=None.")
     return arguments._replace(config=dataclasses.replace(arguments.config, products=products))

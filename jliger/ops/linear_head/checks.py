@@ -149,7 +149,7 @@ def as_logits_dtype(dtype: Any, hidden: Any, implementation: str | None) -> np.d
 
 def check_products(products: Any, config: HeadConfig, hidden: Any) -> None:
     """Checks the option for 8-bit products against what they support."""
-    check_choice("products", products, ("float8", None))
+    check_choice("products", products, ("float8", "float8_forward", None))
     if products is None:
         return
     for name, dtype in (("hidden", hidden.dtype), ("logits_dtype", config.logits_dtype)):

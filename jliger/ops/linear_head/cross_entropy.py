@@ -211,10 +211,11 @@ def fused_linear_cross_entropy(
         to `a`, `b` and `scale` too.
       implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None selects by the device that
         the arrays are on, or under `jax.jit` by the platform that is compiled for.
-      products: `"float8"` for matrix products of 8-bit operands, with `"mean"` and `"sum"`: faster, and with larger
-        errors in logits and gradients. It needs a GPU of compute capability 8.9 or later; with `implementation="xla"`
-        it computes the same numbers on any device, slowly. There is no `jax.export` for GPUs. docs/float8.md has
-        speed, errors, and when to use it. None for products in hidden's dtype.
+      products: `"float8"` for matrix products of 8-bit operands: faster, with larger errors in logits and gradients.
+        `"float8_forward"` for those of logits alone: gradients are then as exact as these logits allow. They need a GPU
+        of compute capability 8.9 or later; with `implementation="xla"` the same numbers are computed on any device,
+        slowly. With `"none"`, memory is that of `"mean"`. There is no `jax.export` for GPUs. docs/float8.md has speed,
+        errors, training, and when to use it. None for products in hidden's dtype.
       skip_gradients_below: `ε` from 0 to 1, such as `2**-12`: logit gradients of at most ε times their token's weight
         may be approximated where 128 of them are adjacent, which takes about half the time on a GPU. Gradients in the
         labels' columns are not approximated. What is approximated keeps its sum over each token and each column. On a
@@ -272,7 +273,7 @@ def fused_linear_cross_entropy(
         implementation=implementation,
         stats_wanted=StatsWanted(weighted_sum=label_smoothing > 0),
     )
-    arguments = with_products(arguments, products, reduction)
+    arguments = with_products(arguments, products)
     config = dataclasses.replace(arguments.config, skip_below=skip_gradients_below)
     call = _Call(config, float(label_smoothing), float(z_loss), reduction, arguments.ignore_index)
     arrays = (arguments.operands, arguments.adapter, arguments.labels, arguments.where)

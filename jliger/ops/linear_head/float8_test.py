@@ -18,7 +18,7 @@ from jliger.testing.oracle import IMPLEMENTATIONS, INTERPRETED, ON_GPU
 TOKENS, HIDDEN, VOCAB = 48, 32, 200
 DTYPE = "float32" if INTERPRETED else "bfloat16"  # the interpreter truncates where it should round to bfloat16
 
-_loss = functools.partial(jliger.fused_linear_cross_entropy, implementation=IMPLEMENTATIONS[0])
+_loss = functools.partial(jliger.fused_linear_cross_entropy, implementation=IMPLEMENTATIONS[-1])
 
 
 def make_problem(seed=0, *, deviation=1.0, scale=1.0, dtype=DTYPE):
@@ -63,7 +63,8 @@ def test_each_error_is_within_the_rounding_of_its_8_bit_operands():
     loss, grads = value_and_grads({"hidden": hidden, "kernel": kernel}, labels)
     in_loss, others, whole = in_float64(hidden, kernel, labels)
     hidden, kernel = np.asarray(hidden, np.float64), np.asarray(kernel, np.float64)
-    assert abs(loss - in_loss) < 1e-5
+    # A GPU's fast sums of logits have 14 bits.
+    assert abs(loss - in_loss) < (1e-3 if ON_GPU else 1e-5)
     # Rounding changes a number by at most 2⁻² of it in e5m2 (up or down), and 2⁻⁴ in e4m3 (to the nearest). In e5m2 the
     # label's gradient is exact. The least numbers that 8 bits hold are further below the largest than 1e-7.
     size = np.abs(whole).max()
@@ -239,7 +240,6 @@ def as_bytes(array):
     ("error", "match", "options"),
     [
         (ValueError, "products got 'int8'", {"products": "int8"}),
-        (NotImplementedError, "reduction='none'", {"reduction": "none"}),
         (ValueError, "precision got 'high'", {"precision": "high"}),
         (TypeError, "logits_dtype got dtype float16", {"logits_dtype": "float16"}),
         (NotImplementedError, "adapter", {"adapter": (jnp.ones((HIDDEN, 2)), jnp.ones((2, VOCAB)))}),
@@ -279,7 +279,7 @@ def test_any_loss_of_log_probabilities(units):
     def gradients(products):
         def loss(hidden, kernel):
             return jliger.fused_linear_loss(
-                of_unit, hidden, kernel, labels, units=units, products=products, implementation=IMPLEMENTATIONS[0]
+                of_unit, hidden, kernel, labels, units=units, products=products, implementation=IMPLEMENTATIONS[-1]
             )
 
         return jax.value_and_grad(loss, (0, 1))(hidden, kernel)

@@ -136,7 +136,7 @@ def fused_linear_loss(
         `labels` first (tokens), or its first dimension (rows), and `loss_fn` gets them without these. No gradient.
       units: `"tokens"`, or `"rows"` of the first axis of `labels`.
       has_aux: whether `loss_fn` returns auxiliary arrays. They carry no gradient.
-      products: as in `jliger.fused_linear_cross_entropy`. Ratios of log-probabilities amplify the errors of `"float8"`.
+      products: as in `jliger.linear_logprobs`, which says how large the errors of 8-bit products are.
       **options: those of `jliger.linear_logprobs` without `keep_logits`. `chunk_size` is that of
         `jliger.fused_linear_cross_entropy`.
 

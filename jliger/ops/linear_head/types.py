@@ -14,7 +14,7 @@ from jliger.ops.logits.top_k_divergence import TopKDivergence
 
 KernelLayout = Literal["hv", "vh"]
 Kernel = Float[Array, "H V"] | Float[Array, "V H"]
-Products = Literal["float8"]
+Products = Literal["float8", "float8_forward"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,8 @@ class HeadConfig:
       vocab_size: how many of the whole kernel's columns exist; the rest is padding. None for all.
       teacher: the teacher's head, or how the student is compared with a teacher of which K columns are known; or None.
       top_k: how many of each token's largest logits to return; None for statistics of all logits.
-      products: `"float8"` for products of 8-bit operands; None for those of hidden's dtype.
+      products: `"float8"` for products of 8-bit operands, `"float8_forward"` for those of logits alone; None for
+        hidden's dtype.
       skip_below: the share of a token's weight up to which the fused pass may skip its logit gradients; None for all.
     """
 

@@ -8,7 +8,7 @@ pass* loops over larger chunks of tokens and, inside, over blocks of columns. It
 (`stats_pass`): four products in total, and the least memory.
 
 The fused pass has two other forms: `skipping_pass` with approximated logit gradients, of which most are not multiplied,
-and `float8_pass` with 8-bit products.
+and `float8_pass` with 8-bit products. With 8-bit products, both take the place of the recompute pass, too.
 
 In distillation, the fused pass computes both models' logits in each chunk, and the student's gradients: four
 products.

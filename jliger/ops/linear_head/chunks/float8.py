@@ -11,7 +11,7 @@ together as large as the one 16-bit copy of each that the fused pass holds.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,42 +19,16 @@ from jaxtyping import Array, Float, Int
 
 from jliger.core.meshes import as_varying, varying_axes
 from jliger.ops.linear_head.chunks.arrays import accumulate, materialize, pad
+from jliger.ops.linear_head.chunks.float8_logits import ALIGNMENT, Float8Kernel
 from jliger.ops.linear_head.chunks.grad_accumulators import after_chunks, before_chunks
 from jliger.ops.linear_head.chunks.packed_rows import pack_units
 from jliger.ops.linear_head.chunks.packed_tokens import Chunk, write_stats
 from jliger.ops.linear_head.types import GradientDtypes, Gradients, HeadConfig, Operands
 from jliger.ops.logits import Block, Coefficients, RowStats, get_rows
-from jliger.ops.logits.float8 import LARGEST_GRADIENT, Float8, get_float8, quantized, scale_of
+from jliger.ops.logits.float8 import LARGEST_GRADIENT, quantized
 from jliger.ops.logits.objectives import CoefficientRule, LossArrays
 
-_ALIGNMENT = 16  # of all dimensions of 8-bit products
-_SAMPLE = 256  # entries of each column of the kernel that its scale is chosen from
 _LEAST_UNIT = 2.0**-100  # a token whose gradients are smaller has none
-
-
-class _Kernel(NamedTuple):
-    """The kernel in e4m3: `[V, H]` for logits, `[H, V]` for gradients of hidden states; both times `scale`."""
-
-    by_column: Float[Array, "V H"]
-    by_row: Float[Array, "H V"]
-    scale: Float[Array, ""]
-
-    @classmethod
-    def make(cls, config: HeadConfig, operands: Operands, float8: Float8) -> "_Kernel":
-        # The largest entry of 256 of each column's entries stands for all: to read a whole float32 kernel took 3 % of
-        # the time. An entry is clipped if it is 56 times larger, and has fewer digits if it is some 256 times smaller.
-        # No column is left out, because some may be much larger than all others, as after few steps from zeros.
-        step = max(1, operands.hidden.shape[1] // _SAMPLE)
-        # Of `[V, H]`, neighbours: every 16th entry of a row would take as long to read as all.
-        sample = operands.kernel[::step] if config.kernel_layout == "hv" else operands.kernel[:, :_SAMPLE]
-        num_columns = config.vocab_size if operands.num_columns is None else operands.num_columns
-        if num_columns is not None:
-            column = jax.lax.broadcasted_iota(jnp.int32, sample.shape, config.vocab_dim)
-            sample = jnp.where(column < num_columns, sample, 0)  # padding may hold any numbers
-        scale = 32 * scale_of(sample)
-        copies = float8.both_layouts(pad(operands.kernel, (0, 1), _ALIGNMENT), 1 / scale)
-        by_row, by_column = copies if config.kernel_layout == "hv" else copies[::-1]
-        return cls(by_column, by_row, scale)
 
 
 def float8_pass(
@@ -71,19 +45,16 @@ def float8_pass(
     Without wanted gradients, `rule` is not called.
     """
     rows = get_rows(config.implementation, config.compute_capability)
-    float8 = get_float8(config.implementation, config.compute_capability)
     vocab = operands.kernel.shape[config.vocab_dim]
-    packed, loop = pack_units(config, operands, vocab, row_length, _ALIGNMENT)
-    kernel = _Kernel.make(config, operands, float8)
+    packed, loop = pack_units(config, operands, vocab, row_length, ALIGNMENT)
+    kernel = Float8Kernel.make(config, operands)
     logit_map = config.logit_map(vocab)
 
     def step(size: int, index: Int[Array, ""] | int, carry: tuple[Any, Gradients]) -> tuple[Any, Gradients]:
         written, grads = carry
         part = packed.part(index, size)
-        chunk = Chunk.make(part.slots, operands, _ALIGNMENT)
-        hidden = quantized(chunk.hidden)
-        product = float8.product(materialize(hidden.values), kernel.by_column, config.logits_dtype, fast_sums=True)
-        product *= (hidden.scale * kernel.scale).astype(product.dtype)
+        chunk = Chunk.make(part.slots, operands, ALIGNMENT)
+        product = kernel.logits(chunk.hidden, config.logits_dtype)
         block = _block(operands, chunk)
         stats = rows.row_stats(product, block, logit_map, config.stats_wanted)
         if merge is not None:
@@ -94,8 +65,8 @@ def float8_pass(
             coefficients = rule(stats, of_chunk, part.in_units)
             units = _units(config, stats, coefficients, block)
             in_units = jax.tree.map(lambda field: field * jnp.where(units == 0, 0, 1 / units), coefficients)
-            logit_grads = float8.row_grads(product, block, logit_map, stats.max, stats.log_sum, in_units)
-            grads = _add_chunk(config, wanted, grads, chunk, kernel, float8, logit_grads, units)
+            logit_grads = kernel.float8.row_grads(product, block, logit_map, stats.max, stats.log_sum, in_units)
+            grads = _add_chunk(config, wanted, grads, chunk, kernel, logit_grads, units)
         return write_stats(written, stats, part.start), grads
 
     empty = packed.empty_stats(config, operands.hidden)
@@ -105,7 +76,7 @@ def float8_pass(
 
 def _block(operands: Operands, chunk: Chunk) -> Block:
     def vector(array: Array | None) -> Array | None:
-        return None if array is None else pad(array.astype(jnp.float32), (0,), _ALIGNMENT)
+        return None if array is None else pad(array.astype(jnp.float32), (0,), ALIGNMENT)
 
     return Block(
         vector(operands.bias),
@@ -154,14 +125,14 @@ def _add_chunk(
     wanted: GradientDtypes,
     grads: Gradients,
     chunk: Chunk,
-    kernel: _Kernel,
-    float8: Float8,
+    kernel: Float8Kernel,
     logit_grads: tuple[Float[Array, "C V"], Float[Array, "V C"]],
     units: Float[Array, " C"],
 ) -> Gradients:
     """`grads` with a chunk's gradients written (hidden states) or added in float32 (kernel, bias)."""
     # No fast sums here: probabilities are small beside the label's gradient, and would be lost in the same sum.
     by_token, by_column = logit_grads
+    float8 = kernel.float8
     if grads.hidden is not None:
         product = float8.product(by_token, kernel.by_row, jnp.float32)
         grads = grads._replace(hidden=chunk.put(grads.hidden, product * (units * kernel.scale)[:, None]))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jliger.core.meshes import as_varying, varying_axes
+from jliger.ops.linear_head.chunks.float8_logits import ALIGNMENT, Float8Kernel
 from jliger.ops.linear_head.chunks.grad_accumulators import add_chunk, after_chunks, before_chunks
 from jliger.ops.linear_head.chunks.matmuls import logits_product
 from jliger.ops.linear_head.chunks.packed_rows import pack_units
@@ -30,6 +31,8 @@ def fused_pass(
 ) -> tuple[RowStats, Gradients, Float[Array, " T"] | None]:
     """Statistics, and the gradients of a loss whose coefficients follow from the statistics of each of its units.
 
+    With `config.products`, logits have 8-bit products, and gradients those of hidden's dtype.
+
     In float16, if the rule needs statistics, gradients of tokens are divided by the last result: each token's largest
     coefficient, which may be smaller than float16 holds. Otherwise the last result is None.
 
@@ -47,16 +50,21 @@ def fused_pass(
     rows = get_rows(config.implementation, config.compute_capability)
     dtype = operands.hidden.dtype
     vocab = operands.kernel.shape[config.vocab_dim]
-    blocks = Blocks.make(config, operands.head, dtype, rows.alignment)
-    packed, loop = pack_units(config, operands, vocab, row_length)
+    float8_kernel = None if config.products is None else Float8Kernel.make(config, operands)
+    alignment, of_chunks = (rows.alignment, 1) if float8_kernel is None else (ALIGNMENT, ALIGNMENT)
+    blocks = Blocks.make(config, operands.head, dtype, alignment)
+    packed, loop = pack_units(config, operands, vocab, row_length, of_chunks)
     in_own_scale = dtype == jnp.float16 and rule.needs_stats
 
     def step(size: int, index: Int[Array, ""] | int, carry: tuple[Any, Gradients]) -> tuple[Any, Gradients]:
         written, grads = carry
         part = packed.part(index, size)
-        chunk = Chunk.make(part.slots, operands, rows.alignment)
+        chunk = Chunk.make(part.slots, operands, alignment)
         columns, block = blocks.block(blocks.full_span, chunk)
-        product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
+        if float8_kernel is None:
+            product = logits_product(config, chunk.hidden, columns.kernel, chunk.adapted, columns.adapter)
+        else:
+            product = float8_kernel.logits(chunk.hidden, config.logits_dtype)
         parts = (product, block, config.logit_map(vocab))
         of_chunk = LossArrays(chunk.take(arrays.per_token), part.take_units(arrays.per_unit), arrays.shared)
         scales = None

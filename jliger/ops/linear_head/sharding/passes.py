@@ -31,7 +31,8 @@ class LossPass:
         `chunks.stats_and_some_logits_pass` and `chunks.partly_saved_pass`. With a teacher, `"stats"` and `"fused"` are
         `chunks.distillation_pass`, without and with `DistillationCoefficients`. If only columns of the teacher
         are known, they are `chunks.top_k_kl_pass`. With `HeadConfig.top_k`, `"stats"` is `chunks.top_k_pass`. With
-        `HeadConfig.products`, `"stats"` and `"fused"` are `chunks.float8_pass`.
+        `HeadConfig.products`, `"stats"`, `"fused"` and `"recompute"` are `chunks.float8_pass`; the last two are
+        `chunks.fused_pass` if only logits have 8-bit products.
       config: how logits are computed.
       wanted: the dtypes of the wanted gradients.
       low_memory: as in `chunks.stats_pass`.

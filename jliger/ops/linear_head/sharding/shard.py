@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jliger.ops.linear_head.sharding.merge import distillation_merge, merge_over
 from jliger.ops.linear_head.sharding.passes import LossPass, Result
 from jliger.ops.linear_head.sharding.plan import Plan, first_column
 from jliger.ops.linear_head.types import DIMS, Differentiable, GradientDtypes, Gradients, Operands, operand_dims
-from jliger.ops.logits import RowStats
+from jliger.ops.logits import RowStats, StatsWanted
 from jliger.ops.logits.objectives import LossArrays
 from jliger.ops.logits.top_k_divergence import TopKDivergence
 
@@ -95,8 +96,7 @@ def _run_chunks(
         stats = chunks.top_k_pass(config, operands)
         stats = top_k_merge(plan.columns, start, stats) if plan.columns else stats
     elif config.products is not None:
-        stats, grads = chunks.float8_pass(config, wanted, operands, loss_pass.rule, arrays, merge, loss_pass.row_length)
-        grads = None if loss_pass.kind == "stats" else grads
+        stats, grads = _run_float8(loss_pass, wanted, operands, arrays, merge)
     elif loss_pass.kind == "stats":
         stats = chunks.stats_pass(config, operands, low_memory=loss_pass.low_memory)
     elif loss_pass.saved_shape is not None:
@@ -131,6 +131,24 @@ def _run_chunks(
             losses = loss_pass.unit_loss.losses(stats, arrays)
             return Result(None, grads, losses=losses, scales=scales if loss_pass.has_scales else None)
     return Result(stats, grads, logits, logit_rows, row_of, skipped=skipped)
+
+
+def _run_float8(
+    loss_pass: LossPass,
+    wanted: GradientDtypes,
+    operands: Operands,
+    arrays: LossArrays,
+    merge: Callable[[RowStats], RowStats] | None,
+) -> tuple[RowStats | None, Gradients | None]:
+    """Runs a pass with 8-bit products. Each computes the statistics from its logits, and merges them."""
+    config, kind = loss_pass.config, loss_pass.kind
+    if kind == "recompute":
+        # What the backward pass knows of the statistics is not enough to choose the units of 8-bit gradients.
+        arrays = LossArrays(arrays.per_token[-1:])
+        config = dataclasses.replace(config, stats_wanted=StatsWanted())
+    run_pass = chunks.float8_pass if config.products == "float8" or kind == "stats" else chunks.fused_pass
+    stats, grads, *_ = run_pass(config, wanted, operands, loss_pass.rule, arrays, merge, loss_pass.row_length)
+    return (None if kind == "recompute" else stats), (None if kind == "stats" else grads)
 
 
 def _merged(columns: Axes, start: Int[Array, ""] | int, stats: RowStats) -> RowStats:
