@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from sharded import IMPLEMENTATION, ROUNDING
 
 import jliger
+from jliger.testing.oracle import INTERPRETED
 
 
 def _loss(products, hidden, kernel, labels):
@@ -37,6 +38,8 @@ def _logprobs(products, hidden, kernel, labels):
     ],
 )
 def test_results_are_as_exact_as_on_one_device(mode, spec, loss, products):
+    if INTERPRETED and mode is AxisType.Auto:
+        pytest.skip("interpreted kernels don't run with Auto axes: see MODES")
     random = np.random.default_rng(0)
     arrays = (
         jnp.asarray(random.normal(size=(32, 16)), jnp.float32),
