@@ -52,10 +52,10 @@ def steps_of_both(summary: Record) -> list[Record]:
 def claims_table(folder: Path, page: Path) -> str:
     """Each claim with what was measured: memory and throughput of the same step with full logits and with jliger."""
     del page
-    sharded_path, tuned = folder / "train_sharded_h200x4.json", folder / "finetune_h100.json"
+    sharded_path, tuned = folder / "train_sharded_h200x4_816.json", folder / "finetune_h100.json"
     tuned_mesh, adapted = folder / "finetune_h200x4.json", folder / "finetune_lora_h200.json"
     posted, posted_mesh = folder / "post_training_h100.json", folder / "post_training_h200x4.json"
-    medusa = folder / "medusa_h200x4.json"
+    medusa, medusa_largest = folder / "medusa_h200x4.json", folder / "medusa_h200x4_largest.json"
     vision = folder / "vlm_sft_h200_vocabulary.json"
 
     def every(result: Record) -> list[Record]:
@@ -85,7 +85,7 @@ def claims_table(folder: Path, page: Path) -> str:
         row("Llama 3.2 1B, DPO, 2,048 tokens", "−80 %, all losses after pretraining", posted, "H100", loss("dpo")),
         row("Llama 3.1 8B, ORPO, FSDP, 2,048 tokens", "", posted_mesh, "4 × H200", loss("orpo")),
         row("Llama 3.1 8B, GRPO, FSDP, 2,048 tokens", "", posted_mesh, "4 × H200", loss("grpo")),
-        row("Medusa, Llama 3 8B, 3 heads, stage 1", "−80 %, +40 %", medusa, "4 × H200", stage(1, 3)),
+        row("Medusa, Llama 3 8B, 3 heads, stage 1", "−80 %, +40 %", medusa_largest, "4 × H200", stage(1, 3)),
         row("Medusa, Llama 3 8B, 5 heads, stage 1", "−80 %, +40 %", medusa, "4 × H200", stage(1, 5)),
         row("Medusa, Llama 3 8B, 3 heads, stage 2", "−80 %, +40 %", medusa, "4 × H200", stage(2, 3)),
         row("Medusa, Llama 3 8B, 5 heads, stage 2", "−80 %, +40 %", medusa, "4 × H200", stage(2, 5)),
@@ -99,7 +99,7 @@ def claims_table(folder: Path, page: Path) -> str:
         "more tokens/s",
         "measured on",
     )
-    files = (sharded_path, tuned_mesh, adapted, tuned, posted, posted_mesh, medusa, vision)
+    files = (sharded_path, tuned_mesh, adapted, tuned, posted, posted_mesh, medusa, medusa_largest, vision)
     paths = [path for path in files if path.exists()]
     commands = "\n".join(f"- `{folder.name}/{path.name}`: `{_read(path)['environment']['command']}`" for path in paths)
     return f"{markdown(headings, rows, left=2)}\n\nThe commands:\n\n{commands}"

@@ -17,7 +17,7 @@ def facts(folder: Path, page: Path) -> str:
         skipped(_read(folder / "skip_gradients_h200.json")),
         long_context(_read(folder / "gradient_accumulation_h200.json")["long_context"]),
         post_training(_read(folder / "post_training_h100.json")),
-        mesh(_read(folder / "train_sharded_h200x4.json"), _read(folder / "train_sharded_h200x4_largest.json")),
+        mesh(_read(folder / "train_sharded_h200x4_816.json"), _read(folder / "train_sharded_h200x4_largest.json")),
     ]
     return "\n".join(f"- {fact}" for fact in found)
 
