@@ -114,8 +114,8 @@ def linear_logprobs(
       implementation: `"triton"` for NVIDIA GPUs from sm_80 on, `"xla"` for any device. None selects by the device that
         the arrays are on, or under `jax.jit` by the platform that is compiled for.
       products: `"float8"` or `"float8_forward"`, as in `jliger.fused_linear_cross_entropy`. Logits have 8-bit products
-        in both passes, so that log-probabilities are off by 0.04, 0.07 and 0.14 (root mean square) if logits have
-        standard deviations of 1, 2 and 4; in bfloat16 by 0.003, 0.008 and 0.02. Ratios of probabilities amplify these
+        in both passes, so that log-probabilities are off by 0.04, 0.08 and 0.14 (root mean square) if logits have
+        standard deviations of 1, 2 and 4; in bfloat16 by 0.003, 0.008 and 0.03. Ratios of probabilities amplify these
         errors: $e^{0.14}$ is 1.15. Not with `keep_logits`. Memory is that of `fused_linear_cross_entropy` with
         `reduction="mean"`. docs/float8.md says more.
 
