@@ -66,6 +66,11 @@ def test_the_defaults(implementation):
     check(problem_with(DEFAULTS), implementation)
 
 
+def test_a_square_kernel(implementation):
+    # With another shape, JAX itself would notice a swapped layout.
+    check(make_problem(0, batch=(7,), vocab=8, hidden_size=8, kernel_layout="vh", precision="highest"), implementation)
+
+
 # Each value is among the pairs below too; alone it says at once what is wrong.
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in OPTIONS.items() for value in values[1:]])
