@@ -11,9 +11,7 @@ The defaults are for a GPU. docs/train_lm.md says more.
 import argparse
 import inspect
 import json
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -31,7 +29,7 @@ from llama import LlamaConfig, Tree
 from matplotlib.axes import Axes
 from options import COUNT_OR_ZERO
 from runs import PLOT, Record, RunError
-from sweeps import read_results, without_folder
+from sweeps import command_of, read_results
 from training import TrainingConfig, text_training, train
 
 import jliger
@@ -217,8 +215,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    arguments = map(without_folder, sys.argv[1:] if argv is None else argv)
-    args.command = shlex.join(["python", "examples/compare_training.py", *arguments])
+    args.command = command_of("compare_training", argv)
     runs.run_program("compare_training", run, args)
 
 

@@ -10,8 +10,6 @@ of training, on held-out text. Errors are against float32 products. docs/float8.
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +26,7 @@ from llama import LlamaConfig, Tree, hidden_states, last_layer
 from options import COUNT, COUNT_OR_ZERO
 from reporting import number, table_of
 from runs import Record
+from sweeps import command_of
 from training import TrainingConfig, text_training
 
 import jliger
@@ -180,7 +179,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_learning_options(add, "100, at most half of the steps")
     parser.set_defaults(hidden_size=2048, vocab_size=128256, dtype="bfloat16", learning_rate=1e-3)
     args = parser.parse_args(argv)
-    args.command = shlex.join(["python", "examples/float8_errors.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command = command_of("float8_errors", argv)
     if args.steps:
         options.check(parser, args, share=2, most=100)
     return args

@@ -29,7 +29,7 @@ from matplotlib.axes import Axes
 from options import COUNT, NUMBER
 from reporting import COLORS, GIB, TITLES, number, table_of
 from runs import Record, read_json, run_program, write_json
-from sweeps import memory_of, run_child, run_children
+from sweeps import command_of, memory_of, run_child, run_children
 
 from jliger.bench.report import environment
 
@@ -213,7 +213,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    command = " ".join(["python", "examples/gradient_accumulation.py", *(sys.argv[1:] if argv is None else argv)])
+    command = command_of("gradient_accumulation", argv)
 
     def run(args: argparse.Namespace) -> None:
         section = (studied if args.command in STUDIES else measured)(args, command)

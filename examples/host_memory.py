@@ -7,7 +7,6 @@ On a GPU, XLA allows 64 GiB of pinned host memory unless XLA_PJRT_GPU_HOST_MEMOR
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -23,7 +22,7 @@ import runs
 from jax.experimental.compute_on import compute_on
 from options import COUNT
 from runs import Record, say, write_json
-from sweeps import without_folder
+from sweeps import command_of
 
 from jliger.bench.report import environment
 
@@ -107,9 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--millions", type=COUNT, nargs="+", default=[1, 64], metavar="N", help="of AdamW's parameters (1 64)")
     add("--calls", type=COUNT, default=10, metavar="N", help="timed, after one (%(default)s)")
     add("--out", type=Path, default=Path("results/host_memory.json"), help="results (%(default)s)")
-    command = " ".join(
-        ["python", "examples/host_memory.py", *map(without_folder, sys.argv[1:] if argv is None else argv)]
-    )
+    command = command_of("host_memory", argv)
     runs.run_program("host_memory", partial(run, command=command), parser.parse_args(argv))
 
 

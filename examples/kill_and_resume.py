@@ -24,7 +24,7 @@ from pathlib import Path
 from options import COUNT, parser_of
 from reporting import table
 from runs import CONFIG, Record, RunError, read_json, read_metrics, run_program, write_json
-from sweeps import without_folder
+from sweeps import command_of
 
 PROGRAM = Path(__file__).with_name("train_sharded.py")
 
@@ -134,8 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.count % 2 or args.kill_after >= args.steps - 1:
         parser.error("--count must be even, and --kill-after two steps or more before --steps")
-    own = map(without_folder, sys.argv[1:] if argv is None else argv)
-    command = " ".join(["python", "examples/kill_and_resume.py", *own])
+    command = command_of("kill_and_resume", argv)
     run_program("kill_and_resume", partial(run, command=command), args, "nothing was written")
 
 

@@ -8,8 +8,6 @@ relative to products in float32. docs/skip_gradients.md explains the figures.
 """
 
 import argparse
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +27,8 @@ from language_model import Head, inputs_and_labels, language_model_loss
 from llama import LlamaConfig, Tree, hidden_states, last_layer
 from options import COUNT, COUNT_OR_ZERO, NUMBER
 from reporting import MIB, number, table_of
-from runs import Record
+from runs import Record, RunError
+from sweeps import command_of
 from training import TrainingConfig, text_training
 
 import jliger
@@ -89,10 +88,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--wide", type=COUNT, default=4096, metavar="N", help="hidden size to rotate into (%(default)s)")
     add("--seconds", type=NUMBER, default=0.12, metavar="X", help="of a burst of calls (%(default)s)")
     add("--out", type=Path, default=Path("runs/measure_skipping"), help="folder of the results (%(default)s)")
+    add("--overwrite", action="store_true", help=f"replace {RESULTS} and {TABLES} in --out")
     parser.set_defaults(dtype="bfloat16", hidden_size=768, layers=6, heads=12, batch_size=16, length=512)
     parser.set_defaults(vocab_size=128256, learning_rate=1e-3, max_bytes=48_000_000)
     args = parser.parse_args(argv)
-    args.command = shlex.join(["python", "examples/measure_skipping.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command = command_of("measure_skipping", argv)
     args.steps = max(args.measure_at) or 1
     options.check(parser, args, share=2, most=100)
     return args
@@ -244,6 +244,8 @@ def rotated(config: LlamaConfig, wide: int, end: int) -> Callable[[Tree, jax.Arr
 
 
 def run(args: argparse.Namespace) -> None:
+    if (args.out / RESULTS).exists() and not args.overwrite:
+        raise RunError(f"{args.out} has {RESULTS}: --overwrite replaces it, --out names another folder")
     began, corpus = time.perf_counter(), options.corpus_of(args)
     config, learning = options.model_of(args, corpus.vocab_size), TrainingConfig.of(args)
     loss_fn = language_model_loss(Head("jliger"), config, corpus.end_of_text)

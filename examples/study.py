@@ -10,7 +10,6 @@ file already is measured only if `--again` says so, and replaced. docs/study.md 
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -28,7 +27,7 @@ from options import COUNT, DTYPES, NUMBER
 from runs import DeviceMemoryError, Record, RunError, run_program, write_json
 from study_model import KERNELS, OFFLOADS, SHAPES, Setup, step_of
 from study_trace import milliseconds_by_kind
-from sweeps import KEPT, parts_of, read_results, run_child, without_folder
+from sweeps import KEPT, command_of, parts_of, read_results, run_child
 from tqdm import tqdm
 from training import compile_step, device_memory, device_memory_errors
 
@@ -230,9 +229,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    words = map(without_folder, sys.argv[1:] if argv is None else argv)
-    command = " ".join(["python", "examples/study.py", *words])
-    run_program("study", partial(run, command=command), parse_args(argv), KEPT)
+    run_program("study", partial(run, command=command_of("study", argv)), parse_args(argv), KEPT)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ record has the command that measured it.
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,7 +19,7 @@ from options import NUMBER, parser_of
 from reporting import COLORS, GIB, TITLES, Column, number, plot, table_of
 from runs import Record, RunError, run_program, write_json
 from shapes import SHAPES
-from sweeps import KEPT, memory_of, parts_of, read_results, run_child, without_folder
+from sweeps import KEPT, command_of, memory_of, parts_of, read_results, run_child
 
 # A device that does nothing else can be given to XLA as a whole: memory in pieces would fit smaller batches only.
 VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
@@ -147,9 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--plot-only", action="store_true", help="measure nothing; make table and plot of --out again")
     add("rest", nargs="*", metavar="-- OPTIONS", help="options of measure_finetune.py, after --")
     args = parser.parse_args(argv)
-    words = map(without_folder, sys.argv[1:] if argv is None else argv)
-    command = " ".join(["python", "examples/sweep_finetune.py", *words])
-    run_program("sweep_finetune", partial(run, command=command), args, KEPT)
+    run_program("sweep_finetune", partial(run, command=command_of("sweep_finetune", argv)), args, KEPT)
 
 
 def run(args: argparse.Namespace, command: str) -> None:

@@ -5,6 +5,7 @@ Nothing here uses JAX's devices: JAX would take some of a GPU's memory for this 
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -196,9 +197,11 @@ def sweep_parser(name: str, doc: str | None, program: str, out: str, timeout: fl
     return parser
 
 
-def without_folder(argument: str) -> str:
-    """Removes the folder from an absolute path: it is specific to a machine."""
-    return Path(argument).name if Path(argument).is_absolute() else argument
+def command_of(name: str, argv: Sequence[str] | None) -> str:
+    """The command that a results file names. Of absolute paths the last part stays: the folder is a machine's own."""
+    words = sys.argv[1:] if argv is None else argv
+    words = [Path(word).name if Path(word).is_absolute() else word for word in words]
+    return shlex.join(["python", f"examples/{name}.py", *words])
 
 
 def sweep(
@@ -210,8 +213,7 @@ def sweep(
     settings: Sequence[str],
 ) -> None:
     """Measures, or reads what had been measured, and writes results, table and plot; `group` is a record's key."""
-    words = map(without_folder, sys.argv[1:] if argv is None else argv)
-    command = " ".join(["python", f"examples/{name}.py", *words])
+    command = command_of(name, argv)
     run_program(
         name, partial(run_sweep, children=children, group=group, settings=settings, command=command), args, KEPT
     )
