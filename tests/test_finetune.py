@@ -221,7 +221,8 @@ def test_a_model_measured_again_replaces_its_own_records_alone(import_example, t
     assert out.with_suffix(".txt").read_text().strip().endswith("; ".join(commands))
     # Nothing that was measured is lost by accident, or mixed with another device's figures.
     about["device"] = "b"
-    for more, message in ([], "--overwrite replaces it"), (["--add"], "device was a and is b"):
+    common["length"] = 9
+    for more, message in ([], "--overwrite replaces it"), (["--add"], "device was a and is b, length was 8 and is 9"):
         assert message in refusal(sweep, ["--out", str(out), *models, *more])
     assert json.loads(out.read_text()) == found
 
