@@ -26,6 +26,11 @@ FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
 def read_config(folder: Path, dtype: str = "float32") -> DecoderConfig:
+    if not (folder / CONFIG).exists():
+        raise PretrainedError(
+            f"there is no {folder / CONFIG}; needed is a checkpoint's folder. `hf download NAME --local-dir FOLDER` "
+            "writes one, and so does examples/random_checkpoint.py"
+        )
     return decoder_config(read_object(folder / CONFIG), str(folder / CONFIG), dtype)
 
 

@@ -157,6 +157,18 @@ def test_a_run_of_adapters(finetune, pretrained, checkpoint):
     assert len(tensors) == 2 * (4 * merged.layers + 1)
 
 
+def test_a_random_checkpoint_and_its_data_can_be_used(import_example, pretrained, tmp_path):
+    program, instructions = import_example("random_checkpoint"), import_example("instructions")
+    folder = tmp_path / "random"
+    program.main(["--out", str(folder)])
+    config = pretrained.read_config(folder)
+    assert pretrained.load(folder, config, "float32")["head"].shape == (config.hidden_size, config.vocab_size)
+    data = instructions.read_dataset(folder / "data.jsonl", instructions.ModelTokenizer(folder), 128)
+    assert len(data.examples) > 200
+    assert not data.problems
+    assert "--overwrite writes into it" in refusal(program, ["--out", str(folder)])
+
+
 def test_a_row_of_several_examples_is_the_examples(import_example, pretrained, decoder, finetune):
     """Segments and positions keep packed examples apart, also where attention has a window and a softcap."""
     instructions = import_example("instructions")
