@@ -252,6 +252,8 @@ def run(args: argparse.Namespace) -> None:
     mesh = make_mesh(args.mesh) if jax.device_count() > 1 or args.mesh else None
     if mesh is not None:
         check_mesh(args, config, mesh)
+    # Before the data is read, which may take minutes.
+    runs.check_folder(args.out, {}, resume=args.resume, overwrite=args.overwrite)
     data = Data.read(args, config.vocab_size)
     settings = settings_of(args, config, data)
     runs.open_folder(args, settings, (runs.METRICS, runs.CHECKPOINTS, EXPORT, LEFT_OUT))
