@@ -256,6 +256,8 @@ def run(args: argparse.Namespace) -> None:
     runs.check_folder(args.out, {}, resume=args.resume, overwrite=args.overwrite)
     data = Data.read(args, config.vocab_size)
     settings = settings_of(args, config, data)
+    # Before an earlier run is removed.
+    pretrained.check(args.model, config)
     runs.open_folder(args, settings, (runs.METRICS, runs.CHECKPOINTS, EXPORT, LEFT_OUT))
     if data.problems:
         (args.out / LEFT_OUT).write_text("\n".join(data.problems) + "\n", encoding="utf-8")

@@ -106,6 +106,11 @@ def test_a_run_learns_resumes_and_is_exported(finetune, pretrained, decoder, che
         np.testing.assert_array_equal(one, other)
         assert not np.array_equal(one, old)
     assert (exported[0] / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
+    # A checkpoint that cannot be read costs no earlier run.
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match=r"there is no .*; transformers writes one"):
+        finetune("whole", *options, "--overwrite")
+    assert exported[0].exists()
 
 
 def test_adapters_merged_and_as_peft_has_them(import_example, decoder, pretrained, checkpoint, tmp_path):
