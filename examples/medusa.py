@@ -64,6 +64,7 @@ def text_of(args: argparse.Namespace) -> tuple[Text, DecoderConfig]:
     """The text, in the tokens of the checkpoint or of the corpus's own tokenizer, and the decoder's sizes."""
     if args.model is not None:
         config, tokenizer = pretrained.read_config(args.model, args.dtype), ModelTokenizer(args.model)
+        pretrained.check(args.model, config)
         end = tokenizer.end
         parts = split_heldout(read_documents(args.corpus, args.max_bytes), args.heldout_fraction)
         learned, heldout = (encode(tokenizer.tokenizer, part, end) for part in parts)
