@@ -35,10 +35,9 @@ from corpus import Batches
 from decoder import DecoderConfig, Tree
 from instructions import ModelTokenizer, eval_batches, pack, read_dataset, split
 from jax.sharding import Mesh
-from llama import AXES
 from options import COUNT, COUNT_OR_ZERO, DTYPES, NUMBER, NUMBER_OR_ZERO
 from runs import Record, RunError, say
-from train_sharded import find_devices, make_mesh, mesh_axes
+from train_sharded import check_model, find_devices, make_mesh, mesh_axes
 from training import Training, device_memory, train
 from tuning import Tuning, leaf_count
 
@@ -180,11 +179,8 @@ def report(args: argparse.Namespace, settings: Record) -> None:
 
 
 def check_mesh(args: argparse.Namespace, config: DecoderConfig, mesh: Mesh) -> None:
-    data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
-    divisors = dict.fromkeys(("heads", "kv_heads", "mlp_size", "vocab_size"), tensor) | {"hidden_size": fsdp * tensor}
-    for name, divisor in divisors.items():
-        if getattr(config, name) % divisor:
-            raise RunError(f"--mesh: {divisor} devices can't share the model's {name} {getattr(config, name)}")
+    check_model(config, mesh.shape, "the model")
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
     if args.batch_size % (share := args.accumulate * data * fsdp):
         raise RunError(
             f"--batch-size {args.batch_size} must be a multiple of {share}: --accumulate {args.accumulate} times "
@@ -206,7 +202,7 @@ def add_tuning_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora-rank", type=COUNT_OR_ZERO, default=0, metavar="R", help="of adapters; 0: train all (%(default)s)")
     add("--lora-alpha", type=NUMBER, metavar="X", help="products are multiplied by X/R (default: 2R)")
-    add("--lora-targets", choices=list(adapters.GROUPS), nargs="+", default=["attention", "mlp"], help="(%(default)s)")
+    add("--lora-targets", choices=list(adapters.GROUPS), nargs="+", help="(attention mlp)")
 
     add = parser.add_argument_group("training").add_argument
     options.add_head_options(add, choices=decoder.HEAD_NAMES)
@@ -234,10 +230,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--export", choices=EXPORTS, default="merged", help="what is written at the end (%(default)s)")
     args = parser.parse_args(argv)
     options.check(parser, args)
-    if args.export == "adapter" and not args.lora_rank:
-        parser.error("--export adapter goes with --lora-rank")
+    of_adapters = {"--export adapter": args.export == "adapter", "--lora-alpha": args.lora_alpha is not None}
+    of_adapters["--lora-targets"] = args.lora_targets is not None
+    for name, is_given in of_adapters.items():
+        if is_given and not args.lora_rank:
+            parser.error(f"{name} goes with --lora-rank")
+    if args.batch_size % args.accumulate:
+        parser.error(f"--batch-size {args.batch_size} must be a multiple of --accumulate {args.accumulate}")
     if args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora_rank
+    args.lora_targets = args.lora_targets or ["attention", "mlp"]
     args.learning_rate = args.learning_rate or (LORA_LEARNING_RATE if args.lora_rank else LEARNING_RATE)
     return args
 
@@ -250,8 +252,12 @@ def run(args: argparse.Namespace) -> None:
     mesh = make_mesh(args.mesh) if jax.device_count() > 1 or args.mesh else None
     if mesh is not None:
         check_mesh(args, config, mesh)
+    # Before the data is read, which may take minutes.
+    runs.check_folder(args.out, {}, resume=args.resume, overwrite=args.overwrite)
     data = Data.read(args, config.vocab_size)
     settings = settings_of(args, config, data)
+    # Before an earlier run is removed.
+    pretrained.check(args.model, config)
     runs.open_folder(args, settings, (runs.METRICS, runs.CHECKPOINTS, EXPORT, LEFT_OUT))
     if data.problems:
         (args.out / LEFT_OUT).write_text("\n".join(data.problems) + "\n", encoding="utf-8")

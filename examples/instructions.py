@@ -111,7 +111,9 @@ class ModelTokenizer:
     def render(self, messages: Sequence[Record], *, is_prompt: bool = False) -> str:
         """A conversation as text; a prompt ends where the assistant is to go on."""
         if self._template is None:
-            raise _RecordError("it has messages, and the checkpoint has no chat template")
+            raise _RecordError(
+                "it has messages, and the checkpoint has no chat template (an instruction-tuned one has)"
+            )
         try:
             return self._template.render(messages=messages, add_generation_prompt=is_prompt, **self.special)
         except self._template_error as error:
@@ -261,7 +263,7 @@ def read_dataset(path: Path, tokenizer: ModelTokenizer, length: int) -> Dataset:
                 ids, counts = tokenizer.encode(pieces, is_chat)
                 inputs, labels = ids[:-1], np.where(counts[1:], ids[1:], IGNORED)
                 if not np.any(labels[:length] >= 0):
-                    raise _RecordError(f"no token that counts is among the first {length}")
+                    raise _RecordError(f"no token that counts is among the first {length} (--length)")
                 dataset.truncated += len(inputs) > length
                 dataset.examples.append((inputs[:length], labels[:length]))
         except _RecordError as error:

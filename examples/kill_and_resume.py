@@ -1,7 +1,7 @@
 """Kills a run of train_sharded.py, continues it on fewer devices and on all again, and compares the losses.
 
     python examples/kill_and_resume.py --out results/resume_h200x4.json --count 4
-    python examples/kill_and_resume.py --out runs/resume.json --count 4 --simulate -- --steps 8 --length 32
+    python examples/kill_and_resume.py --out runs/resume.json --count 4 --simulate --steps 12 -- --length 32
 
 The run is killed by SIGKILL in the middle of a step. One copy of its folder continues on half of the devices and then
 on all of them, another on all of them at once. What follows `--` goes to train_sharded.py.
@@ -27,6 +27,14 @@ from runs import CONFIG, Record, RunError, read_json, read_metrics, run_program,
 from sweeps import command_of
 
 PROGRAM = Path(__file__).with_name("train_sharded.py")
+# What this program passes to train_sharded.py, and its own option for it, if there is one.
+PASSED = {
+    "--steps": "--steps",
+    "--mesh": "--count",
+    "--devices": "--count and --simulate",
+    "--out": "",
+    "--stop-at": "",
+}
 
 
 @dataclass(frozen=True)
@@ -132,8 +140,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--kill-after", type=COUNT, default=5, metavar="STEP", help="as soon as this step is done (%(default)s)")
     add("rest", nargs="*", metavar="-- OPTIONS", help="options of train_sharded.py, after --")
     args = parser.parse_args(argv)
-    if args.count % 2 or args.kill_after >= args.steps - 1:
-        parser.error("--count must be even, and --kill-after two steps or more before --steps")
+    if args.count % 2:
+        parser.error(f"--count {args.count} must be even: one run continues on half of the devices")
+    if args.kill_after >= args.steps - 1:
+        parser.error(f"--kill-after {args.kill_after} must be two steps or more before --steps {args.steps}")
+    for name in (word.partition("=")[0] for word in args.rest):
+        if name in PASSED:
+            instead = f": pass {PASSED[name]} before --" if PASSED[name] else ""
+            parser.error(f"{name} after -- is set by this program{instead}")
     command = command_of("kill_and_resume", argv)
     run_program("kill_and_resume", partial(run, command=command), args, "nothing was written")
 

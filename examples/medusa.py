@@ -6,8 +6,8 @@
 
 A decoder is trained from scratch, or read from a Hugging Face folder. For each number of heads, stage 1 trains the
 heads and stage 2 everything, with full logits and with jliger side by side. Before and after, greedy speculative
-decoding continues held-out text: the more guesses are right, the fewer passes it takes. docs/medusa.md has the options
-and says what a run leaves behind.
+decoding continues held-out text: the more guesses are right, the fewer passes it takes. docs/medusa.md
+explains what the program prints and what a run leaves behind.
 """
 
 import argparse
@@ -63,7 +63,8 @@ def share_of(args: argparse.Namespace) -> int:
 def text_of(args: argparse.Namespace) -> tuple[Text, DecoderConfig]:
     """The text, in the tokens of the checkpoint or of the corpus's own tokenizer, and the decoder's sizes."""
     if args.model is not None:
-        tokenizer, config = ModelTokenizer(args.model), pretrained.read_config(args.model, args.dtype)
+        config, tokenizer = pretrained.read_config(args.model, args.dtype), ModelTokenizer(args.model)
+        pretrained.check(args.model, config)
         end = tokenizer.end
         parts = split_heldout(read_documents(args.corpus, args.max_bytes), args.heldout_fraction)
         learned, heldout = (encode(tokenizer.tokenizer, part, end) for part in parts)
@@ -320,8 +321,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"{number_of}: {share_of(args)} devices of --mesh can't share it")
     if max(args.medusa_heads) > 16:
         parser.error(f"--medusa-heads {max(args.medusa_heads)}: at most 16")
-    if args.model is not None and not (args.model / "config.json").exists():
-        raise SystemExit(f"medusa: error: there is no {args.model / 'config.json'}")
+    if args.devices is not None and args.mesh is None:
+        parser.error(f"--devices {args.devices} goes with --mesh, such as fsdp={args.devices}")
     return args
 
 

@@ -22,10 +22,16 @@ from runs import Record, read_json
 from safetensors import SafetensorError, safe_open
 
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONVERSION = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
 FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
 def read_config(folder: Path, dtype: str = "float32") -> DecoderConfig:
+    if not (folder / CONFIG).exists():
+        raise PretrainedError(
+            f"there is no {folder / CONFIG}; needed is a checkpoint's folder. `hf download NAME --local-dir FOLDER` "
+            "writes one, and so does examples/random_checkpoint.py"
+        )
     return decoder_config(read_object(folder / CONFIG), str(folder / CONFIG), dtype)
 
 
@@ -110,7 +116,8 @@ class Tensors:
         self._files: dict[str, Any] = {}
         for file in files:
             if not (folder / file).exists():
-                raise PretrainedError(f"there is no {folder / file}" + (f", which {INDEX} names" if wanted else ""))
+                about = f", which {INDEX} names" if wanted else "; transformers writes one: " + CONVERSION
+                raise PretrainedError(f"there is no {folder / file}{about}")
             try:
                 opened = stack.enter_context(safe_open(folder / file, "numpy"))
             except SafetensorError as error:
@@ -158,6 +165,12 @@ def _check_tensors(config: DecoderConfig, tensors: Tensors) -> None:
             raise PretrainedError(f"{tensors.folder}: {name} has shape {found}; config.json implies {shape}")
         if (dtype := tensors.part(name).get_dtype()) not in FLOATING:
             raise PretrainedError(f"{tensors.folder}: {name} is {dtype}; pass one of {', '.join(FLOATING)}")
+
+
+def check(folder: Path, config: DecoderConfig) -> None:
+    """Raises PretrainedError if `load` would; reads names and shapes only."""
+    with ExitStack() as stack:
+        _check_tensors(config, Tensors(folder, stack))
 
 
 def leaf_at(tree: Tree, path: tuple[str, ...]) -> Any:

@@ -24,8 +24,9 @@ from sweeps import KEPT, command_of, memory_of, parts_of, read_results, run_chil
 # A device that does nothing else can be given to XLA as a whole: memory in pieces would fit smaller batches only.
 VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
 
-# What the records of one file have in common.
+# What the records of one file have in common: where they were measured, and the settings of the steps.
 SAME = ("device", "devices", "versions", "xla_flags")
+SAME_STEPS = ("length", "dtype", "param_dtype", "mesh")
 
 # The share of the memory that a batch takes at least if it is said to be the largest.
 FILLED = 0.85
@@ -55,13 +56,20 @@ def measure(args: argparse.Namespace, results: Record, command: str) -> None:
         write_json(args.out, results)
 
 
+def conditions(results: Record) -> Record:
+    """What the records of a file have in common; its first record stands for all."""
+    steps = {name: results["records"][0].get(name) for name in SAME_STEPS}
+    return {name: results["environment"][name] for name in SAME} | steps
+
+
 def add(results: Record, part: Record, command: str) -> None:
     """Adds what a command measured, in place of earlier records of the same models."""
     about, earlier = part["environment"], results["environment"]
-    other = [name for name in SAME if results["records"] and about[name] != earlier[name]]
-    if other:
-        changes = ", ".join(f"{name} was {earlier[name]} and is {about[name]}" for name in other)
-        raise RunError(f"--add: {changes}, so records are not comparable: --out names another file")
+    if results["records"]:
+        old, new = conditions(results), conditions(part)
+        other = [f"{name} was {old[name]} and is {new[name]}" for name in old if old[name] != new[name]]
+        if other:
+            raise RunError(f"--add: {', '.join(other)}, so records are not comparable: --out names another file")
     measured = set(map(model_of, part["records"]))
     records = [{"command": earlier["command"], **each} for each in results["records"] if model_of(each) not in measured]
     records += [{**each, "command": command} for each in part["records"]]
@@ -146,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--plot-only", action="store_true", help="measure nothing; make table and plot of --out again")
     add("rest", nargs="*", metavar="-- OPTIONS", help="options of measure_finetune.py, after --")
     args = parser.parse_args(argv)
+    if not (args.models or args.plot_only):
+        parser.error(f"--models: name at least one of {', '.join(SHAPES)}")
     run_program("sweep_finetune", partial(run, command=command_of("sweep_finetune", argv)), args, KEPT)
 
 

@@ -75,6 +75,8 @@ def read_results(path: Path, names: Collection[str], about: Collection[str] = ()
     try:
         results = read_json(path)
         found = [set(about) - set(results), *(set(names) - set(record) for record in results["records"])]
+    except FileNotFoundError:
+        raise RunError(f"there is no results file {path}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is no results file ({error!r})") from error
     if missing := set().union(*found):
@@ -82,20 +84,26 @@ def read_results(path: Path, names: Collection[str], about: Collection[str] = ()
     return results
 
 
-def merged(paths: Sequence[Path], group: str) -> Record:
+def merged(paths: Sequence[Path], group: str, settings: Sequence[str]) -> Record:
     """The records of several results files, in one. Their steps must have been measured under the same conditions.
 
     Raises:
-      RunError: the environments differ in more than the command, or two files have the same step of the same head.
+      RunError: the environments differ in more than the command, the records in one of `settings`, or two files have
+        the same step of the same head.
     """
-    parts = [read_results(path, (group, "head"), ("environment",)) for path in paths]
+    parts = [read_results(path, (group, "head", *settings), ("environment",)) for path in paths]
     results: Record = {"environment": {**parts[0]["environment"]}, "records": []}
     seen: dict[tuple[object, str], Path] = {}
+    first: Record = {}
     for path, part in zip(paths, parts, strict=True):
-        about = {**part["environment"], "command": parts[0]["environment"]["command"]}
-        if about != parts[0]["environment"]:
-            raise RunError(f"{path} was not measured under the conditions of {paths[0]}: keep them apart")
         for record in part["records"]:
+            own = {**part["environment"], "command": "", **{name: record[name] for name in settings}}
+            first = first or own
+            if other := [name for name in first | own if first.get(name) != own.get(name)]:
+                raise RunError(
+                    f"{path} was not measured under the conditions of {paths[0]}: {', '.join(other)} differ. "
+                    "Keep them apart"
+                )
             key = (record[group], record["head"])
             if key in seen:
                 raise RunError(f"{path} and {seen[key]} both have {key[1]} at {group} {key[0]}: leave one out")
@@ -155,7 +163,7 @@ def text_of(results: Record, group: str, settings: Sequence[str]) -> str:
         "saved": partial(saving, results["records"], group),
     }
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    sizes = ", ".join(f"{name} {first[name]}" for name in settings)
+    sizes = ", ".join(f"{name} {first[name]}" for name in settings if name != "config")
     return (
         f"{table_of(results['records'], columns)}\n\n{first['config']} ({about['parameters']:,} parameters), {sizes}\n"
         f"{about['devices']} x {about['device']}, Python {about['python']}, {versions}, "
@@ -190,8 +198,9 @@ def sweep_parser(name: str, doc: str | None, program: str, out: str, timeout: fl
     add("--out", type=Path, default=Path(out), help="results; table and plot beside (%(default)s)")
     add("--timeout", type=NUMBER, default=timeout, metavar="S", help="seconds of one process (%(default)s)")
     add("--overwrite", action="store_true", help="replace the results file, if there is one")
-    add("--plot-only", action="store_true", help="measure nothing; make table and plot of --out again")
-    add("--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing; put these files' records into --out")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--plot-only", action="store_true", help="measure nothing; make table and plot of --out again")
+    either("--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing; put these files' records into --out")
     add("--no-progress", action="store_true", help="draw no progress bar")
     add("rest", nargs="*", metavar="-- OPTIONS", help=f"options of {program}, after --")
     return parser
@@ -222,14 +231,15 @@ def sweep(
 def run_sweep(
     args: argparse.Namespace, children: Mapping[str, Child], group: str, settings: Sequence[str], command: str
 ) -> None:
+    settings = ("config", *settings)
     if args.plot_only:
-        results = read_results(args.out, (group, "head"), ("environment",))
+        results = read_results(args.out, (group, "head", *settings), ("environment",))
     else:
         if args.out.exists() and not args.overwrite:
             raise RunError(f"{args.out} exists: --overwrite replaces it, --out names another file")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         if args.merge:
-            results = merged(args.merge, group)
+            results = merged(args.merge, group, settings)
             write_json(args.out, results)
         else:
             results = run_children(children, command, args.no_progress, args.out)

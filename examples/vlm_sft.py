@@ -3,8 +3,8 @@
     python examples/vlm_sft.py
 
 Pictures of words of the corpus are the images, the words, letter by letter, are the answers. The loss counts the
-answers' tokens and no image's. The words that are read in an evaluation never occur in training. docs/vlm_sft.md has
-the options and says what a run leaves behind.
+answers' tokens and no image's. The words that are read in an evaluation never occur in training. docs/vlm_sft.md
+explains what the program prints and what a run leaves behind.
 """
 
 import argparse

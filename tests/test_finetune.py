@@ -106,6 +106,11 @@ def test_a_run_learns_resumes_and_is_exported(finetune, pretrained, decoder, che
         np.testing.assert_array_equal(one, other)
         assert not np.array_equal(one, old)
     assert (exported[0] / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
+    # A checkpoint that cannot be read costs no earlier run.
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(SystemExit, match=r"there is no .*; transformers writes one"):
+        finetune("whole", *options, "--overwrite")
+    assert exported[0].exists()
 
 
 def test_adapters_merged_and_as_peft_has_them(import_example, decoder, pretrained, checkpoint, tmp_path):
@@ -155,6 +160,18 @@ def test_a_run_of_adapters(finetune, pretrained, checkpoint):
     finetune("run", *options, "--resume", "--export", "adapter")
     tensors = safetensors.load_file(finetune.folder / "run" / "model" / "adapter_model.safetensors")
     assert len(tensors) == 2 * (4 * merged.layers + 1)
+
+
+def test_a_random_checkpoint_and_its_data_can_be_used(import_example, pretrained, tmp_path):
+    program, instructions = import_example("random_checkpoint"), import_example("instructions")
+    folder = tmp_path / "random"
+    program.main(["--out", str(folder)])
+    config = pretrained.read_config(folder)
+    assert pretrained.load(folder, config, "float32")["head"].shape == (config.hidden_size, config.vocab_size)
+    data = instructions.read_dataset(folder / "data.jsonl", instructions.ModelTokenizer(folder), 128)
+    assert len(data.examples) > 200
+    assert not data.problems
+    assert "--overwrite writes into it" in refusal(program, ["--out", str(folder)])
 
 
 def test_a_row_of_several_examples_is_the_examples(import_example, pretrained, decoder, finetune):
@@ -221,7 +238,8 @@ def test_a_model_measured_again_replaces_its_own_records_alone(import_example, t
     assert out.with_suffix(".txt").read_text().strip().endswith("; ".join(commands))
     # Nothing that was measured is lost by accident, or mixed with another device's figures.
     about["device"] = "b"
-    for more, message in ([], "--overwrite replaces it"), (["--add"], "device was a and is b"):
+    common["length"] = 9
+    for more, message in ([], "--overwrite replaces it"), (["--add"], "device was a and is b, length was 8 and is 9"):
         assert message in refusal(sweep, ["--out", str(out), *models, *more])
     assert json.loads(out.read_text()) == found
 

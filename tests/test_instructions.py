@@ -158,7 +158,16 @@ def test_files_in_pieces(import_example, pretrained, tmp_path):
         pretrained.load(tmp_path, config, "float32")
 
 
-def test_options_that_do_not_fit(import_example, tmp_path):
+def test_options_that_do_not_fit(import_example, tmp_path, capsys):
     program = import_example("finetune")
     arguments = ["--model", str(tmp_path), "--data", str(tmp_path / "data.json"), "--out", str(tmp_path / "out")]
-    assert "there is no" in refusal(program, arguments)
+    assert "needed is a checkpoint's folder" in refusal(program, arguments)
+    for more, message in (
+        (["--accumulate", "3"], "--batch-size 8 must be a multiple of --accumulate 3"),
+        (["--lora-alpha", "3"], "--lora-alpha goes with --lora-rank"),
+        (["--lora-targets", "mlp"], "--lora-targets goes with --lora-rank"),
+    ):
+        with pytest.raises(SystemExit):
+            program.main([*arguments, *more])
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

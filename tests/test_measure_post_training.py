@@ -177,9 +177,9 @@ def test_files_of_the_same_conditions_can_be_merged(sweep, tmp_path):
     record = {"config": "tiny", "parameters": "float32", "dtype": "bfloat16", "length": 8, "prompt_length": 0}
     record |= {**FIGURES, "out_of_memory": False, "peak_bytes": None, "memory_bytes": {"temporary": 1, "total": 2}}
 
-    def file(name, loss, **about):
+    def file(name, loss, length=8, **about):
         path = tmp_path / f"{name}.json"
-        records = [{**record, "loss": loss, "head": head} for head in ("jliger", "full")]
+        records = [{**record, "loss": loss, "head": head, "length": length} for head in ("jliger", "full")]
         path.write_text(json.dumps({"environment": {**environment, **about}, "records": records}))
         return str(path)
 
@@ -190,7 +190,9 @@ def test_files_of_the_same_conditions_can_be_merged(sweep, tmp_path):
     assert [record["loss"] for record in results["records"]] == ["orpo", "orpo", "grpo", "grpo"]
     assert results["environment"] == {**environment, "command": "python a; python b"}
     assert out.with_suffix(".txt").read_text().endswith("\npython a\npython b\n")
-    for other, message in ((file("third", "dpo", xla_flags="-"), "under the conditions"), (first, "both have jliger")):
+    others = [(file("third", "dpo", xla_flags="-"), "xla_flags differ"), (first, "both have jliger")]
+    others += [(file("fourth", "dpo", length=9), "length differ"), (str(tmp_path / "no.json"), "there is no results")]
+    for other, message in others:
         with pytest.raises(SystemExit, match=message):
             sweep.main(["--out", str(tmp_path / "none.json"), "--merge", first, other])
     assert not (tmp_path / "none.json").exists()

@@ -198,6 +198,7 @@ def test_bad_arguments(medusa, tmp_path, capsys):
     refused = [
         (["--medusa-heads", "17"], "at most 16"),
         (["--mesh", "fsdp=4"], "--batch-size 2: 4 devices of --mesh can't share it"),
+        (["--devices", "4"], "--devices 4 goes with --mesh, such as fsdp=4"),
         (["--mesh", "data=2"], "--prompts 3: 2 devices of --mesh can't share it"),
     ]
     for arguments, message in refused:

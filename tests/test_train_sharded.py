@@ -160,8 +160,9 @@ def test_a_run_is_killed_on_four_devices_and_goes_on_with_two_and_with_four(
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     program, out = import_example("kill_and_resume"), tmp_path / "resume.json"
-    own = options[2:]  # --devices is the program's own
-    program.main(["--out", str(out), "--count", "4", "--simulate", "--steps", "10", "--", *own, "--steps", "10"])
+    at = options.index("--steps")
+    own = [*options[2:at], *options[at + 2 :]]  # --devices and --steps are the program's own
+    program.main(["--out", str(out), "--count", "4", "--simulate", "--steps", "10", "--", *own])
     result = json.loads(out.read_text())
     assert 5 <= result["killed_after"] < 9
     on_other_devices, on_the_same = result["apart"]
@@ -169,6 +170,12 @@ def test_a_run_is_killed_on_four_devices_and_goes_on_with_two_and_with_four(
     assert on_the_same == 0
     assert [len(curve) for curve in result["losses"].values()] == [10, 10, 10]
     assert "Killed after step" in out.with_suffix(".txt").read_text()
+
+
+def test_what_kill_and_resume_sets_is_refused_after_the_dashes(import_example, capsys):
+    with pytest.raises(SystemExit):
+        import_example("kill_and_resume").main(["--simulate", "--", "--steps=8"])
+    assert "--steps after -- is set by this program: pass --steps before --" in capsys.readouterr().err
 
 
 def test_both_heads_have_one_curve_and_it_falls(runs):
