@@ -10,6 +10,8 @@ import pytest
 
 import jliger
 from jliger.ops.linear_head.chunks.float8 import _units
+from jliger.ops.linear_head.chunks.packed_rows import pack_units
+from jliger.ops.linear_head.types import Operands
 from jliger.ops.logits import Block, Coefficients, LogitMap, StatsWanted, get_rows
 from jliger.ops.logits.float8 import E4M3, get_float8, quantized
 from jliger.ops.logits.float8_xla import dithered
@@ -292,10 +294,10 @@ def test_any_loss_of_log_probabilities(units):
 
     @functools.partial(jax.jit, static_argnums=0)
     def gradients(products):
+        options = {"products": products, "chunk_size": 24, "implementation": IMPLEMENTATIONS[-1]}
+
         def loss(hidden, kernel):
-            return jliger.fused_linear_loss(
-                of_unit, hidden, kernel, labels, units=units, products=products, implementation=IMPLEMENTATIONS[-1]
-            )
+            return jliger.fused_linear_loss(of_unit, hidden, kernel, labels, units=units, **options)
 
         return jax.value_and_grad(loss, (0, 1))(hidden, kernel)
 
@@ -303,3 +305,14 @@ def test_any_loss_of_log_probabilities(units):
     assert abs(value / plain_value - 1) < 0.01
     for grad, plain in zip(grads, plain_grads, strict=True):
         assert relative(grad, np.asarray(plain, np.float64)) < 0.04
+
+
+def test_chunks_of_rows_have_places_for_a_multiple_of_16():
+    # Products of other sizes are padded, and what is padded is copied.
+    operands = Operands(jnp.zeros((39, 16)), jnp.zeros((16, 64)), labels=jnp.zeros(39, jnp.int32))
+    config = types.SimpleNamespace(chunk_size=26)
+
+    def places():
+        return jnp.zeros(pack_units(config, operands, 64, row_length=13, alignment=16)[0].tokens.chunk)
+
+    assert jax.eval_shape(places).shape == (32,)
