@@ -96,6 +96,21 @@ def test_log_probabilities_beside_a_frozen_kernel():
 
 
 @_if_not_interpreted
+def test_an_entropy_where_the_label_is_left_out():
+    hidden, kernel, labels, _ = make_problem(16, 16, 32)
+    bias = jnp.zeros(32).at[labels[1]].set(-jnp.inf)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradient(products):
+        def entropy(hidden):
+            return _logprobs(hidden, kernel, labels, bias=bias, products=products).entropy.sum()
+
+        return jax.grad(entropy)(hidden)
+
+    assert relative(gradient("float8"), np.asarray(gradient(None), np.float64)) < OF_GRADIENTS["float8"]
+
+
+@_if_not_interpreted
 @pytest.mark.parametrize("products", [pytest.param("float8", marks=_exhaustive), "float8_forward"])
 def test_losses_of_tokens_and_their_mean(products):
     hidden, kernel, labels, cotangents = make_problem()

@@ -29,6 +29,9 @@ from jliger.ops.logits.float8 import LARGEST_GRADIENT, quantized
 from jliger.ops.logits.objectives import CoefficientRule, LossArrays
 
 _LEAST_UNIT = 2.0**-100  # a token whose gradients are smaller has none
+# e5m2 ends at 1.75 times `LARGEST_GRADIENT`, and dithering may turn a number just above that into ∞. The bounds are
+# rounded, so they stay a little below.
+_HEADROOM = 1.75 * (1 - 2.0**-16)
 
 
 def float8_pass(
@@ -91,7 +94,7 @@ def _units(config: HeadConfig, stats: RowStats, coefficients: Coefficients, bloc
     """What each token's logit gradients are divided by, before they are converted; 0 if there are none.
 
     In these units the label's gradient without smoothing is `±LARGEST_GRADIENT`, a power of two, or less, and no
-    gradient exceeds 1.75 times that.
+    gradient exceeds 1.75 times that, which is the largest number of e5m2.
     """
     probability, label, probability_lse, smoothing, probability_logit = coefficients
     if probability_lse is not None:
@@ -100,7 +103,8 @@ def _units(config: HeadConfig, stats: RowStats, coefficients: Coefficients, bloc
     largest = jnp.exp(-stats.log_sum)  # probability
     factor = probability
     if probability_logit is not None:
-        factor = probability + probability_logit * (stats.label_logit - stats.max)
+        # A label's logit of −∞ is clipped as in the row functions: times its probability, 0, it would be NaN.
+        factor = probability + probability_logit * jnp.maximum(stats.label_logit - stats.max, -1024)
     at_label = jnp.abs(factor * of_label - label)
     # Probabilities of other columns are also at most what the label's leaves: that, and a rounding of 1.
     rounding = float(jnp.finfo(of_label.dtype).eps)
@@ -116,7 +120,7 @@ def _units(config: HeadConfig, stats: RowStats, coefficients: Coefficients, bloc
     if config.logit_softcap is not None:
         at_label *= 1 - jnp.square(stats.label_logit / (config.logit_softcap * inverse_temperature))
     largest_of_all = jnp.maximum(others, at_label + of_smoothing)
-    bound = jnp.maximum(at_label, largest_of_all / 1.75) * jnp.abs(config.logit_scale * inverse_temperature)
+    bound = jnp.maximum(at_label, largest_of_all / _HEADROOM) * jnp.abs(config.logit_scale * inverse_temperature)
     return jnp.where(bound <= _LEAST_UNIT, 0, bound) / LARGEST_GRADIENT
 
 

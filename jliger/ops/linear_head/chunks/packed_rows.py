@@ -23,11 +23,11 @@ def pack_units(
 ) -> tuple["PackedTokens | PackedRows", Callable[..., Any]]:
     """The counted tokens in chunks of whole units, and the loop over the chunks.
 
-    A unit is a row of `row_length` tokens, or a token if that is None; chunks of tokens then have a multiple of
-    `alignment`.
+    A unit is a row of `row_length` tokens, or a token if that is None. Chunks have places for a multiple of `alignment`
+    tokens.
     """
     if row_length is not None:
-        rows = PackedRows.make(config, operands, vocab, row_length)
+        rows = PackedRows.make(config, operands, vocab, row_length, alignment)
         return rows, rows.loop
     chunk = round_up(forward_chunk(config, operands.labels.shape[0], vocab), alignment)
     tokens = PackedTokens.of(operands, chunk)
@@ -56,12 +56,13 @@ class PackedRows(NamedTuple):
     window: int
 
     @classmethod
-    def make(cls, config: HeadConfig, operands: Operands, vocab: int, length: int) -> "PackedRows":
+    def make(cls, config: HeadConfig, operands: Operands, vocab: int, length: int, alignment: int) -> "PackedRows":
         counted = operands.counted
         if counted is None:
             counted = jnp.ones_like(operands.labels, bool)
         num_rows = counted.shape[0] // length
         chunk, window = rows_of_chunk(config, num_rows, length, vocab)
+        chunk = round_up(chunk, alignment)
         by_row = counted.reshape(num_rows, length).sum(axis=1, dtype=jnp.int32)
         # Rows are packed as tokens are: first those that count.
         rows = PackedTokens.make(by_row > 0, window, at_any_place=True)
