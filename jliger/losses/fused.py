@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jliger.core import checks
 from jliger.core.dtypes import accumulator_dtype
 from jliger.core.reduction import Normalizer, divided, divisor
-from jliger.ops.linear_head.arguments import HEAD_DEFAULTS, HeadOptions, counted_tokens
-from jliger.ops.linear_head.logprob_loss import Units, summed_losses
+from jliger.ops.linear_head.arguments import HEAD_DEFAULTS, counted_tokens
+from jliger.ops.linear_head.logprob_loss import LossHeadOptions, Units, summed_losses
 
 
 class HeadTokens(NamedTuple):
@@ -23,10 +23,10 @@ class HeadTokens(NamedTuple):
     kernel: Any
     tokens: Int[Array, "*B"]
     counted: Bool[Array, "*B"]
-    options: HeadOptions
+    options: LossHeadOptions
 
     @classmethod
-    def make(cls, hidden: Any, kernel: Any, tokens: Any, options: HeadOptions) -> "HeadTokens":
+    def make(cls, hidden: Any, kernel: Any, tokens: Any, options: LossHeadOptions) -> "HeadTokens":
         hidden, tokens = checks.as_array("hidden", hidden), checks.as_array("tokens", tokens)
         if not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise TypeError(f"tokens got dtype {tokens.dtype}; pass integers.")

@@ -12,7 +12,7 @@ from jliger.core.dtypes import accumulator_dtype
 from jliger.core.reduction import Normalizer, divided
 from jliger.losses.fused import HeadTokens, check_arguments, mean_over
 from jliger.losses.policy import MEANS_OF_SEQUENCES, PER_SEQUENCE, GRPOLossType, PolicyMetrics, grpo, ppo_clip
-from jliger.ops.linear_head.arguments import HeadOptions
+from jliger.ops.linear_head.logprob_loss import LossHeadOptions
 from jliger.ops.logits.unit_loss import LinearLogprobs
 
 
@@ -37,7 +37,7 @@ def fused_linear_grpo(
     entropy_metric: bool = False,
     max_completion_length: int | None = None,
     normalizer: Normalizer = None,
-    **options: Unpack[HeadOptions],
+    **options: Unpack[LossHeadOptions],
 ) -> tuple[Float[Array, ""], PolicyMetrics]:
     """`jliger.losses.grpo` of a linear head's log-probabilities.
 
@@ -140,7 +140,7 @@ def fused_linear_ppo_clip(
     entropy_coef: Float[Array, ""] | float = 0.0,
     entropy_metric: bool = False,
     normalizer: Normalizer = None,
-    **options: Unpack[HeadOptions],
+    **options: Unpack[LossHeadOptions],
 ) -> tuple[Float[Array, ""], PolicyMetrics]:
     """`jliger.losses.ppo_clip` of a linear head's log-probabilities.
 

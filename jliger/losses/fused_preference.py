@@ -14,7 +14,7 @@ from jliger.losses.kto_loss import KTOMetrics, kto
 from jliger.losses.preference_pairs import PreferenceMetrics
 from jliger.losses.reference_free import cpo, orpo, simpo
 from jliger.losses.sequence import sequence_logprobs
-from jliger.ops.linear_head.arguments import HeadOptions
+from jliger.ops.linear_head.logprob_loss import LossHeadOptions
 from jliger.ops.logits.unit_loss import LinearLogprobs
 
 SequenceReduction = Literal["sum", "mean"]
@@ -39,7 +39,7 @@ def fused_linear_dpo(
     excess_weight: float | None = None,
     reduction: ScalarReduction = "mean",
     normalizer: Normalizer = None,
-    **options: Unpack[HeadOptions],
+    **options: Unpack[LossHeadOptions],
 ) -> tuple[Float[Array, ""], PreferenceMetrics]:
     """`jliger.losses.dpo` of a linear head's log-probabilities.
 
@@ -110,7 +110,7 @@ def fused_linear_orpo(
     excess_weight: float | None = None,
     reduction: ScalarReduction = "mean",
     normalizer: Normalizer = None,
-    **options: Unpack[HeadOptions],
+    **options: Unpack[LossHeadOptions],
 ) -> tuple[Float[Array, ""], PreferenceMetrics]:
     """`jliger.losses.orpo` of a linear head's log-probabilities, with three matrix products instead of four.
 
@@ -149,7 +149,7 @@ def fused_linear_cpo(
     excess_weight: float | None = None,
     reduction: ScalarReduction = "mean",
     normalizer: Normalizer = None,
-    **options: Unpack[HeadOptions],
+    **options: Unpack[LossHeadOptions],
 ) -> tuple[Float[Array, ""], PreferenceMetrics]:
     """`jliger.losses.cpo` of a linear head's log-probabilities, with three matrix products instead of four.
 
@@ -191,7 +191,7 @@ def fused_linear_simpo(
     excess_weight: float | None = None,
     reduction: ScalarReduction = "mean",
     normalizer: Normalizer = None,
-    **options: Unpack[HeadOptions],
+    **options: Unpack[LossHeadOptions],
 ) -> tuple[Float[Array, ""], PreferenceMetrics]:
     """`jliger.losses.simpo` of a linear head's log-probabilities, with three matrix products instead of four.
 
@@ -235,7 +235,7 @@ def fused_linear_kto(
     sequence_reduction: SequenceReduction = "sum",
     reduction: ScalarReduction = "mean",
     normalizer: Normalizer = None,
-    **options: Unpack[HeadOptions],
+    **options: Unpack[LossHeadOptions],
 ) -> tuple[Float[Array, ""], KTOMetrics]:
     """`jliger.losses.kto` of a linear head's log-probabilities, with three matrix products instead of four.
 

@@ -158,6 +158,29 @@ def test_options(products, options):
 
 @_exhaustive
 @pytest.mark.parametrize("products", PRODUCTS)
+def test_a_loss_that_is_fused_with_the_head(products):
+    hidden, kernel, tokens, _ = make_problem()
+    hidden, tokens = hidden.reshape(4, 12, -1), tokens.reshape(4, 12)
+    advantages, options = (
+        jnp.array([1.0, -2.0, 0.5, 0.0]),
+        {"products": products, "implementation": IMPLEMENTATIONS[-1]},
+    )
+
+    def flat(hidden):
+        logprobs = jliger.linear_logprobs(hidden, kernel, tokens, **options).logprobs
+        return jliger.losses.grpo(logprobs, advantages, where=tokens != -100)[0]
+
+    def fused(hidden):
+        return jliger.losses.fused_linear_grpo(hidden, kernel, tokens, advantages, **options)[0]
+
+    (loss, grad), (expected, its) = (jax.jit(jax.value_and_grad(each))(hidden) for each in (fused, flat))
+    assert abs(loss - expected) < 1e-6
+    # Each dithers its own units.
+    assert relative(grad, np.asarray(its, np.float64)) < OF_GRADIENTS[products]
+
+
+@_exhaustive
+@pytest.mark.parametrize("products", PRODUCTS)
 def test_vmap(products):
     hidden, kernel, labels, _ = make_problem()
 

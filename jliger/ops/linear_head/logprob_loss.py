@@ -32,7 +32,13 @@ Units = Literal["tokens", "rows"]
 LossFn = Callable[..., Any]
 
 
-class LossOptions(HeadOptions, total=False):
+class LossHeadOptions(HeadOptions, total=False):
+    """The options of a head that losses of log-probabilities take."""
+
+    products: Products | None
+
+
+class LossOptions(LossHeadOptions, total=False):
     """The options of `fused_linear_loss`."""
 
     units: Required[Units]
