@@ -149,6 +149,7 @@ def test_a_sweep_finds_the_largest_size_that_full_logits_fit(sweep, tmp_path, mo
     assert [(record["head"], record["sequences"]) for record in records] == [("jliger", 20), ("full", 20)]
 
 
+@pytest.mark.exhaustive
 def test_a_sweep_whose_processes_fail(sweep, tmp_path, capfd):
     with pytest.raises(SystemExit, match="nothing was measured"):
         sweep.main(["--out", str(tmp_path / "none.json"), "--losses", "orpo", "--heads", "full", "--", "--no-such"])

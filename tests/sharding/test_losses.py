@@ -82,7 +82,7 @@ POLICY = {
 SEQUENCES = {"ref": lambda: jnp.full(B, -2.0), "where": lambda: jnp.ones(B, bool), "kl": lambda: jnp.ones(B)}
 
 
-@pytest.mark.parametrize("spread", ["logprobs", "others"])
+@pytest.mark.parametrize("spread", ["logprobs", pytest.param("others", marks=pytest.mark.exhaustive)])
 def test_arguments_spread_over_other_explicit_axes_than_the_log_probabilities(spread):
     def policy(logprobs, where, old, advantages):
         options = {"where": where, "old_logprobs": old, "ref_logprobs": old, "entropy": old, "beta": 0.1}

@@ -116,7 +116,13 @@ def test_float64():
 # ---- what counts ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("where", "beta"), [("all", 0.5), ("some", 0.0), ("some", 1.0), ("none", 0.1), ("none", 1.0)])
+OF_MASKS = [
+    *(("all", 0.5), ("some", 0.0), ("none", 1.0)),
+    *(pytest.param(*row, marks=pytest.mark.exhaustive) for row in (("some", 1.0), ("none", 0.1))),
+]
+
+
+@pytest.mark.parametrize(("where", "beta"), OF_MASKS)
 def test_what_does_not_count_does_not_matter(beta, where, implementation):
     problem = make_problem(
         5, beta=beta, where=where, chunk_size=8, biases=(True, True), labels=True, ignored=0.2, hard_weight=0.5,

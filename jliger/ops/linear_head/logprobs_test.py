@@ -250,7 +250,9 @@ def test_an_entropy_that_is_not_used_has_no_part_in_the_backward_pass(used, impl
 BUDGETS = [  # no row; one chunk, and more than what counts; several chunks that the rows do not fill; all rows; more
     (0, {}),
     (8, {"dtype": "bfloat16", "rank": 3, "bias": "float32", "where": "some"}),
-    (24, {"kernel_layout": "vh", "temperature": "of tokens", "bias": "float32"}),
+    pytest.param(
+        24, {"kernel_layout": "vh", "temperature": "of tokens", "bias": "float32"}, marks=pytest.mark.exhaustive
+    ),
     pytest.param(37, {"dtype": "float16", "logit_softcap": 2.0}, marks=pytest.mark.exhaustive),
     (10**9, {"used": ("logprobs",), "where": "none"}),
 ]
@@ -390,10 +392,12 @@ def test_products_with_a_frozen_head(used, number):
 @pytest.mark.parametrize(
     ("reduction", "kernel_layout", "dtype"),
     [
-        ("mean", "hv", "float32"),
         ("none", "vh", "float32"),
-        ("mean", "vh", "bfloat16"),
-        ("none", "hv", "bfloat16"),
+        ("mean", "hv", "bfloat16"),
+        *(
+            pytest.param(*row, marks=pytest.mark.exhaustive)
+            for row in (("mean", "vh", "float32"), ("none", "hv", "bfloat16"))
+        ),
     ],
 )
 def test_an_adapter_under_the_loss(reduction, kernel_layout, dtype, implementation):

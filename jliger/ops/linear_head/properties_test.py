@@ -64,6 +64,7 @@ def test_the_rule_of_two(implementation, shape, loss, dtypes, scale):
     check(problem, implementation)
 
 
+@pytest.mark.exhaustive
 @examples(3)
 @given(seed=st.integers(0, 2**16), tokens=st.integers(2, 30), reduction=st.sampled_from(["mean", "none"]))
 def test_the_order_of_tokens_is_nothing(implementation, seed, tokens, reduction):
@@ -85,6 +86,7 @@ def test_the_order_of_tokens_is_nothing(implementation, seed, tokens, reduction)
         np.testing.assert_allclose(other[name], value, rtol=1e-5, atol=3e-6, err_msg=name)
 
 
+@pytest.mark.exhaustive
 @examples(3)
 @given(seed=st.integers(0, 2**16), vocab=st.integers(2, 60), reduction=st.sampled_from(["mean", "none"]))
 def test_the_order_of_columns_is_nothing(implementation, seed, vocab, reduction):
