@@ -44,6 +44,7 @@ def finished(grpo, options, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.exhaustive
 def test_the_reward_rises_from_nothing(finished):
     for head in HEADS:
         rewards = [record["reward"] for record in records(finished / head, "train").values()]
@@ -55,6 +56,7 @@ def test_the_reward_rises_from_nothing(finished):
     assert (finished / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.exhaustive
 def test_both_heads_have_one_curve_and_jliger_less_memory(finished):
     full, fused = (records(finished / head, "train") for head in HEADS)
     assert list(full) == list(fused) == list(range(1, STEPS + 1))

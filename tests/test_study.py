@@ -38,6 +38,7 @@ def losses(study, **options):
     return found, state
 
 
+@pytest.mark.exhaustive
 def test_switches_remat_and_offloading_change_no_loss(study):
     plain, _ = losses(study)
     # A wrong gradient would show in the next loss.

@@ -33,7 +33,8 @@ def assert_same_on_a_mesh(loss, params, specs, batch):
         assert leaf.sharding.is_fully_replicated or one.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
 
 
-@pytest.mark.parametrize("head", ["jliger", pytest.param("full", marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("head", ["jliger", "full"])
 def test_medusa(import_example, head):
     decoder, speculation = map(import_example, ("decoder", "speculation"))
     config = decoder.DecoderConfig(64, 16, 32, 1, 2, 2, 8)
