@@ -86,8 +86,8 @@ def float8(result: Record, trained: Record) -> str:
     return (
         f'**8-bit products.** With `products="float8"` it takes {fast["milliseconds"]:.0f} ms instead of '
         f"{whole['milliseconds']:.0f}, {fast['of_floor']:.1f} times the speed of the matrix products alone in bfloat16 "
-        f"(one H200). Trained with it, {len(seeds)} small models ended {signed(statistics.mean(above))} ± {error:.2f} % "
-        "from the held-out loss without it. Its gradients are [less exact](docs/float8.md#errors)."
+        f"(one H200). Trained with it, {len(seeds)} small models ended {signed(statistics.mean(above))} ± {error:.2f} "
+        "% from the held-out loss without it. Its gradients are [less exact](docs/float8.md#errors)."
     )
 
 
